@@ -1,0 +1,1 @@
+"""A compiler-style rewriter of PyTorch models over torch.fx."""

@@ -1,0 +1,139 @@
+"""What a pass is: `Pass`, `Phase`, `Replacement`, `Skip`, and the `Layer` a pass installs.
+
+A pass is a frozen dataclass whose fields are its options and whose one method looks at one `Site`
+and answers with a value: `Replacement(layer)` or `Skip("reason")`. It never touches the graph or
+the model; the engine does.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.errors import OptionError
+
+if TYPE_CHECKING:
+    from rewriter.sites import Site
+
+__all__ = ["Layer", "Pass", "Phase", "Replacement", "Skip", "Where", "as_parameter"]
+
+Where = str | Callable[["Site"], bool] | None
+"""A name pattern (`"encoder.*"`), a predicate over sites, or None for every site."""
+
+
+class Phase(enum.IntEnum):
+    """When a pass may run; a recipe's phases must not descend."""
+
+    STRUCTURE = 1
+    SPARSITY = 2
+    PRECISION = 3
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The layer that takes a site's place.
+
+    Args:
+        layer: an `nn.Module` with the site's call signature. Only a `Layer` (or an `nn.Linear`)
+            can be saved.
+        error: relative Frobenius error ‖W − W′‖/‖W‖ of the layer's weights; 0.0 for an exact
+            replacement, None where it is not known (weights on `meta`).
+        note: what else the user should know, one sentence.
+    """
+
+    layer: nn.Module
+    error: float | None = 0.0
+    note: str = ""
+
+
+class Skip:
+    """Why a site stays as it is; the text is formatted only when it is read."""
+
+    def __init__(self, reason: str, *values: object) -> None:
+        self._reason, self._values = reason, values
+
+    @property
+    def reason(self) -> str:
+        return self._reason.format(*self._values)
+
+    def __repr__(self) -> str:
+        return f"Skip({self.reason!r})"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One rewrite: options in the fields, one method, no state.
+
+    A subclass is a frozen dataclass that sets `matches` (kinds of `rewriter.sites`, or `Layer`
+    classes) and `phase`, validates its options in `__post_init__` (raising `OptionError`), and
+    implements `propose`.
+    """
+
+    matches: ClassVar[tuple[str | type[Layer], ...]] = ()
+    phase: ClassVar[Phase] = Phase.STRUCTURE
+    exact: ClassVar[bool] = False
+    """True where the rewritten model computes the same function, up to rounding."""
+
+    def propose(self, site: Site) -> Replacement | Skip:
+        """Returns the layer for this site, or why there is none. Must not change anything."""
+        raise NotImplementedError(f"{type(self).__name__}.propose")
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    def __str__(self) -> str:
+        options = ", ".join(
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        )
+        return f"{type(self).__name__}({options})"
+
+
+class Layer(nn.Module):
+    """A module that a pass installs, and that can be saved without pickle.
+
+    A subclass takes `device` and `dtype` among its constructor's keyword arguments, keeps every
+    tensor as a parameter or a buffer, and returns its other constructor arguments from `config`:
+    `type(layer)(**layer.config(), device=…, dtype=…)` builds a layer with the same state_dict.
+    """
+
+    op: ClassVar[str] = ""
+    """The name that printed graphs show, e.g. `monarch_linear`."""
+
+    def config(self) -> Mapping[str, Any]:
+        """JSON-able keyword arguments of the constructor, without `device` and `dtype`."""
+        raise NotImplementedError(f"{type(self).__name__}.config")
+
+    def dense_weight(self) -> Tensor:
+        """The [out_features, in_features] matrix this layer multiplies by.
+
+        Raises:
+            OptionError: the layer is not linear in its input.
+        """
+        raise OptionError(f"{type(self).__name__} has no dense weight: it is not linear")
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+
+
+def as_parameter(tensor: Tensor, like: Tensor | None = None) -> nn.Parameter:
+    """`tensor` itself where it is a Parameter already, so identity (and the optimizer) is kept;
+    else a new Parameter whose `requires_grad` is that of `like` (default: of the tensor)."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    grad = (tensor if like is None else like).requires_grad
+    return nn.Parameter(tensor.detach(), requires_grad=grad and tensor.is_floating_point())
+
+
+def non_finite(*tensors: Tensor | None) -> bool:
+    """Whether any tensor holds NaN or inf; tensors without data (`meta`) count as finite."""
+    return any(
+        t is not None and not t.is_meta and not bool(torch.isfinite(t).all()) for t in tensors
+    )

@@ -1,0 +1,39 @@
+"""Every error and warning this package raises, in one place.
+
+An error names the pass, the site, the user's line and the remedy: whoever reads it should know
+what to change without opening this package.
+"""
+
+from __future__ import annotations
+
+
+class RewriteError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class CaptureError(RewriteError):
+    """The model, or its example inputs, could not be turned into graphs."""
+
+
+class OptionError(RewriteError, ValueError):
+    """An option of a pass or of an API call is impossible."""
+
+
+class PassError(RewriteError):
+    """A pass failed on a site, or passes are out of order."""
+
+
+class VerifyError(RewriteError):
+    """Something that must hold after every pass does not."""
+
+
+class SignatureError(RewriteError):
+    """A rewritten model was called in a way that its captured graph cannot serve."""
+
+
+class StoreError(RewriteError):
+    """A saved model cannot be written or read."""
+
+
+class RewriteWarning(UserWarning):
+    """Something the user should know, which stops nothing."""
