@@ -1,0 +1,16 @@
+"""The passes: one file each."""
+
+from rewriter.passes.densify import Densify
+from rewriter.passes.monarch import Monarch, MonarchLinear
+from rewriter.passes.quadratic import Quadratic, QuadraticLinear
+from rewriter.passes.topk import TopK, TopKLinear
+
+__all__ = [
+    "Densify",
+    "Monarch",
+    "MonarchLinear",
+    "Quadratic",
+    "QuadraticLinear",
+    "TopK",
+    "TopKLinear",
+]

@@ -1,1 +1,51 @@
-"""A compiler-style rewriter of PyTorch models over torch.fx."""
+"""A compiler-style rewriter of PyTorch models over torch.fx.
+
+`optimized = rewrite(model, passes=[...], example_inputs=batch)`; `optimized.report` is the ledger.
+"""
+
+from rewriter.api import explain, rewrite
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip
+from rewriter.errors import (
+    CaptureError,
+    OptionError,
+    PassError,
+    RewriteError,
+    RewriteWarning,
+    SignatureError,
+    StoreError,
+    VerifyError,
+)
+from rewriter.hosted import RewrittenModule
+from rewriter.report import Report
+from rewriter.sites import ACTIVATION, CONV, LINEAR, MLP, Site
+from rewriter.store import load, load_original, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACTIVATION",
+    "CONV",
+    "LINEAR",
+    "MLP",
+    "CaptureError",
+    "Layer",
+    "OptionError",
+    "Pass",
+    "PassError",
+    "Phase",
+    "Replacement",
+    "Report",
+    "RewriteError",
+    "RewriteWarning",
+    "RewrittenModule",
+    "SignatureError",
+    "Site",
+    "Skip",
+    "StoreError",
+    "VerifyError",
+    "explain",
+    "load",
+    "load_original",
+    "rewrite",
+    "save",
+]

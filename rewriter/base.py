@@ -76,8 +76,10 @@ class Pass:
 
     matches: ClassVar[tuple[str | type[Layer], ...]] = ()
     phase: ClassVar[Phase] = Phase.STRUCTURE
-    exact: ClassVar[bool] = False
-    """True where the rewritten model computes the same function, up to rounding."""
+    @property
+    def exact(self) -> bool:
+        """True where the rewritten model computes the same function, up to rounding."""
+        return False
 
     def propose(self, site: Site) -> Replacement | Skip:
         """Returns the layer for this site, or why there is none. Must not change anything."""
@@ -88,10 +90,11 @@ class Pass:
         return type(self).__name__.lower()
 
     def __str__(self) -> str:
+        """The pass as one would write it: its first option, and what is not at its default."""
         options = ", ".join(
             f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
+            for i, f in enumerate(fields(self))
+            if i == 0 or getattr(self, f.name) != f.default
         )
         return f"{type(self).__name__}({options})"
 
@@ -118,6 +121,10 @@ class Layer(nn.Module):
             OptionError: the layer is not linear in its input.
         """
         raise OptionError(f"{type(self).__name__} has no dense weight: it is not linear")
+
+    def kernel(self, tokens: int) -> str:
+        """The name of the implementation that runs at this number of rows on this machine."""
+        return "torch"
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())

@@ -1,0 +1,35 @@
+# Every target sets up .venv by itself: `make test` works in a fresh clone with nothing installed.
+PYTHON ?= python3
+PY := .venv/bin/python
+ARGS ?=
+BENCHES := $(filter-out benchmarks/_% benchmarks/zoo.py,$(wildcard benchmarks/*.py))
+
+# Models and data come from packages; nothing may ask a model hub.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint bench
+
+demo: .venv/.stamp
+	$(PY) examples/minilm.py $(ARGS)
+
+test: .venv/.stamp
+	$(PY) -m pytest $(ARGS)
+
+# `rewriter.passes` and `rewriter.kernels` exist only once installed (package-dir in pyproject.toml),
+# so mypy reads an installed copy; `build` goes first, or setuptools would ship files deleted since.
+lint: .venv/.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	rm -rf build .venv/typecheck
+	$(PY) -m pip install -q --no-input --no-deps --no-build-isolation --target .venv/typecheck .
+	cd .venv/typecheck && ../bin/python -m mypy --config-file ../../pyproject.toml \
+		--cache-dir ../../.mypy_cache -p rewriter
+
+# All benchmarks, one after another; `make bench ARGS=--quick` for a short look.
+bench: .venv/.stamp
+	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(PY) $$bench $(ARGS); done
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --no-input -c constraints.txt -e ".[dev]"
+	touch $@

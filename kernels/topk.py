@@ -1,0 +1,250 @@
+"""`rewriter::topk_linear`: y = topk_k(h) Wᵀ + bias, with the gradient of exactly that.
+
+Per row of h the k entries of largest magnitude are kept and the others count as zero. Today a
+dense GEMM runs over the masked h: correct, and no faster than the dense layer; the FLOP formula
+counts what runs.
+
+Saved for the backward are the kept values and their indices (int16 up to 32768 features, else
+int32), never the dense h: k·(2 + 2) bytes a row in bfloat16, k·(4 + 2) in float32, against 2 and 4
+times in_features. With a frozen weight, the indices alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["topk_linear", "topk_linear_reference"]
+
+_library: Any = torch.library  # untyped in torch
+_lib = _library.Library("rewriter", "FRAGMENT")
+_lib.define("topk_linear(Tensor h, Tensor weight, Tensor? bias, int k) -> Tensor")
+_lib.define(
+    "topk_linear_train(Tensor h, Tensor weight, Tensor? bias, int k) -> (Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "topk_linear_backward(Tensor grad, Tensor? values, Tensor indices, Tensor weight, "
+    "bool[2] needs) -> (Tensor, Tensor)"
+)
+
+
+def topk_linear(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    """y = topk_k(h) weightᵀ + bias, where topk_k keeps the k entries of largest |h| in each row.
+
+    Exactly k entries are kept: among entries tied at the k-th magnitude, those that `torch.topk`
+    picks. A NaN counts as the largest. Kept entries have the gradient of a dense layer, the others
+    zero: dh = mask ∘ (g W), dW = gᵀ topk_k(h), db = Σ g.
+
+    Args:
+        h: [*, in_features].
+        weight: [out_features, in_features], of h's dtype (under autocast, of any).
+        bias: [out_features] or None.
+        k: kept entries a row, 1 ≤ k ≤ in_features.
+
+    Returns:
+        [*, out_features].
+
+    Raises:
+        RuntimeError: a shape, a dtype or k does not fit.
+
+    Source: magnitude top-k as in TEAL (Liu et al. 2024), with a count in place of a threshold.
+    Differentiable twice.
+    """
+    h, weight, bias = _autocast(h, weight, bias)
+    y: Tensor = torch.ops.rewriter.topk_linear(h, weight, bias, k)
+    return y
+
+
+def topk_linear_reference(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    """y = (mask ∘ h) weightᵀ + bias with a dense 0/1 mask; autograd does the rest."""
+    kept = h.detach().abs().topk(k, dim=-1, sorted=False).indices
+    mask = torch.zeros_like(h).scatter(-1, kept, 1.0)
+    y = (h * mask) @ weight.t()
+    return y if bias is None else y + bias
+
+
+def _autocast(*tensors: Any) -> Any:
+    """What aten does for `linear`: below float64, floating tensors go to the autocast dtype."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _index_dtype(features: int) -> torch.dtype:
+    return torch.int16 if features <= 2**15 else torch.int32
+
+
+def _check(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> None:
+    if weight.dim() != 2 or h.dim() == 0 or h.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"topk_linear: h must be [*, in] and weight [out, in], not {tuple(h.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if not 1 <= k <= h.shape[-1]:
+        raise RuntimeError(
+            f"topk_linear: k must be from 1 to the {h.shape[-1]} entries of a row, not {k}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(
+            f"topk_linear: bias must have shape [{weight.shape[0]}], not {tuple(bias.shape)}"
+        )
+
+
+def _scatter(values: Tensor, indices: Tensor, features: int) -> Tensor:
+    """[*, k] values at [*, k] indices -> [*, features], zero elsewhere."""
+    return values.new_zeros((*values.shape[:-1], features)).scatter_(-1, indices.long(), values)
+
+
+def _train(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Also returns what the backward needs: values and indices of the kept entries, [*, k]."""
+    _check(h, weight, bias, k)
+    kept = h.abs().topk(k, dim=-1, sorted=False).indices
+    values = h.gather(-1, kept)
+    y = F.linear(_scatter(values, kept, h.shape[-1]), weight, bias)
+    return y.contiguous(), values, kept.to(_index_dtype(h.shape[-1]))
+
+
+def _train_fake(
+    h: Tensor, weight: Tensor, bias: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(h, weight, bias, k)
+    y, values = (h.new_empty((*h.shape[:-1], n)) for n in (weight.shape[0], k))
+    return y, values, h.new_empty(values.shape, dtype=_index_dtype(h.shape[-1]))
+
+
+def _forward(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    return _train(h, weight, bias, k)[0]
+
+
+def _forward_fake(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    return _train_fake(h, weight, bias, k)[0]
+
+
+def _forward_autograd(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    """One node in a captured graph; where a gradient is wanted it becomes `topk_linear_train`."""
+    wanted = any(t is not None and t.requires_grad for t in (h, weight, bias))
+    y: Tensor
+    if wanted and torch.is_grad_enabled():
+        y = torch.ops.rewriter.topk_linear_train(h, weight, bias, k)[0]
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            y = torch.ops.rewriter.topk_linear(h, weight, bias, k)
+    return y
+
+
+def _backward(
+    grad: Tensor, values: Tensor | None, indices: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """dh = scatter(gather(G W)); dW = Gᵀ scatter(values). What is not needed is empty."""
+    need_h, need_weight = needs
+    dh, dw = grad.new_empty(0), grad.new_empty(0)
+    if need_h:
+        kept = (grad @ weight).gather(-1, indices.long())  # [*, k]
+        dh = _scatter(kept, indices, weight.shape[1])
+    if need_weight:
+        assert values is not None
+        h = _scatter(values, indices, weight.shape[1])  # [*, in]
+        dw = _outer(grad, h)
+    return dh, dw
+
+
+def _backward_fake(
+    grad: Tensor, values: Tensor | None, indices: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    dh = (*grad.shape[:-1], weight.shape[1]) if needs[0] else (0,)
+    return grad.new_empty(dh), grad.new_empty(weight.shape if needs[1] else (0,))
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """[*, out], [*, in] -> [out, in]."""
+    return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, _, _ = inputs
+    _, values, indices = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, indices, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _grad(
+    ctx: Any, grad: Tensor | None, grad_values: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    need_h, need_weight, need_bias, _ = ctx.needs_input_grad
+    values, indices, weight = ctx.saved_tensors
+    dh = dw = db = None
+    if grad is not None and (need_h or need_weight):
+        needs = [need_h, need_weight]
+        found = torch.ops.rewriter.topk_linear_backward(grad, values, indices, weight, needs)
+        dh, dw = (g if need else None for g, need in zip(found, needs, strict=True))
+    if grad is not None and need_bias:
+        db = grad.reshape(-1, grad.shape[-1]).sum(0)
+    if grad_values is not None and need_h:  # only in a second derivative: dW depends on values
+        through = _scatter(grad_values, indices, weight.shape[1])
+        dh = through if dh is None else dh + through
+    return dh, dw, db, None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.needs = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _grad_backward(ctx: Any, uh: Tensor | None, uw: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The second derivative: ⟨uh, dh⟩ + ⟨uw, dW⟩ = Σ (G W)∘mask∘uh + Σ G∘(topk(h) uwᵀ)."""
+    grad, values, indices, weight = ctx.saved_tensors
+    dgrad = dvalues = dweight = None
+    if uh is not None and ctx.needs[0]:
+        masked = _scatter(uh.gather(-1, indices.long()), indices, weight.shape[1])
+        dgrad = masked @ weight.t()
+        dweight = _outer(grad, masked)
+    if uw is not None and ctx.needs[1]:
+        through = _scatter(values, indices, weight.shape[1]) @ uw.t()
+        dgrad = through if dgrad is None else dgrad + through
+        dvalues = (grad @ uw).gather(-1, indices.long())
+    return dgrad, dvalues, None, dweight, None
+
+
+for _device in ("CPU", "CUDA"):
+    _lib.impl("topk_linear", _forward, _device)
+    _lib.impl("topk_linear_train", _train, _device)
+    _lib.impl("topk_linear_backward", _backward, _device)
+_lib.impl("topk_linear", _forward_autograd, "Autograd")
+torch.library.register_fake("rewriter::topk_linear", _forward_fake, lib=_lib)
+torch.library.register_fake("rewriter::topk_linear_train", _train_fake, lib=_lib)
+torch.library.register_fake("rewriter::topk_linear_backward", _backward_fake, lib=_lib)
+torch.library.register_autograd("rewriter::topk_linear_train", _grad, setup_context=_save, lib=_lib)
+torch.library.register_autograd(
+    "rewriter::topk_linear_backward", _grad_backward, setup_context=_save_backward, lib=_lib
+)
+
+
+@register_flop_formula([torch.ops.rewriter.topk_linear, torch.ops.rewriter.topk_linear_train])
+def _forward_flops(
+    h: torch.Size, weight: torch.Size, *rest: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """One dense GEMM: the zeros are multiplied too."""
+    return 2 * h[:-1].numel() * weight[0] * weight[1]
+
+
+@register_flop_formula(torch.ops.rewriter.topk_linear_backward)
+def _backward_flops(
+    grad: torch.Size,
+    values: torch.Size | None,
+    indices: torch.Size,
+    weight: torch.Size,
+    needs: Sequence[bool],
+    *,
+    out_shape: Any = None,
+) -> int:
+    """One dense GEMM for each of dh and dW."""
+    return sum(needs) * 2 * grad[:-1].numel() * weight[0] * weight[1]

@@ -1,0 +1,47 @@
+"""Densify: a structured layer back to the nn.Linear that computes the same function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from rewriter.base import Pass, Phase, Replacement, Skip, Where, as_parameter
+from rewriter.passes.monarch import MonarchLinear
+from rewriter.sites import Kind, Site
+
+__all__ = ["Densify"]
+
+
+@dataclass(frozen=True)
+class Densify(Pass):
+    """W = P·L·Pᵀ·R multiplied out: y = x Wᵀ + b. Exact up to rounding.
+
+    For sparse-to-dense training (most steps as Monarch, the last ones dense), and to hand a model
+    to a tool that knows nn.Linear only.
+
+    Args:
+        where: which sites; a name pattern, a predicate, or None for all.
+
+    Source: Dao et al. 2022, section 3.3 (sparse-to-dense training).
+    """
+
+    matches: ClassVar[tuple[Kind, ...]] = (MonarchLinear,)
+    phase: ClassVar[Phase] = Phase.STRUCTURE
+    exact: ClassVar[bool] = True
+
+    where: Where = None
+
+    def propose(self, site: Site) -> Replacement | Skip:
+        layer = site.module
+        assert isinstance(layer, MonarchLinear), site.fqn
+        dense = nn.Linear(
+            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+        )
+        trainable = layer.right.requires_grad or layer.left.requires_grad
+        dense.weight = nn.Parameter(layer.dense_weight().detach(), requires_grad=trainable)
+        if layer.bias is not None:
+            dense.bias = as_parameter(layer.bias)
+        dense.train(layer.training)
+        return Replacement(dense)

@@ -1,0 +1,149 @@
+"""The façade: `rewrite`, `explain`, `load`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from rewriter.base import Pass, Where
+from rewriter.capture import capture
+from rewriter.engine import Engine, Options, check_passes
+from rewriter.errors import OptionError, RewriteError
+from rewriter.hosted import original_class
+from rewriter.report import Report
+
+__all__ = ["explain", "prepare", "rewrite"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def rewrite(
+    model: M,
+    passes: Sequence[Pass] = (),
+    example_inputs: Any = None,
+    *,
+    objective: str | None = None,
+    max_error: float | None = None,
+    where: Where = None,
+    calibration: Any = None,
+    memory_budget: int | float | str | None = None,
+    device: str | None = None,
+    kernels: str = "auto",
+    inplace: bool = False,
+    strict_signature: bool = False,
+) -> M:
+    """model → capture → each pass in turn → an ordinary module of the model's own class.
+
+    The result has the model's class, attributes, hooks, ties and state_dict keys (but for the
+    rewritten layers), switches between `train()` and `eval()`, and carries its ledger as
+    `result.report`.
+
+    Args:
+        model: any `nn.Module`; never changed unless `inplace`.
+        passes: what to do, in this order; phases must not descend.
+        example_inputs: one real batch: a tensor, a tuple of positional or a mapping of keyword
+            arguments. Without, the model is traced symbolically and nothing but parameters can be
+            priced.
+        objective: "params", "memory" or "latency": declines a replacement that is no better;
+            latency is measured here, on the example's sizes. None applies every replacement.
+        max_error: declines a replacement whose relative weight error is larger.
+        where: which sites: a name pattern, a predicate over sites, or None for all.
+        calibration, memory_budget, device: not supported yet; anything but None is refused.
+        kernels: "auto": the fastest implementation that works here.
+        inplace: rewrite `model` itself, to save memory; it stays as it was if anything fails.
+        strict_signature: raise on calls that differ from the captured one, instead of running the
+            original Python forward over the rewritten layers.
+
+    Returns:
+        The rewritten model, a `RewrittenModule` and still an instance of the model's class.
+
+    Raises:
+        CaptureError: the example inputs do not run, or there are none and tracing fails.
+        OptionError: an impossible option, or passes out of order.
+        PassError: a pass failed on a site.
+        VerifyError: a pass broke what must hold.
+    """
+    _check_model(model)
+    check_passes(passes)
+    for name, value in (
+        ("calibration", calibration),
+        ("memory_budget", memory_budget),
+        ("device", device),
+    ):
+        if value is not None:
+            raise OptionError(f"{name}={value!r} is not supported yet: leave it out")
+    if kernels != "auto":
+        raise OptionError(f"kernels={kernels!r}: this version supports 'auto' only")
+    options = Options(objective, max_error, where)
+    root = model if inplace else _copied(model)
+    with _restored_on_error(root) if inplace else contextlib.nullcontext():
+        engine = prepare(root, example_inputs, options, strict=strict_signature)
+        steps = [engine.original()]
+        steps += [engine.run(p) for p in passes]
+        engine.finish(engine.report(steps))
+    return root
+
+
+def explain(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None, **options: Any) -> Report:
+    """The dry run: the report that `rewrite` with the same arguments would give, and no model."""
+    if options.pop("inplace", False):
+        raise OptionError("explain changes nothing: leave out inplace=True")
+    rewritten = rewrite(model, passes, example_inputs, **options)
+    return cast(Report, rewritten.__dict__["_rewriter"].report)
+
+
+def prepare(
+    root: nn.Module, example_inputs: Any, options: Options | None = None, *, strict: bool = False
+) -> Engine:
+    """An engine around the engine's own copy of a model, captured and ready to run passes."""
+    captured = capture(root, example_inputs, strict=strict)
+    return Engine(captured, options or Options())
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise RewriteError(f"rewrite needs a model, not the class {model.__name__}: build it first")
+    if not isinstance(model, nn.Module):
+        raise RewriteError(f"rewrite needs an nn.Module, not a {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise RewriteError("rewrite needs the Python model, not a TorchScript module")
+    if hasattr(model, "_orig_mod"):
+        raise RewriteError("the model is compiled already: rewrite first (pass model._orig_mod)")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise RewriteError("rewrite before wrapping for data parallelism (pass model.module)")
+
+
+def _copied(model: M) -> M:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise RewriteError(
+            f"{original_class(model).__name__} cannot be copied ({type(error).__name__}: {error}): "
+            "pass inplace=True to rewrite the model itself"
+        ) from error
+
+
+@contextlib.contextmanager
+def _restored_on_error(root: nn.Module) -> Iterator[None]:
+    """An in-place rewrite that fails leaves the model as it was."""
+    attributes = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+    saved = [(m, type(m), dict(vars(m))) for m in root.modules()]
+    inner = [(getattr(m, a), copy.copy(getattr(m, a))) for m, _, _ in saved for a in attributes]
+    try:
+        yield
+    except BaseException:
+        for module, cls, own in saved:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(own)
+        for container, contents in inner:
+            container.clear()
+            container.update(contents)
+        raise
+
+

@@ -1,0 +1,316 @@
+"""The object a rewrite returns: the original class, with a forward generated from the graphs.
+
+`host(module, state)` gives a module a dynamic subclass of its own class. Its `forward` runs the
+generated code of the graph for the current mode over the module tree; a call that the graph cannot
+serve runs the original Python `forward` over the same, rewritten, layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import linecache
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from rewriter.errors import RewriteWarning, SignatureError
+from rewriter.signature import Signature, Structure
+
+if TYPE_CHECKING:
+    from rewriter.report import Report
+
+__all__ = ["Program", "RewrittenModule", "State", "host", "original_class", "unhost"]
+
+_counter = itertools.count()
+_MODE_TARGETS = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
+
+
+class Program:
+    """One graph and the Python function generated from it.
+
+    Args:
+        graph: placeholders are the flat inputs; the output is a tuple of flat results.
+        output: puts the flat results together; None where the graph returns the original
+            structure itself (symbolic tracing).
+    """
+
+    def __init__(self, graph: fx.Graph, output: Structure | None) -> None:
+        self.graph = graph
+        self.output = output
+        self.changes_modes = any(
+            n.op == "call_function" and getattr(n.target, "__name__", "") in _MODE_TARGETS
+            for n in graph.nodes
+        )
+        self._functions: dict[str, Callable[..., Any]] = {}
+
+    def __call__(self, root: nn.Module, leaves: Sequence[Any], device: str) -> Any:
+        function = self._functions.get(device)
+        if function is None:
+            function = self._functions[device] = self._compile(device)
+        if self.changes_modes:
+            results = _restoring_modes(function, root, leaves)
+        else:
+            results = function(root, *leaves)
+        return results if self.output is None else self.output.build(results)
+
+    def _compile(self, device: str) -> Callable[..., Any]:
+        graph = self.graph
+        if device:
+            graph = copy.deepcopy(graph)
+            for node in graph.nodes:
+                node.args = fx.node.map_aggregate(node.args, lambda a: _moved(a, device))
+                node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: _moved(a, device))
+        code = graph.python_code("self")
+        filename = f"<rewriter graph {next(_counter)}>"
+        linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
+        namespace = dict(code.globals)
+        exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 (fx's own codegen)
+        return cast(Callable[..., Any], namespace["forward"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self  # a finished graph never changes again
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"nodes": _dump(self.graph), "output": self.output}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(_restore(state["nodes"]), state["output"])  # type: ignore[misc]
+
+
+def _moved(argument: Any, device: str) -> Any:
+    """Device literals follow the module: a graph captured on the CPU runs where its inputs are."""
+    return torch.device(device) if isinstance(argument, torch.device) else argument
+
+
+def _restoring_modes(function: Callable[..., Any], root: nn.Module, leaves: Sequence[Any]) -> Any:
+    """Runs code that switches grad or autocast mode by calls, not by `with`: restores both when
+    an exception leaves it half way."""
+    grad = torch.is_grad_enabled()
+    autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
+    finished = False
+    try:
+        results = function(root, *leaves)
+        finished = True
+    finally:
+        if not finished:
+            torch._C._set_grad_enabled(grad)
+            for device, enabled in autocast.items():
+                torch.set_autocast_enabled(device, enabled)
+    return results
+
+
+@dataclass
+class State:
+    """What a hosted module carries beside its own attributes.
+
+    Args:
+        signature: of the captured call; None accepts every call (symbolic tracing).
+        programs: the graph per mode (False: eval, True: train); a missing mode runs Python.
+        strict: raise on a call with another signature.
+        graph_only: rewritten places that the Python `forward` does not go through.
+        report: the ledger (root only).
+        recipe: what `save` writes (root only).
+        names: original parameter name → how `load_original` finds it (root only).
+    """
+
+    signature: Signature | None = None
+    programs: dict[bool, Program] = field(default_factory=dict)
+    strict: bool = False
+    graph_only: tuple[str, ...] = ()
+    report: Report | None = None
+    recipe: Any = None
+    warned: set[str] = field(default_factory=set)
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        program = self.programs.get(module.training)
+        if program is None:
+            if self.graph_only:
+                mode = "train" if module.training else "eval"
+                raise SignatureError(
+                    f"{type(module).__name__} was not captured in {mode} mode, and its Python "
+                    f"forward does not go through the rewritten {', '.join(self.graph_only)}: "
+                    "see report.capture for why"
+                )
+            return forward(module, *args, **kwargs)
+        if self.signature is None:
+            bound = _parameters(type(module)).bind(module, *args, **kwargs)
+            bound.apply_defaults()
+            return program(module, list(bound.arguments.values())[1:], "")
+        leaves = self.signature.bind(args, kwargs)
+        if isinstance(leaves, str):
+            return self._differs(module, forward, args, kwargs, leaves)
+        device = leaves[0].device if leaves else None
+        moved = device is not None and device.type != self.signature.device
+        return program(module, leaves, str(device) if moved else "")
+
+    def _differs(
+        self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, why: str
+    ) -> Any:
+        name = type(module).__name__
+        if self.graph_only:
+            raise SignatureError(
+                f"{name}: {why}. The original Python forward cannot serve this call, as it does "
+                f"not go through the rewritten {', '.join(self.graph_only)}. Call it as captured "
+                f"({self.signature}), or rewrite it with example_inputs like this call"
+            )
+        if self.strict:
+            raise SignatureError(
+                f"{name}: {why}. Captured: {self.signature}. Rewrite with example_inputs like "
+                "this call, or without strict_signature=True"
+            )
+        if not torch.compiler.is_compiling() and why not in self.warned:
+            self.warned.add(why)
+            warnings.warn(
+                f"{name}: {why}; such calls run the original Python forward over the rewritten "
+                "layers",
+                RewriteWarning,
+                stacklevel=5,
+            )
+        return forward(module, *args, **kwargs)
+
+
+class _Hosted(nn.Module):
+    """Mixin of the dynamic subclasses."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        root = isinstance(self, RewrittenModule)
+        return (_rebuild, (original_class(self), root), *reduced[2:])
+
+
+class RewrittenModule(_Hosted):
+    """What `rewrite` returns: the model's own class, and on top of it the ledger and storage."""
+
+    @property
+    def report(self) -> Report:
+        """The ledger: cost before and after every pass, every decision with its reason."""
+        return cast("Report", self.__dict__["_rewriter"].report)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes safetensors and one JSON recipe; see `rewriter.save`."""
+        from rewriter.store import save
+
+        save(self, directory)
+
+    def load_original(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Puts an original checkpoint through the same rewrite; see `rewriter.load_original`."""
+        from rewriter.store import load_original
+
+        load_original(self, state_dict)
+
+
+def host(module: nn.Module, state: State, *, root: bool) -> None:
+    """Gives `module` the generated forward, in place."""
+    cls = _hosted_class(original_class(module), root)
+    module.__class__ = cls
+    module.__dict__["_rewriter"] = state
+
+
+def unhost(module: nn.Module) -> None:
+    """Takes the generated forward away again, in place."""
+    if isinstance(module, _Hosted):
+        module.__class__ = original_class(module)
+        del module.__dict__["_rewriter"]
+
+
+def original_class(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
+    """The class the module had before it was hosted."""
+    cls = module if isinstance(module, type) else type(module)
+    return cls.__dict__.get("_original_class", cls)
+
+
+@functools.cache
+def _hosted_class(cls: type[nn.Module], root: bool) -> type[nn.Module]:
+    original = cls.forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_rewriter"].run(self, original, args, kwargs)
+
+    namespace = {
+        "forward": forward,
+        "_original_class": cls,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    mixin = RewrittenModule if root else _Hosted
+    # The user's own attributes win over the mixin's: a model may well have a `report` of its own.
+    return type(cls.__name__, (cls, mixin), namespace)
+
+
+@functools.cache
+def _parameters(cls: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(original_class(cls).forward)
+
+
+def _rebuild(cls: type[nn.Module], root: bool) -> nn.Module:
+    hosted = _hosted_class(cls, root)
+    return hosted.__new__(hosted)
+
+
+# Graphs are pickled as plain lists: OpOverloads and fx nodes do not pickle themselves.
+
+
+@dataclass(frozen=True)
+class _Ref:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Op:
+    path: tuple[str, ...]
+
+
+def _dump(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    def plain(argument: Any) -> Any:
+        return _Ref(argument.name) if isinstance(argument, fx.Node) else argument
+
+    rows = []
+    for node in graph.nodes:
+        target: Any = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            target = _Op((target.namespace, target._opname, target._overloadname))
+        elif isinstance(target, torch._ops.OpOverloadPacket):
+            target = _Op(tuple(target._qualified_op_name.split("::")))
+        args = tuple(_convert(a, plain) for a in node.args)
+        kwargs = {k: _convert(a, plain) for k, a in node.kwargs.items()}
+        rows.append((node.op, node.name, target, args, kwargs))
+    return rows
+
+
+def _restore(rows: list[tuple[Any, ...]]) -> fx.Graph:
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def node_of(argument: Any) -> Any:
+        return nodes[argument.name] if isinstance(argument, _Ref) else argument
+
+    for op, name, target, args, kwargs in rows:
+        if isinstance(target, _Op):
+            target = functools.reduce(getattr, target.path, torch.ops)
+        args = tuple(_convert(a, node_of) for a in args)
+        kwargs = {k: _convert(a, node_of) for k, a in kwargs.items()}
+        nodes[name] = graph.create_node(op, target, args, kwargs, name=name)
+    return graph
+
+
+def _convert(argument: Any, leaf: Callable[[Any], Any]) -> Any:
+    if isinstance(argument, list | tuple):
+        return type(argument)(_convert(a, leaf) for a in argument)
+    if isinstance(argument, dict):
+        return {k: _convert(a, leaf) for k, a in argument.items()}
+    if isinstance(argument, slice):
+        return slice(*(_convert(a, leaf) for a in (argument.start, argument.stop, argument.step)))
+    return leaf(argument)
+
+

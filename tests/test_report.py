@@ -1,0 +1,318 @@
+"""The ledger: what people read, what machines read, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from rewriter.cost import Cost
+from rewriter.errors import OptionError, StoreError
+from rewriter.report import CaptureInfo, Decision, Island, Report, Step
+from rewriter.report import format as fmt
+
+DENSE = Cost(22_713_216, 90_852_864, 11_476_795_392, 22_953_590_784, 444_685_546, 0, 105_164_288, 8)
+SMALL = replace(DENSE, params=12_713_216, param_bytes=50_852_864, peak_bytes=65_164_288)
+INT8 = replace(SMALL, param_bytes=15_852_864, macs=5_476_795_392, launches=10)
+NAMES = [f"layer.{i}.{n}" for i in range(6) for n in ("query", "key", "value", "out")]
+
+
+def report() -> Report:
+    monarch = [
+        Decision("layer.0.query", "linear", "replaced", error=0.02, shape="384→384"),
+        Decision(
+            "layer.1.query",
+            "linear",
+            "replaced",
+            error=0.3,
+            before=DENSE,
+            after=SMALL,
+            kernel="bmm",
+            tokens=1024,
+        ),
+        Decision("head", "linear", "skipped", "out_features 10 % nblocks 4", where="model.py:12"),
+        Decision("conv", "conv", "skipped", "not a linear layer"),
+    ]
+    int8 = [
+        Decision("layer.0.query", "MonarchLinear", "declined", "error 0.31 > max_error=0.1"),
+        Decision("layer.1.query", "MonarchLinear", "declined", "error 0.47 > max_error=0.1"),
+        Decision("head", "linear", "installed", error=0.004),
+    ]
+    return Report(
+        "BertModel",
+        CaptureInfo("torch.export", 1.234, signature="(ids: int64[8, 128])"),
+        [
+            Step("Monarch(nblocks=4)", DENSE, SMALL, monarch, 0.31, seconds=2.2, notes=["by SVD"]),
+            Step("Quantize('int8-dynamic')", SMALL, INT8, int8, 0.012, seconds=0.4),
+        ],
+    )
+
+
+def test_whole_of_the_steps() -> None:
+    r = report()
+    assert (r.before, r.after) == (DENSE, INT8)
+    assert [d.site for d in r.replaced] == ["layer.0.query", "layer.1.query", "head"]
+    assert len(r.skipped) == 4
+    assert len(r.decisions) == 7
+    assert r.coverage() == (3, 3)  # a site counts once, as what it was at first
+    assert r.coverage("conv") == (0, 1)
+    assert not r.lower_bounds
+    empty = Report("M", CaptureInfo("torch.export"))
+    assert (empty.before, empty.after, empty.coverage()) == (Cost(), Cost(), (0, 0))
+    assert "M" in str(empty)
+
+
+def test_text() -> None:
+    assert str(report()) == TEXT.strip("\n")
+
+
+TEXT = """
+Rewrite of BertModel
+  captured by torch.export in 1.23 s
+  called as (ids: int64[8, 128])
+  3 of 3 linear layers rewritten
+  outputs on the example inputs: relative error at most 0.3100 per step (largest in
+  Monarch(nblocks=4))
+
+                              before     after       change
+───────────────────────────────────────────────────────────
+parameters                    22.7 M    12.7 M   1.79× less
+parameter memory             90.9 MB   15.9 MB   5.73× less
+multiply-adds per forward     11.5 G    5.48 G   2.10× less
+memory traffic per forward    445 MB    445 MB         same
+peak memory in inference      105 MB   65.2 MB   1.61× less
+operations launched                8        10   1.25× more
+
+Step by step
+after                      params   weights     MACs   traffic      peak   ops    error     took
+────────────────────────────────────────────────────────────────────────────────────────────────
+original                   22.7 M   90.9 MB   11.5 G    445 MB    105 MB     8
+Monarch(nblocks=4)         12.7 M   50.9 MB   11.5 G    445 MB   65.2 MB     8   0.3100   2.20 s
+Quantize('int8-dynamic')   12.7 M   15.9 MB   5.48 G    445 MB   65.2 MB    10   0.0120   400 ms
+error: how far the step moved the outputs on the example inputs, relative to their size
+
+Monarch(nblocks=4): 2 sites replaced
+site            was              kernel    error             weights
+────────────────────────────────────────────────────────────────────
+layer.1.query   linear           bmm      0.3000   90.9 MB → 50.9 MB
+layer.0.query   linear 384→384            0.0200
+
+Monarch(nblocks=4): 2 sites left as is
+  • skipped, out_features 10 % nblocks 4: head (model.py:12)
+  • skipped, not a linear layer: conv
+
+Monarch(nblocks=4): notes
+  • by SVD
+
+Quantize('int8-dynamic'): 1 site replaced
+site   was       error
+──────────────────────
+head   linear   0.0040
+
+Quantize('int8-dynamic'): 2 sites left as is
+  • declined, error 0.31 > max_error=0.1 (the first; figures vary): layer.0.query, layer.1.query
+"""
+
+
+def test_what_is_missing_is_said() -> None:
+    r = report()
+    r.capture.islands.append(Island("moe", "Router", "loops over [data]", ["moe.a", "moe.b"]))
+    r.capture.notes.append("the train graph timed out")
+    r.errors.append("no cost formula for linalg_svd (model.py:3): totals are lower bounds")
+    assert r.lower_bounds
+    for shown in (str(r), r.to_markdown()):
+        assert "1 part left in Python" in shown
+        assert "1 operation without a cost formula" in shown
+        assert "2 layers inside rewritten" in shown
+        assert "the train graph timed out" in shown
+        assert "model.py:3" in shown
+    assert "loops over [data]" in str(r)  # not taken for rich markup
+    r = replace(report(), errors=["the size of nonzero depends on the data: priced at its largest"])
+    assert not r.lower_bounds
+    assert "priced at its largest" in str(r)
+
+
+@pytest.mark.parametrize(
+    ("error", "exact", "says"),
+    [
+        (0.0, True, "bit for bit as before"),
+        (1e-6, True, "as before up to rounding (1.0e-06)"),
+        (0.5, False, "relative error at most 0.5000"),
+        (math.nan, False, "relative error at most nan"),
+    ],
+)
+def test_summary_of_the_outputs(error: float, exact: bool, says: str) -> None:
+    step = Step("Pass()", DENSE, DENSE, output_error=error, exact=exact)
+    shown = str(Report("M", CaptureInfo("torch.export"), [step]))
+    assert says in shown
+    original = Step("original", DENSE, DENSE)
+    shown = str(Report("M", CaptureInfo("torch.export"), [original, step]))
+    assert len(re.findall("(?m)^original ", shown)) == 1
+
+
+def test_many_sites_are_grouped_worst_first() -> None:
+    decisions = [
+        Decision(name, "linear", "replaced", error=0.01 * (i + 1)) for i, name in enumerate(NAMES)
+    ]
+    step = Step("Monarch()", DENSE, SMALL, decisions)
+    shown = str(Report("M", CaptureInfo("torch.export"), [step]))
+    rows = [line.split() for line in shown.splitlines() if line.startswith("layer.")]
+    assert [row[:2] + row[3:] for row in rows] == [
+        ["layer.*.out", "(×6)", "0.2400"],
+        ["layer.*.value", "(×6)", "0.2300"],
+        ["layer.*.key", "(×6)", "0.2200"],
+        ["layer.*.query", "(×6)", "0.2100"],
+    ]
+    step.decisions = [replace(d, kernel=f"k{i}") for i, d in enumerate(decisions)]
+    shown = str(Report("M", CaptureInfo("torch.export"), [step]))
+    assert "… and 4 more, with smaller errors" in shown
+    step.decisions = [replace(d, action="skipped", reason="frozen") for d in decisions]
+    shown = " ".join(str(Report("M", CaptureInfo("torch.export"), [step])).split())
+    assert "skipped, frozen: layer.0.query, layer.0.key" in shown
+    assert "and 18 more" in shown
+
+
+def test_markdown_lists_every_decision() -> None:
+    shown = report().to_markdown()
+    for decision in report().decisions:
+        assert f"| {decision.site} |" in shown
+    assert "| head | linear | skipped | out_features 10 % nblocks 4 |" in shown
+    widths = [
+        {line.count("|") for line in table.splitlines()}
+        for table in shown.split("\n\n")
+        if table.startswith("|")
+    ]
+    assert len(widths) == 4
+    assert all(len(w) == 1 for w in widths)
+    odd = Decision("a|b", "linear", "skipped", "uses\n`_x_` <b>")
+    r = Report("M", CaptureInfo("torch.export"), [Step("P()", DENSE, DENSE, [odd])])
+    assert r"a\|b | linear | skipped | uses \`\_x\_\` \<b\>" in r.to_markdown()
+
+
+def test_rich_and_html() -> None:
+    out = io.StringIO()
+    Console(file=out, force_terminal=True, width=100, color_system="standard").print(report())
+    assert "\x1b[" in out.getvalue()
+    assert "layer.1.query" in out.getvalue()
+    html = report()._repr_html_()
+    assert html.startswith("<pre")
+    assert "layer.1.query" in html
+    assert "\x1b[" not in str(report())
+
+
+def test_round_trip() -> None:
+    r = report()
+    r.capture.islands.append(Island("moe", "Router", "data", ["moe.a"]))
+    assert Report.from_json(r.to_json()) == r
+    assert Report.from_dict(r.to_dict()) == r
+    assert Report.from_dict(json.loads(json.dumps(r.to_dict()))) == r
+    r.steps[0].output_error = math.inf
+    r.steps[0].decisions[0] = replace(r.steps[0].decisions[0], error=-math.inf)
+    assert "Infinity" not in r.to_json()
+    assert Report.from_json(r.to_json()) == r
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "not a report"),
+        ("[]", "format 1"),
+        ('{"format": 99}', "save it again"),
+        ('{"format": 1, "model": "M"}', "CaptureInfo is NoneType"),
+        ('{"format": 1, "model": "M", "capture": {"rung": "x"}, "colour": 1}', "colour"),
+        ('{"format": 1, "capture": {"rung": "x"}}', "model"),
+        (
+            '{"format": 1, "model": "M", "capture": {"rung": "x"}, '
+            '"steps": [{"name": "a", "before": 3, "after": 4}]}',
+            "a cost is int",
+        ),
+    ],
+)
+def test_foreign_json_is_refused(text: str, says: str) -> None:
+    with pytest.raises(StoreError, match=says):
+        Report.from_json(text)
+
+
+def test_save(tmp_path: Path) -> None:
+    r = report()
+    r.save(tmp_path / "r.json")
+    r.save(str(tmp_path / "r.md"))
+    r.save(tmp_path / "r.TXT")
+    assert Report.from_json((tmp_path / "r.json").read_text(encoding="utf-8")) == r
+    assert (tmp_path / "r.md").read_text(encoding="utf-8") == r.to_markdown()
+    assert (tmp_path / "r.TXT").read_text(encoding="utf-8") == str(r) + "\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.TXT", "r.json", "r.md"]
+
+
+def test_save_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match=r"'r.html': the suffix must be one of .json, .md, .txt"):
+        report().save(tmp_path / "r.html")
+    with pytest.raises(StoreError, match="cannot write the report to .*absent.*directory"):
+        report().save(tmp_path / "absent" / "r.json")
+    (tmp_path / "r.json").mkdir()
+    with pytest.raises(StoreError, match=re.escape(str(tmp_path / "r.json"))):
+        report().save(tmp_path / "r.json")
+    old = tmp_path / "old.txt"
+    old.write_text("kept", encoding="utf-8")
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(StoreError, match="No space left on device"):
+        report().save(old)
+    assert old.read_text(encoding="utf-8") == "kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old.txt", "r.json"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (fmt.count(0), "0"),
+        (fmt.count(999), "999"),
+        (fmt.count(1234567), "1.23 M"),
+        (fmt.count(999_999), "1.00 M"),
+        (fmt.count(0.5), "0.50"),
+        (fmt.size(0), "0 B"),
+        (fmt.size(45_100_000), "45.1 MB"),
+        (fmt.size(1_000), "1.00 kB"),
+        (fmt.flops(1.2e9), "1.20 GFLOP"),
+        (fmt.macs(5e18), "5.00 EMAC"),
+        (fmt.macs(5e22), "50000 EMAC"),
+        (fmt.seconds(0.00123), "1.23 ms"),
+        (fmt.seconds(75), "75.0 s"),
+        (fmt.seconds(0.9999), "1.00 s"),
+        (fmt.seconds(2e-6), "2.00 µs"),
+        (fmt.seconds(0), "0 µs"),
+        (fmt.error(None), "–"),
+        (fmt.error(0.0), "0"),
+        (fmt.error(2e-7), "2.0e-07"),
+        (fmt.error(math.inf), "inf"),
+        (fmt.ratio(4, 1), "4.00× less"),
+        (fmt.ratio(1, 1.2), "1.20× more"),
+        (fmt.ratio(1000, 999), "0.10% less"),
+        (fmt.ratio(3, 3), "same"),
+        (fmt.ratio(0, 3), "all new"),
+        (fmt.ratio(3, 0), "all gone"),
+    ],
+)
+def test_format(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 10**18))
+def test_count_is_right_to_three_digits(n: int) -> None:
+    number, _, unit = fmt.count(n).partition(" ")
+    value = float(number) * 1000.0 ** ["", "k", "M", "G", "T", "P", "E"].index(unit)
+    assert abs(value - n) <= 0.005 * n
+    assert len(number) <= 4
