@@ -29,9 +29,12 @@ class Densify(Pass):
 
     matches: ClassVar[tuple[Kind, ...]] = (MonarchLinear,)
     phase: ClassVar[Phase] = Phase.STRUCTURE
-    exact: ClassVar[bool] = True
 
     where: Where = None
+
+    @property
+    def exact(self) -> bool:
+        return True
 
     def propose(self, site: Site) -> Replacement | Skip:
         layer = site.module

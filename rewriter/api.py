@@ -89,7 +89,9 @@ def rewrite(
     return root
 
 
-def explain(model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None, **options: Any) -> Report:
+def explain(
+    model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None, **options: Any
+) -> Report:
     """The dry run: the report that `rewrite` with the same arguments would give, and no model."""
     if options.pop("inplace", False):
         raise OptionError("explain changes nothing: leave out inplace=True")
@@ -145,5 +147,3 @@ def _restored_on_error(root: nn.Module) -> Iterator[None]:
             container.clear()
             container.update(contents)
         raise
-
-

@@ -76,6 +76,7 @@ class Pass:
 
     matches: ClassVar[tuple[str | type[Layer], ...]] = ()
     phase: ClassVar[Phase] = Phase.STRUCTURE
+
     @property
     def exact(self) -> bool:
         """True where the rewritten model computes the same function, up to rounding."""

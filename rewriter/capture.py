@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from rewriter.errors import CaptureError
+from rewriter.cost import model_cost
+from rewriter.errors import CaptureError, VerifyError
 from rewriter.hosted import Program, State, host, unhost
 from rewriter.rehost import rehost, size_rules
 from rewriter.report import Island
@@ -436,6 +437,10 @@ def _export(
         return "its forward draws from Python's or NumPy's random numbers, which a graph would fix"
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
+    try:
+        model_cost(module, [("", graph, leaves)], training=training)
+    except VerifyError as error:
+        return _first_line(error)
     assert flat.result.structure is not None
     return graph, flat.result.structure, dims
 
@@ -588,9 +593,7 @@ def _parts(
                 return
             reason = region
         if recorded and reason is not None:
-            layers = [
-                f"{fqn}.{n}" if fqn else n for n, m in module.named_children() if is_leaf(m)
-            ]
+            layers = [f"{fqn}.{n}" if fqn else n for n, m in module.named_children() if is_leaf(m)]
             result.islands.append(Island(fqn, type(module).__name__, reason, layers))
         for name, child in module.named_children():
             visit(f"{fqn}.{name}" if fqn else name, child, None)

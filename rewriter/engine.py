@@ -178,9 +178,7 @@ class Engine:
         """The ledger of these steps."""
         capture = self.capture
         signature = next((str(r.signature) for r in capture.regions if not r.prefix), "")
-        info = CaptureInfo(
-            capture.rung, capture.seconds, capture.islands, capture.notes, signature
-        )
+        info = CaptureInfo(capture.rung, capture.seconds, capture.islands, capture.notes, signature)
         return Report(original_class(capture.root).__name__, info, steps, self.errors)
 
     def finish(self, report: Report, recipe: Recipe | None = None) -> None:
@@ -232,7 +230,8 @@ class Engine:
                 if not fnmatch.filter(names, where):
                     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
                     raise OptionError(
-                        f"{rewrite}: where={where!r} matches none of its {len(names)} sites: {shown}"
+                        f"{rewrite}: where={where!r} matches none of its {len(names)} sites: "
+                        f"{shown}"
                     )
 
     def _propose(self, rewrite: Pass, site: Site) -> Replacement | Skip:
@@ -256,8 +255,8 @@ class Engine:
             raise
         except Exception as error:
             raise PassError(
-                f"{rewrite} failed on {site.fqn} ({_kind_name(site.kind)}, {site.where or 'unknown line'}): "
-                f"{type(error).__name__}: {error}"
+                f"{rewrite} failed on {site.fqn} ({_kind_name(site.kind)}, "
+                f"{site.where or 'unknown line'}): {type(error).__name__}: {error}"
             ) from error
         if not isinstance(answer, Replacement | Skip):
             raise PassError(
@@ -319,8 +318,11 @@ class Engine:
             reading = readers.get(weight, set()) - nodes
             if others or reading or len({p.site.transposed for p in group}) > 1:
                 tied = ", ".join(sorted(others)) or "code that reads it directly"
+                reason = (
+                    f"its weight is tied to {tied}: both or neither, and {rewrite.name} cannot "
+                    "rewrite both"
+                )
                 for p in group:
-                    reason = f"its weight is tied to {tied}: both or neither, and {rewrite.name} cannot rewrite both"
                     decisions.append(_decision(p.site, "skipped", reason))
                 continue
             for p in group[1:]:  # one layer for all, so that the tie survives
@@ -338,9 +340,7 @@ class Engine:
             return []
         last = site.weight_ref.rpartition(".")[2]
         root = self.capture.root
-        return [
-            f"{n}.{last}" for n, m in root.named_modules(remove_duplicate=False) if m is module
-        ]
+        return [f"{n}.{last}" for n, m in root.named_modules(remove_duplicate=False) if m is module]
 
     def _declined(self, p: _Proposal, decisions: list[Decision]) -> bool:
         error, limit = p.replacement.error, self.options.max_error
@@ -354,7 +354,7 @@ class Engine:
         return bool(reason)
 
     def _no_better(self, p: _Proposal) -> str:
-        """Why the objective speaks against a replacement, with the figures; "" where it does not."""
+        """Why the objective speaks against a replacement, with figures; "" where it does not."""
         old: list[Any] = [p.site.module] if p.site.module is not None else []
         if not old and p.site.weight_ref is not None:
             old = [t for t in (p.site.weight, p.site.bias) if t is not None]
@@ -368,7 +368,8 @@ class Engine:
             if times is None:
                 return "its latency cannot be measured here: no data, or no shapes"
             if times[1] >= times[0]:
-                return f"measured {times[1] * 1e6:.0f} µs, the layer it replaces {times[0] * 1e6:.0f} µs"
+                old_us, new_us = times[0] * 1e6, times[1] * 1e6
+                return f"measured {new_us:.0f} µs, the layer it replaces {old_us:.0f} µs"
         return ""
 
     def _timed(self, p: _Proposal) -> tuple[float, float] | None:
@@ -536,7 +537,7 @@ def _take_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def _call_instead(node: fx.Node, target: str) -> None:
-    """Calls the module at `target` where `node` called a function, and drops what fed its weight."""
+    """Calls the module at `target` where `node` called a function; drops what fed its weight."""
     graph = node.graph
     index = 1 if op_name(node) == "addmm" else 0
     source = node.args[index] if len(node.args) > index else node.kwargs["input"]
@@ -551,4 +552,3 @@ def _call_instead(node: fx.Node, target: str) -> None:
         if not dead.users:
             feeding += dead.all_input_nodes
             graph.erase_node(dead)
-

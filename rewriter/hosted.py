@@ -312,5 +312,3 @@ def _convert(argument: Any, leaf: Callable[[Any], Any]) -> Any:
     if isinstance(argument, slice):
         return slice(*(_convert(a, leaf) for a in (argument.start, argument.stop, argument.step)))
     return leaf(argument)
-
-

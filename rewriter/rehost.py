@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.exported_program import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 
+from rewriter.errors import CaptureError
 from rewriter.signature import Dims
-from rewriter.sites import is_leaf
+from rewriter.sites import is_leaf, user_line
 
 __all__ = ["CONSTANT", "rehost", "size_rules"]
 
@@ -43,7 +45,15 @@ def rehost(
 
     Returns:
         The graph, and the constants it needs, by the buffer name that it reads.
+
+    Raises:
+        CaptureError: a size or a number in the graph depends on the data. Export fixes the branch
+            that the model takes on it, and a call with other data would fail or be wrong.
     """
+    for node in program.graph.nodes:
+        if free_unbacked_symbols(node.meta.get("val")):
+            where = user_line(node) or str(node.target)
+            raise CaptureError(f"a value computed at {where} depends on the data")
     flat = fx.Graph()
     constants: dict[str, Tensor] = {}
     environment: dict[fx.Node, Any] = {}

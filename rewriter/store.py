@@ -420,7 +420,9 @@ def _from_json(data: Mapping[str, Any]) -> dict[str, Any]:
 def _recipe_of(model: nn.Module) -> tuple[Recipe, Report]:
     state = vars(model).get("_rewriter")
     if not isinstance(model, RewrittenModule) or state is None or state.recipe is None:
-        raise StoreError(f"{type(model).__name__} was not made by rewriter.rewrite or rewriter.load")
+        raise StoreError(
+            f"{type(model).__name__} was not made by rewriter.rewrite or rewriter.load"
+        )
     return state.recipe, state.report
 
 
@@ -486,5 +488,3 @@ def _digest(path: pathlib.Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-

@@ -119,5 +119,6 @@ def relative_error(actual: Sequence[Any], expected: Sequence[Any]) -> float | No
 def tolerance(results: Sequence[Any]) -> float:
     """The relative error that rounding alone may cause in an exact rewrite of a deep model: a
     thousand units in the last place of the coarsest result."""
-    eps = [torch.finfo(t.dtype).eps for t in results if isinstance(t, Tensor) and t.is_floating_point()]
+    floats = [t for t in results if isinstance(t, Tensor) and t.is_floating_point()]
+    eps = [torch.finfo(t.dtype).eps for t in floats]
     return 1000 * max(eps, default=torch.finfo(torch.float32).eps)

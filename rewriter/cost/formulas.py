@@ -175,6 +175,7 @@ _EXTRA: Mapping[str, Formula] = {
     "aten::mkldnn_linear": _linear,
     "aten::_grouped_mm": _linear_first,
     "aten::_scaled_grouped_mm": _linear_first,
+    "transformers::grouped_mm_fallback": _linear_first,
     "aten::_trilinear": _trilinear,
     "aten::_cdist_forward": _cdist,
     "aten::_euclidean_dist": _cdist,

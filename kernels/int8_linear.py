@@ -1,0 +1,449 @@
+"""Int8 linear: int8 weights with a scale per output channel, activations quantized at run time.
+
+    per token    lo_t = min_k x[t,k],  s_t = (max_k x[t,k] − lo_t + ε)/255
+    per tensor   the same over all of x with 0 in the range, and lo a multiple of s
+    q[t,k] = round((x[t,k] − lo_t)/s_t)                                  uint8
+    y[t,n] = s_t·scale[n]·Σ_k q[t,k]·qweight[n,k] + lo_t·scale[n]·Σ_k qweight[n,k] + bias[n]
+
+The sum over q·qweight is exact in int32. Affine activations use all 256 levels whatever the sign
+of x, and a constant row (zeros, padding) is exact. ε = 1e-8 is fbgemm's.
+
+Kernels on the CPU, chosen by measurement per shape and refused where a probe with extreme values
+finds them wrong (u8·s8 instructions without VNNI saturate their int16 pair sums):
+
+    onednn   fbgemm's row-wise quantizer, oneDNN's packed u8·s8 GEMM with the weight scale fused
+    int_mm   the same quantizer, `torch._int_mm` on the weight as it lies: no packed copy
+    torch    the formula in float32; every device
+
+Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", eq. 4 and 7, with dynamic ranges.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = [
+    "ACTIVATIONS",
+    "available_kernels",
+    "dequantize_weight",
+    "int8_linear",
+    "int8_linear_reference",
+    "kernel_name",
+    "pick_kernel",
+    "quantize_weight",
+    "refused_kernels",
+]
+
+ACTIVATIONS = ("per_token", "per_tensor")
+_EPS = 1e-8
+_FAST = ("onednn", "int_mm")
+
+_LIB = torch.library.Library("rewriter", "FRAGMENT")
+_LIB.define(
+    "int8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None, "
+    "str activation='per_token') -> Tensor"
+)
+
+
+def int8_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "per_token",
+) -> Tensor:
+    """y = (s·q(x) + lo) @ (qweight·scale[:, None])ᵀ + bias; see the module for q, s and lo.
+
+    Costs 2·rows·in·out FLOPs. Accumulated in int32 and float32, whatever the dtype of x. The
+    gradient of x is straight-through, g @ (qweight·scale[:, None]); bias has its gradient;
+    qweight and scale have none. NaN or inf in a row makes that row NaN (per tensor: all of y).
+
+    A packed copy of the weight is kept for as long as `qweight` lives, and made anew when
+    `qweight` was written in place or its data replaced. Writes through `qweight.data` or NumPy
+    are not counted by torch and cannot be noticed.
+
+    Args:
+        x: [*, in_features], any real floating dtype and leading shape.
+        qweight: [out_features, in_features] int8.
+        scale: [out_features].
+        bias: [out_features] or None.
+        activation: "per_token" or "per_tensor".
+
+    Returns:
+        [*, out_features], contiguous, in x's dtype (the autocast dtype under autocast).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    y: Tensor = torch.ops.rewriter.int8_linear.default(x, qweight, scale, bias, activation)
+    return y
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """scale[…,n] = max_k |w[…,n,k]|/127, q = round(w/scale): symmetric, per row.
+
+    Args:
+        weight: [*, out_features, in_features].
+
+    Returns:
+        q int8 of weight's shape in [-127, 127], and scale [*, out_features], float32 or wider.
+        A row of zeros has scale 1.
+    """
+    weight = weight.detach().to(_wide(weight.dtype))
+    if weight.shape[-1] == 0:
+        return weight.to(torch.int8), weight.new_ones(weight.shape[:-1])
+    scale = weight.abs().amax(-1) / 127
+    # amax/127 may round to zero for subnormal rows, which then count as zeros
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    q = (weight / scale.unsqueeze(-1)).round_().clamp_(-127, 127)
+    return q.to(torch.int8, memory_format=torch.contiguous_format), scale
+
+
+def dequantize_weight(qweight: Tensor, scale: Tensor) -> Tensor:
+    """w[…,n,k] = qweight[…,n,k]·scale[…,n], in scale's dtype."""
+    return qweight.to(scale.dtype) * scale.unsqueeze(-1)
+
+
+def int8_linear_reference(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "per_token",
+) -> Tensor:
+    """The same function as `int8_linear`, written as the formula (float64 inside)."""
+    wide, w = x.to(torch.float64), dequantize_weight(qweight, scale.to(torch.float64))
+    if activation == "per_token":
+        lo, hi = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+        s = (hi - lo + _EPS) / 255
+    else:
+        low, hi = wide.amin().clamp(max=0), wide.amax().clamp(min=0)
+        s = (hi - low + _EPS) / 255
+        lo = -s * (-low / s).round()
+    q = ((wide - lo) / s).round().clamp(0, 255)
+    y = (s * q + lo) @ w.t()
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+# Choice of the kernel ----------------------------------------------------------------------------
+
+
+def available_kernels() -> tuple[str, ...]:
+    """The CPU kernels that gave the right answers on this machine; "torch" is always one."""
+    return (*(k for k in _FAST if _refusal(k) is None), "torch")
+
+
+def refused_kernels() -> dict[str, str]:
+    """Why the other kernels are not used on this machine: {name: reason}."""
+    return {k: reason for k in _FAST if (reason := _refusal(k)) is not None}
+
+
+def pick_kernel(
+    tokens: int, in_features: int, out_features: int, activation: str = "per_token"
+) -> str:
+    """The fastest available CPU kernel for a shape.
+
+    Measured the first time a shape is asked for, on made-up data of that shape, with `tokens`
+    rounded up to a power of two (at most 4096); remembered per number of threads.
+    """
+    bucket = min(1 << max(tokens - 1, 0).bit_length(), 4096)
+    return _measured(bucket, in_features, out_features, activation, torch.get_num_threads())
+
+
+def kernel_name(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    activation: str = "per_token",
+    device: torch.device | str = "cpu",
+) -> str:
+    """The kernel that `int8_linear` runs for such a call, for the report."""
+    if torch.device(device).type != "cpu" or not (tokens and in_features and out_features):
+        return "torch"
+    return pick_kernel(tokens, in_features, out_features, activation)
+
+
+@functools.cache
+def _measured(rows: int, k: int, n: int, activation: str, threads: int) -> str:
+    kernels = available_kernels()[:-1]
+    if len(kernels) < 2:
+        return available_kernels()[0]
+    with torch.inference_mode(False), torch.no_grad():
+        x = torch.linspace(-1, 1, rows * k).view(rows, k)
+        qweight = torch.ones(n, k, dtype=torch.int8)
+        scale, best = torch.ones(n), dict.fromkeys(kernels, math.inf)
+        for _ in range(4):  # the first round packs and warms up, interleaved against drift
+            for name in kernels:
+                start = time.perf_counter()
+                _run(name, x, qweight, scale, None, activation)
+                if _:
+                    best[name] = min(best[name], time.perf_counter() - start)
+    return min(best, key=best.__getitem__)
+
+
+@functools.cache
+def _refusal(kernel: str) -> str | None:
+    """Runs the kernel on sums that saturate int16 arithmetic, against exact results."""
+    with torch.inference_mode(False), torch.no_grad():
+        for rows, k, n in ((1, 64, 16), (3, 67, 5), (9, 256, 33)):
+            x = torch.full((rows, k), 255.0)
+            x[:, ::7] = 0.0
+            x[rows // 2, 1::2] = 100.0  # q = x, as the range is 255
+            qweight = torch.full((n, k), 127, dtype=torch.int8)
+            qweight[1::3], qweight[2::3, ::2] = -128, -1
+            scale, bias = torch.linspace(0.5, 2.0, n), torch.linspace(-1.0, 1.0, n)
+            for activation in ACTIVATIONS:
+                want = int8_linear_reference(x, qweight, scale, bias, activation)
+                try:
+                    got = _run(kernel, x, qweight, scale, bias, activation)
+                except (RuntimeError, AttributeError) as error:  # not built in, or not this CPU
+                    return f"not available: {str(error).splitlines()[0]}"
+                # float32 rounding alone: half an integer step would already be 50 times more
+                if not torch.allclose(got, want, rtol=1e-5, atol=0.5):
+                    worst = (got - want).abs().max().item()
+                    return f"wrong by {worst:.3g} at {rows}x{k}x{n} {activation}"
+    return None
+
+
+# Packed weights ----------------------------------------------------------------------------------
+
+
+class _Packed:
+    """What kernels derive from one weight, made when first asked for."""
+
+    def __init__(self, qweight: Tensor, stamp: tuple[int, int] | None) -> None:
+        self.stamp = stamp
+        self.row_sums = qweight.sum(-1, dtype=torch.int32).float()
+        self.onednn: dict[tuple[int, int], Tensor] = {}
+
+
+_CACHE = WeakTensorKeyDictionary()
+
+
+def _packed(qweight: Tensor) -> _Packed:
+    # A tensor made under inference_mode counts no versions: nothing derived from it is kept.
+    if qweight.is_inference():
+        return _Packed(qweight, None)
+    stamp = (qweight._version, qweight.data_ptr())
+    packed: _Packed | None = _CACHE.get(qweight)
+    if packed is None or packed.stamp != stamp:
+        packed = _CACHE[qweight] = _Packed(qweight, stamp)
+    return packed
+
+
+def _onednn_weight(packed: _Packed, index: int, qweight: Tensor, width: int) -> Tensor:
+    """qweight [n, k] in oneDNN's layout, zero-padded to `width` columns."""
+    weight = packed.onednn.get((index, width))
+    if weight is None:
+        padded = F.pad(qweight, (0, width - qweight.shape[1])).contiguous()
+        weight = torch.ops.onednn.qlinear_prepack(padded, None)
+        packed.onednn[index, width] = weight
+    return weight
+
+
+# Forward -----------------------------------------------------------------------------------------
+
+_Quantized = tuple[Tensor, Tensor | float, Tensor | float]
+"""q [rows, ≥ k] uint8, and s and lo, each [rows, 1] or one number. Columns from k on are noise."""
+
+
+def _quantize(x: Tensor, activation: str) -> _Quantized:
+    """x [rows, k] float32 contiguous, not empty, by fbgemm's kernels."""
+    if activation == "per_tensor":
+        low, high = (float(v) for v in torch.aminmax(x))
+        s = (max(high, 0.0) - min(low, 0.0) + _EPS) / 255
+        if not math.isfinite(s):
+            return torch.zeros_like(x, dtype=torch.uint8), s, math.nan
+        zero = round(-min(low, 0.0) / s)
+        q = torch.quantize_per_tensor(x, s, zero, torch.quint8).int_repr()
+        return q, s, -s * zero
+    # NaN-propagating, which the quantizer's own minimum is not
+    lo = x.amin(-1, keepdim=True)
+    if rest := -x.shape[1] % 4:  # the scale behind each row is to be aligned as a float
+        x = torch.cat([x, x[:, :1].expand(-1, rest)], 1)
+    # One pass; each row is followed by 8 bytes, its scale and its minimum as float32. They stay
+    # where they are and meet zero columns of the weight, which is cheaper than cutting them off.
+    q = torch.ops.quantized.embedding_bag_byte_prepack(x)
+    return q, q.view(torch.float32)[:, -2:-1] + _EPS / 255, lo
+
+
+def _quantize_torch(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula in plain torch: q [rows, k] as float32."""
+    if activation == "per_token":
+        lo = x.amin(-1, keepdim=True)
+        s = (x.amax(-1, keepdim=True) - lo + _EPS) / 255
+    else:
+        low = x.amin().clamp(max=0)
+        s = (x.amax().clamp(min=0) - low + _EPS) / 255
+        lo = -s * (-low / s).round()
+    return ((x - lo) / s).round_().clamp_(0, 255), s, lo
+
+
+def _multiply(
+    kernel: str,
+    quantized: _Quantized,
+    qweight: Tensor,
+    packed: _Packed,
+    index: int | None,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """quantized activations × qweight [n, k] (number `index` of the packed stack) → [rows, n]."""
+    q, s, lo = quantized
+    sums = packed.row_sums if index is None else packed.row_sums[index]
+    offset = sums * scale  # [n]
+    if kernel == "onednn":
+        weight = _onednn_weight(packed, index or 0, qweight, q.shape[1])
+        zeros = torch.zeros(scale.shape, dtype=torch.int32)
+        # u8 with x_scale 1; s8 activations would fall into a reference loop, 1000 times slower
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            q, 1.0, 0, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+    else:
+        assert kernel == "int_mm", kernel
+        signed = (q[:, : qweight.shape[1]] ^ 128).view(torch.int8)  # q − 128
+        y = torch._int_mm(signed, qweight.t()).float().mul_(scale)
+        lo = lo + 128 * s
+    # y·s + lo·offset + bias in two passes, in place
+    if isinstance(s, Tensor):
+        y = y.mul_(s) if bias is None else torch.addcmul(bias, y, s, out=y)
+        assert isinstance(lo, Tensor)
+        return y.addcmul_(lo, offset)
+    offset = offset * lo
+    return torch.add(offset if bias is None else offset + bias, y, alpha=s, out=y)
+
+
+def _run(
+    kernel: str,
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """x [rows, k] float32 contiguous, rows·k·n > 0 → [rows, n] float32."""
+    if kernel == "torch":
+        q, s, lo = _quantize_torch(x, activation)
+        weight = qweight.float()
+        y = (q @ weight.t()) * (s * scale)
+        y = torch.addcmul(y, lo, weight.sum(-1) * scale)
+        return y if bias is None else y.add_(bias)
+    packed = _packed(qweight)
+    return _multiply(kernel, _quantize(x, activation), qweight, packed, None, scale, bias)
+
+
+def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"int8_linear: activation must be one of {ACTIVATIONS}: {activation!r}")
+    if qweight.dtype != torch.int8 or qweight.ndim != 2:
+        raise ValueError(
+            f"int8_linear: qweight must be a 2-D int8 tensor, got {qweight.dtype} "
+            f"{list(qweight.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"int8_linear: x must be real floating point, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] != qweight.shape[1]:
+        raise ValueError(
+            f"int8_linear: x of shape {list(x.shape)} does not fit qweight {list(qweight.shape)}: "
+            f"its last dimension must be {qweight.shape[1]}"
+        )
+    for name, t in (("scale", scale), ("bias", bias)):
+        if t is not None and (t.ndim != 1 or t.shape[0] != qweight.shape[0]):
+            raise ValueError(
+                f"int8_linear: {name} must be [{qweight.shape[0]}], got {list(t.shape)}"
+            )
+
+
+def _forward(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "per_token",
+) -> Tensor:
+    _check(x, qweight, scale, bias, activation)
+    n, k = qweight.shape
+    shape, dtype = (*x.shape[:-1], n), x.dtype
+    rows = math.prod(shape[:-1])
+    if rows * n * k == 0:
+        y = x.new_zeros(shape)
+        return y if bias is None else y.add_(bias)
+    kernel = pick_kernel(rows, k, n, activation) if x.device.type == "cpu" else "torch"
+    x = x.reshape(rows, k).to(torch.float32).contiguous()
+    y = _run(kernel, x, qweight, scale.float(), None if bias is None else bias.float(), activation)
+    return y.view(shape).to(dtype)
+
+
+def _fake(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "per_token",
+) -> Tensor:
+    _check(x, qweight, scale, bias, activation)
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+# Backward and registration -----------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, qweight, scale, bias, _ = inputs
+    ctx.save_for_backward(qweight, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+    """dx = g @ (qweight·scale[:, None]); dbias = Σ_rows g. Rounding counts as the identity."""
+    qweight, scale = ctx.saved_tensors
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = (grad * scale.to(grad.dtype)) @ qweight.to(grad.dtype)
+    if ctx.needs_input_grad[3]:
+        dbias = grad.sum(tuple(range(grad.ndim - 1))).to(ctx.bias_dtype)
+    return dx, None, None, dbias, None
+
+
+def _autocast(device: str) -> Any:
+    def kernel(
+        x: Tensor,
+        qweight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        activation: str = "per_token",
+    ) -> Tensor:
+        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return int8_linear(x.to(dtype), qweight, scale, bias, activation)
+
+    return kernel
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+_LIB.impl("int8_linear", _forward, "CompositeExplicitAutograd")
+_LIB.impl("int8_linear", _autocast("cpu"), "AutocastCPU")
+_LIB.impl("int8_linear", _autocast("cuda"), "AutocastCUDA")
+torch.library.register_fake("rewriter::int8_linear", _fake, lib=_LIB)
+torch.library.register_autograd(
+    "rewriter::int8_linear", _backward, setup_context=_setup_context, lib=_LIB
+)
+
+
+@register_flop_formula(torch.ops.rewriter.int8_linear)  # type: ignore[untyped-decorator]
+def int8_linear_flops(x: torch.Size, qweight: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """2·rows·in·out integer operations, from shapes."""
+    return 2 * math.prod(x) * qweight[0]

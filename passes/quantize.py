@@ -1,0 +1,291 @@
+"""Quantize: int8 weights, activations quantized at run time."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip, Where, as_parameter, non_finite
+from rewriter.errors import OptionError
+from rewriter.kernels.int8_linear import (
+    ACTIVATIONS,
+    dequantize_weight,
+    int8_linear,
+    quantize_weight,
+)
+from rewriter.kernels.int8_monarch import int8_monarch_linear
+from rewriter.kernels.monarch import monarch_dense
+from rewriter.passes.monarch import MonarchLinear
+from rewriter.sites import LINEAR, Kind, Site
+
+__all__ = ["Quantize", "QuantizedLinear", "QuantizedMonarch"]
+
+Activation = Literal["per_token", "per_tensor"]
+_SCHEMES = ("int8-dynamic",)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FROZEN = "weights are frozen by quantization; gradients still reach the input"
+
+
+def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
+    if value in valid:
+        return
+    near = difflib.get_close_matches(str(value), valid, 1, 0.0)[0]
+    raise OptionError(f"{name} {value!r} is unknown: did you mean {near!r}? Valid: {valid}")
+
+
+def _random(*shape: int, bound: float, device: Any, dtype: Any) -> tuple[Tensor, Tensor]:
+    weight = torch.empty(*shape, device=device, dtype=dtype).uniform_(-bound, bound)
+    return quantize_weight(weight)
+
+
+class QuantizedLinear(Layer):
+    """y = q(x) @ (qweight·scale[:, None])ᵀ + bias, with q rounding x to 256 levels at run time.
+
+    The weights are buffers: they do not train. Gradients reach x (straight-through) and bias.
+    `.to(bfloat16)` rounds `scale` as well; the GEMM stays int8.
+
+    Args:
+        in_features: size of the last dimension of x.
+        out_features: size of the last dimension of y.
+        bias: whether there is a bias.
+        activation: "per_token" finds a range for each row of x, "per_tensor" one for all of x.
+        device: of all tensors.
+        dtype: of bias, and of the weights before quantization; scale is float32 or wider.
+
+    Attributes:
+        qweight: [out_features, in_features] int8.
+        scale: [out_features].
+        bias: [out_features] or None.
+
+    Raises:
+        OptionError: unknown `activation`.
+    """
+
+    op = "int8_linear"
+    qweight: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: Activation = "per_token",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _one_of("QuantizedLinear: activation", activation, ACTIVATIONS)
+        self.in_features, self.out_features = in_features, out_features
+        self.activation: Activation = activation
+        bound = 1 / math.sqrt(max(in_features, 1))
+        qweight, scale = _random(out_features, in_features, bound=bound, device=device, dtype=dtype)
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scale", scale)
+        _register_bias(self, out_features if bias else None, bound, device, dtype)
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None, activation: Activation = "per_token"
+    ) -> QuantizedLinear:
+        """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, bias is not None, activation, device="meta")
+        layer.qweight, layer.scale = quantize_weight(weight)
+        layer.bias = None if bias is None else as_parameter(bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(x, self.qweight, self.scale, self.bias, self.activation)
+
+    def config(self) -> Mapping[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "activation": self.activation,
+        }
+
+    def dense_weight(self) -> Tensor:
+        """W = qweight·scale[:, None], [out_features, in_features]."""
+        return dequantize_weight(self.qweight, self.scale)
+
+
+class QuantizedMonarch(Layer):
+    """`MonarchLinear` with both factors in int8 and both factors' inputs quantized at run time.
+
+    Args:
+        in_features, out_features, nblocks, rank, bias: as in `MonarchLinear`.
+        activation: as in `QuantizedLinear`; per token means per token and block.
+        device, dtype: as in `QuantizedLinear`.
+
+    Attributes:
+        qright: [N, N·rank, ib] int8, and right_scale [N, N·rank].
+        qleft: [N, ob, N·rank] int8, and left_scale [N, ob].
+        bias: [out_features] or None.
+
+    Raises:
+        OptionError: unknown `activation`, or sizes that `MonarchLinear` refuses.
+    """
+
+    op = "int8_monarch_linear"
+    qright: Tensor
+    right_scale: Tensor
+    qleft: Tensor
+    left_scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nblocks: int = 4,
+        rank: int | None = None,
+        bias: bool = True,
+        activation: Activation = "per_token",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _one_of("QuantizedMonarch: activation", activation, ACTIVATIONS)
+        dense = MonarchLinear(
+            in_features, out_features, nblocks, rank, bias, device=device, dtype=dtype
+        )
+        self.in_features, self.out_features = in_features, out_features
+        self.nblocks, self.rank = dense.nblocks, dense.rank
+        self.activation: Activation = activation
+        for name, factor in (("right", dense.right), ("left", dense.left)):
+            q, scale = quantize_weight(factor)
+            self.register_buffer(f"q{name}", q)
+            self.register_buffer(f"{name}_scale", scale)
+        self.bias = dense.bias
+
+    @classmethod
+    def from_monarch(
+        cls, monarch: MonarchLinear, activation: Activation = "per_token"
+    ) -> QuantizedMonarch:
+        """The layer closest to `monarch`, factor by factor; its bias is kept, not copied."""
+        layer = cls(
+            monarch.in_features,
+            monarch.out_features,
+            monarch.nblocks,
+            monarch.rank,
+            monarch.bias is not None,
+            activation,
+            device="meta",
+        )
+        layer.qright, layer.right_scale = quantize_weight(monarch.right)
+        layer.qleft, layer.left_scale = quantize_weight(monarch.left)
+        layer.bias = monarch.bias
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_monarch_linear(
+            x,
+            self.qright,
+            self.right_scale,
+            self.qleft,
+            self.left_scale,
+            self.bias,
+            self.out_features,
+            self.activation,
+        )
+
+    def config(self) -> Mapping[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "nblocks": self.nblocks,
+            "rank": self.rank,
+            "bias": self.bias is not None,
+            "activation": self.activation,
+        }
+
+    def dense_weight(self) -> Tensor:
+        """The product of the dequantized factors, [out_features, in_features]."""
+        return monarch_dense(
+            dequantize_weight(self.qright, self.right_scale),
+            dequantize_weight(self.qleft, self.left_scale),
+            self.out_features,
+            self.in_features,
+        )
+
+
+def _register_bias(
+    layer: nn.Module, size: int | None, bound: float, device: Any, dtype: Any
+) -> None:
+    if size is None:
+        layer.register_parameter("bias", None)
+    else:
+        bias = torch.empty(size, device=device, dtype=dtype).uniform_(-bound, bound)
+        layer.register_parameter("bias", nn.Parameter(bias))
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """W ≈ q·scale with q in int8 and one scale per output channel; see `QuantizedLinear`.
+
+    After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`.
+
+    Args:
+        scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time.
+        activation: "per_token" (closer) or "per_tensor".
+        where: which sites; a name pattern, a predicate, or None for all.
+
+    Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
+    inf.
+
+    Raises:
+        OptionError: unknown scheme or activation.
+    """
+
+    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear)
+    phase: ClassVar[Phase] = Phase.PRECISION
+
+    scheme: str = "int8-dynamic"
+    activation: Activation = "per_token"
+    where: Where = None
+
+    def __post_init__(self) -> None:
+        _one_of("Quantize: scheme", self.scheme, _SCHEMES)
+        _one_of("Quantize: activation", self.activation, ACTIVATIONS)
+
+    def propose(self, site: Site) -> Replacement | Skip:
+        monarch = site.module if site.kind is MonarchLinear else None
+        weights: tuple[Tensor, ...]
+        if isinstance(monarch, MonarchLinear):
+            weights, bias = (monarch.right, monarch.left), monarch.bias
+        else:
+            weights, bias = (site.weight,), site.bias
+        for weight in weights:
+            if weight.dtype not in _DTYPES:
+                return Skip("the weights are {}, not real floating point", weight.dtype)
+        if non_finite(*weights, bias):
+            return Skip("the weights hold NaN or inf")
+
+        layer: QuantizedLinear | QuantizedMonarch
+        if isinstance(monarch, MonarchLinear):
+            layer = QuantizedMonarch.from_monarch(monarch, self.activation)
+            before = monarch.dense_weight()
+        else:
+            layer = QuantizedLinear.from_weight(weights[0], bias, self.activation)
+            before = weights[0]
+        layer.train(site.module is None or site.module.training)
+        note = _FROZEN if any(w.requires_grad for w in weights) else ""
+        return Replacement(layer, _relative_error(before, layer.dense_weight()), note)
+
+
+def _relative_error(weight: Tensor, other: Tensor) -> float | None:
+    """‖W − W′‖/‖W‖; 0 for a zero W (kept exactly), None on `meta`."""
+    if weight.is_meta:
+        return None
+    wide = weight.detach().to(other.dtype)
+    norm = torch.linalg.vector_norm(wide).item()
+    return torch.linalg.vector_norm(wide - other.detach()).item() / norm if norm else 0.0
