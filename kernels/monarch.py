@@ -34,7 +34,7 @@ __all__ = [
     "monarch_project",
 ]
 
-_LIB = torch.library.Library("rewriter", "FRAGMENT")
+_LIB: Any = torch.library.Library("rewriter", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIB.define(
     "monarch_linear(Tensor x, Tensor right, Tensor left, Tensor? bias, int out_features) -> Tensor"
 )
@@ -81,9 +81,9 @@ def monarch_linear_reference(
     of times."""
     n, rank = right.shape[0], right.shape[1] // right.shape[0]
     ib, ob = right.shape[2], left.shape[1]
-    xb = F.pad(x, (0, n * ib - x.shape[-1])).unflatten(-1, (n, ib))
-    mid = torch.einsum("klri,...ki->...klr", right.unflatten(1, (n, rank)), xb)
-    z = torch.einsum("lskr,...klr->...sl", left.unflatten(2, (n, rank)), mid)
+    xb = torch.unflatten(F.pad(x, (0, n * ib - x.shape[-1])), -1, (n, ib))
+    mid = torch.einsum("klri,...ki->...klr", torch.unflatten(right, 1, (n, rank)), xb)
+    z = torch.einsum("lskr,...klr->...sl", torch.unflatten(left, 2, (n, rank)), mid)
     y = z.reshape(*x.shape[:-1], ob * n)[..., :out_features]
     return y if bias is None else y + bias
 
@@ -101,7 +101,7 @@ def monarch_dense(right: Tensor, left: Tensor, out_features: int, in_features: i
     """
     n, rank = right.shape[0], right.shape[1] // right.shape[0]
     slices = torch.einsum(
-        "lskr,klri->slki", left.unflatten(2, (n, rank)), right.unflatten(1, (n, rank))
+        "lskr,klri->slki", torch.unflatten(left, 2, (n, rank)), torch.unflatten(right, 1, (n, rank))
     )
     return slices.reshape(left.shape[1] * n, n * right.shape[2])[:out_features, :in_features]
 
@@ -153,13 +153,12 @@ def _mid(xb: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(_rank_major(right), xb.view(xb.shape[0], n, ib).permute(1, 2, 0))
 
 
-def _out(mid: Tensor, left: Tensor, bias: Tensor | None, shape: torch.Size, out: int) -> Tensor:
-    """mid [N(l), rows, (k, r)], any strides → y [*shape[:-1], out]."""
-    n, ob, _ = left.shape
-    rows = mid.shape[1]
-    z = torch.bmm(mid, left.transpose(1, 2)).permute(1, 2, 0)  # [rows, s, l]
+def _finish(z: Tensor, bias: Tensor | None, shape: torch.Size, out: int) -> Tensor:
+    """z [N(l), rows, s] → y [*shape[:-1], out]."""
+    n, rows, ob = z.shape
     # Permuting first and adding in place measures faster than one strided add that does both.
-    y = z.new_empty(rows, ob, n).copy_(z).view(rows, ob * n)[:, :out].contiguous()
+    y = z.new_empty(rows, ob, n).copy_(z.permute(1, 2, 0)).view(rows, ob * n)
+    y = y[:, :out].contiguous()
     if bias is not None:
         y.add_(bias)
     return y.view(*shape[:-1], out)
@@ -186,7 +185,9 @@ def _forward(
         mid = mid.view(n, rows, n, rank).permute(2, 1, 0, 3).reshape(n, rows, nr)
     else:
         mid = _mid_by_output(_mid(xb, right))
-    return _out(mid, left, bias, x.shape, out_features)
+    z = torch.bmm(mid, left.transpose(1, 2))
+    del mid  # y may take its memory
+    return _finish(z, bias, x.shape, out_features)
 
 
 def _forward_train(
@@ -195,7 +196,8 @@ def _forward_train(
     _check(x, right, left, bias, out_features)
     right, left = right.contiguous(), left.contiguous()
     mid = _mid(_rows(x, right.shape[0] * right.shape[2]), right)
-    return _out(_mid_by_output(mid), left, bias, x.shape, out_features), mid
+    z = torch.bmm(_mid_by_output(mid), left.transpose(1, 2))
+    return _finish(z, bias, x.shape, out_features), mid
 
 
 def _forward_fake(
@@ -310,9 +312,9 @@ def _backward_reference(
     """The backward as formulas over [rows, …] tensors, differentiable in all four arguments."""
     (n, nr, ib), ob = right.shape, left.shape[1]
     rank = nr // n
-    g = _rows(grad, n * ob).unflatten(1, (ob, n))
-    xb = _rows(x, n * ib).unflatten(1, (n, ib))
-    r, lf = right.unflatten(1, (n, rank)), left.unflatten(2, (n, rank))
+    g = torch.unflatten(_rows(grad, n * ob), 1, (ob, n))
+    xb = torch.unflatten(_rows(x, n * ib), 1, (n, ib))
+    r, lf = torch.unflatten(right, 1, (n, rank)), torch.unflatten(left, 2, (n, rank))
     mid = torch.einsum("klri,bki->bklr", r, xb)
     dmid = torch.einsum("lskr,bsl->bklr", lf, g)
     dx = torch.einsum("klri,bklr->bki", r, dmid).flatten(1)[:, : x.shape[-1]].reshape(x.shape)
@@ -372,9 +374,7 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula(  # type: ignore[untyped-decorator]
-    [torch.ops.rewriter.monarch_linear, torch.ops.rewriter.monarch_linear_train]
-)
+@register_flop_formula([torch.ops.rewriter.monarch_linear, torch.ops.rewriter.monarch_linear_train])
 def monarch_linear_flops(
     x: torch.Size, right: torch.Size, left: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
@@ -383,7 +383,7 @@ def monarch_linear_flops(
     return 2 * math.prod(x[:-1]) * n * nr * (ib + ob)
 
 
-@register_flop_formula(torch.ops.rewriter.monarch_linear_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.rewriter.monarch_linear_backward)
 def monarch_linear_backward_flops(
     grad: torch.Size,
     x: torch.Size,

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from rewriter.cost import model_cost
-from rewriter.errors import CaptureError, VerifyError
+from rewriter.errors import CaptureError, RewriteError, VerifyError
 from rewriter.hosted import Program, State, host, unhost
 from rewriter.rehost import rehost, size_rules
 from rewriter.report import Island
@@ -33,7 +33,6 @@ from rewriter.sites import is_leaf
 __all__ = ["Capture", "Region", "capture", "modes", "run_flat"]
 
 _TRAIN_IN_PYTHON = "train mode runs the original Python forward over the rewritten layers"
-_QUIET = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes", "torch.export")
 
 
 @dataclass
@@ -431,6 +430,8 @@ def _export(
             )
         graph, constants = rehost(program, module, signature.names, "module")
         dims = size_rules(program, leaves)
+    except RewriteError as error:
+        return _first_line(error)
     except Exception as error:
         return f"{type(error).__name__}: {_first_line(error)}"
     if state[0] != random.getstate() or (state[1] != np.random.get_state()[1]).any():
@@ -447,17 +448,16 @@ def _export(
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in _QUIET]
-    levels = [logger.level for logger in loggers]
+    """A failed trace logs its whole graph; here it is one rung that did not hold, and the reason
+    goes into the report."""
+    disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
         try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(disabled)
 
 
 def _two_rows(leaves: list[Tensor]) -> list[Tensor]:

@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -217,10 +217,10 @@ class Engine:
         ):
             own = [self.cost.nodes[n] for n in site.nodes if n in self.cost.nodes]
             if own:
-                total = own[0]
-                for cost in own[1:]:
-                    total = total + cost
-                costs[site.fqn] = total
+                total = sum(own[1:], own[0])  # a layer called twice is stored once
+                costs[site.fqn] = replace(
+                    total, params=own[0].params, param_bytes=own[0].param_bytes
+                )
         return costs
 
     def _check_patterns(self, rewrite: Pass, matching: list[Site]) -> None:

@@ -1,0 +1,143 @@
+"""Capture inside torch.compile: the graph that Dynamo hands to a backend, on a module tree.
+
+Dynamo lifts parameters to inputs and names them by where they came from; here they become a tree of
+modules again (the live Parameters, not copies), with an `nn.Linear` where one was called, so that
+every pass sees the normal form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from rewriter.capture import Capture, Region
+from rewriter.sites import op_name
+
+__all__ = ["capture_dynamo", "user_inputs"]
+
+
+def capture_dynamo(
+    module: fx.GraphModule, inputs: Sequence[Any]
+) -> tuple[Capture, list[int], fx.Graph]:
+    """The normal form of a Dynamo graph.
+
+    Args:
+        module: as Dynamo passes it to a backend; not changed.
+        inputs: as Dynamo passes them; lifted parameters are the live ones.
+
+    Returns:
+        The capture (its region's leaves are the user's inputs), the positions of the user's inputs
+        among `inputs`, and the graph.
+    """
+    root = nn.Module()
+    names: dict[fx.Node, str] = {}
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    positions = []
+    for i, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
+        path = _path(node)
+        if path and isinstance(value, Tensor):
+            names[node] = path
+        else:
+            positions.append(i)
+    linears = _linears(module.graph, names)
+    for node, value in zip(placeholders, inputs, strict=True):
+        if node in names:
+            _register(root, names[node], value, linears)
+    graph = fx.Graph()
+    environment: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node in names:
+            continue
+        if node.op == "output":
+            graph.output(fx.node.map_arg(node.args[0], lambda n: environment[n]))
+            continue
+        for source in node.all_input_nodes:
+            if source in names and source not in environment:
+                environment[source] = graph.create_node("get_attr", names[source])
+        owner = _called(node, names, linears)
+        if owner is None:
+            environment[node] = graph.node_copy(node, lambda n: environment[n])
+        else:
+            new = graph.create_node("call_module", owner, (environment[node.args[0]],))
+            new.meta = dict(node.meta)
+            environment[node] = new
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+        if "example_value" in node.meta:
+            node.meta["val"] = node.meta["example_value"]
+    leaves = [inputs[i] for i in positions]
+    region = Region("", {False: graph}, {False: None}, None, leaves)
+    return Capture(root, "dynamo", [region]), positions, graph
+
+
+def user_inputs(inputs: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    """The user's inputs among all that Dynamo passes."""
+    return [inputs[i] for i in positions]
+
+
+def _path(node: fx.Node) -> str:
+    """`fc.weight` of a placeholder lifted from `L['self']._modules['fc']._parameters['weight']`."""
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    if source is None:
+        return ""
+    name = source.name if isinstance(source.name, str) else source.name()
+    if not re.search(r"_(parameters|buffers)\['[^']+'\]$", name):
+        return ""
+    root = name.split("._", 1)[0]
+    own = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", name)
+    inside = re.match(r"L\['(\w+)'\]$", root)
+    # a model called under another name than `self` keeps that name, so that two do not collide
+    prefix = [] if inside and inside[1] == "self" else re.findall(r"\w+", root)[1:]
+    return ".".join([*prefix, *own])
+
+
+def _linears(graph: fx.Graph, names: dict[fx.Node, str]) -> dict[str, list[str]]:
+    """Owners of a weight (and bias) that is only ever used by calls of one linear layer."""
+    owners: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and op_name(node) == "linear":
+            given = [a for a in node.args[1:] if isinstance(a, fx.Node)]
+            paths = [names.get(a, "") for a in given]
+            split = [p.rpartition(".") for p in paths]
+            same = {owner for owner, _, _ in split}
+            if len(same) == 1 and [s[2] for s in split] == ["weight", "bias"][: len(split)]:
+                only = all(
+                    op_name(u) == "linear" and u.args[1:] == node.args[1:]
+                    for a in given
+                    for u in a.users
+                )
+                if only and "" not in same:
+                    owners[next(iter(same))] = [s[2] for s in split]
+    return owners
+
+
+def _called(node: fx.Node, names: dict[fx.Node, str], linears: dict[str, list[str]]) -> str | None:
+    if node.op != "call_function" or op_name(node) != "linear":
+        return None
+    weight = node.args[1]
+    owner = names.get(weight, "").rpartition(".")[0] if isinstance(weight, fx.Node) else ""
+    return owner if owner in linears else None
+
+
+def _register(root: nn.Module, path: str, value: Tensor, linears: dict[str, list[str]]) -> None:
+    module = root
+    *owners, name = path.split(".")
+    for depth, part in enumerate(owners):
+        if part not in module._modules:
+            fqn = ".".join(owners[: depth + 1])
+            child: nn.Module = nn.Module()
+            if fqn in linears:
+                child = nn.Linear(1, 1, bias="bias" in linears[fqn], device="meta")
+            module.add_module(part, child)
+        module = module.get_submodule(part)
+    if isinstance(value, nn.Parameter):
+        module._parameters[name] = value
+    else:
+        module.register_buffer(name, value)
+    if isinstance(module, nn.Linear) and name == "weight":
+        module.out_features, module.in_features = value.shape
