@@ -182,11 +182,11 @@ def _measured(rows: int, k: int, n: int, activation: str, threads: int) -> str:
         x = torch.linspace(-1, 1, rows * k).view(rows, k)
         qweight = torch.ones(n, k, dtype=torch.int8)
         scale, best = torch.ones(n), dict.fromkeys(kernels, math.inf)
-        for _ in range(4):  # the first round packs and warms up, interleaved against drift
+        for trial in range(4):  # interleaved against drift; the first round packs and warms up
             for name in kernels:
                 start = time.perf_counter()
                 _run(name, x, qweight, scale, None, activation)
-                if _:
+                if trial:
                     best[name] = min(best[name], time.perf_counter() - start)
     return min(best, key=best.__getitem__)
 
@@ -223,7 +223,7 @@ class _Packed:
 
     def __init__(self, qweight: Tensor, stamp: tuple[int, int] | None) -> None:
         self.stamp = stamp
-        self.row_sums = qweight.sum(-1, dtype=torch.int32).float()
+        self.row_sums = qweight.sum(-1, dtype=torch.int32)
         self.onednn: dict[tuple[int, int], Tensor] = {}
 
 
@@ -253,20 +253,23 @@ def _onednn_weight(packed: _Packed, index: int, qweight: Tensor, width: int) -> 
 
 # Forward -----------------------------------------------------------------------------------------
 
-_Quantized = tuple[Tensor, Tensor | float, Tensor | float]
-"""q [rows, ≥ k] uint8, and s and lo, each [rows, 1] or one number. Columns from k on are noise."""
+_Quantized = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, float, int]
+"""q [rows, ≥ k] uint8, whose columns from k on are noise; and per token s and lo [rows, 1], per
+tensor s and the zero point −lo/s."""
 
 
 def _quantize(x: Tensor, activation: str) -> _Quantized:
-    """x [rows, k] float32 contiguous, not empty, by fbgemm's kernels."""
+    """x [rows, k] float32 contiguous, not empty, the fast way."""
     if activation == "per_tensor":
         low, high = (float(v) for v in torch.aminmax(x))
         s = (max(high, 0.0) - min(low, 0.0) + _EPS) / 255
         if not math.isfinite(s):
-            return torch.zeros_like(x, dtype=torch.uint8), s, math.nan
+            return torch.zeros_like(x, dtype=torch.uint8), math.nan, 0
         zero = round(-min(low, 0.0) / s)
-        q = torch.quantize_per_tensor(x, s, zero, torch.quint8).int_repr()
-        return q, s, -s * zero
+        # floor(x/s + zero + 1/2): three passes; the row makes the first one vectorize
+        half = torch.full((x.shape[1],), zero + 0.5)
+        q = torch.add(half, x, alpha=1 / s).clamp_(0, 255.5).to(torch.uint8)
+        return q, s, zero
     # NaN-propagating, which the quantizer's own minimum is not
     lo = x.amin(-1, keepdim=True)
     if rest := -x.shape[1] % 4:  # the scale behind each row is to be aligned as a float
@@ -301,26 +304,35 @@ def _multiply(
     """quantized activations × qweight [n, k] (number `index` of the packed stack) → [rows, n]."""
     q, s, lo = quantized
     sums = packed.row_sums if index is None else packed.row_sums[index]
-    offset = sums * scale  # [n]
+    if isinstance(s, Tensor):
+        x_scale, zero = 1.0, 0
+    else:
+        assert isinstance(lo, int)
+        x_scale, zero = s, lo
+    y: Tensor
     if kernel == "onednn":
         weight = _onednn_weight(packed, index or 0, qweight, q.shape[1])
         zeros = torch.zeros(scale.shape, dtype=torch.int32)
-        # u8 with x_scale 1; s8 activations would fall into a reference loop, 1000 times slower
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            q, 1.0, 0, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        added = None if isinstance(s, Tensor) else bias
+        # u8 activations: s8 ones would fall into a reference loop, 1000 times slower
+        y = torch.ops.onednn.qlinear_pointwise(
+            q, x_scale, zero, weight, scale, zeros, added, 1.0, 0, torch.float32, "none", [], ""
         )
+        if not isinstance(s, Tensor):
+            return y
     else:
         assert kernel == "int_mm", kernel
-        signed = (q[:, : qweight.shape[1]] ^ 128).view(torch.int8)  # q − 128
-        y = torch._int_mm(signed, qweight.t()).float().mul_(scale)
-        lo = lo + 128 * s
-    # y·s + lo·offset + bias in two passes, in place
-    if isinstance(s, Tensor):
-        y = y.mul_(s) if bias is None else torch.addcmul(bias, y, s, out=y)
-        assert isinstance(lo, Tensor)
-        return y.addcmul_(lo, offset)
-    offset = offset * lo
-    return torch.add(offset if bias is None else offset + bias, y, alpha=s, out=y)
+        q = (q[:, : qweight.shape[1]] ^ 128).view(torch.int8)  # q − 128
+        # exact in int32: what follows loses nothing to cancellation
+        y = torch._int_mm(q, qweight.t()).add_((128 - zero) * sums).float()
+        if not isinstance(s, Tensor):
+            scale = scale * s
+            return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
+        y.mul_(scale)
+    # y·s + lo·scale·row sum + bias in two passes, in place
+    assert isinstance(lo, Tensor)
+    y = y.mul_(s) if bias is None else torch.addcmul(bias, y, s, out=y)
+    return y.addcmul_(lo, sums * scale)
 
 
 def _run(
@@ -335,8 +347,10 @@ def _run(
     if kernel == "torch":
         q, s, lo = _quantize_torch(x, activation)
         weight = qweight.float()
-        y = (q @ weight.t()) * (s * scale)
-        y = torch.addcmul(y, lo, weight.sum(-1) * scale)
+        if activation == "per_token":
+            y = torch.addcmul((q @ weight.t()) * (s * scale), lo, weight.sum(-1) * scale)
+        else:  # integers first, so that a zero stays one beside an outlier
+            y = ((q + (lo / s).round()) @ weight.t()) * (s * scale)
         return y if bias is None else y.add_(bias)
     packed = _packed(qweight)
     return _multiply(kernel, _quantize(x, activation), qweight, packed, None, scale, bias)

@@ -142,21 +142,24 @@ def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> Tenso
     blocks, rows, k = x.shape
     n = qweight.shape[1]
     kernel = int8.pick_kernel(rows, k, n, activation) if x.device.type == "cpu" else "torch"
-    flat = x.view(blocks * rows, k)
+    flat = x.reshape(blocks * rows, k)
     if kernel == "torch":
-        q, s, lo = int8._quantize_torch(flat, activation)
+        levels, step, low = int8._quantize_torch(flat, activation)
         weight = _dequantized(qweight, scale)
-        return torch.bmm((q * s + lo).view(x.shape), weight.transpose(1, 2))
+        return torch.bmm((levels * step + low).view(blocks, rows, k), weight.transpose(1, 2))
     packed = int8._packed(qweight)
     q, s, lo = int8._quantize(flat, activation)
     parts = []
     for b in range(blocks):
         own = slice(b * rows, (b + 1) * rows)
-        s_b = s[own] if isinstance(s, Tensor) else s
-        lo_b = lo[own] if isinstance(lo, Tensor) else lo
-        parts.append(
-            int8._multiply(kernel, (q[own], s_b, lo_b), qweight[b], packed, b, scale[b], None)
-        )
+        part: int8._Quantized
+        if isinstance(s, Tensor):
+            assert isinstance(lo, Tensor)
+            part = q[own], s[own], lo[own]
+        else:
+            assert isinstance(lo, int)
+            part = q[own], s, lo
+        parts.append(int8._multiply(kernel, part, qweight[b], packed, b, scale[b], None))
     return torch.stack(parts)
 
 
@@ -212,7 +215,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dx = g through leftᵀ, then rightᵀ; rounding of activations counts as the identity."""
     qright, right_scale, qleft, left_scale = ctx.saved_tensors
-    n, nr, ob = *qright.shape[:2], qleft.shape[1]
+    n, nr, ob = qright.shape[0], qright.shape[1], qleft.shape[1]
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         right = _dequantized(qright, right_scale).to(grad.dtype)

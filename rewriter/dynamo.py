@@ -19,6 +19,10 @@ from rewriter.sites import op_name
 __all__ = ["capture_dynamo", "user_inputs"]
 
 
+class LiftedModule(nn.Module):
+    """The tree of modules that the lifted parameters come from."""
+
+
 def capture_dynamo(
     module: fx.GraphModule, inputs: Sequence[Any]
 ) -> tuple[Capture, list[int], fx.Graph]:
@@ -32,7 +36,7 @@ def capture_dynamo(
         The capture (its region's leaves are the user's inputs), the positions of the user's inputs
         among `inputs`, and the graph.
     """
-    root = nn.Module()
+    root = LiftedModule()
     names: dict[fx.Node, str] = {}
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     positions = []

@@ -146,25 +146,26 @@ class Engine:
                 proposals.append(_Proposal(site, answer))
         proposals = self._untie(rewrite, proposals, matching, decisions)
         proposals = [p for p in proposals if not self._declined(p, decisions)]
+        looks = [_decision(p.site, "replaced", p.replacement.note) for p in proposals]
         for proposal in proposals:
             self._install(rewrite, proposal)
         self.cost = self._price()
-        check(self.capture, bound, [p.site.fqn for p in proposals], str(rewrite))
+        touched = [n for p in proposals for n in (p.site.fqn, *_tensor_names(p.site))]
+        check(self.capture, bound, touched, str(rewrite))
         self.capture.host()
         error = self._compare(rewrite, bool(proposals), notes)
         after_nodes = self._site_costs()
-        for p in proposals:
-            layer, tokens = p.replacement.layer, p.site.tokens
-            own = isinstance(layer, Layer) and tokens is not None
+        for p, look in zip(proposals, looks, strict=True):
+            layer, kernel = p.replacement.layer, "torch"
+            if isinstance(layer, Layer) and look.tokens is not None:
+                kernel = layer.kernel(look.tokens)
             decisions.append(
-                _decision(
-                    p.site,
-                    "replaced",
-                    p.replacement.note,
+                replace(
+                    look,
                     error=p.replacement.error,
-                    kernel=layer.kernel(tokens) if own else "torch",
-                    before=before_nodes.get(p.site.fqn),
-                    after=after_nodes.get(p.site.fqn),
+                    kernel=kernel,
+                    before=before_nodes.get(look.site),
+                    after=after_nodes.get(look.site),
                 )
             )
         order = {site.fqn: i for i, site in enumerate(matching)}
@@ -428,7 +429,10 @@ class Engine:
         prefixes = {id(g): r.prefix for r, _, g in self.capture.graphs()}
         layer.train(root.training if site.module is None else site.module.training)
         old = site.module
-        functional = [n for n in site.nodes if n.op != "call_module"]
+        for node in site.nodes:
+            if node.op != "call_module":
+                prefix = prefixes[id(node.graph)]
+                _call_instead(node, site.fqn.removeprefix(f"{prefix}.") if prefix else site.fqn)
         if old is not None:
             _take_hooks(old, layer)
             for name, module in list(root.named_modules(remove_duplicate=False)):
@@ -437,17 +441,21 @@ class Engine:
         else:
             owner, _, name = site.fqn.rpartition(".")
             holder = root.get_submodule(owner)
-            for reference in (site.weight_ref, site.bias_ref):
-                if reference is not None:
+            for reference in _tensor_names(site):
+                if not self._read(reference):  # a bias may serve several places
                     path, _, own = reference.rpartition(".")
                     root.get_submodule(path)._parameters.pop(own, None)
             if hasattr(holder, name):
                 raise PassError(f"{site.fqn} exists already: cannot install a layer there")
             holder.add_module(name, layer)
-        for node in functional:
-            prefix = prefixes[id(node.graph)]
-            target = site.fqn.removeprefix(f"{prefix}.") if prefix else site.fqn
-            _call_instead(node, target)
+
+    def _read(self, reference: str) -> bool:
+        """Whether any graph still reads this parameter itself."""
+        return any(
+            node.op == "get_attr" and _join(region.prefix, str(node.target)) == reference
+            for region, _, graph in self.capture.graphs()
+            for node in graph.nodes
+        )
 
     # checking
 
@@ -512,6 +520,10 @@ def _kind_name(kind: Any) -> str:
 
 def _tensor_names(site: Site) -> list[str]:
     return [r for r in (site.weight_ref, site.bias_ref) if r is not None]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _attribute(root: nn.Module, fqn: str) -> Any:

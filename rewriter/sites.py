@@ -270,13 +270,14 @@ def _sites_at(
     site = _site(root, owner, prefix, node, ordinals)
     if site is None:
         return
-    yield (site.kind, site.fqn), site
+    key = (site.fqn, site.transposed, site.bias_ref)
+    yield (site.kind, *key), site
     if site.kind == LINEAR or isinstance(site.kind, type):
         parts = _mlp_parts(root, owner, prefix, node)
         if parts:
             parts["down"] = site
             yield (
-                (MLP, site.fqn),
+                (MLP, *key),
                 Site(
                     MLP, site.fqn, root, (node,), site.weight_ref, site.bias_ref,
                     site.transposed, parts,

@@ -107,7 +107,13 @@ def _type(value: Any) -> str:
 
 
 def _remark(node: fx.Node, decisions: dict[str, Decision]) -> str:
-    decision = decisions.get(str(node.target)) if node.op == "call_module" else None
+    sites = [str(node.target)] if node.op == "call_module" else []
+    for source in node.all_input_nodes:  # a functional call's site is named by its weight
+        while source.op != "get_attr" and len(source.all_input_nodes) == 1:
+            (source,) = source.all_input_nodes
+        if source.op == "get_attr":
+            sites.append(str(source.target))
+    decision = next((decisions[s] for s in sites if s in decisions), None)
     if decision is None:
         return ""
     return f"was {decision.kind}" if decision.changed else decision.reason

@@ -1,0 +1,34 @@
+"""Fixtures shared by all tests: goldens that update themselves with `pytest --accept`."""
+
+from __future__ import annotations
+
+import inspect
+import pathlib
+import textwrap
+from collections.abc import Callable
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="rewrite goldens that differ")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(actual, expected)`: equal up to indentation, or accepted into the test's source."""
+
+    def check(actual: str, expected: str) -> None:
+        wanted = textwrap.dedent(expected).strip("\n").rstrip()
+        if actual == wanted:
+            return
+        if not request.config.getoption("--accept"):
+            assert actual == wanted
+        frame = inspect.stack()[1]
+        path = pathlib.Path(frame.filename)
+        source = path.read_text()
+        assert source.count(expected) == 1, "the golden is not a unique literal of its test"
+        indent = " " * 8
+        path.write_text(source.replace(expected, f"\n{textwrap.indent(actual, indent)}\n{indent}"))
+
+    return check

@@ -1,0 +1,195 @@
+"""One text over the front ends: what a rewrite does, as a graph a person can read.
+
+Every golden travels with numbers: numbers catch wrong rewrites, goldens catch missing ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewriter.base import Pass
+from rewriter.capture import Capture, capture
+from rewriter.dynamo import capture_dynamo
+from rewriter.engine import Engine, Options
+from rewriter.hosted import Program
+from rewriter.passes import Monarch, Quadratic, TopK
+from rewriter.text import graph_text
+
+FRONT_ENDS = ["symbolic", "export", "dynamo"]
+Golden = Callable[[str, str], None]
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 64)
+        self.act = nn.GELU()
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.act(self.fc(x)))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 48, bias=False)
+        self.up = nn.Linear(16, 48, bias=False)
+        self.down = nn.Linear(48, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Functional(nn.Module):
+    """Weights without a module, in every orientation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(32, 16) / 4)
+        self.columns = nn.Parameter(torch.randn(32, 32) / 6)
+        self.shift = nn.Parameter(torch.randn(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(torch.nn.functional.linear(x, self.rows, self.shift))
+        x = torch.addmm(self.shift, x, self.columns)
+        return x @ self.rows
+
+
+class Untied(Functional):
+    """The same, with a weight of its own for every place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Parameter(torch.randn(16, 32) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(torch.nn.functional.linear(x, self.rows, self.shift))
+        x = torch.addmm(self.shift, x, self.columns)
+        return x @ self.last.t()
+
+
+def captured(front_end: str, model: nn.Module, x: Tensor) -> tuple[Capture, Callable[..., Any]]:
+    """The model through one front end, and how to call what it became."""
+    if front_end == "export":
+        result = capture(model, x)
+        return result, lambda: result.root(x)
+    if front_end == "symbolic":
+        result = capture(model, None)
+        result.regions[0].leaves = [x]
+        return result, lambda: result.root(x)
+    found: list[Capture] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        found.append(capture_dynamo(module, inputs)[0])
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(x)
+    (result,) = found
+    graph = result.regions[0].graphs[False]
+    return result, lambda: Program(graph, None)(result.root, [x], "")[0]
+
+
+def rewritten(
+    front_end: str, model: nn.Module, x: Tensor, passes: list[Pass]
+) -> tuple[str, Tensor]:
+    capture_, call = captured(front_end, model, x)
+    engine = Engine(capture_, Options())
+    steps = [engine.original(), *(engine.run(p) for p in passes)]
+    engine.finish(engine.report(steps))
+    with torch.no_grad():
+        result = call()
+    decisions = [d for step in steps for d in step.decisions]
+    return graph_text(capture_.root, capture_.regions[0].graphs[False], decisions), result
+
+
+@pytest.fixture(params=FRONT_ENDS)
+def front_end(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def test_monarch(front_end: str, golden: Golden) -> None:
+    model, x = MLP().eval(), torch.randn(2, 32)
+    text, result = rewritten(front_end, model, x, [Monarch(nblocks=16)])
+    golden(
+        text,
+        """
+        %0 = monarch_linear(%x, fc) : f32[2,64]  # was linear
+        %1 = gelu(%0) : f32[2,64]
+        %2 = linear(%1, out) : f32[2,10]         # nblocks 16 is more than the 64 -> 10 features
+        """,
+    )
+
+
+def test_quadratic(front_end: str, golden: Golden) -> None:
+    model, x = MLP().eval(), torch.randn(2, 32)
+    expected = model(x).detach()
+    text, result = rewritten(front_end, model, x, [Quadratic()])
+    torch.testing.assert_close(result, expected)
+    golden(
+        text,
+        """
+        %0 = quadratic_linear(%x, fc) : f32[2,64]   # was linear
+        %1 = gelu(%0) : f32[2,64]
+        %2 = quadratic_linear(%1, out) : f32[2,10]  # was linear
+        """,
+    )
+
+
+def test_topk_gated(front_end: str, golden: Golden) -> None:
+    model, x = Gated().eval(), torch.randn(2, 16)
+    hidden = (nn.functional.silu(model.gate(x)) * model.up(x)).detach()
+    kept = hidden.abs().topk(12).indices
+    sparse = torch.zeros_like(hidden).scatter(1, kept, hidden.gather(1, kept))
+    expected = model.down(sparse).detach()
+    text, result = rewritten(front_end, model, x, [TopK(k=12)])
+    torch.testing.assert_close(result, expected)
+    golden(
+        text,
+        """
+        %0 = linear(%x, gate) : f32[2,48]
+        %1 = silu(%0) : f32[2,48]
+        %2 = linear(%x, up) : f32[2,48]
+        %3 = mul(%1, %2) : f32[2,48]
+        %4 = topk_linear(%3, down) : f32[2,16]  # was mlp
+        """,
+    )
+
+
+def test_functional_weights(front_end: str, golden: Golden) -> None:
+    model, x = Untied().eval(), torch.randn(2, 16)
+    expected = model(x).detach()
+    text, result = rewritten(front_end, model, x, [Quadratic()])
+    torch.testing.assert_close(result, expected)
+    golden(
+        text,
+        """
+        %0 = quadratic_linear(%x, rows) : f32[2,32]     # was linear
+        %1 = relu(%0) : f32[2,32]
+        %2 = quadratic_linear(%1, columns) : f32[2,32]  # was linear
+        %3 = quadratic_linear(%2, last) : f32[2,16]     # was linear
+        """,
+    )
+
+
+def test_one_weight_read_in_two_ways_stays(front_end: str, golden: Golden) -> None:
+    model, x = Functional().eval(), torch.randn(2, 16)
+    expected = model(x).detach()
+    text, result = rewritten(front_end, model, x, [Quadratic()])
+    torch.testing.assert_close(result, expected)
+    golden(
+        text,
+        """
+        %0 = linear(%x, rows, shift) : f32[2,32]        # its weight is tied to code that reads it directly: both or neither, and quadratic cannot rewrite both
+        %1 = relu(%0) : f32[2,32]
+        %2 = quadratic_linear(%1, columns) : f32[2,32]  # was linear
+        %3 = matmul(%2, rows) : f32[2,16]               # its weight is tied to code that reads it directly: both or neither, and quadratic cannot rewrite both
+        """,
+    )
