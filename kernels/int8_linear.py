@@ -235,7 +235,7 @@ def _packed(qweight: Tensor) -> _Packed:
     if qweight.is_inference():
         return _Packed(qweight, None)
     stamp = (qweight._version, qweight.data_ptr())
-    packed: _Packed | None = _CACHE.get(qweight)
+    packed: _Packed | None = _CACHE.get(qweight)  # type: ignore[no-untyped-call,unused-ignore]
     if packed is None or packed.stamp != stamp:
         packed = _CACHE[qweight] = _Packed(qweight, stamp)
     return packed
@@ -323,6 +323,8 @@ def _multiply(
     else:
         assert kernel == "int_mm", kernel
         q = (q[:, : qweight.shape[1]] ^ 128).view(torch.int8)  # q − 128
+        if qweight.shape[1] == 1:  # torch 2.13 reads past an [1, n] operand that is a transpose
+            q, qweight = F.pad(q, (0, 1)), F.pad(qweight, (0, 1))
         # exact in int32: what follows loses nothing to cancellation
         y = torch._int_mm(q, qweight.t()).add_((128 - zero) * sums).float()
         if not isinstance(s, Tensor):

@@ -260,6 +260,7 @@ class Quantize(Pass):
     def propose(self, site: Site) -> Replacement | Skip:
         monarch = site.module if site.kind is MonarchLinear else None
         weights: tuple[Tensor, ...]
+        bias: Tensor | None
         if isinstance(monarch, MonarchLinear):
             weights, bias = (monarch.right, monarch.left), monarch.bias
         else:

@@ -111,6 +111,35 @@ class Layer(nn.Module):
     op: ClassVar[str] = ""
     """The name that printed graphs show, e.g. `monarch_linear`."""
 
+    stands_for_transposed = False
+    """Where the layer replaces a bare parameter: whether that was stored [in, out]."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Python code that hands the layer to `F.linear` or `@`, as the weight that it was, calls
+        the layer."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name == "linear":
+            x, weight, bias = (*args, kwargs.get("bias"))[:3]
+            if isinstance(weight, Layer) and not weight.stands_for_transposed:
+                return _as_called(weight, x, bias)
+        if name in ("matmul", "__matmul__", "mm", "addmm"):
+            *bias, x, weight = args
+            if isinstance(weight, _Transposed) or weight.stands_for_transposed:
+                layer = weight.layer if isinstance(weight, _Transposed) else weight
+                return _as_called(layer, x, bias[0] if bias else None)
+        raise TypeError(f"{name} cannot take a {cls.__name__} in the place of a weight")
+
+    @property
+    def T(self) -> _Transposed:  # noqa: N802 (the tensor's name)
+        return self.t()
+
+    def t(self) -> _Transposed:
+        if self.stands_for_transposed:
+            raise TypeError(f"{type(self).__name__} stands for a weight stored [in, out]")
+        return _Transposed(self)
+
     def config(self) -> Mapping[str, Any]:
         """JSON-able keyword arguments of the constructor, without `device` and `dtype`."""
         raise NotImplementedError(f"{type(self).__name__}.config")
@@ -129,6 +158,26 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+
+
+class _Transposed:
+    """`layer.T` in code that knew a weight: the right-hand side of `x @ weight.T`."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+
+    __torch_function__ = Layer.__torch_function__
+
+
+def _as_called(layer: Layer, x: Tensor, bias: Tensor | None) -> Tensor:
+    own = getattr(layer, "bias", None)
+    if bias is not None and bias is not own:
+        raise TypeError(f"{type(layer).__name__} has another bias than the one it is called with")
+    if bias is None and own is not None:
+        raise TypeError(f"{type(layer).__name__} has a bias, which this call leaves out")
+    result = layer(x)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def as_parameter(tensor: Tensor, like: Tensor | None = None) -> nn.Parameter:

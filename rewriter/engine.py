@@ -150,8 +150,7 @@ class Engine:
         for proposal in proposals:
             self._install(rewrite, proposal)
         self.cost = self._price()
-        touched = [n for p in proposals for n in (p.site.fqn, *_tensor_names(p.site))]
-        check(self.capture, bound, touched, str(rewrite))
+        check(self.capture, bound, [p.site.fqn for p in proposals], str(rewrite))
         self.capture.host()
         error = self._compare(rewrite, bool(proposals), notes)
         after_nodes = self._site_costs()
@@ -189,9 +188,33 @@ class Engine:
         if call is not None:
             recipe.example = example_to_json(call.arguments)
         graph_only = tuple(n for n, i in recipe.installed.items() if i.graph_only)
-        self.capture.host(graph_only)
+        self.capture.host(graph_only if self._python_differs(graph_only) else ())
         state = self.capture.root.__dict__["_rewriter"]
         state.report, state.recipe = report, recipe
+
+    def _python_differs(self, graph_only: tuple[str, ...]) -> bool:
+        """Whether the Python forward, which other calls than the captured one run, goes past the
+        places that were rewritten where the user's code calls a function."""
+        if not graph_only or self.outputs is None:
+            return bool(graph_only)
+        root = self.capture.root
+        graphs = [(r, r.graphs) for r in self.capture.regions]
+        try:
+            for region, _ in graphs:
+                region.graphs = {}
+            self.capture.host()
+            error = relative_error(self._outputs() or [], self.outputs)
+            return error is not None and error > tolerance(self.outputs)
+        except Exception as error:  # the forward cannot use the new layers: it must not run
+            self.capture.notes.append(
+                f"calls unlike the captured one are refused: the Python forward of "
+                f"{type(root).__name__} cannot use {', '.join(graph_only)} "
+                f"({type(error).__name__}: {error})"
+            )
+            return True
+        finally:
+            for region, own in graphs:
+                region.graphs = own
 
     def _outputs(self) -> list[Any] | None:
         call = self.capture.example
@@ -314,7 +337,9 @@ class Engine:
         for (weight, _), group in shared.items():
             own = {_tensor_names(p.site)[0] for p in group}
             own |= {a for p in group for a in self._aliases(p.site)}
-            others = users.get(weight, set()) - own
+            others = users.get(weight, set()) - own | {
+                o for p in group for o in self._owner(p.site)
+            }
             nodes = {n.name for p in group for n in p.site.nodes}
             reading = readers.get(weight, set()) - nodes
             if others or reading or len({p.site.transposed for p in group}) > 1:
@@ -333,6 +358,13 @@ class Engine:
             kept += group
         order = {id(p): i for i, p in enumerate(proposals)}
         return sorted(kept, key=lambda p: order[id(p)])
+
+    def _owner(self, site: Site) -> list[str]:
+        """The layer that owns the weight of a functional call, where that is another layer (an
+        embedding's weight, used as the head)."""
+        holder, _, _ = (site.weight_ref or "").rpartition(".")
+        module = self.capture.root.get_submodule(holder)
+        return [holder] if site.fqn == site.weight_ref and is_leaf(module) else []
 
     def _aliases(self, site: Site) -> list[str]:
         """Every name of the site's weight that comes from the module itself having many names."""
@@ -441,21 +473,15 @@ class Engine:
         else:
             owner, _, name = site.fqn.rpartition(".")
             holder = root.get_submodule(owner)
-            for reference in _tensor_names(site):
-                if not self._read(reference):  # a bias may serve several places
-                    path, _, own = reference.rpartition(".")
-                    root.get_submodule(path)._parameters.pop(own, None)
+            if site.weight_ref == site.fqn:
+                # The layer takes the weight's place, also for the Python code that reads it; a
+                # bias stays where that code finds it, tied to the layer's.
+                holder._parameters.pop(name)
+                if isinstance(layer, Layer):
+                    layer.stands_for_transposed = site.transposed
             if hasattr(holder, name):
                 raise PassError(f"{site.fqn} exists already: cannot install a layer there")
             holder.add_module(name, layer)
-
-    def _read(self, reference: str) -> bool:
-        """Whether any graph still reads this parameter itself."""
-        return any(
-            node.op == "get_attr" and _join(region.prefix, str(node.target)) == reference
-            for region, _, graph in self.capture.graphs()
-            for node in graph.nodes
-        )
 
     # checking
 
@@ -520,10 +546,6 @@ def _kind_name(kind: Any) -> str:
 
 def _tensor_names(site: Site) -> list[str]:
     return [r for r in (site.weight_ref, site.bias_ref) if r is not None]
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 def _attribute(root: nn.Module, fqn: str) -> Any:

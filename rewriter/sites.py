@@ -358,8 +358,9 @@ def _functional_linear(
     holder, _, last = references[0].rpartition(".")
     whole = root.get_submodule(holder)
     # the weight of an nn.Linear that the user's code reads by hand (nn.MultiheadAttention)
-    fqn = holder if type(whole) is not nn.Module and is_leaf(whole) and last == "weight" else None
-    if fqn is not None and references[1:] != [f"{holder}.bias"] * (whole.bias is not None):
+    by_hand = is_leaf(whole) and kind_of(whole) == LINEAR and last == "weight"
+    fqn = holder if by_hand else None
+    if by_hand and references[1:] != [f"{holder}.bias"] * (whole.bias is not None):
         return None
     return Site(
         LINEAR, fqn or references[0], root, (node,), references[0],

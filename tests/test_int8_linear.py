@@ -42,7 +42,8 @@ def sqnr(got, want):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
-    ("rows", "k", "n"), [(1, 1, 1), (1, 384, 7), (3, 17, 5), (2, 66, 33), (33, 131, 64)]
+    ("rows", "k", "n"),
+    [(1, 1, 1), (1, 384, 7), (2, 1, 4), (3, 17, 1), (3, 17, 5), (2, 66, 33), (33, 131, 64)],
 )
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_agree_with_the_formula(kernel, rows, k, n, activation):
