@@ -3,6 +3,7 @@
 from rewriter.passes.densify import Densify
 from rewriter.passes.monarch import Monarch, MonarchLinear
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
+from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
 from rewriter.passes.topk import TopK, TopKLinear
 
 __all__ = [
@@ -11,6 +12,9 @@ __all__ = [
     "MonarchLinear",
     "Quadratic",
     "QuadraticLinear",
+    "Quantize",
+    "QuantizedLinear",
+    "QuantizedMonarch",
     "TopK",
     "TopKLinear",
 ]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from rewriter.base import Pass, Phase, Replacement, Skip, Where, as_parameter
+from rewriter.base import Pass, Phase, Replacement, Skip, as_parameter
 from rewriter.passes.monarch import MonarchLinear
 from rewriter.sites import Kind, Site
 
@@ -29,8 +29,6 @@ class Densify(Pass):
 
     matches: ClassVar[tuple[Kind, ...]] = (MonarchLinear,)
     phase: ClassVar[Phase] = Phase.STRUCTURE
-
-    where: Where = None
 
     @property
     def exact(self) -> bool:

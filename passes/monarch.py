@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip, Where, as_parameter, non_finite
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, non_finite
 from rewriter.errors import OptionError
 from rewriter.kernels.monarch import monarch_dense, monarch_linear, monarch_project
 from rewriter.sites import LINEAR, Kind, Site
@@ -140,6 +140,11 @@ class MonarchLinear(Layer):
         """W[s·N+l, k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(l,r),i], [out_features, in_features]."""
         return monarch_dense(self.right, self.left, self.out_features, self.in_features)
 
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly)."""
+        return self.dense_weight()
+
 
 @dataclass(frozen=True)
 class Monarch(Pass):
@@ -168,7 +173,6 @@ class Monarch(Pass):
     nblocks: int = 4
     rank: int | None = None
     init: Literal["project", "random"] = "project"
-    where: Where = None
 
     def __post_init__(self) -> None:
         _positive("Monarch: nblocks", self.nblocks)

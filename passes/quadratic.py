@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip, Where, as_parameter, non_finite
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, non_finite
 from rewriter.errors import OptionError
 from rewriter.kernels.quadratic import quadratic_linear
 from rewriter.sites import LINEAR, Kind, Site
@@ -98,6 +98,11 @@ class QuadraticLinear(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return quadratic_linear(x, self.weight_a, self.weight_b, self.weight_c, self.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """W_c, the first-order part, for code that reads a linear layer's dtype or device."""
+        return self.weight_c
+
 
 @dataclass(frozen=True)
 class Quadratic(Pass):
@@ -130,7 +135,6 @@ class Quadratic(Pass):
 
     neuron: str = "new"
     init: Literal["preserve", "random"] = "preserve"
-    where: Where = None
 
     def __post_init__(self) -> None:
         for option, value, known in (

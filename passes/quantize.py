@@ -11,12 +11,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip, Where, as_parameter, non_finite
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, non_finite
 from rewriter.errors import OptionError
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     dequantize_weight,
     int8_linear,
+    kernel_name,
     quantize_weight,
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear
@@ -116,6 +117,16 @@ class QuantizedLinear(Layer):
     def dense_weight(self) -> Tensor:
         """W = qweight·scale[:, None], [out_features, in_features]."""
         return dequantize_weight(self.qweight, self.scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly)."""
+        return self.dense_weight()
+
+    def kernel(self, tokens: int) -> str:
+        return kernel_name(
+            tokens, self.in_features, self.out_features, self.activation, self.qweight.device
+        )
 
 
 class QuantizedMonarch(Layer):
@@ -217,6 +228,11 @@ class QuantizedMonarch(Layer):
             self.in_features,
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly)."""
+        return self.dense_weight()
+
 
 def _register_bias(
     layer: nn.Module, size: int | None, bound: float, device: Any, dtype: Any
@@ -251,7 +267,6 @@ class Quantize(Pass):
 
     scheme: str = "int8-dynamic"
     activation: Activation = "per_token"
-    where: Where = None
 
     def __post_init__(self) -> None:
         _one_of("Quantize: scheme", self.scheme, _SCHEMES)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip, Where, as_parameter, non_finite
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, non_finite
 from rewriter.errors import OptionError
 from rewriter.kernels.topk import topk_linear
 from rewriter.sites import LINEAR, MLP, Kind, Site
@@ -117,7 +117,6 @@ class TopK(Pass):
     phase: ClassVar[Phase] = Phase.SPARSITY
 
     k: int | float
-    where: Where = None
 
     def __post_init__(self) -> None:
         k: object = self.k

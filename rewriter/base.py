@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -77,6 +77,9 @@ class Pass:
     matches: ClassVar[tuple[str | type[Layer], ...]] = ()
     phase: ClassVar[Phase] = Phase.STRUCTURE
 
+    where: Where = field(default=None, kw_only=True)
+    """Which sites: a name pattern, a predicate, or None for all."""
+
     @property
     def exact(self) -> bool:
         """True where the rewritten model computes the same function, up to rounding."""
@@ -92,11 +95,10 @@ class Pass:
 
     def __str__(self) -> str:
         """The pass as one would write it: its first option, and what is not at its default."""
-        options = ", ".join(
-            f"{f.name}={getattr(self, f.name)!r}"
-            for i, f in enumerate(fields(self))
-            if i == 0 or getattr(self, f.name) != f.default
-        )
+        own = [f for f in fields(self) if f.name != "where"]
+        shown = own[:1] + [f for f in own[1:] if getattr(self, f.name) != f.default]
+        shown += [f for f in fields(self) if f.name == "where" and self.where is not None]
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in shown)
         return f"{type(self).__name__}({options})"
 
 

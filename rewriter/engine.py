@@ -248,7 +248,7 @@ class Engine:
         return costs
 
     def _check_patterns(self, rewrite: Pass, matching: list[Site]) -> None:
-        for where in (self.options.where, getattr(rewrite, "where", None)):
+        for where in (self.options.where, rewrite.where):
             if isinstance(where, str) and matching:
                 names = [s.fqn for s in matching]
                 if not fnmatch.filter(names, where):
@@ -259,7 +259,7 @@ class Engine:
                     )
 
     def _propose(self, rewrite: Pass, site: Site) -> Replacement | Skip:
-        for where in (self.options.where, getattr(rewrite, "where", None)):
+        for where in (self.options.where, rewrite.where):
             if isinstance(where, str) and not fnmatch.fnmatch(site.fqn, where):
                 return Skip("not selected by where={!r}", where)
             if callable(where) and not where(site):
@@ -343,11 +343,8 @@ class Engine:
             nodes = {n.name for p in group for n in p.site.nodes}
             reading = readers.get(weight, set()) - nodes
             if others or reading or len({p.site.transposed for p in group}) > 1:
-                tied = ", ".join(sorted(others)) or "code that reads it directly"
-                reason = (
-                    f"its weight is tied to {tied}: both or neither, and {rewrite.name} cannot "
-                    "rewrite both"
-                )
+                tied = ", ".join(sorted(others)) or "code that reads it"
+                reason = f"its weight is tied to {tied}: rewritten together or not at all"
                 for p in group:
                     decisions.append(_decision(p.site, "skipped", reason))
                 continue

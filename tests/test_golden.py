@@ -187,9 +187,9 @@ def test_one_weight_read_in_two_ways_stays(front_end: str, golden: Golden) -> No
     golden(
         text,
         """
-        %0 = linear(%x, rows, shift) : f32[2,32]        # its weight is tied to code that reads it directly: both or neither, and quadratic cannot rewrite both
+        %0 = linear(%x, rows, shift) : f32[2,32]        # its weight is tied to code that reads it: rewritten together or not at all
         %1 = relu(%0) : f32[2,32]
         %2 = quadratic_linear(%1, columns) : f32[2,32]  # was linear
-        %3 = matmul(%2, rows) : f32[2,16]               # its weight is tied to code that reads it directly: both or neither, and quadratic cannot rewrite both
+        %3 = matmul(%2, rows) : f32[2,16]               # its weight is tied to code that reads it: rewritten together or not at all
         """,
     )
