@@ -7,6 +7,7 @@ recipe is replaced last and names its weights file by content, so a crash leaves
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib
@@ -14,18 +15,19 @@ import json
 import os
 import pathlib
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rewriter.base import Layer, Pass, Replacement
-from rewriter.errors import OptionError, StoreError
-from rewriter.hosted import RewrittenModule, State, host, original_class
+from rewriter.errors import StoreError
+from rewriter.hosted import RewrittenModule, original_class
+from rewriter.rehost import CONSTANT
 from rewriter.report import Report
 from rewriter.sites import LINEAR, MLP, Site
 
@@ -37,14 +39,43 @@ RECIPE = "recipe.json"
 
 @dataclass
 class Installed:
-    """One rewritten place: where its original tensors were, and the passes it went through."""
+    """One rewritten place: where its original tensors were, and the passes it went through.
+
+    Args:
+        weight_ref, bias_ref: names of the original tensors; None where the site had none.
+        transposed: the original weight is stored [in, out].
+        chain: pairs (kind of site, pass), in order. From a loaded recipe, what is not on the
+            allow-list stays JSON: the name of a class, the class and options of a pass.
+        graph_only: the Python forward does not go through the new layer.
+        dtype: of the original weight; None where not known.
+        origin: class and constructor arguments of the original, where that was a `Layer`.
+    """
 
     weight_ref: str | None
     bias_ref: str | None
     transposed: bool
-    chain: list[tuple[Any, Pass | None]] = field(default_factory=list)
-    """Pairs (kind of site, pass); a pass is None where a loaded recipe could not rebuild it."""
+    chain: list[tuple[Any, Any]] = field(default_factory=list)
     graph_only: bool = False
+    dtype: torch.dtype | None = None
+    origin: tuple[Any, dict[str, Any]] | None = None
+
+    @classmethod
+    def of(cls, site: Site) -> Installed:
+        """What must be known of a site before it is rewritten for the first time."""
+        module = site.module
+        origin = (type(module), dict(module.config())) if isinstance(module, Layer) else None
+        dtype = None if site.weight_ref is None else site.weight.dtype
+        return cls(
+            site.weight_ref, site.bias_ref, site.transposed, dtype=dtype, origin=origin
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `where` is often a lambda, which does not pickle, and has done its work
+        chain = [
+            (k, replace(p, where=None) if getattr(p, "where", None) is not None else p)
+            for k, p in self.chain
+        ]
+        return {**vars(self), "chain": chain}
 
 
 @dataclass
@@ -59,64 +90,50 @@ class Recipe:
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes a rewritten model to `directory`: `weights-….safetensors` and `recipe.json`.
 
+    Holds every parameter and buffer (also those that a state_dict leaves out), which parameters
+    are tied or frozen, and the report. An earlier save in the directory is replaced as a whole or,
+    if anything fails, not at all.
+
     Raises:
         StoreError: the model was not made by `rewrite`, an installed layer cannot be rebuilt from
             JSON, or the directory cannot be written.
     """
     recipe, report = _recipe_of(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    layers = []
-    for fqn, installed in recipe.installed.items():
-        layer = modules[fqn]
-        layers.append({
-            "name": fqn,
-            "class": _class_name(layer),
-            "config": _config(layer, fqn),
-            "same_as": next((n for n in recipe.installed if modules[n] is layer), fqn),
-            "frozen": [n for n, p in layer.named_parameters() if not p.requires_grad],
-            "weight": installed.weight_ref,
-            "bias": installed.bias_ref,
-            "transposed": installed.transposed,
-            "graph_only": installed.graph_only,
-            "chain": [[_kind_name(k), _pass_spec(p)] for k, p in installed.chain],
-        })  # fmt: skip
-    tensors: dict[str, Tensor] = {}
-    ties: dict[str, str] = {}
-    seen: dict[Any, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise StoreError(f"{name} is on meta: there is nothing to save; load weights first")
-        first = seen.setdefault(id(tensor), name)
-        if first != name:
-            ties[name] = first
-        else:
-            tensors[name] = tensor.detach().contiguous().cpu().clone()
+    tensors, ties = _unique(model)
     document = {
         "format": FORMAT,
-        "model": f"{original_class(model).__module__}.{original_class(model).__qualname__}",
-        "layers": layers,
+        "model": _class_name(original_class(model)),
+        "layers": _entries(model, recipe),
         "ties": ties,
+        "frozen": sorted(n for n, p in model.named_parameters() if not p.requires_grad),
+        "non_persistent": sorted(_non_persistent(model)),
         "example": recipe.example,
         "report": report.to_dict(),
     }
     path = pathlib.Path(directory)
     temporary = path / f".{uuid.uuid4().hex}"
+    stray: pathlib.Path | None = None
     try:
         path.mkdir(parents=True, exist_ok=True)
+        old = _weights_of_save(path)
         save_file(tensors, temporary, metadata={"format": "pt"})
+        _flush(temporary)
         digest = _digest(temporary)
-        weights = f"weights-{digest[:16]}.safetensors"
-        document["weights"], document["sha256"] = weights, digest
-        os.replace(temporary, path / weights)
-        temporary.write_text(json.dumps(document, indent=1))
+        weights = path / f"weights-{digest[:16]}.safetensors"
+        document["weights"], document["sha256"] = weights.name, digest
+        stray = None if weights.exists() else weights
+        os.replace(temporary, weights)
+        temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        _flush(temporary)
         os.replace(temporary, path / RECIPE)
-        for stale in path.glob("weights-*.safetensors"):
-            if stale.name != weights:
-                stale.unlink()
-    except (OSError, SafetensorError) as error:
+        stray = old if old != weights else None
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise StoreError(f"cannot write {path}: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for file in (temporary, stray):
+            if file is not None:
+                with contextlib.suppress(OSError):  # left over, and harmless
+                    file.unlink(missing_ok=True)
 
 
 def load(
@@ -127,6 +144,9 @@ def load(
     layers: Sequence[type] = (),
 ) -> nn.Module:
     """Rebuilds a saved rewrite on a copy of the original model.
+
+    Every tensor, its dtype, ties and `requires_grad` are as they were saved; devices, hooks and
+    train or eval mode are the given model's (the CPU where that is on `meta`).
 
     Args:
         directory: what `save` wrote.
@@ -143,291 +163,321 @@ def load(
         StoreError: not a saved rewrite, truncated, from a newer version, for another model, or it
             names a class that is not on the allow-list.
     """
-    document, tensors = _read(pathlib.Path(directory))
-    root = copy.deepcopy(model)
-    built: dict[str, nn.Module] = {}
-    recipe = Recipe(example=document["example"])
-    for entry in document["layers"]:
-        name = entry["name"]
-        if entry["same_as"] == name:
-            built[name] = _build(entry, tensors, layers)
-        chain = [(_kind(k, layers), _pass_of(p, layers)) for k, p in entry["chain"]]
-        recipe.installed[name] = Installed(
-            entry["weight"], entry["bias"], entry["transposed"], chain, entry["graph_only"]
+    from rewriter.capture import Capture
+    from rewriter.engine import Engine, Options
+
+    if isinstance(model, RewrittenModule):
+        raise StoreError(
+            f"load needs the original {type(model).__name__}, and this one is rewritten already: "
+            "build the original again, with any weights"
         )
-    for entry in document["layers"]:
-        built[entry["name"]] = built[entry["same_as"]]
-    if example_inputs is None and any(i.graph_only for i in recipe.installed.values()):
-        if recipe.example is None:
-            raise StoreError("this rewrite lives in a graph: pass example_inputs to load it")
-        example_inputs = _from_json(recipe.example)
-    report = Report.from_dict(document["report"])
-    if example_inputs is None:
-        for name, layer in built.items():
-            _place(root, name, layer)
-        host(root, State(report=report, recipe=recipe), root=True)
-    else:
-        _capture_and_place(root, built, recipe, report, example_inputs)
-    _fill(root, tensors, document["ties"], set(built))
+    path = pathlib.Path(directory)
+    saved = _read(path, layers)
+    try:
+        root = copy.deepcopy(model)
+    except Exception as error:
+        raise StoreError(f"{type(model).__name__} cannot be copied: {error}") from error
+    with _opened(path / saved.weights) as file:
+        filler = _Filler(saved, file)
+        built = {e.name: _build(e, root, filler) for e in saved.layers if e.same_as == e.name}
+        for entry in saved.layers:
+            built[entry.name] = built[entry.same_as]
+        if example_inputs is None and any(e.installed.graph_only for e in saved.layers):
+            example_inputs = _example(saved.example)
+        if example_inputs is None:
+            engine = Engine(Capture(root, "loaded", []), Options())
+        else:
+            from rewriter.api import prepare
+
+            filler.prepare(root)
+            engine = prepare(root, example_inputs)
+        engine.place(built)
+        recipe = Recipe({e.name: e.installed for e in saved.layers}, saved.example)
+        engine.finish(saved.report, recipe)
+        filler.fill(root)
     return root
 
 
 def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Puts a checkpoint of the original model through the same rewrite, in place.
 
+    The result is what rewriting the original with these weights gives. A tied tensor may be left
+    out under all but one of its names. A model that was rewritten on `meta` gets its data here.
+
     Args:
         model: a rewritten model.
         state_dict: of the original, un-rewritten model; any dtype and device.
 
     Raises:
-        StoreError: keys are missing or left over, or a pass now refuses a weight it took before.
+        StoreError: keys are missing, left over or of another shape, or a pass now refuses a weight
+            it took before; the model is as it was.
     """
     recipe, _ = _recipe_of(model)
-    given = dict(state_dict)
-    used: set[str] = set()
-    renewed: dict[str, dict[str, Tensor]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    missing: list[str] = []
+    own, loose = _state(model), _non_persistent(model)
+    bare = [k for k in loose if own[k].is_meta]
+    bare += [k for k, b in model.named_buffers() if b.is_meta and _is_constant(k)]
+    if bare:
+        raise StoreError(
+            f"the model is on meta, and a checkpoint does not hold its {sorted(bare)}: rewrite "
+            "the model with data instead"
+        )
+    given = dict(state_dict)
+    # Under which keys the original has the tensors of each rewritten layer …
+    layers: dict[int, list[tuple[str, dict[str, str]]]] = {}
     for fqn, installed in recipe.installed.items():
-        references = [r for r in (installed.weight_ref, installed.bias_ref) if r is not None]
-        absent = [r for r in references if r not in given]
-        if absent or installed.weight_ref is None:
-            missing += absent
-            continue
-        used.update(references)
-        renewed[fqn] = _again(fqn, installed, given, modules[fqn])
-    own = model.state_dict(keep_vars=True)
-    plain = {k for k in own if not any(k.startswith(f"{f}.") for f in recipe.installed)}
-    missing += [k for k in plain if k not in given and k not in _tied_names(own, given)]
-    left = set(given) - used - plain
+        for spelling in _spellings(fqn, installed, modules):
+            layers.setdefault(id(modules[fqn]), []).append((fqn, spelling))
+    # … and all others: one name of a tied tensor is enough.
+    rewritten = {id(modules[fqn]) for fqn in recipe.installed}
+    inside = tuple(f"{n}." for n, m in modules.items() if id(m) in rewritten)
+    plain = {k: t for k, t in own.items() if k not in loose and not k.startswith(inside)}
+    tied: dict[int, set[str]] = {}
+    for key, tensor in plain.items():
+        tied.setdefault(id(tensor), set()).add(key)
+    missing = {min(group) for group in tied.values() if not group & set(given)}
+    chosen: list[tuple[str, dict[str, str]]] = []
+    for options in layers.values():
+        complete = [o for o in options if set(o[1].values()) <= set(given)]
+        chosen += complete[:1]
+        if not complete:
+            missing |= set(options[0][1].values()) - set(given)
+    left = set(given) - set(plain)
+    left -= {key for options in layers.values() for _, o in options for key in o.values()}
     if missing or left:
         raise StoreError(
-            f"the state_dict does not fit the original model: missing {sorted(missing)}, "
-            f"unexpected {sorted(left)}"
+            f"the state_dict does not fit the original {type(model).__name__}: missing "
+            f"{sorted(missing)}, unexpected {sorted(left)}"
         )
-    wrong = [k for k in plain if k in given and given[k].shape != own[k].shape]
+    values = {k: given[k] for k in plain if k in given}
+    wrong = [k for k, t in values.items() if t.shape != own[k].shape]
     if wrong:
         raise StoreError(f"the state_dict has tensors of other shapes: {sorted(wrong)}")
-    with torch.no_grad():
-        for fqn, state in renewed.items():
-            modules[fqn].load_state_dict(state)
-        for key in plain:
-            if key in given:
-                own[key].copy_(given[key])
+    for fqn, spelling in chosen:
+        originals = {role: given[key] for role, key in spelling.items()}
+        new = _again(fqn, recipe.installed[fqn], originals, modules[fqn])
+        values.update({f"{fqn}.{k}": t for k, t in new.items()})
+    # Nothing was changed so far, and nothing can be refused any more.
+    renewed: dict[int, Tensor] = {}
+    for key, value in values.items():
+        old = own[key]
+        if old.is_meta:
+            renewed.setdefault(id(old), _like(value, old, old.dtype))
+        else:
+            with torch.no_grad():
+                old.copy_(value)
+    for key, old in own.items():
+        if id(old) in renewed:
+            _put(model, key, renewed[id(old)])
 
 
-def _tied_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> set[str]:
-    """Keys that a checkpoint may leave out because it has the same tensor under another name."""
-    present = {id(own[k]) for k in given if k in own}
-    return {k for k, t in own.items() if id(t) in present}
+def _spellings(
+    fqn: str, installed: Installed, modules: Mapping[str, nn.Module]
+) -> Iterator[dict[str, str]]:
+    """Where an original state_dict may hold the tensors of a rewritten place: role → key."""
+    if installed.origin is not None:
+        roles = {k: f"{fqn}.{k}" for k in _original(fqn, installed).state_dict()}
+    else:
+        refs = {"weight": installed.weight_ref, "bias": installed.bias_ref}
+        roles = {role: key for role, key in refs.items() if key is not None}
+    if not roles:
+        return
+    yield roles
+    inside = f"{fqn}."
+    if all(key.startswith(inside) for key in roles.values()):
+        for alias, module in modules.items():
+            if module is modules[fqn] and alias != fqn:
+                yield {r: f"{alias}.{k.removeprefix(inside)}" for r, k in roles.items()}
 
 
-def _again(
-    fqn: str, installed: Installed, given: Mapping[str, Tensor], target: nn.Module
-) -> dict[str, Tensor]:
-    assert installed.weight_ref is not None
-    reference = next(iter(target.state_dict().values()))
-    weight = given[installed.weight_ref].to(reference.device)
-    if installed.transposed:
-        weight = weight.t().contiguous()
-    bias = None if installed.bias_ref is None else given[installed.bias_ref].to(weight.device)
-    out_features, in_features = weight.shape
-    layer: nn.Module = nn.Linear(in_features, out_features, bias is not None, device="meta")
-    layer._parameters["weight"] = nn.Parameter(weight)
-    if bias is not None:
-        layer._parameters["bias"] = nn.Parameter(bias)
-    for kind, rewrite in installed.chain:
-        if rewrite is None:
-            raise StoreError(f"{fqn}: a pass of its recipe cannot be rebuilt; rewrite again")
-        own = kind if isinstance(kind, type) else LINEAR
-        site = Site.of(layer, fqn.rpartition(".")[2], own)
-        if kind == MLP:
-            parts = {"down": site}
-            site = Site(MLP, site.fqn, site.root, (), site.weight_ref, site.bias_ref, False, parts)
-        answer = rewrite.propose(site)
-        if not isinstance(answer, Replacement):
-            raise StoreError(f"{fqn}: {rewrite} refuses the new weights: {answer.reason}")
-        layer = answer.layer
-    state = layer.state_dict()
-    shapes = {k: t.shape for k, t in target.state_dict().items()}
-    if {k: t.shape for k, t in state.items()} != shapes:
-        raise StoreError(f"{fqn}: the new weights have another shape than the rewritten layer")
-    return state
-
-
-# reading
-
-
-def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        document = json.loads((path / RECIPE).read_text())
-    except FileNotFoundError:
-        raise StoreError(f"{path} has no {RECIPE}: it was not written by rewriter.save") from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path / RECIPE} is not readable: {error}") from error
-    keys = {"format", "layers", "ties", "example", "report", "weights", "sha256"}
-    if not isinstance(document, dict) or not keys <= set(document):
-        raise StoreError(f"{path / RECIPE} is not a recipe of this package")
-    if document["format"] != FORMAT:
-        raise StoreError(
-            f"{path} has format {document['format']}, this version reads {FORMAT}: use the "
-            "version of rewriter that wrote it"
-        )
-    weights = path / pathlib.PurePath(document["weights"]).name
-    try:
-        if _digest(weights) != document["sha256"]:
-            raise StoreError(f"{weights} is truncated or changed: its checksum differs")
-        return document, load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{weights} is not readable: {error}") from error
-
-
-def _build(entry: Any, tensors: Mapping[str, Tensor], extra: Sequence[type]) -> nn.Module:
-    cls = _allowed(entry["class"], extra, (Layer, nn.Linear))
-    try:
-        layer: nn.Module = cls(**entry["config"], device="meta")
-    except Exception as error:
-        raise StoreError(f"{entry['name']}: cannot build {entry['class']}: {error}") from error
-    own = {k: tensors.get(f"{entry['name']}.{k}") for k in layer.state_dict()}
-    absent = [k for k, t in own.items() if t is None]
-    if absent:
-        raise StoreError(f"{entry['name']}: the weights file lacks {absent}")
-    layer.load_state_dict(own, assign=True)
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(name not in entry["frozen"])
+def _original(fqn: str, installed: Installed) -> nn.Module:
+    assert installed.origin is not None
+    cls, config = installed.origin
+    if isinstance(cls, str):
+        raise StoreError(f"{fqn} was a {cls}: name that class in rewriter.load(..., layers=[...])")
+    layer: nn.Module = cls(**config, device="meta")
     return layer
 
 
-def _allowed(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
-    """The class of this name, if it may be built; nothing else is ever imported."""
-    for cls in extra:
-        if f"{cls.__module__}.{cls.__qualname__}" == name:
-            return cls
-    module, _, attribute = name.rpartition(".")
-    if name == "torch.nn.modules.linear.Linear":
-        return nn.Linear
-    if module.startswith("rewriter.passes."):
+def _again(
+    fqn: str, installed: Installed, originals: Mapping[str, Tensor], target: nn.Module
+) -> dict[str, Tensor]:
+    """The tensors of the rewritten layer `target` for these original ones, by name in it."""
+    old = next(iter(_state(target).values()), None)
+    device = None if old is None or old.is_meta else old.device
+    given = {}
+    for name, tensor in originals.items():
+        cast = installed.dtype if tensor.is_floating_point() else None
+        given[name] = tensor.detach().to(device=device, dtype=cast)
+    layer = _layer_before(fqn, installed, given)
+    transposed = installed.transposed
+    for kind, rewrite in installed.chain:
+        if not isinstance(rewrite, Pass) or (isinstance(kind, str) and "." in kind):
+            unknown = rewrite["class"] if isinstance(rewrite, dict) else kind
+            raise StoreError(
+                f"{fqn}: its recipe needs {unknown}, which is not known here: name that class in "
+                "rewriter.load(..., layers=[...]), or rewrite again"
+            )
+        site = _site_around(layer, fqn, kind, transposed)
         try:
-            found = getattr(importlib.import_module(module), attribute, None)
-        except ImportError:
-            found = None
-        if isinstance(found, type) and issubclass(found, bases):
-            return found
-    raise StoreError(
-        f"the recipe names {name}, which is not on the allow-list: pass layers=[{attribute}] to "
-        "load it if you trust where the file comes from"
-    )
+            with torch.enable_grad():
+                answer = rewrite.propose(site)
+        except Exception as error:
+            raise StoreError(
+                f"{fqn}: {rewrite} fails on the new weights: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(answer, Replacement):
+            raise StoreError(f"{fqn}: {rewrite} refuses the new weights: {answer.reason}")
+        layer, transposed = answer.layer, False
+    state = _state(layer)
+    if {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in _state(target).items()}:
+        shapes = {k: list(t.shape) for k, t in originals.items()}
+        raise StoreError(f"{fqn}: weights of shape {shapes} do not give the layer that is there")
+    return state
 
 
-def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
-    try:
-        old = root.get_submodule(name)
-    except AttributeError:
-        raise StoreError(
-            f"the recipe rewrites {name}, which {type(root).__name__} does not have: pass the "
-            "model that was rewritten"
-        ) from None
-    layer.train(old.training)
-    parameter = next(old.parameters(), None)
-    if parameter is not None and not parameter.is_meta:
-        layer.to(parameter.device)
-    for alias, module in list(root.named_modules(remove_duplicate=False)):
-        if module is old:
-            root.set_submodule(alias, layer)
+def _layer_before(fqn: str, installed: Installed, given: dict[str, Tensor]) -> nn.Module:
+    """The original layer at a rewritten place, around these tensors."""
+    if installed.origin is not None:
+        layer = _original(fqn, installed)
+        wrong = [k for k, t in layer.state_dict().items() if t.shape != given[k].shape]
+        if wrong:
+            raise StoreError(f"{fqn}: the state_dict has tensors of other shapes: {wrong}")
+        layer.load_state_dict(given, assign=True)
+        return layer
+    kind = installed.chain[0][0]
+    weight, bias = given["weight"], given.get("bias")
+    if kind not in (LINEAR, MLP):
+        raise StoreError(f"{fqn} was of kind {kind}, which load_original cannot rebuild")
+    if weight.dim() != 2 or (bias is not None and bias.shape != (weight.shape[1 - _rows(installed)],)):
+        shapes = {k: list(t.shape) for k, t in given.items()}
+        raise StoreError(f"{fqn}: {shapes} are not the shapes of a linear layer")
+    layer = nn.Module() if installed.transposed else nn.Linear(1, 1, device="meta")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        floating = tensor is not None and tensor.is_floating_point()
+        layer._parameters[name] = None if tensor is None else nn.Parameter(tensor, floating)
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = weight.shape
+    return layer
 
 
-def _capture_and_place(
-    root: nn.Module, built: dict[str, nn.Module], recipe: Recipe, report: Report, inputs: Any
-) -> None:
-    from rewriter.api import prepare
-
-    engine = prepare(root, inputs)
-    engine.place(built)
-    engine.finish(report, recipe)
+def _rows(installed: Installed) -> int:
+    return 0 if installed.transposed else 1
 
 
-def _fill(
-    root: nn.Module, tensors: Mapping[str, Tensor], ties: Mapping[str, str], built: set[str]
-) -> None:
-    """Copies the saved weights of everything that was not rewritten."""
-    own = root.state_dict(keep_vars=True)
-    expected = set(tensors) | set(ties)
-    if set(own) != expected:
-        raise StoreError(
-            f"the saved weights are not those of {type(root).__name__}: missing "
-            f"{sorted(set(own) - expected)}, unexpected {sorted(expected - set(own))}"
-        )
-    with torch.no_grad():
-        renewed: dict[int, nn.Parameter | Tensor] = {}
-        for key, tensor in own.items():
-            saved = tensors[ties.get(key, key)]
-            if any(key.startswith(f"{b}.") for b in built):
-                continue
-            if saved.shape != tensor.shape:
-                raise StoreError(f"{key} has shape {list(saved.shape)}, not {list(tensor.shape)}")
-            if not tensor.is_meta and tensor.dtype == saved.dtype:
-                tensor.copy_(saved)
-                continue
-            owner, _, name = key.rpartition(".")
-            holder = root.get_submodule(owner)
-            if isinstance(tensor, nn.Parameter):
-                saved = nn.Parameter(saved, requires_grad=tensor.requires_grad)
-                holder._parameters[name] = renewed.setdefault(id(tensor), saved)  # type: ignore[assignment]
-            else:
-                holder._buffers[name] = renewed.setdefault(id(tensor), saved)
+def _site_around(layer: nn.Module, fqn: str, kind: Any, transposed: bool) -> Site:
+    """A site as the engine showed it to the pass: under its full name, since a pass may use that."""
+    holder = root = nn.Module()
+    *owners, last = fqn.split(".")
+    for owner in owners:
+        child = nn.Module()
+        holder.add_module(owner, child)
+        holder = child
+    holder.add_module(last, layer)
+    own = type(layer) if isinstance(layer, Layer) else LINEAR
+    named = {} if isinstance(layer, Layer) else dict(layer.named_parameters(recurse=False))
+    refs = [f"{fqn}.{n}" if n in named else None for n in ("weight", "bias")]
+    site = Site(own, fqn, root, (), refs[0], refs[1], transposed)
+    return replace(site, kind=MLP, parts={"down": site}) if kind == MLP else site
 
 
-# JSON forms
+# tensors of a model, by name
 
 
-def example_to_json(arguments: Mapping[str, Any]) -> Any:
-    """The example call as JSON: tensors by shape and dtype; None where something has no form."""
-    if any("[" in name for name in arguments):  # `*args` cannot be given back by name
-        return None
-    try:
-        return {name: _to_json(value) for name, value in arguments.items()}
-    except TypeError:
-        return None
+def _state(root: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under all of its names, but for those that capture made."""
+    named: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
+    named.update(root.named_buffers(remove_duplicate=False))
+    return {k: t for k, t in named.items() if not _is_constant(k)}
 
 
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [_to_json(v) for v in value]}
-    if type(value) is dict and all(isinstance(k, str) for k in value):
-        return {"dict": {k: _to_json(v) for k, v in value.items()}}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    raise TypeError(type(value).__name__)
+def _is_constant(key: str) -> bool:
+    return key.rpartition(".")[2].startswith(CONSTANT)
 
 
-def _from_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    def build(item: Any) -> Any:
-        if "tensor" in item:
-            return torch.zeros(item["tensor"], dtype=getattr(torch, item["dtype"]))
-        if "list" in item:
-            return [build(v) for v in item["list"]]
-        if "tuple" in item:
-            return tuple(build(v) for v in item["tuple"])
-        if "dict" in item:
-            return {k: build(v) for k, v in item["dict"].items()}
-        return item["value"]
-
-    return {k: build(v) for k, v in data.items()}
+def _non_persistent(root: nn.Module) -> set[str]:
+    """Names of the buffers that a state_dict leaves out."""
+    return {
+        f"{fqn}.{name}" if fqn else name
+        for fqn, module in root.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None and not _is_constant(name)
+    }
 
 
-def _recipe_of(model: nn.Module) -> tuple[Recipe, Report]:
-    state = vars(model).get("_rewriter")
-    if not isinstance(model, RewrittenModule) or state is None or state.recipe is None:
-        raise StoreError(
-            f"{type(model).__name__} was not made by rewriter.rewrite or rewriter.load"
-        )
-    return state.recipe, state.report
+def _put(root: nn.Module, key: str, tensor: Tensor) -> None:
+    owner, _, name = key.rpartition(".")
+    holder = root.get_submodule(owner)
+    if isinstance(tensor, nn.Parameter):
+        holder._parameters[name] = tensor
+    else:
+        holder._buffers[name] = tensor
 
 
-def _class_name(layer: nn.Module) -> str:
-    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+def _like(value: Tensor, old: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in memory of its own, a Parameter where `old` is one, and where `old` lives."""
+    device = value.device if old.is_meta else old.device
+    new = value.detach().to(device=device, dtype=dtype, copy=True)
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, old.requires_grad)
+    return new
+
+
+def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to write, each once, and the further names of those that have several."""
+    for fqn, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise StoreError(
+                f"{fqn or 'the model'} ({type(module).__name__}) has extra state that is no tensor "
+                "(get_extra_state), which cannot be saved without pickle"
+            )
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[int, str] = {}
+    storages: set[int] = set()
+    for name, tensor in _state(model).items():
+        if tensor.is_meta:
+            raise StoreError(f"{name} is on meta: there is nothing to save; load weights first")
+        if first.setdefault(id(tensor), name) != name:
+            ties[name] = first[id(tensor)]
+            continue
+        try:
+            plain = tensor.detach().cpu().contiguous()
+            storage = plain.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError) as error:
+            raise StoreError(f"{name} is a {tensor.layout} tensor: only dense ones can be saved") \
+                from error
+        # a view of another tensor is written out; all else goes to disk without a copy in memory
+        tensors[name] = plain.clone() if storage in storages else plain
+        storages.add(storage)
+    return tensors, ties
+
+
+# writing
+
+
+def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    entries = []
+    for fqn, installed in recipe.installed.items():
+        layer = modules.get(fqn)
+        if layer is None:
+            raise StoreError(f"{fqn} was rewritten and is gone: the model was changed since")
+        origin = installed.origin
+        entries.append({
+            "name": fqn,
+            "class": _class_name(type(layer)),
+            "config": _config(layer, fqn),
+            "same_as": next(n for n in recipe.installed if modules.get(n) is layer),
+            "weight": installed.weight_ref,
+            "bias": installed.bias_ref,
+            "transposed": installed.transposed,
+            "graph_only": installed.graph_only,
+            "dtype": None if installed.dtype is None else _dtype_name(installed.dtype),
+            "origin": None if origin is None else [_kind_name(origin[0]), origin[1]],
+            "chain": [[_kind_name(k), _pass_spec(p)] for k, p in installed.chain],
+        })  # fmt: skip
+    return entries
 
 
 def _config(layer: nn.Module, fqn: str) -> dict[str, Any]:
@@ -446,40 +496,57 @@ def _config(layer: nn.Module, fqn: str) -> dict[str, Any]:
         )
     try:
         json.dumps(config)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise StoreError(f"{fqn}: {type(layer).__name__}.config() is not JSON: {error}") from None
     return config
 
 
+def _class_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _kind_name(kind: Any) -> str:
-    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    return kind if isinstance(kind, str) else _class_name(kind)
 
 
-def _kind(name: str, extra: Sequence[type]) -> Any:
-    return name if "." not in name else _allowed(name, extra, (Layer,))
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _pass_spec(rewrite: Pass | None) -> Any:
-    if rewrite is None:
-        return None
-    options = {f.name: getattr(rewrite, f.name) for f in fields(rewrite) if f.name != "where"}
+def _pass_spec(rewrite: Any) -> Any:
+    if not isinstance(rewrite, Pass):
+        return rewrite  # as it was read from a recipe
+    options = {
+        f.name: getattr(rewrite, f.name) for f in fields(rewrite) if f.init and f.name != "where"
+    }
+    spec = {"class": _class_name(type(rewrite)), "options": options}
     try:
-        json.dumps(options)
-    except TypeError:
-        return None
-    return {"class": f"{type(rewrite).__module__}.{type(rewrite).__qualname__}", "options": options}
+        json.dumps(spec)
+    except (TypeError, ValueError):  # only load_original needs it, and says so
+        spec["options"] = None
+    return spec
 
 
-def _pass_of(spec: Any, extra: Sequence[type]) -> Pass | None:
-    """The pass again; None where its class is unknown here, which only `load_original` needs."""
-    if spec is None:
-        return None
+def _weights_of_save(path: pathlib.Path) -> pathlib.Path | None:
+    """The weights file of the save that is here already.
+
+    Raises:
+        StoreError: something else is here.
+    """
     try:
-        rewrite = _allowed(spec["class"], extra, (Pass,))(**spec["options"])
-    except (StoreError, OptionError, TypeError):
+        document = json.loads((path / RECIPE).read_text(encoding="utf-8"))
+        return path / pathlib.PurePath(document["weights"]).name
+    except FileNotFoundError:
         return None
-    assert isinstance(rewrite, Pass)
-    return rewrite
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise StoreError(
+            f"{path / RECIPE} is not a save of this package: choose another directory or remove it"
+        ) from None
+
+
+def _flush(file: pathlib.Path) -> None:
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
 
 
 def _digest(path: pathlib.Path) -> str:
@@ -488,3 +555,342 @@ def _digest(path: pathlib.Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+# reading
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    cls: type[nn.Module]
+    config: dict[str, Any]
+    same_as: str
+    installed: Installed
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A recipe that was read and checked."""
+
+    model: str
+    layers: list[_Entry]
+    ties: dict[str, str]
+    frozen: frozenset[str]
+    non_persistent: frozenset[str]
+    example: Any
+    report: Report
+    weights: str
+
+
+def _read(path: pathlib.Path, extra: Sequence[type]) -> _Saved:
+    try:
+        document = json.loads((path / RECIPE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{path} has no {RECIPE}: it was not written by rewriter.save") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{path / RECIPE} is not readable: {error}") from error
+    if not isinstance(document, dict) or "format" not in document:
+        raise StoreError(f"{path / RECIPE} is not a recipe of this package")
+    if document["format"] != FORMAT:
+        raise StoreError(
+            f"{path} has format {document['format']}, this version reads {FORMAT}: use the "
+            "version of rewriter that wrote it"
+        )
+    try:
+        weights = path / pathlib.PurePath(document["weights"]).name
+        saved = _Saved(
+            str(document["model"]),
+            [_entry(e, extra) for e in document["layers"]],
+            {str(k): str(v) for k, v in document["ties"].items()},
+            frozenset(document["frozen"]),
+            frozenset(document["non_persistent"]),
+            document["example"],
+            Report.from_dict(document["report"]),
+            weights.name,
+        )
+        names = {e.name for e in saved.layers if e.same_as == e.name}
+        if len({e.name for e in saved.layers}) < len(saved.layers):
+            raise ValueError("a layer is listed twice")
+        if any(e.same_as not in names for e in saved.layers):
+            raise ValueError("a layer is the same as one that is not listed")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{path / RECIPE} is damaged: {type(error).__name__}: {error}") from error
+    try:
+        if _digest(weights) != document["sha256"]:
+            raise StoreError(f"{weights} is truncated or changed: its checksum differs")
+    except OSError as error:
+        raise StoreError(f"{weights} is not readable: {error}") from error
+    return saved
+
+
+def _entry(entry: Any, extra: Sequence[type]) -> _Entry:
+    chain = [(_known(k, extra, (Layer,)), _pass_of(p, extra)) for k, p in entry["chain"]]
+    if not chain:
+        raise ValueError("a layer that no pass installed")
+    origin = entry["origin"]
+    installed = Installed(
+        entry["weight"],
+        entry["bias"],
+        bool(entry["transposed"]),
+        chain,
+        bool(entry["graph_only"]),
+        None if entry["dtype"] is None else _dtype(entry["dtype"]),
+        None if origin is None else (_known(origin[0], extra, (Layer,)), dict(origin[1])),
+    )
+    cls = _allowed(entry["class"], extra, (Layer, nn.Linear))
+    return _Entry(str(entry["name"]), cls, dict(entry["config"]), entry["same_as"], installed)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} is not a dtype")
+    return dtype
+
+
+def _allowed(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
+    """The class of this name, if it may be built; nothing else is ever imported."""
+    for cls in extra:
+        if _class_name(cls) == name:
+            return cls
+    module, _, attribute = name.rpartition(".")
+    if name == _class_name(nn.Linear):
+        return nn.Linear
+    if module.startswith("rewriter.passes."):
+        try:
+            found = getattr(importlib.import_module(module), attribute, None)
+        except ImportError:
+            found = None
+        if isinstance(found, type) and issubclass(found, bases):
+            return found
+    raise StoreError(
+        f"the recipe names {name}, which is not on the allow-list: pass layers=[{attribute}] to "
+        "load it if you trust where the file comes from"
+    )
+
+
+def _known(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
+    """A class where it may be used; else its name, which only `load_original` stumbles on."""
+    try:
+        return _allowed(name, extra, bases) if "." in name else name
+    except StoreError:
+        return name
+
+
+def _pass_of(spec: Any, extra: Sequence[type]) -> Any:
+    """The pass again; its JSON where it cannot be had, which only `load_original` stumbles on."""
+    cls = _known(spec["class"], extra, (Pass,))
+    if isinstance(cls, str) or not is_dataclass(cls) or spec["options"] is None:
+        return spec
+    try:
+        return cls(**spec["options"])
+    except (ValueError, TypeError):  # options of another version
+        return spec
+
+
+def _build(entry: _Entry, root: nn.Module, filler: _Filler) -> nn.Module:
+    try:
+        layer = entry.cls(**entry.config, device="meta")
+    except Exception as error:
+        raise StoreError(
+            f"{entry.name}: cannot build {_class_name(entry.cls)}: {error}"
+        ) from error
+    old = _state(root)
+    site = [old[r] for r in (entry.installed.weight_ref,) if r in old]
+    site += [t for k, t in old.items() if k.startswith(f"{entry.name}.")]
+    features = [getattr(layer, n, None) for n in ("out_features", "in_features")]
+    if entry.installed.weight_ref in old and None not in features:
+        shape = list(site[0].shape)[:: -1 if entry.installed.transposed else 1]
+        if shape != features:
+            raise StoreError(
+                f"the recipe rewrites {entry.name} of {features[1]} -> {features[0]} features, "
+                f"and {type(root).__name__} has {shape[1]} -> {shape[0]} there: pass the model "
+                "that was rewritten"
+            )
+    device = site[0].device if site and not site[0].is_meta else torch.device("cpu")
+    filler.fill(layer, f"{entry.name}.", device)
+    return layer
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path} is not readable: {error}") from error
+
+
+class _Filler:
+    """Puts saved tensors into modules, one at a time: the file is never in memory as a whole.
+
+    A tensor that fits is overwritten in place, so that whoever else holds it sees the new values;
+    another is replaced. Names that shared a tensor when saved share one again.
+    """
+
+    def __init__(self, saved: _Saved, file: Any) -> None:
+        self.saved = saved
+        self.file = file
+        self.names = set(file.keys()) | set(saved.ties)
+        self.made: dict[str, Tensor] = {}
+        self.taken: dict[int, str] = {}
+
+    def fill(
+        self, root: nn.Module, prefix: str = "", device: torch.device | None = None
+    ) -> None:
+        """Gives every tensor of `root` its saved value.
+
+        Raises:
+            StoreError: the tensors of `root` are not those of the file.
+        """
+        own = {prefix + k: t for k, t in _state(root).items()}
+        loose = {prefix + k for k in _non_persistent(root)}
+        missing = [k for k, t in own.items() if k not in self.names]
+        missing = [k for k in missing if k not in loose or own[k].is_meta]
+        wanted = {n for n in self.names if n.startswith(prefix)}
+        unexpected = [k for k in wanted - set(own) if not self._register(root, k, prefix)]
+        if missing or unexpected:
+            raise StoreError(
+                f"the saved weights, of {self.saved.model}, are not those of "
+                f"{prefix.removesuffix('.') or type(root).__name__}: the file lacks "
+                f"{sorted(missing)}, the model lacks {sorted(unexpected)}"
+            )
+        own = {prefix + k: t for k, t in _state(root).items()}
+        for key in [k for k in own if k in self.names]:
+            self._one(root, key, key.removeprefix(prefix), own[key], device, key in loose)
+        for key, tensor in _state(root).items():
+            first = self.saved.ties.get(prefix + key, prefix + key)
+            if tensor is not self.made.get(first, tensor):
+                raise StoreError(
+                    f"{key} shares its layer with another one, and did not where it was saved"
+                )
+
+    def _one(
+        self,
+        root: nn.Module,
+        key: str,
+        name: str,
+        old: Tensor,
+        device: torch.device | None,
+        loose: bool,
+    ) -> None:
+        first = self.saved.ties.get(key, key)
+        made = self.made.get(first)
+        if made is None:
+            made = self._made(key, first, old, device, loose)
+            if isinstance(made, nn.Parameter):
+                made.requires_grad_(first not in self.saved.frozen)
+            self.made[first] = made
+            self.taken[id(made)] = first
+        if made is not old:
+            _put(root, name, made)
+
+    def _made(
+        self, key: str, first: str, old: Tensor, device: torch.device | None, loose: bool
+    ) -> Tensor:
+        if first not in self.file.keys():  # noqa: SIM118 (not a mapping)
+            raise StoreError(f"{key} is tied to {first}, which the file lacks")
+        value = self.file.get_tensor(first)
+        if value.shape != old.shape and not loose:
+            raise StoreError(
+                f"{key} has shape {list(value.shape)} where it was saved, {list(old.shape)} here"
+            )
+        fits = not old.is_meta and (old.dtype, old.shape) == (value.dtype, value.shape)
+        if fits and self.taken.get(id(old), first) == first:
+            with torch.no_grad():
+                old.copy_(value)
+            return old
+        return _like(value.to(device) if device is not None else value, old, value.dtype)
+
+    def _register(self, root: nn.Module, key: str, prefix: str) -> bool:
+        """Makes room for a buffer outside the state_dict that the model only gets in use."""
+        owner, _, name = key.removeprefix(prefix).rpartition(".")
+        if key not in self.saved.non_persistent:
+            return False
+        try:
+            holder = root.get_submodule(owner)
+        except AttributeError:
+            return False
+        value = self.file.get_tensor(self.saved.ties.get(key, key))
+        holder.register_buffer(name, torch.empty_like(value), persistent=False)
+        return True
+
+    def prepare(self, root: nn.Module) -> None:
+        """Gives a model that will be captured again data everywhere: what was saved under the same
+        name, else zeros where it has none, in the dtype it was rewritten in."""
+        dtypes = {
+            ref: e.installed.dtype
+            for e in self.saved.layers
+            for ref in (e.installed.weight_ref, e.installed.bias_ref)
+            if ref is not None
+        }
+        made: dict[int, Tensor] = {}
+        for key, old in _state(root).items():
+            if id(old) not in made:
+                first = self.saved.ties.get(key, key)
+                value = old
+                if first in self.file.keys():  # noqa: SIM118 (not a mapping)
+                    value = self.file.get_tensor(first)
+                if value.is_meta or value.shape != old.shape:
+                    value = torch.zeros(old.shape, dtype=old.dtype) if old.is_meta else old
+                made[id(old)] = _like(value, old, dtypes.get(key) or value.dtype)
+            _put(root, key, made[id(old)])
+
+
+# the example call
+
+
+def example_to_json(arguments: Mapping[str, Any]) -> Any:
+    """The example call as JSON: tensors by shape, dtype and, for whole numbers, the largest value
+    (a valid index, an open mask); None where something has no form."""
+    if any("[" in name for name in arguments):  # `*args` cannot be given back by name
+        return None
+    try:
+        return {name: _to_json(value) for name, value in arguments.items()}
+    except TypeError:
+        return None
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        whole = not (value.is_floating_point() or value.is_complex() or value.is_meta)
+        fill = int(value.max()) if whole and value.numel() else 0
+        return {"tensor": list(value.shape), "dtype": _dtype_name(value.dtype), "fill": fill}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_to_json(v) for v in value]}
+    if type(value) is dict and all(isinstance(k, str) for k in value):
+        return {"dict": {k: _to_json(v) for k, v in value.items()}}
+    if value is None or type(value) in (bool, int, float, str):
+        return {"value": value}
+    raise TypeError(type(value).__name__)
+
+
+def _example(data: Any) -> dict[str, Any]:
+    if data is None:
+        raise StoreError("this rewrite lives in a graph: pass example_inputs to load it")
+
+    def build(item: Any) -> Any:
+        if "tensor" in item:
+            return torch.full(item["tensor"], item["fill"], dtype=_dtype(item["dtype"]))
+        if "list" in item:
+            return [build(v) for v in item["list"]]
+        if "tuple" in item:
+            return tuple(build(v) for v in item["tuple"])
+        if "dict" in item:
+            return {k: build(v) for k, v in item["dict"].items()}
+        return item["value"]
+
+    try:
+        return {k: build(v) for k, v in data.items()}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise StoreError(f"the recipe's example call is damaged: {error}") from error
+
+
+def _recipe_of(model: nn.Module) -> tuple[Recipe, Report]:
+    state = vars(model).get("_rewriter") if isinstance(model, nn.Module) else None
+    if not isinstance(model, RewrittenModule) or state is None or state.recipe is None:
+        raise StoreError(
+            f"{type(model).__name__} was not made by rewriter.rewrite or rewriter.load"
+        )
+    return state.recipe, state.report

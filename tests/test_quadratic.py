@@ -258,7 +258,7 @@ def test_what_the_replacement_says():
     assert Quadratic().propose(site).error == 0.0
     assert not Quadratic(init="random").exact
     assert Quadratic(init="random").propose(site).error is None
-    assert str(Quadratic(init="random")) == "Quadratic(init='random')"
+    assert str(Quadratic(init="random")) == "Quadratic(neuron='new', init='random')"
 
 
 def test_gradients_at_the_start():
