@@ -32,6 +32,8 @@ class LowRank(Pass):
         second.bias = site.bias
         error = float(s[self.rank :].norm() / s.norm())
         return Replacement(nn.Sequential(first, second), error=error)
+
+
 # [/pass]
 
 

@@ -459,7 +459,7 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula(torch.ops.rewriter.int8_linear)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.rewriter.int8_linear)
 def int8_linear_flops(x: torch.Size, qweight: torch.Size, *args: Any, **kwargs: Any) -> int:
     """2·rows·in·out integer operations, from shapes."""
     return 2 * math.prod(x) * qweight[0]

@@ -247,7 +247,7 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula(torch.ops.rewriter.int8_monarch_linear)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.rewriter.int8_monarch_linear)
 def int8_monarch_linear_flops(
     x: torch.Size,
     qright: torch.Size,

@@ -1,11 +1,12 @@
-"""The façade: `rewrite`, `explain`, `load`."""
+"""The façade: `rewrite` and its dry run `explain`."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import numbers
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,8 +15,9 @@ from rewriter.base import Pass, Where
 from rewriter.capture import capture
 from rewriter.engine import Engine, Options, check_passes
 from rewriter.errors import OptionError, RewriteError
-from rewriter.hosted import original_class
+from rewriter.hosted import RewrittenModule, original_class
 from rewriter.report import Report
+from rewriter.store import Recipe
 
 __all__ = ["explain", "prepare", "rewrite"]
 
@@ -69,6 +71,77 @@ def rewrite(
         VerifyError: a pass broke what must hold.
     """
     _check_model(model)
+    settings = _settings(
+        passes, objective, max_error, where, calibration, memory_budget, device, kernels
+    )
+    root = model if inplace else _copied(model)
+    with _restored_on_error(root) if inplace else contextlib.nullcontext():
+        _run(root, passes, example_inputs, settings, strict_signature)
+    return root
+
+
+def explain(
+    model: nn.Module,
+    passes: Sequence[Pass] = (),
+    example_inputs: Any = None,
+    *,
+    objective: str | None = None,
+    max_error: float | None = None,
+    where: Where = None,
+    calibration: Any = None,
+    memory_budget: int | float | str | None = None,
+    device: str | None = None,
+    kernels: str = "auto",
+) -> Report:
+    """The dry run: the report that `rewrite` with the same arguments would give, and no model.
+
+    Raises:
+        RewriteError: as `rewrite`.
+    """
+    _check_model(model)
+    settings = _settings(
+        passes, objective, max_error, where, calibration, memory_budget, device, kernels
+    )
+    return _run(_copied(model), passes, example_inputs, settings, False)
+
+
+def _run(
+    root: nn.Module, passes: Sequence[Pass], example_inputs: Any, options: Options, strict: bool
+) -> Report:
+    done = vars(root)["_rewriter"].recipe if isinstance(root, RewrittenModule) else None
+    # after an earlier rewrite, what is stored leads from the original to here
+    recipe = Recipe.of(root) if done is None else copy.deepcopy(done)
+    engine = prepare(root, example_inputs, options, strict=strict)
+    engine.recipe = recipe
+    steps = [engine.original()]
+    for rewrite in passes:  # no comprehension: warnings count the frames up to the user's line
+        steps.append(engine.run(rewrite))
+    report = engine.report(steps)
+    engine.finish(report)
+    return report
+
+
+def prepare(
+    root: nn.Module, example_inputs: Any, options: Options | None = None, *, strict: bool = False
+) -> Engine:
+    """An engine around the engine's own copy of a model, captured and ready to run passes."""
+    captured = capture(root, example_inputs, strict=strict)
+    return Engine(captured, options or Options())
+
+
+def _settings(
+    passes: Sequence[Pass],
+    objective: str | None,
+    max_error: float | None,
+    where: Where,
+    calibration: Any,
+    memory_budget: Any,
+    device: Any,
+    kernels: Any,
+) -> Options:
+    """The engine's options, or what is impossible about the arguments."""
+    if not isinstance(passes, list | tuple | Pass):
+        raise OptionError(f"passes must be a list of passes, not {passes!r}")
     check_passes(passes)
     for name, value in (
         ("calibration", calibration),
@@ -79,32 +152,11 @@ def rewrite(
             raise OptionError(f"{name}={value!r} is not supported yet: leave it out")
     if kernels != "auto":
         raise OptionError(f"kernels={kernels!r}: this version supports 'auto' only")
-    options = Options(objective, max_error, where)
-    root = model if inplace else _copied(model)
-    with _restored_on_error(root) if inplace else contextlib.nullcontext():
-        engine = prepare(root, example_inputs, options, strict=strict_signature)
-        steps = [engine.original()]
-        steps += [engine.run(p) for p in passes]
-        engine.finish(engine.report(steps))
-    return root
-
-
-def explain(
-    model: nn.Module, passes: Sequence[Pass], example_inputs: Any = None, **options: Any
-) -> Report:
-    """The dry run: the report that `rewrite` with the same arguments would give, and no model."""
-    if options.pop("inplace", False):
-        raise OptionError("explain changes nothing: leave out inplace=True")
-    rewritten = rewrite(model, passes, example_inputs, **options)
-    return cast(Report, rewritten.__dict__["_rewriter"].report)
-
-
-def prepare(
-    root: nn.Module, example_inputs: Any, options: Options | None = None, *, strict: bool = False
-) -> Engine:
-    """An engine around the engine's own copy of a model, captured and ready to run passes."""
-    captured = capture(root, example_inputs, strict=strict)
-    return Engine(captured, options or Options())
+    if max_error is not None and not isinstance(max_error, numbers.Real):
+        raise OptionError(f"max_error={max_error!r}: use a number of at least 0, or None")
+    if where is not None and not isinstance(where, str) and not callable(where):
+        raise OptionError(f"where={where!r}: use a name pattern, a predicate over sites, or None")
+    return Options(objective, max_error, where)
 
 
 def _check_model(model: Any) -> None:
@@ -116,8 +168,16 @@ def _check_model(model: Any) -> None:
         raise RewriteError("rewrite needs the Python model, not a TorchScript module")
     if hasattr(model, "_orig_mod"):
         raise RewriteError("the model is compiled already: rewrite first (pass model._orig_mod)")
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+    if any(m._compiled_call_impl is not None for m in model.modules()):
+        raise RewriteError("the model is compiled already (model.compile()): rewrite first")
+    wrappers = {c.__name__ for c in type(model).__mro__ if c.__module__.startswith("torch.")}
+    if wrappers & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}:
         raise RewriteError("rewrite before wrapping for data parallelism (pass model.module)")
+    if "FSDPModule" in wrappers:
+        raise RewriteError("the model is sharded already: rewrite before fully_shard")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise RewriteError(f"{name} has no shape yet (a lazy module): run the model once first")
 
 
 def _copied(model: M) -> M:
@@ -133,9 +193,15 @@ def _copied(model: M) -> M:
 @contextlib.contextmanager
 def _restored_on_error(root: nn.Module) -> Iterator[None]:
     """An in-place rewrite that fails leaves the model as it was."""
-    attributes = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
     saved = [(m, type(m), dict(vars(m))) for m in root.modules()]
-    inner = [(getattr(m, a), copy.copy(getattr(m, a))) for m, _, _ in saved for a in attributes]
+    # hooks, parameters, submodules, …: what a module keeps in containers of its own
+    inner = [
+        (held, copy.copy(held))
+        for _, _, own in saved
+        for held in own.values()
+        if isinstance(held, dict | set)
+    ]
+    grads = [(p, p.requires_grad) for p in root.parameters()]
     try:
         yield
     except BaseException:
@@ -146,4 +212,6 @@ def _restored_on_error(root: nn.Module) -> Iterator[None]:
         for container, contents in inner:
             container.clear()
             container.update(contents)
+        for parameter, flag in grads:
+            parameter.requires_grad_(flag)
         raise

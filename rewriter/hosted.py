@@ -3,6 +3,18 @@
 `host(module, state)` gives a module a dynamic subclass of its own class. Its `forward` runs the
 generated code of the graph for the current mode over the module tree; a call that the graph cannot
 serve runs the original Python `forward` over the same, rewritten, layers.
+
+What a graph takes for granted. Checked at every call, which otherwise runs Python: names, types,
+dtypes and sizes of the arguments, and values of those that are no tensors (`Signature`); autocast;
+dtypes of parameters; and, of every module that was opened up, its training flag, hooks, submodules
+and plain attributes, and those of objects in its attributes such as a `config` (`Watch`). Refused
+at capture: branches on data, attributes that the forward writes, draws from Python's or NumPy's
+global random numbers, reads of the values of tensors that are neither parameter nor buffer. Fixed
+at capture, and not noticed when it changes: module-level globals and closures that the forward
+reads, contents of NumPy arrays and of objects without `__dict__` in attributes, random number
+generators of the model's own, the default dtype, environment variables and clocks, whether two
+arguments are one object, and whether gradients are on where Python asks. Under `torch.compile` and
+`torch.export` the checks of `Watch` run once, when the call is traced, or not at all.
 """
 
 from __future__ import annotations
@@ -22,7 +34,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.errors import RewriteWarning, SignatureError
-from rewriter.signature import Signature, Structure
+from rewriter.signature import Signature
+from rewriter.structure import Structure
+from rewriter.watch import Watch
 
 if TYPE_CHECKING:
     from rewriter.report import Report
@@ -31,6 +45,7 @@ __all__ = ["Program", "RewrittenModule", "State", "host", "original_class", "unh
 
 _counter = itertools.count()
 _MODE_TARGETS = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
+_DEVICES = ("cpu", "cuda")
 
 
 class Program:
@@ -92,19 +107,26 @@ def _moved(argument: Any, device: str) -> Any:
 
 def _restoring_modes(function: Callable[..., Any], root: nn.Module, leaves: Sequence[Any]) -> Any:
     """Runs code that switches grad or autocast mode by calls, not by `with`: restores both when
-    an exception leaves it half way."""
+    an exception leaves it half way. All of these modes belong to the calling thread."""
     grad = torch.is_grad_enabled()
-    autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
-    finished = False
+    cache = torch.is_autocast_cache_enabled()
+    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES]
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
     try:
-        results = function(root, *leaves)
-        finished = True
-    finally:
-        if not finished:
-            torch._C._set_grad_enabled(grad)
-            for device, enabled in autocast.items():
-                torch.set_autocast_enabled(device, enabled)
-    return results
+        return function(root, *leaves)
+    except BaseException:
+        torch._C._set_grad_enabled(grad)
+        torch.set_autocast_cache_enabled(cache)
+        for device, enabled, dtype in autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        while torch.autocast_increment_nesting() > depth:
+            torch.autocast_decrement_nesting()
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+        torch.autocast_decrement_nesting()
+        raise
 
 
 @dataclass
@@ -116,6 +138,7 @@ class State:
         programs: the graph per mode (False: eval, True: train); a missing mode runs Python.
         strict: raise on a call with another signature.
         graph_only: rewritten places that the Python `forward` does not go through.
+        watch: what the graphs take for granted about the module tree.
         report: the ledger (root only).
         recipe: what `save` writes (root only).
         names: original parameter name → how `load_original` finds it (root only).
@@ -125,6 +148,7 @@ class State:
     programs: dict[bool, Program] = field(default_factory=dict)
     strict: bool = False
     graph_only: tuple[str, ...] = ()
+    watch: Watch | None = None
     report: Report | None = None
     recipe: Any = None
     warned: set[str] = field(default_factory=set)
@@ -140,11 +164,15 @@ class State:
                     "see report.capture for why"
                 )
             return forward(module, *args, **kwargs)
+        if self.watch is not None and not torch.compiler.is_compiling():
+            changed = self.watch.difference(module.training)
+            if changed:
+                return self._differs(module, forward, args, kwargs, changed)
         if self.signature is None:
             bound = _parameters(type(module)).bind(module, *args, **kwargs)
             bound.apply_defaults()
             return program(module, list(bound.arguments.values())[1:], "")
-        leaves = self.signature.bind(args, kwargs)
+        leaves = self.signature.bind(args, kwargs, module.training)
         if isinstance(leaves, str):
             return self._differs(module, forward, args, kwargs, leaves)
         device = leaves[0].device if leaves else None

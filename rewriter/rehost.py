@@ -8,6 +8,7 @@ module takes effect wherever it is called, in every graph.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -260,8 +261,11 @@ def size_rules(program: ExportedProgram, leaves: Sequence[Tensor]) -> Dims:
     for guard in environment.guards if environment is not None else []:
         expression = environment.replace(guard.expr)
         symbols = {str(s) for s in expression.free_symbols}
-        if expression is not sympy.true and symbols and symbols <= set(ranges):
+        if expression is not sympy.true and symbols:
             guards.append(_python(expression))
+    free = {s for g in guards for s in re.findall(r"\b[a-z]+\d+\b", g)}
+    if not free <= set(ranges):  # a condition that cannot be checked: only these sizes are known
+        return Dims([list(leaf.shape) for leaf in leaves])
     return Dims(shapes, ranges, list(dict.fromkeys(guards)))
 
 

@@ -1,8 +1,7 @@
-"""How a call is taken apart into tensors, and how its result is put together again.
+"""How a call is turned into the flat tensors that a graph takes.
 
-A captured graph takes a flat list of tensors. `Signature` turns a call's arguments into that list,
-or says in words why this call is not the captured one; `Structure` rebuilds the original output
-(ModelOutput, cache objects, nested containers) from the graph's flat results.
+`Signature` remembers the captured call: its arguments by name, their types and sizes. It turns
+another call's arguments into the graph's inputs, or says in words why this is not the same call.
 """
 
 from __future__ import annotations
@@ -16,80 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rewriter.errors import CaptureError
+from rewriter.structure import Structure, Unflattenable, flatten, same
 
-__all__ = ["Call", "Dims", "Signature", "Structure", "Unflattenable", "flatten"]
-
-
-class Unflattenable(CaptureError):
-    """A value holds something that is neither a tensor, a constant, nor a container of them."""
-
-
-@dataclass(frozen=True)
-class Structure:
-    """The shape of a nested value: `kind` is "leaf", "const", "node" (a registered pytree) or
-    "object" (any other object, rebuilt attribute by attribute)."""
-
-    kind: str
-    value: Any = None
-    type: Any = None
-    children: tuple[Structure, ...] = ()
-
-    def build(self, leaves: Sequence[Any]) -> Any:
-        """The nested value, with the flat `leaves` in their places."""
-        if self.kind == "leaf":
-            return leaves[self.value]
-        if self.kind == "const":
-            return self.value
-        values = [child.build(leaves) for child in self.children]
-        if self.kind == "node":
-            if self.type is list:
-                return values
-            if self.type is tuple:
-                return tuple(values)
-            return pytree.SUPPORTED_NODES[self.type].unflatten_fn(values, self.value)
-        result = self.type.__new__(self.type)
-        result.__dict__.update(zip(self.value, values, strict=True))
-        return result
-
-
-def flatten(value: Any, leaves: list[Any], *, objects: bool) -> Structure:
-    """Appends the tensors of `value` to `leaves` and returns the structure around them.
-
-    Args:
-        value: any nested value.
-        leaves: receives tensors and symbolic numbers, in order.
-        objects: take apart foreign objects that hold tensors (outputs); else they are refused
-            (inputs: a graph could not write back what the call changes in them).
-
-    Raises:
-        Unflattenable: the value holds something that cannot be taken apart.
-    """
-    return _flatten(value, leaves, objects, ())
-
-
-def _flatten(value: Any, leaves: list[Any], objects: bool, parents: tuple[int, ...]) -> Structure:
-    if isinstance(value, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
-        leaves.append(value)
-        return Structure("leaf", len(leaves) - 1)
-    if id(value) in parents:
-        raise Unflattenable(f"a {type(value).__name__} that contains itself")
-    parents = (*parents, id(value))
-    node = pytree.SUPPORTED_NODES.get(type(value))
-    if node is not None:
-        items, context = node.flatten_fn(value)
-        children = tuple(_flatten(item, leaves, objects, parents) for item in items)
-        return Structure("node", context, type(value), children)
-    if isinstance(value, torch.nn.Module) or callable(value) or not hasattr(value, "__dict__"):
-        return Structure("const", value)
-    start = len(leaves)
-    names = tuple(vars(value))
-    children = tuple(_flatten(v, leaves, True, parents) for v in vars(value).values())
-    if len(leaves) == start:  # no tensor inside: a constant like any other
-        return Structure("const", value)
-    if not objects:
-        raise Unflattenable(f"a {type(value).__name__}, which the call may change in place")
-    return Structure("object", names, type(value), children)
+__all__ = ["Call", "Dims", "Signature"]
 
 
 @dataclass(frozen=True)
@@ -111,10 +39,12 @@ class Call:
         for name, value in bound.arguments.items():
             parameter = signature.parameters[name]
             if parameter.kind is parameter.VAR_KEYWORD:
+                if arguments.keys() & value.keys():  # f(x, /, **kw) called as f(1, x=2)
+                    raise TypeError(f"{sorted(arguments.keys() & value.keys())} are given twice")
                 arguments.update(value)
             elif parameter.kind is parameter.VAR_POSITIONAL:
                 arguments.update({f"{name}[{i}]": v for i, v in enumerate(value)})
-            elif not _same(value, parameter.default):
+            elif not same(value, parameter.default):
                 arguments[name] = value
         return cls(arguments)
 
@@ -122,22 +52,6 @@ class Call:
         leaves: list[Any] = []
         flatten(dict(self.arguments), leaves, objects=True)
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-_COMPARABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equality that never asks a tensor for its truth value."""
-    if a is b:
-        return True
-    if isinstance(a, Tensor) or isinstance(b, Tensor) or type(a) is not type(b):
-        return False
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return isinstance(a, _COMPARABLE) and bool(a == b)
 
 
 @dataclass
@@ -198,22 +112,28 @@ class Signature:
     Args:
         positional: names of the parameters that may be given by position.
         rest: name of the `*args` parameter, "" without one.
+        only: names of the parameters that can be given by position only.
         defaults: default values by name.
         structure: of the captured arguments (a dict by name).
         names: one per tensor leaf, for messages.
         dtypes: of the tensor leaves.
         device: type of the device the graph was captured on.
-        dims: sizes that the graph accepts.
+        autocast: the autocast dtype there during capture, None for off.
+        dims: sizes that the graphs accept, per mode.
+        contiguous: the forward asks how tensors lie in memory, so inputs must be contiguous.
     """
 
     positional: tuple[str, ...]
     rest: str
+    only: frozenset[str]
     defaults: dict[str, Any]
     structure: Structure
     names: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     device: str
-    dims: Dims
+    autocast: torch.dtype | None
+    dims: dict[bool, Dims] = field(default_factory=dict)
+    contiguous: bool = False
 
     @classmethod
     def of(cls, forward: Callable[..., Any], call: Call) -> tuple[Signature, list[Tensor]]:
@@ -222,16 +142,8 @@ class Signature:
         Raises:
             Unflattenable: an argument holds an object that the call may change.
         """
-        positional: list[str] = []
-        rest = ""
-        defaults: dict[str, Any] = {}
-        for name, p in inspect.signature(forward).parameters.items():
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
-                positional.append(name)
-            elif p.kind is p.VAR_POSITIONAL:
-                rest = name
-            if p.default is not p.empty:
-                defaults[name] = p.default
+        parameters = inspect.signature(forward).parameters.values()
+        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         leaves: list[Any] = []
         names: list[str] = []
         for name, value in call.arguments.items():
@@ -245,58 +157,91 @@ class Signature:
         leaves = []
         structure = flatten(dict(call.arguments), leaves, objects=False)
         device = next((t.device.type for t in leaves), "cpu")
-        dims = Dims([list(t.shape) for t in leaves])
-        dtypes = tuple(t.dtype for t in leaves)
-        return cls(
-            tuple(positional), rest, defaults, structure, tuple(names), dtypes, device, dims
-        ), leaves
+        signature = cls(
+            positional=tuple(p.name for p in parameters if p.kind in by_position),
+            rest=next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), ""),
+            only=frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_ONLY),
+            defaults={p.name: p.default for p in parameters if p.default is not p.empty},
+            structure=structure,
+            names=tuple(names),
+            dtypes=tuple(t.dtype for t in leaves),
+            device=device,
+            autocast=_autocast(device),
+        )
+        return signature, leaves
 
     def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of the captured call, with `leaves` for its tensors."""
         by_name = self.structure.build(leaves)
+        needed = [i for i, n in enumerate(self.positional) if n in self.only and n in by_name]
+        count = max(needed, default=-1) + 1  # up to here arguments go by position
+        if f"{self.rest}[0]" in by_name:
+            count = len(self.positional)
         args = []
-        for name in self.positional:
-            if name not in by_name:
+        for i, name in enumerate(self.positional):
+            if name in by_name:
+                args.append(by_name.pop(name))
+            elif i < count:
+                args.append(self.defaults[name])
+            else:
                 break
-            args.append(by_name.pop(name))
         while f"{self.rest}[{len(args) - len(self.positional)}]" in by_name:
             args.append(by_name.pop(f"{self.rest}[{len(args) - len(self.positional)}]"))
         return tuple(args), by_name
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | str:
+    def bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    ) -> list[Tensor] | str:
         """The flat tensors of a call, or how the call differs from the captured one."""
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = dict(zip(self.positional, args, strict=False))
         for i, value in enumerate(args[len(self.positional) :]):
             given[f"{self.rest}[{i}]"] = value
-        for name, value in zip(self.positional, args, strict=False):
+        for name, value in kwargs.items():
+            if name in given or name in self.only:
+                return f"argument {name!r} is given twice"
             given[name] = value
-        given.update(kwargs)
-        captured: list[str] = list(self.structure.value)
-        for name in list(given):
-            default = self.defaults.get(name, inspect.Parameter.empty)
-            if name not in captured and (given[name] is None or _same(given[name], default)):
-                del given[name]
-        extra = [name for name in given if name not in captured]
-        missing = [name for name in captured if name not in given]
-        if extra or missing:
-            parts = [f"argument {n!r} was not in the captured call" for n in extra]
-            parts += [f"argument {n!r} of the captured call is missing" for n in missing]
-            return "; ".join(parts)
+        captured: list[str] = self.structure.value
+        if given.keys() != set(captured):
+            for name in list(given):
+                if name not in captured and self._left_out(name, given[name]):
+                    del given[name]
+            parts = [f"argument {n!r} was not in the captured call" for n in given
+                     if n not in captured]  # fmt: skip
+            parts += [f"argument {n!r} of the captured call is missing" for n in captured
+                      if n not in given]  # fmt: skip
+            if parts:
+                return "; ".join(parts)
         leaves: list[Tensor] = []
         for name, structure in zip(captured, self.structure.children, strict=True):
             difference = _match(given[name], structure, leaves, name)
             if difference:
                 return difference
         for leaf, dtype, name in zip(leaves, self.dtypes, self.names, strict=True):
-            if leaf.dtype != dtype:
+            if leaf.dtype is not dtype:
                 return f"{name!r} is {leaf.dtype}, captured as {dtype}"
-        return self.dims.difference(leaves, self.names) or leaves
+            if self.contiguous and not leaf.is_contiguous():
+                return f"{name!r} is not contiguous, captured contiguous"
+        if _autocast(leaves[0].device.type) is not self.autocast:
+            return f"autocast is {_autocast(leaves[0].device.type)}, captured as {self.autocast}"
+        return self.dims[training].difference(leaves, self.names) or leaves
+
+    def _left_out(self, name: str, value: Any) -> bool:
+        """Whether giving this argument is the same as leaving it out."""
+        return name in self.defaults and same(value, self.defaults[name])
 
     def __str__(self) -> str:
         parts = []
-        for name, dtype, sizes in zip(self.names, self.dtypes, self.dims.shapes, strict=True):
+        shapes = self.dims[False].shapes if self.dims else [[] for _ in self.names]
+        for name, dtype, sizes in zip(self.names, self.dtypes, shapes, strict=True):
             parts.append(f"{name}: {str(dtype).removeprefix('torch.')}{sizes}".replace("'", ""))
         return ", ".join(parts)
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """The dtype that autocast is on with; None where it is off."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _match(value: Any, structure: Structure, leaves: list[Tensor], name: str) -> str | None:
@@ -306,13 +251,21 @@ def _match(value: Any, structure: Structure, leaves: list[Tensor], name: str) ->
         leaves.append(value)
         return None
     if structure.kind == "const":
-        if _same(value, structure.value):
+        if same(value, structure.value):
             return None
-        return f"{name!r} is {value!r}, captured as {structure.value!r}"
+        shown = "a tensor" if isinstance(value, Tensor) else repr(value)
+        return f"{name!r} is {shown}, captured as {structure.value!r}"
     if type(value) is not structure.type:
         return f"{name!r} is a {type(value).__name__}, captured as a {structure.type.__name__}"
-    items, context = pytree.SUPPORTED_NODES[structure.type].flatten_fn(value)
-    if len(items) != len(structure.children) or context != structure.value:
+    if structure.kind == "object":
+        items, equal = list(value), True
+    elif structure.type is dict:  # in whatever order
+        equal = value.keys() == set(structure.value)
+        items = [value[k] for k in structure.value] if equal else []
+    else:
+        items, context = pytree.SUPPORTED_NODES[structure.type].flatten_fn(value)
+        equal = context == structure.value
+    if not equal or len(items) != len(structure.children):
         return f"{name!r} has another structure than in the captured call"
     for item, child in zip(items, structure.children, strict=True):
         difference = _match(item, child, leaves, name)

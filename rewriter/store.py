@@ -47,8 +47,6 @@ class Installed:
         chain: pairs (kind of site, pass), in order. From a loaded recipe, what is not on the
             allow-list stays JSON: the name of a class, the class and options of a pass.
         graph_only: the Python forward does not go through the new layer.
-        dtype: of the original weight; None where not known.
-        origin: class and constructor arguments of the original, where that was a `Layer`.
     """
 
     weight_ref: str | None
@@ -56,18 +54,6 @@ class Installed:
     transposed: bool
     chain: list[tuple[Any, Any]] = field(default_factory=list)
     graph_only: bool = False
-    dtype: torch.dtype | None = None
-    origin: tuple[Any, dict[str, Any]] | None = None
-
-    @classmethod
-    def of(cls, site: Site) -> Installed:
-        """What must be known of a site before it is rewritten for the first time."""
-        module = site.module
-        origin = (type(module), dict(module.config())) if isinstance(module, Layer) else None
-        dtype = None if site.weight_ref is None else site.weight.dtype
-        return cls(
-            site.weight_ref, site.bias_ref, site.transposed, dtype=dtype, origin=origin
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         # `where` is often a lambda, which does not pickle, and has done its work
@@ -80,11 +66,27 @@ class Installed:
 
 @dataclass
 class Recipe:
-    """What it takes to build the rewritten model again from the original one."""
+    """What it takes to build the rewritten model again from the original one.
+
+    Args:
+        installed: the rewritten places by name.
+        example: the example call as JSON (shapes and constants); None where it has no JSON form.
+        dtypes: of the original's tensors.
+        origins: class and constructor arguments of the `Layer`s that the original had.
+    """
 
     installed: dict[str, Installed] = field(default_factory=dict)
     example: Any = None
-    """The example call as JSON (shapes and constants), or None where it has no JSON form."""
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    origins: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, root: nn.Module) -> Recipe:
+        """The recipe that rewrites nothing of this model yet."""
+        dtypes = {k: t.dtype for k, t in _state(root).items()}
+        named = root.named_modules(remove_duplicate=False)
+        origins = {n: (type(m), dict(m.config())) for n, m in named if isinstance(m, Layer)}
+        return cls(dtypes=dtypes, origins=origins)
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -100,7 +102,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     recipe, report = _recipe_of(model)
     tensors, ties = _unique(model)
-    document = {
+    document: dict[str, Any] = {
         "format": FORMAT,
         "model": _class_name(original_class(model)),
         "layers": _entries(model, recipe),
@@ -192,7 +194,15 @@ def load(
             filler.prepare(root)
             engine = prepare(root, example_inputs)
         engine.place(built)
-        recipe = Recipe({e.name: e.installed for e in saved.layers}, saved.example)
+        recipe = Recipe.of(model)
+        recipe.example = saved.example
+        for entry in saved.layers:
+            recipe.installed[entry.name] = entry.installed
+            if entry.origin is not None:
+                recipe.origins[entry.name] = entry.origin
+            for ref in (entry.installed.weight_ref, entry.installed.bias_ref):
+                if ref is not None and entry.dtype is not None:
+                    recipe.dtypes[ref] = entry.dtype
         engine.finish(saved.report, recipe)
         filler.fill(root)
     return root
@@ -226,7 +236,7 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     # Under which keys the original has the tensors of each rewritten layer …
     layers: dict[int, list[tuple[str, dict[str, str]]]] = {}
     for fqn, installed in recipe.installed.items():
-        for spelling in _spellings(fqn, installed, modules):
+        for spelling in _spellings(fqn, recipe, modules):
             layers.setdefault(id(modules[fqn]), []).append((fqn, spelling))
     # … and all others: one name of a tied tensor is enough.
     rewritten = {id(modules[fqn]) for fqn in recipe.installed}
@@ -255,7 +265,7 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         raise StoreError(f"the state_dict has tensors of other shapes: {sorted(wrong)}")
     for fqn, spelling in chosen:
         originals = {role: given[key] for role, key in spelling.items()}
-        new = _again(fqn, recipe.installed[fqn], originals, modules[fqn])
+        new = _again(fqn, recipe, originals, modules[fqn])
         values.update({f"{fqn}.{k}": t for k, t in new.items()})
     # Nothing was changed so far, and nothing can be refused any more.
     renewed: dict[int, Tensor] = {}
@@ -272,12 +282,13 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _spellings(
-    fqn: str, installed: Installed, modules: Mapping[str, nn.Module]
+    fqn: str, recipe: Recipe, modules: Mapping[str, nn.Module]
 ) -> Iterator[dict[str, str]]:
     """Where an original state_dict may hold the tensors of a rewritten place: role → key."""
-    if installed.origin is not None:
-        roles = {k: f"{fqn}.{k}" for k in _original(fqn, installed).state_dict()}
+    if fqn in recipe.origins:
+        roles = {k: f"{fqn}.{k}" for k in _original(fqn, recipe).state_dict()}
     else:
+        installed = recipe.installed[fqn]
         refs = {"weight": installed.weight_ref, "bias": installed.bias_ref}
         roles = {role: key for role, key in refs.items() if key is not None}
     if not roles:
@@ -290,9 +301,8 @@ def _spellings(
                 yield {r: f"{alias}.{k.removeprefix(inside)}" for r, k in roles.items()}
 
 
-def _original(fqn: str, installed: Installed) -> nn.Module:
-    assert installed.origin is not None
-    cls, config = installed.origin
+def _original(fqn: str, recipe: Recipe) -> nn.Module:
+    cls, config = recipe.origins[fqn]
     if isinstance(cls, str):
         raise StoreError(f"{fqn} was a {cls}: name that class in rewriter.load(..., layers=[...])")
     layer: nn.Module = cls(**config, device="meta")
@@ -300,16 +310,18 @@ def _original(fqn: str, installed: Installed) -> nn.Module:
 
 
 def _again(
-    fqn: str, installed: Installed, originals: Mapping[str, Tensor], target: nn.Module
+    fqn: str, recipe: Recipe, originals: Mapping[str, Tensor], target: nn.Module
 ) -> dict[str, Tensor]:
     """The tensors of the rewritten layer `target` for these original ones, by name in it."""
     old = next(iter(_state(target).values()), None)
     device = None if old is None or old.is_meta else old.device
+    installed = recipe.installed[fqn]
+    refs = {"weight": installed.weight_ref, "bias": installed.bias_ref}
     given = {}
-    for name, tensor in originals.items():
-        cast = installed.dtype if tensor.is_floating_point() else None
-        given[name] = tensor.detach().to(device=device, dtype=cast)
-    layer = _layer_before(fqn, installed, given)
+    for role, tensor in originals.items():
+        dtype = recipe.dtypes.get(refs.get(role) or f"{fqn}.{role}", tensor.dtype)
+        given[role] = tensor.detach().to(device=device, dtype=dtype)
+    layer = _layer_before(fqn, recipe, given)
     transposed = installed.transposed
     for kind, rewrite in installed.chain:
         if not isinstance(rewrite, Pass) or (isinstance(kind, str) and "." in kind):
@@ -336,37 +348,35 @@ def _again(
     return state
 
 
-def _layer_before(fqn: str, installed: Installed, given: dict[str, Tensor]) -> nn.Module:
+def _layer_before(fqn: str, recipe: Recipe, given: dict[str, Tensor]) -> nn.Module:
     """The original layer at a rewritten place, around these tensors."""
-    if installed.origin is not None:
-        layer = _original(fqn, installed)
-        wrong = [k for k, t in layer.state_dict().items() if t.shape != given[k].shape]
-        if wrong:
-            raise StoreError(f"{fqn}: the state_dict has tensors of other shapes: {wrong}")
+    shapes = {k: list(t.shape) for k, t in given.items()}
+    if fqn in recipe.origins:
+        layer = _original(fqn, recipe)
+        expected = {k: list(t.shape) for k, t in layer.state_dict().items()}
+        if shapes != expected:
+            raise StoreError(f"{fqn}: the state_dict has {shapes}, the layer had {expected}")
         layer.load_state_dict(given, assign=True)
         return layer
+    installed = recipe.installed[fqn]
     kind = installed.chain[0][0]
     weight, bias = given["weight"], given.get("bias")
     if kind not in (LINEAR, MLP):
         raise StoreError(f"{fqn} was of kind {kind}, which load_original cannot rebuild")
-    if weight.dim() != 2 or (bias is not None and bias.shape != (weight.shape[1 - _rows(installed)],)):
-        shapes = {k: list(t.shape) for k, t in given.items()}
+    features = shapes["weight"][:: -1 if installed.transposed else 1]
+    if len(features) != 2 or (bias is not None and shapes["bias"] != features[:1]):
         raise StoreError(f"{fqn}: {shapes} are not the shapes of a linear layer")
     layer = nn.Module() if installed.transposed else nn.Linear(1, 1, device="meta")
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = features
     for name, tensor in (("weight", weight), ("bias", bias)):
         floating = tensor is not None and tensor.is_floating_point()
         layer._parameters[name] = None if tensor is None else nn.Parameter(tensor, floating)
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = weight.shape
     return layer
 
 
-def _rows(installed: Installed) -> int:
-    return 0 if installed.transposed else 1
-
-
 def _site_around(layer: nn.Module, fqn: str, kind: Any, transposed: bool) -> Site:
-    """A site as the engine showed it to the pass: under its full name, since a pass may use that."""
+    """A site as the engine shows it to a pass: under its full name, which a pass may use."""
     holder = root = nn.Module()
     *owners, last = fqn.split(".")
     for owner in owners:
@@ -445,8 +455,9 @@ def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             plain = tensor.detach().cpu().contiguous()
             storage = plain.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError) as error:
-            raise StoreError(f"{name} is a {tensor.layout} tensor: only dense ones can be saved") \
-                from error
+            raise StoreError(
+                f"{name} is a {tensor.layout} tensor: only dense ones can be saved"
+            ) from error
         # a view of another tensor is written out; all else goes to disk without a copy in memory
         tensors[name] = plain.clone() if storage in storages else plain
         storages.add(storage)
@@ -463,7 +474,8 @@ def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         layer = modules.get(fqn)
         if layer is None:
             raise StoreError(f"{fqn} was rewritten and is gone: the model was changed since")
-        origin = installed.origin
+        dtype = recipe.dtypes.get(installed.weight_ref or "")
+        origin = recipe.origins.get(fqn)
         entries.append({
             "name": fqn,
             "class": _class_name(type(layer)),
@@ -473,7 +485,7 @@ def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
             "bias": installed.bias_ref,
             "transposed": installed.transposed,
             "graph_only": installed.graph_only,
-            "dtype": None if installed.dtype is None else _dtype_name(installed.dtype),
+            "dtype": None if dtype is None else _dtype_name(dtype),
             "origin": None if origin is None else [_kind_name(origin[0]), origin[1]],
             "chain": [[_kind_name(k), _pass_spec(p)] for k, p in installed.chain],
         })  # fmt: skip
@@ -567,6 +579,8 @@ class _Entry:
     config: dict[str, Any]
     same_as: str
     installed: Installed
+    dtype: torch.dtype | None
+    origin: tuple[Any, dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -628,18 +642,23 @@ def _entry(entry: Any, extra: Sequence[type]) -> _Entry:
     chain = [(_known(k, extra, (Layer,)), _pass_of(p, extra)) for k, p in entry["chain"]]
     if not chain:
         raise ValueError("a layer that no pass installed")
-    origin = entry["origin"]
     installed = Installed(
         entry["weight"],
         entry["bias"],
         bool(entry["transposed"]),
         chain,
         bool(entry["graph_only"]),
-        None if entry["dtype"] is None else _dtype(entry["dtype"]),
+    )
+    dtype, origin = entry["dtype"], entry["origin"]
+    return _Entry(
+        str(entry["name"]),
+        _allowed(entry["class"], extra, (Layer, nn.Linear)),
+        dict(entry["config"]),
+        entry["same_as"],
+        installed,
+        None if dtype is None else _dtype(dtype),
         None if origin is None else (_known(origin[0], extra, (Layer,)), dict(origin[1])),
     )
-    cls = _allowed(entry["class"], extra, (Layer, nn.Linear))
-    return _Entry(str(entry["name"]), cls, dict(entry["config"]), entry["same_as"], installed)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -680,7 +699,7 @@ def _known(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
 
 def _pass_of(spec: Any, extra: Sequence[type]) -> Any:
     """The pass again; its JSON where it cannot be had, which only `load_original` stumbles on."""
-    cls = _known(spec["class"], extra, (Pass,))
+    cls: Any = _known(spec["class"], extra, (Pass,))
     if isinstance(cls, str) or not is_dataclass(cls) or spec["options"] is None:
         return spec
     try:
@@ -693,9 +712,7 @@ def _build(entry: _Entry, root: nn.Module, filler: _Filler) -> nn.Module:
     try:
         layer = entry.cls(**entry.config, device="meta")
     except Exception as error:
-        raise StoreError(
-            f"{entry.name}: cannot build {_class_name(entry.cls)}: {error}"
-        ) from error
+        raise StoreError(f"{entry.name}: cannot build {_class_name(entry.cls)}: {error}") from error
     old = _state(root)
     site = [old[r] for r in (entry.installed.weight_ref,) if r in old]
     site += [t for k, t in old.items() if k.startswith(f"{entry.name}.")]
@@ -736,9 +753,7 @@ class _Filler:
         self.made: dict[str, Tensor] = {}
         self.taken: dict[int, str] = {}
 
-    def fill(
-        self, root: nn.Module, prefix: str = "", device: torch.device | None = None
-    ) -> None:
+    def fill(self, root: nn.Module, prefix: str = "", device: torch.device | None = None) -> None:
         """Gives every tensor of `root` its saved value.
 
         Raises:
@@ -820,7 +835,7 @@ class _Filler:
         """Gives a model that will be captured again data everywhere: what was saved under the same
         name, else zeros where it has none, in the dtype it was rewritten in."""
         dtypes = {
-            ref: e.installed.dtype
+            ref: e.dtype
             for e in self.saved.layers
             for ref in (e.installed.weight_ref, e.installed.bias_ref)
             if ref is not None

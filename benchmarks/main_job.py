@@ -1,0 +1,169 @@
+"""The main job in figures: MiniLM with its real weights, before and after.
+
+Exactness and overhead of a pass-free rewrite, seconds of capture, int8's speed and quality, FLOPs
+against `torch.utils.flop_counter`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from typing import Any
+
+import torch
+from _harness import (
+    arguments,
+    command,
+    interleaved,
+    load_script,
+    parse,
+    timing_rows,
+    write_results,
+)
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rewriter import rewrite
+from rewriter.capture import capture
+from rewriter.cost import propagate
+from rewriter.passes import Monarch, Quadratic, Quantize, TopK
+
+data = load_script("examples/_data.py")
+
+
+def batch_of(rows: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1000, 29000, (rows, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones(rows, length, dtype=torch.int64)}
+
+
+def exactness(model: nn.Module, same: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """A rewrite without passes: outputs in eval, gradients in train with dropout 0."""
+    with torch.no_grad():
+        differences = [
+            (a - b).abs().max().item()
+            for a, b in zip(model(**batch).values(), same(**batch).values(), strict=True)
+        ]
+    dry = copy.deepcopy(model)
+    for module in dry.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    gradients = []
+    for m in (dry, rewrite(dry, [], batch)):
+        m.train()
+        m(**batch).last_hidden_state.square().mean().backward()
+        gradients.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+    worst = max((gradients[0][n] - gradients[1][n]).abs().max().item() for n in gradients[0])
+    return [
+        {"what": "largest difference of an output, eval", "figure": max(differences)},
+        {"what": "largest difference of a gradient, train, dropout 0", "figure": worst},
+        {"what": "parameters with a gradient", "figure": len(gradients[0])},
+        {"what": "the same ones in the rewrite", "figure": len(gradients[1])},
+    ]
+
+
+def captures(quick: bool) -> list[dict[str, Any]]:
+    """Seconds of capture in both modes, checks included."""
+    from transformers import BertConfig, BertModel
+
+    rows = []
+    models: dict[str, nn.Module] = {"MiniLM (6 layers, 384 wide)": data.load_minilm()[0]}
+    if not quick:
+        torch.manual_seed(0)
+        models["BERT-base (12 layers, 768 wide, random weights)"] = BertModel(BertConfig()).eval()
+    for name, model in models.items():
+        times = []
+        for _ in range(1 if quick else 3):
+            start = time.perf_counter()
+            found = capture(model, batch_of(8, 128))
+            times.append(time.perf_counter() - start)
+        rows.append(
+            {
+                "model": name,
+                "captured": found.rung,
+                "seconds, median": round(sorted(times)[len(times) // 2], 2),
+                "seconds, worst": round(max(times), 2),
+            }
+        )
+    return rows
+
+
+def flops(model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """FLOPs of the ledger against torch's counter, original and rewritten."""
+    rows = []
+    recipes: dict[str, list[Any]] = {
+        "original": [],
+        "Quadratic": [Quadratic()],
+        "TopK": [TopK(k=0.25)],
+        "Quantize": [Quantize("int8-dynamic")],
+        "Monarch": [Monarch(nblocks=4)],
+        "Monarch, Quantize": [Monarch(nblocks=4), Quantize("int8-dynamic")],
+    }
+    for name, passes in recipes.items():
+        optimized = rewrite(model, passes, batch)
+        found = capture(optimized, batch)
+        (region,) = found.regions
+        cost = propagate(found.root, region.graphs[False], region.leaves or [], training=False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            optimized(**batch)
+        rows.append(
+            {
+                "model": name,
+                "FlopCounterMode": counter.get_total_flops(),
+                "ledger, what torch counts": cost.counted_by_torch,
+                "ledger, in all": cost.total.flops,
+                "attention on CPU": cost.total.flops - cost.counted_by_torch,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    args = parse(arguments(__doc__ or ""))
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model, tokenizer = data.load_minilm()
+    batch = batch_of(2, 16) if args.quick else batch_of(8, 128)
+    rounds = 3 if args.quick else 40
+    same = rewrite(model, [], batch)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    tables["A rewrite without passes"] = exactness(model, same, batch)
+    tables["Capture"] = captures(args.quick)
+    tables["FLOPs of one forward"] = flops(model, batch)
+    int8 = rewrite(model, [Quantize("int8-dynamic")], batch)
+    both = rewrite(model, [Monarch(nblocks=4), Quantize("int8-dynamic")], batch)
+    models = {
+        "original": model,
+        "rewritten without passes": same,
+        "int8": int8,
+        "Monarch 4 blocks": rewrite(model, [Monarch(nblocks=4)], batch),
+        "Monarch 4 blocks, int8": both,
+    }
+    with torch.inference_mode():
+        times = interleaved({n: lambda m=m: m(**batch) for n, m in models.items()}, rounds)
+    shape = "×".join(str(s) for s in batch["input_ids"].shape)
+    tables[f"Speed of a forward, {shape} tokens"] = timing_rows(times, "original")
+    if not args.quick:
+        tables["Quality, no training"] = [
+            {
+                "model": name,
+                "WordSim-353": round(data.wordsim(m, tokenizer), 4),
+                "SimLex-999": round(data.simlex(m, tokenizer), 4),
+            }
+            for name, m in models.items()
+        ]
+    write_results(
+        "main_job",
+        "The main job: MiniLM with its real weights",
+        tables,
+        command=command(),
+        notes="Both sides of every speed ratio run interleaved in one process, under "
+        "inference_mode. WordSim-353 and SimLex-999: Spearman correlation of cosine similarities "
+        "with human judgement.",
+        out=args.out,
+    )
+
+
+if __name__ == "__main__":
+    main()
