@@ -149,7 +149,7 @@ def _settings(
         ("device", device),
     ):
         if value is not None:
-            raise OptionError(f"{name}={value!r} is not supported yet: leave it out")
+            raise OptionError(f"{name} is not supported yet: leave it out")
     if kernels != "auto":
         raise OptionError(f"kernels={kernels!r}: this version supports 'auto' only")
     if max_error is not None and not isinstance(max_error, numbers.Real):

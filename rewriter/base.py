@@ -118,28 +118,36 @@ class Layer(nn.Module):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Python code that hands the layer to `F.linear` or `@`, as the weight that it was, calls
-        the layer."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
+        """Python code that hands the layer to `F.linear`, `@` or `addmm`, as the weight that it
+        was, calls the layer.
+
+        Raises:
+            TypeError: the code asks for anything but this layer's own linear map.
+        """
+        name, named = getattr(func, "__name__", str(func)), dict(kwargs or {})
+        x, weight, bias, rows = None, None, None, False
         if name == "linear":
-            x, weight, bias = (*args, kwargs.get("bias"))[:3]
-            if isinstance(weight, Layer) and not weight.stands_for_transposed:
-                return _as_called(weight, x, bias)
-        if name in ("matmul", "__matmul__", "mm", "addmm"):
-            *bias, x, weight = args
-            if isinstance(weight, _Transposed) or weight.stands_for_transposed:
-                layer = weight.layer if isinstance(weight, _Transposed) else weight
-                return _as_called(layer, x, bias[0] if bias else None)
-        raise TypeError(f"{name} cannot take a {cls.__name__} in the place of a weight")
+            x, weight, bias = (*args, *[named.pop(k, None) for k in _LINEAR[len(args) :]])[:3]
+            rows = True
+        elif name in ("matmul", "__matmul__", "mm") and len(args) == 2:
+            x, weight = args
+        elif name == "addmm" and len(args) == 3:
+            bias, x, weight = args
+        flipped = isinstance(weight, _Transposed)
+        layer = weight.layer if isinstance(weight, _Transposed) else weight
+        if named or not isinstance(layer, Layer) or not isinstance(x, Tensor):
+            raise TypeError(f"{name} cannot take a {cls.__name__} in the place of a weight here")
+        if layer.stands_for_transposed != (flipped if rows else not flipped):
+            raise TypeError(f"{name} reads the weight that {type(layer).__name__} stands for askew")
+        return _as_called(layer, x, bias)
 
     @property
     def T(self) -> _Transposed:  # noqa: N802 (the tensor's name)
-        return self.t()
+        return _Transposed(self)
+
+    mT = T  # noqa: N815
 
     def t(self) -> _Transposed:
-        if self.stands_for_transposed:
-            raise TypeError(f"{type(self).__name__} stands for a weight stored [in, out]")
         return _Transposed(self)
 
     def config(self) -> Mapping[str, Any]:
@@ -160,6 +168,9 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+
+
+_LINEAR = ("input", "weight", "bias")
 
 
 class _Transposed:

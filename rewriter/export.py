@@ -310,5 +310,3 @@ def _agrees_on_one(module: nn.Module, region: Region, symbols: set[str], trainin
             return difference(actual, expected) is None
     except Exception:  # either side refuses size 1: the graph keeps to 2 and above
         return False
-
-

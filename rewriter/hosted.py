@@ -108,6 +108,8 @@ def _moved(argument: Any, device: str) -> Any:
 def _restoring_modes(function: Callable[..., Any], root: nn.Module, leaves: Sequence[Any]) -> Any:
     """Runs code that switches grad or autocast mode by calls, not by `with`: restores both when
     an exception leaves it half way. All of these modes belong to the calling thread."""
+    if torch.compiler.is_compiling():
+        return function(root, *leaves)
     grad = torch.is_grad_enabled()
     cache = torch.is_autocast_cache_enabled()
     autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES]
@@ -200,7 +202,7 @@ class State:
                 f"{name}: {why}; such calls run the original Python forward over the rewritten "
                 "layers",
                 RewriteWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         return forward(module, *args, **kwargs)
 

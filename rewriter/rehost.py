@@ -8,6 +8,7 @@ module takes effect wherever it is called, in every graph.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -71,11 +72,11 @@ def rehost(
             assert spec.target is not None, spec
             target = spec.target.removeprefix(prefix)
             if spec.kind is InputKind.CONSTANT_TENSOR and not _is_tensor(module, target):
-                name = f"{CONSTANT}{len(constants)}"
                 constant = program.constants[spec.target]
                 assert isinstance(constant, Tensor), spec
-                constants[name] = constant
-                target = name
+                taken = {*module._buffers, *constants}
+                target = next(n for i in itertools.count() if (n := f"{CONSTANT}{i}") not in taken)
+                constants[target] = constant
             new = flat.create_node("get_attr", target)
         new.meta = dict(node.meta)
         environment[node] = new

@@ -22,6 +22,7 @@ __all__ = [
     "kept",
     "modes",
     "own_copy",
+    "quiet_run",
     "run_flat",
     "without_hooks",
     "written",
@@ -137,7 +138,7 @@ def _state_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _own_state(name: str) -> bool:
-    return name not in (*_CONTAINERS, "training") and not is_hook_dict(name)
+    return name not in (*_CONTAINERS, "training", "_rewriter") and not is_hook_dict(name)
 
 
 def _content(value: Any) -> Any:
@@ -155,7 +156,7 @@ def _unchanged(now: Any, then: Any) -> bool:
 def own_copy(args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
     """The same arguments around clones of their tensors, so that a call may change them."""
     inputs: list[Any] = []
-    structure = flatten([list(args), dict(kwargs)], inputs, objects=True)
+    structure = flatten([list(args), dict(kwargs)], inputs, objects=True, opaque=True)
     clones: dict[int, Any] = {}  # a tensor passed twice stays one tensor
     for t in inputs:
         if isinstance(t, Tensor) and not t.is_meta:
@@ -190,7 +191,7 @@ def run_flat(root: nn.Module, args: Any, kwargs: Any, *, training: bool = False)
     leaves: list[Any] = []
     with quiet_run(root, training):
         own_args, own_kwargs = own_copy(args, kwargs)
-        flatten(root(*own_args, **own_kwargs), leaves, objects=True)
+        flatten(root(*own_args, **own_kwargs), leaves, objects=True, opaque=True)
         # buffers that are results are about to be restored
         return [t.clone() if isinstance(t, Tensor) else t for t in leaves]
 

@@ -16,7 +16,7 @@ import os
 import pathlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -233,9 +233,12 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             "the model with data instead"
         )
     given = dict(state_dict)
+    strange = sorted(str(k) for k, t in given.items() if not isinstance(t, Tensor))
+    if strange:
+        raise StoreError(f"the state_dict has entries that are not tensors: {strange}")
     # Under which keys the original has the tensors of each rewritten layer …
     layers: dict[int, list[tuple[str, dict[str, str]]]] = {}
-    for fqn, installed in recipe.installed.items():
+    for fqn in recipe.installed:
         for spelling in _spellings(fqn, recipe, modules):
             layers.setdefault(id(modules[fqn]), []).append((fqn, spelling))
     # … and all others: one name of a tied tensor is enough.
@@ -294,11 +297,11 @@ def _spellings(
     if not roles:
         return
     yield roles
-    inside = f"{fqn}."
-    if all(key.startswith(inside) for key in roles.values()):
+    split = {role: key.rpartition(".") for role, key in roles.items()}
+    if all(modules.get(owner) is modules[fqn] for owner, _, _ in split.values()):
         for alias, module in modules.items():
-            if module is modules[fqn] and alias != fqn:
-                yield {r: f"{alias}.{k.removeprefix(inside)}" for r, k in roles.items()}
+            if module is modules[fqn]:
+                yield {role: f"{alias}.{name}" for role, (_, _, name) in split.items()}
 
 
 def _original(fqn: str, recipe: Recipe) -> nn.Module:
@@ -387,7 +390,7 @@ def _site_around(layer: nn.Module, fqn: str, kind: Any, transposed: bool) -> Sit
     own = type(layer) if isinstance(layer, Layer) else LINEAR
     named = {} if isinstance(layer, Layer) else dict(layer.named_parameters(recurse=False))
     refs = [f"{fqn}.{n}" if n in named else None for n in ("weight", "bias")]
-    site = Site(own, fqn, root, (), refs[0], refs[1], transposed)
+    site = Site(own, fqn, root, weight_ref=refs[0], bias_ref=refs[1], transposed=transposed)
     return replace(site, kind=MLP, parts={"down": site}) if kind == MLP else site
 
 
@@ -531,7 +534,7 @@ def _pass_spec(rewrite: Any) -> Any:
     options = {
         f.name: getattr(rewrite, f.name) for f in fields(rewrite) if f.init and f.name != "where"
     }
-    spec = {"class": _class_name(type(rewrite)), "options": options}
+    spec: dict[str, Any] = {"class": _class_name(type(rewrite)), "options": options}
     try:
         json.dumps(spec)
     except (TypeError, ValueError):  # only load_original needs it, and says so
@@ -628,7 +631,7 @@ def _read(path: pathlib.Path, extra: Sequence[type]) -> _Saved:
             raise ValueError("a layer is listed twice")
         if any(e.same_as not in names for e in saved.layers):
             raise ValueError("a layer is the same as one that is not listed")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{path / RECIPE} is damaged: {type(error).__name__}: {error}") from error
     try:
         if _digest(weights) != document["sha256"]:
@@ -642,16 +645,19 @@ def _entry(entry: Any, extra: Sequence[type]) -> _Entry:
     chain = [(_known(k, extra, (Layer,)), _pass_of(p, extra)) for k, p in entry["chain"]]
     if not chain:
         raise ValueError("a layer that no pass installed")
+    for key in ("name", "class", "same_as", "weight", "bias"):
+        if not isinstance(entry[key], str) and not (key in ("weight", "bias") and not entry[key]):
+            raise TypeError(f"{key} is not a name: {entry[key]!r}")
     installed = Installed(
-        entry["weight"],
-        entry["bias"],
+        entry["weight"] or None,
+        entry["bias"] or None,
         bool(entry["transposed"]),
         chain,
         bool(entry["graph_only"]),
     )
     dtype, origin = entry["dtype"], entry["origin"]
     return _Entry(
-        str(entry["name"]),
+        entry["name"],
         _allowed(entry["class"], extra, (Layer, nn.Linear)),
         dict(entry["config"]),
         entry["same_as"],
@@ -700,7 +706,7 @@ def _known(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
 def _pass_of(spec: Any, extra: Sequence[type]) -> Any:
     """The pass again; its JSON where it cannot be had, which only `load_original` stumbles on."""
     cls: Any = _known(spec["class"], extra, (Pass,))
-    if isinstance(cls, str) or not is_dataclass(cls) or spec["options"] is None:
+    if isinstance(cls, str) or spec["options"] is None:
         return spec
     try:
         return cls(**spec["options"])

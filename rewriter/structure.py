@@ -1,9 +1,9 @@
 """How a nested value is taken apart into tensors, and put together again.
 
 A captured graph takes and returns flat lists of tensors. `flatten` takes a value apart; its
-`Structure` builds an equal value around other tensors: containers, registered pytrees (transformers'
-ModelOutput), named tuples, dataclasses, subclasses of dict and list, and any object whose state is
-its attributes (cache objects).
+`Structure` builds an equal value around other tensors: containers, registered pytrees (such as
+transformers' ModelOutput), named tuples, dataclasses, subclasses of dict and list, and any object
+whose state is its attributes (cache objects).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Unflattenable(CaptureError):
     """A value holds something that is neither a tensor, a constant, nor a container of them."""
 
 
-_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_LEAVES = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 _COMPARABLE = (
     bool, int, float, complex, str, bytes, range, enum.Enum, type, types.FunctionType,
     types.BuiltinFunctionType, types.MethodType, torch.dtype, torch.device, torch.layout,
@@ -107,7 +107,7 @@ class Structure:
         return result
 
 
-def flatten(value: Any, leaves: list[Any], *, objects: bool) -> Structure:
+def flatten(value: Any, leaves: list[Any], *, objects: bool, opaque: bool = False) -> Structure:
     """Appends the tensors of `value` to `leaves` and returns the structure around them.
 
     Args:
@@ -115,15 +115,18 @@ def flatten(value: Any, leaves: list[Any], *, objects: bool) -> Structure:
         leaves: receives tensors and symbolic numbers, in order.
         objects: take apart foreign objects (outputs); else they are refused (inputs: a graph could
             not write back what the call changes in them, nor notice what changed in them since).
+        opaque: keep what cannot be taken apart as it is, for running Python code and no graph.
 
     Raises:
         Unflattenable: the value holds something that cannot be taken apart.
     """
-    return _flatten(value, leaves, objects, ())
+    return _flatten(value, leaves, objects, opaque, ())
 
 
-def _flatten(value: Any, leaves: list[Any], objects: bool, parents: tuple[int, ...]) -> Structure:
-    if isinstance(value, Tensor | _NUMBERS):
+def _flatten(
+    value: Any, leaves: list[Any], objects: bool, opaque: bool, parents: tuple[int, ...]
+) -> Structure:
+    if isinstance(value, _LEAVES):
         leaves.append(value)
         return Structure("leaf", len(leaves) - 1)
     if is_constant(value):
@@ -134,7 +137,7 @@ def _flatten(value: Any, leaves: list[Any], objects: bool, parents: tuple[int, .
     node = pytree.SUPPORTED_NODES.get(type(value))
     if node is not None:
         items, context = node.flatten_fn(value)
-        children = tuple(_flatten(item, leaves, objects, parents) for item in items)
+        children = tuple(_flatten(item, leaves, objects, opaque, parents) for item in items)
         return Structure("node", context, type(value), children)
     inside: list[Any] = []
     names: list[Any] = []
@@ -143,15 +146,22 @@ def _flatten(value: Any, leaves: list[Any], objects: bool, parents: tuple[int, .
     elif isinstance(value, list | tuple):
         names, inside = list(range(len(value))), list(value)
     if isinstance(value, tuple) and not hasattr(value, "__dict__"):  # torch.Size, named tuples
-        children = tuple(_flatten(v, leaves, objects, parents) for v in inside)
+        children = tuple(_flatten(v, leaves, objects, opaque, parents) for v in inside)
         return Structure("object", tuple(names), type(value), children, len(names))
     if not objects:
         raise Unflattenable(f"a {type(value).__name__}, which the call may change in place")
     if isinstance(value, nn.Module) or callable(value):
         return Structure("const", value)
-    attributes = _attributes(value)
+    try:
+        attributes = _attributes(value)
+    except Unflattenable:
+        if opaque:
+            return Structure("const", value)
+        raise
     start = len(leaves)
-    children = tuple(_flatten(v, leaves, True, parents) for v in [*inside, *attributes.values()])
+    children = tuple(
+        _flatten(v, leaves, True, opaque, parents) for v in [*inside, *attributes.values()]
+    )
     if len(leaves) == start:
         return Structure("copy", value)
     kept = (*names, *attributes)

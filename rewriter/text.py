@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.base import Layer
 from rewriter.report import Decision
-from rewriter.sites import op_name
+from rewriter.sites import find_sites, op_name
 
 __all__ = ["graph_text"]
 
@@ -35,6 +35,7 @@ def graph_text(root: nn.Module, graph: fx.Graph, decisions: Iterable[Decision] =
         decisions: shown behind the calls of their sites.
     """
     by_site: dict[str, Decision] = {d.site: d for d in decisions}
+    sites = {n: s.fqn for s in find_sites(root, [("", graph)]) for n in s.nodes}
     names: dict[fx.Node, str] = {}
     rows: list[tuple[str, str]] = []
     count = 0
@@ -48,7 +49,7 @@ def graph_text(root: nn.Module, graph: fx.Graph, decisions: Iterable[Decision] =
             count += 1
             name, arguments = op_name(node, root).rstrip("_"), _arguments(node, root, names)
             call = f"{names[node]} = {name}({arguments})"
-            rows.append((call + _type(node.meta.get("val")), _remark(node, by_site)))
+            rows.append((call + _type(node.meta.get("val")), _remark(sites.get(node), by_site)))
     width = max((len(row[0]) for row in rows if row[1]), default=0)
     return "\n".join(f"{call:{width}}  # {remark}" if remark else call for call, remark in rows)
 
@@ -106,14 +107,8 @@ def _type(value: Any) -> str:
     return f" : {_DTYPES.get(value.dtype, str(value.dtype))}[{','.join(map(str, value.shape))}]"
 
 
-def _remark(node: fx.Node, decisions: dict[str, Decision]) -> str:
-    sites = [str(node.target)] if node.op == "call_module" else []
-    for source in node.all_input_nodes:  # a functional call's site is named by its weight
-        while source.op != "get_attr" and len(source.all_input_nodes) == 1:
-            (source,) = source.all_input_nodes
-        if source.op == "get_attr":
-            sites.append(str(source.target))
-    decision = next((decisions[s] for s in sites if s in decisions), None)
+def _remark(site: str | None, decisions: dict[str, Decision]) -> str:
+    decision = decisions.get(site or "")
     if decision is None:
         return ""
     return f"was {decision.kind}" if decision.changed else decision.reason

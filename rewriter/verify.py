@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from rewriter.capture import Capture
 from rewriter.errors import VerifyError
 
-__all__ = ["Boundary", "boundary", "check", "relative_error", "tolerance"]
+__all__ = ["Boundary", "boundary", "check", "relative_error", "tolerance", "type_of"]
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """What a pass may not change: types of inputs and results, ties, and who owns parameters."""
+    """What a pass may not change: types of inputs and results, and who owns which parameter."""
 
-    types: tuple[tuple[Any, ...], ...]
-    ties: frozenset[frozenset[str]]
-    parameters: frozenset[str]
+    types: tuple[tuple[str, ...], ...]
+    parameters: Mapping[str, nn.Parameter]
 
 
 def boundary(capture: Capture) -> Boundary:
@@ -30,30 +29,30 @@ def boundary(capture: Capture) -> Boundary:
     for _, _, graph in capture.graphs():
         ends = [n for n in graph.nodes if n.op == "placeholder"]
         ends += list(next(n for n in reversed(graph.nodes) if n.op == "output").all_input_nodes)
-        types.append(tuple(_type(n.meta.get("val")) for n in ends))
-    return Boundary(tuple(types), ties(capture.root), _names(capture.root))
+        types.append(tuple(type_of(n.meta.get("val")) for n in ends))
+    return Boundary(tuple(types), dict(capture.root.named_parameters(remove_duplicate=False)))
 
 
-def ties(root: nn.Module) -> frozenset[frozenset[str]]:
+def ties(parameters: Mapping[str, nn.Parameter]) -> list[frozenset[str]]:
     """Groups of names that share one parameter."""
     names: dict[int, set[str]] = {}
-    for name, parameter in root.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters.items():
         names.setdefault(id(parameter), set()).add(name)
-    return frozenset(frozenset(group) for group in names.values() if len(group) > 1)
+    return [frozenset(group) for group in names.values() if len(group) > 1]
 
 
-def check(capture: Capture, before: Boundary, replaced: Sequence[str], name: str) -> None:
+def check(capture: Capture, before: Boundary, installed: Sequence[nn.Module], name: str) -> None:
     """Checks the rewritten model against the boundary it had before the pass.
 
     Args:
         capture: after the pass, propagated.
         before: `boundary` before the pass.
-        replaced: dotted names that the pass gave a new layer.
+        installed: the layers that the pass put into the model.
         name: of the pass, for the message.
 
     Raises:
         VerifyError: a graph is malformed, a value lost its type, a result changed its type, a
-            tie was broken, or a parameter was left that nothing uses.
+            tie was broken, or a parameter outside the new layers appeared, went or changed.
     """
     for region, mode, graph in capture.graphs():
         where = f"{name}: the {'train' if mode else 'eval'} graph of {region.prefix or 'the model'}"
@@ -65,35 +64,41 @@ def check(capture: Capture, before: Boundary, replaced: Sequence[str], name: str
         if region.leaves is not None and bare:
             raise VerifyError(f"{where} has nodes without metadata: {bare}")
     after = boundary(capture)
-    if after.types != before.types:
+    for old, new in zip(before.types, after.types, strict=True):
+        if old != new:
+            raise VerifyError(
+                f"{name} changed the type of an input or a result: {', '.join(old)} became "
+                f"{', '.join(new)}"
+            )
+    layers = {id(layer) for layer in installed}
+    places = [n for n, m in capture.root.named_modules(remove_duplicate=False) if id(m) in layers]
+
+    def touched(parameter: str) -> bool:
+        return any(parameter == p or parameter.startswith(f"{p}.") for p in places)
+
+    for group in ties(before.parameters):
+        ids = {id(after.parameters[n]) for n in group if n in after.parameters}
+        gone = [n for n in group if touched(n)]
+        shared = {id(p) for n, p in after.parameters.items() if touched(n)}
+        if len(ids) > 1 or (0 < len(gone) < len(group) and not ids <= shared):
+            raise VerifyError(f"{name} broke the tie between {', '.join(sorted(group))}")
+    outside = {n: p for n, p in after.parameters.items() if not touched(n)}
+    expected = {n: p for n, p in before.parameters.items() if not touched(n)}
+    new, lost = sorted(set(outside) - set(expected)), sorted(set(expected) - set(outside))
+    changed = [n for n in outside if n in expected and outside[n] is not expected[n]]
+    if new or lost or changed:
         raise VerifyError(
-            f"{name} changed the type of an input or a result: {before.types} → {after.types}"
+            f"{name}: parameters outside the replaced layers are not as they were: new {new}, "
+            f"lost {lost}, changed {changed}"
         )
 
-    def touched(n: str) -> bool:
-        return any(n == r or n.startswith(f"{r}.") for r in replaced)
 
-    for group in before.ties:
-        kept = frozenset(n for n in group if not touched(n))
-        if len(kept) > 1 and not any(kept <= g for g in after.ties):
-            raise VerifyError(f"{name} broke the tie between {sorted(kept)}")
-    new = {n for n in after.parameters - before.parameters if not touched(n)}
-    lost = {n for n in before.parameters - after.parameters if not touched(n)}
-    if new or lost:
-        raise VerifyError(
-            f"{name}: parameters outside the replaced layers changed: new {sorted(new)}, lost "
-            f"{sorted(lost)}"
-        )
-
-
-def _names(root: nn.Module) -> frozenset[str]:
-    return frozenset(n for n, _ in root.named_parameters(remove_duplicate=False))
-
-
-def _type(value: Any) -> tuple[Any, ...]:
+def type_of(value: Any) -> str:
+    """`float32[2, 4] on cpu` of a tensor; the class of anything else."""
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype, value.device
-    return (type(value).__name__,)
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype}{list(value.shape)} on {value.device}"
+    return type(value).__name__
 
 
 def relative_error(actual: Sequence[Any], expected: Sequence[Any]) -> float | None:

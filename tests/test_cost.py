@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rewriter.base import Layer
-from rewriter.cost import Cost, model_cost, propagate, storage_cost, where
+from rewriter.cost import Cost, model_cost, propagate, storage_cost
 from rewriter.errors import RewriteError, StoreError, VerifyError
 
 
@@ -445,18 +445,6 @@ def test_a_failing_node_names_itself_and_the_users_line() -> None:
         propagate(root, graph, [x])
     with pytest.raises(RewriteError, match="input 'x' got no value"):
         propagate(root, graph, [])
-
-
-def test_where_is_the_users_innermost_line() -> None:
-    graph = fx.Graph()
-    node = graph.placeholder("x")
-    assert where(node) == ""
-    node.meta["stack_trace"] = (
-        f'File "/home/me/run.py", line 3, in main\n  model(x)\n'
-        f'File "/home/me/model.py", line 12, in forward\n  y = self.fc(x)\n'
-        f'File "{nn.__file__}", line 9, in forward\n  return F.linear(x)\n'
-    )
-    assert where(node) == "/home/me/model.py:12"
 
 
 NUMBERS = st.integers(0, 10**15)

@@ -1,6 +1,6 @@
 """What models cost: `Cost`, and `propagate` and `model_cost` that read it off a graph."""
 
 from rewriter.cost.cost import Cost, storage_cost
-from rewriter.cost.interpret import GraphCost, Region, model_cost, propagate, where
+from rewriter.cost.interpret import GraphCost, Region, model_cost, propagate
 
-__all__ = ["Cost", "GraphCost", "Region", "model_cost", "propagate", "storage_cost", "where"]
+__all__ = ["Cost", "GraphCost", "Region", "model_cost", "propagate", "storage_cost"]

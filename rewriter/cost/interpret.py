@@ -7,13 +7,11 @@ dispatcher, composite functions and modules taken apart, and prices each: FLOPs 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -34,8 +32,9 @@ from torch.utils.flop_counter import flop_registry
 from rewriter.cost.cost import Cost, storage_cost
 from rewriter.cost.formulas import Traffic, flop_formula, is_free, traffic
 from rewriter.errors import VerifyError
+from rewriter.sites import user_line
 
-__all__ = ["GraphCost", "Region", "model_cost", "propagate", "where"]
+__all__ = ["GraphCost", "Region", "model_cost", "propagate"]
 
 Region = tuple["nn.Module | str", Graph, Sequence[Any]]
 """(module or its dotted name, its graph, the inputs of the graph's placeholders in order)."""
@@ -120,18 +119,6 @@ def model_cost(
     )
     result.errors = list(dict.fromkeys(result.errors))
     return result
-
-
-def where(node: Node) -> str:
-    """`file:line` of the user's code behind a node (the innermost frame outside PyTorch), or ""."""
-    frames: list[tuple[str, str]] = re.findall(
-        r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""
-    )
-    own = [f for f in frames if not f[0].startswith(_TORCH)] or frames
-    return ":".join(own[-1]) if own else ""
-
-
-_TORCH = str(Path(torch.__file__).parent)
 
 
 class _Run:
@@ -443,7 +430,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def error(self, what: str, consequence: str) -> None:
         assert self.node is not None
-        line = where(self.node) or f"node %{self.node.name}"
+        line = user_line(self.node) or f"node %{self.node.name}"
         self.result.errors.append(f"{what} ({line}): {consequence}")
 
     def higher_order(self, func: HigherOrderOperator, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -630,7 +617,7 @@ def _last_uses(graph: Graph) -> dict[Node, list[Node]]:
 
 def _failure(node: Node, env: dict[Node, Any], error: Exception) -> str:
     given = [_shape(env[n]) for n in node.all_input_nodes if n in env]
-    line = where(node)
+    line = user_line(node)
     return (
         f"node %{node.name} ({node.op} {node.target}) cannot run on ({', '.join(given)}): "
         f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

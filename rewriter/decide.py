@@ -1,0 +1,352 @@
+"""What speaks against a replacement that a pass proposes: ties, `max_error`, `objective`."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from rewriter.base import Pass, Replacement, Skip, Where
+from rewriter.capture import Capture
+from rewriter.cost import storage_cost
+from rewriter.errors import OptionError
+from rewriter.sites import CONV, LINEAR, MLP, Site, is_leaf
+from rewriter.spellings import changes_input, operands, swaps
+
+__all__ = [
+    "OBJECTIVES",
+    "Options",
+    "Proposal",
+    "check_passes",
+    "check_patterns",
+    "objections",
+    "ties",
+    "unsafe",
+    "unselected",
+]
+
+OBJECTIVES = ("latency", "memory", "params")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the engine decides; see `rewriter.rewrite`."""
+
+    objective: str | None = None
+    max_error: float | None = None
+    where: Where = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in (None, *OBJECTIVES):
+            raise OptionError(f"objective={self.objective!r}: use None or one of {OBJECTIVES}")
+        if self.max_error is not None and not self.max_error >= 0:
+            raise OptionError(f"max_error={self.max_error!r}: use a number of at least 0, or None")
+
+
+@dataclass
+class Proposal:
+    """A replacement for a site; `group` names the proposals that stand or fall together."""
+
+    site: Site
+    replacement: Replacement
+    group: int = -1
+
+
+def check_passes(passes: Sequence[Pass]) -> None:
+    """Raises one error that lists everything wrong with a recipe.
+
+    Raises:
+        OptionError: something is not a pass, or a pass comes before one of an earlier phase.
+    """
+    if isinstance(passes, Pass):
+        raise OptionError(f"passes must be a list: write [{passes}]")
+    problems = []
+    for i, p in enumerate(passes):
+        if isinstance(p, type) and issubclass(p, Pass):
+            problems.append(f"passes[{i}] is the class {p.__name__}: write {p.__name__}()")
+        elif not isinstance(p, Pass):
+            problems.append(f"passes[{i}] is a {type(p).__name__}, not a pass")
+    valid = [p for p in passes if isinstance(p, Pass)]
+    for i, later in enumerate(valid):
+        for earlier in valid[:i]:
+            if earlier.phase > later.phase:
+                problems.append(
+                    f"{later} ({later.phase.name}) comes after {earlier} ({earlier.phase.name})"
+                )
+                break
+    if problems:
+        order = " < ".join(p.name for p in Phase)
+        raise OptionError(f"impossible passes: {'; '.join(problems)}. Phases run {order}")
+
+
+# selection
+
+
+def unselected(site: Site, *wheres: Where) -> Skip | None:
+    """Why a site is not among the selected ones."""
+    for where in wheres:
+        if isinstance(where, str) and not fnmatch.fnmatchcase(site.fqn, where):
+            return Skip("not selected by where={!r}", where)
+        if callable(where) and not where(site):
+            return Skip("not selected by where")
+    return None
+
+
+def check_patterns(rewrite: Pass, sites: Sequence[Site], *wheres: Where) -> None:
+    """Raises OptionError for a name pattern that matches none of the sites there are."""
+    names = [s.fqn for s in sites]
+    for where in wheres:
+        if isinstance(where, str) and names:
+            if not any(fnmatch.fnmatchcase(n, where) for n in names):
+                shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+                raise OptionError(
+                    f"{rewrite}: where={where!r} matches none of its {len(names)} sites: {shown}"
+                )
+
+
+# what keeps the engine itself from replacing a site, whatever the pass
+
+
+def unsafe(capture: Capture, site: Site, sites: Sequence[Site]) -> Skip | None:
+    """Why the engine cannot replace a site.
+
+    Args:
+        capture: the model.
+        site: in question.
+        sites: all that there are.
+    """
+    module, graphs = site.module, {id(g): r for r, _, g in capture.graphs()}
+    if module is capture.root:
+        return Skip("the model itself is this layer: wrap it, e.g. in nn.Sequential")
+    if module is not None and parametrize.is_parametrized(module):
+        return Skip("its parameters are parametrized; remove_parametrizations first")
+    if site.weight_ref is None and site.kind in (LINEAR, CONV, MLP):
+        return Skip("its weight is computed in a hook (torch.nn.utils); remove it first")
+    if not site.nodes:
+        for island in capture.islands:
+            if site.fqn in island.layers and capture.rung == "symbolic":
+                return Skip("inside {}: {}", island.fqn, island.reason)
+        return Skip("not called with these example_inputs")
+    for node in site.nodes:
+        region = graphs[id(node.graph)]
+        if node.op != "call_module" and region.signature is not None and True not in region.graphs:
+            return Skip("called as a function, and train mode is not captured")
+        if changes_input(node, capture.root.get_submodule(region.prefix)):
+            return Skip("it works in place on a tensor that other code reads")
+    if site.kind == MLP:
+        called = {n for s in sites if s.fqn == site.fqn and s.kind != MLP for n in s.nodes}
+        if called - set(site.nodes):
+            return Skip("its down projection {} is also called outside of an MLP", site.fqn)
+    return None
+
+
+# one weight under several names
+
+
+def ties(
+    capture: Capture, proposals: Sequence[Proposal]
+) -> tuple[list[Proposal], list[tuple[Proposal, str]]]:
+    """One weight under several names: all of its users get one layer, or none does.
+
+    Returns:
+        The proposals that stand, those of one weight with one layer and one group; and those that
+        do not, each with the reason.
+    """
+    root = capture.root
+    names: dict[int, set[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    readers = _readers(capture)
+    shared: dict[tuple[int, int], list[Proposal]] = {}
+    for p in proposals:
+        if p.site.weight_ref is not None:
+            key = id(_attribute(root, p.site.weight_ref)), id(p.site.bias)
+            shared.setdefault(key, []).append(p)
+    refused: list[tuple[Proposal, str]] = []
+    for i, ((weight, _), group) in enumerate(shared.items()):
+        reason = _untouched(root, group, names.get(weight, set()), readers.get(weight, set()))
+        refused += [(p, reason) for p in group if reason]
+        for p in group:
+            p.group = i
+            if p is not group[0]:  # one layer for all, so that the tie survives
+                layer, note = group[0].replacement.layer, f"tied to {group[0].site.fqn}"
+                p.replacement = Replacement(layer, p.replacement.error, note)
+    gone = {id(p) for p, _ in refused}
+    return [p for p in proposals if id(p) not in gone], refused
+
+
+def _untouched(
+    root: nn.Module, group: Sequence[Proposal], names: set[str], readers: set[fx.Node]
+) -> str:
+    """Why the users of one weight cannot all be rewritten; "" where they can."""
+    own: set[str] = set()
+    others: set[str] = set()
+    for site in (p.site for p in group):
+        assert site.weight_ref is not None
+        owner, _, last = site.weight_ref.rpartition(".")
+        own |= {site.weight_ref}
+        holder = root.get_submodule(owner)
+        if site.module is None and is_leaf(holder):
+            others.add(owner)  # the layer that owns it: an embedding, used as the head
+        else:
+            every = root.named_modules(remove_duplicate=False)
+            own |= {f"{n}.{last}" for n, m in every if n and m is holder}
+    others |= names - own
+    reading = readers - {n for p in group for n in p.site.nodes}
+    if others or reading or len({p.site.transposed for p in group}) > 1:
+        tied = ", ".join(sorted(others)) or "code that reads it"
+        return f"its weight is tied to {tied}: rewritten together or not at all"
+    modules = {id(m): m for p in group if (m := p.site.module) is not None}
+    if len(modules) > 1 and any(_hooked(m) for m in modules.values()):
+        return "its weight is tied and there are hooks, which one layer for all would mix up"
+    return ""
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(bool(v) for k, v in vars(module).items() if k.endswith("_hooks"))
+
+
+def _readers(capture: Capture) -> dict[int, set[fx.Node]]:
+    """By identity of a parameter, the calls that read it by hand."""
+    readers: dict[int, set[fx.Node]] = {}
+    for region, _, graph in capture.graphs():
+        owner = capture.root.get_submodule(region.prefix)
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                tensor = _attribute(owner, str(node.target))
+                readers.setdefault(id(tensor), set()).update(_end_uses(node))
+    return readers
+
+
+def _end_uses(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that use a parameter, past the transposes in between."""
+    for user in node.users:
+        if swaps(user) is None:
+            yield user
+        else:
+            yield from _end_uses(user)
+
+
+def _attribute(root: nn.Module, fqn: str) -> Any:
+    owner, _, name = fqn.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
+
+
+# is it better?
+
+
+def objections(p: Proposal, options: Options) -> str:
+    """Why `max_error`, the objective or a lost bias speaks against a replacement; "" where none
+    does."""
+    error, limit, bias = p.replacement.error, options.max_error, p.site.bias
+    if bias is not None and p.site.module is None:
+        if all(bias is not own for own in p.replacement.layer.parameters()):
+            return f"its layer has another bias than {p.site.bias_ref}, which would be left over"
+    if limit is not None and error is not None and not error <= limit:
+        return f"error {error:.3g} is above max_error {limit:.3g}"
+    if options.objective is None:
+        return ""
+    if options.objective == "latency":
+        times = timed(p.site, p.replacement.layer)
+        if times is None:
+            return "its latency cannot be measured here: no data, or no shapes"
+        old, new = (t * 1e6 for t in times)
+        return "" if new < old else f"measured {new:.0f} µs, the layer it replaces {old:.0f} µs"
+    module = p.site.module
+    tensors = [] if module is not None or p.site.weight_ref is None else [p.site.weight]
+    tensors += [p.site.bias] if tensors and p.site.bias is not None else []
+    before = storage_cost(*([module] if module is not None else tensors))
+    after = storage_cost(p.replacement.layer)
+    if options.objective == "params" and after.params >= before.params:
+        return f"{after.params} parameters are no fewer than {before.params}"
+    if options.objective == "memory" and after.param_bytes >= before.param_bytes:
+        return f"{after.param_bytes} bytes are no fewer than {before.param_bytes}"
+    return ""
+
+
+_WARM, _ROUNDS, _SAMPLE = 3, 15, 200e-6
+
+
+def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
+    """Median seconds of the site's calls in one forward, (the old layer, the new one): eval mode,
+    without gradients, interleaved, on random inputs of the sizes that the example has.
+
+    None where there are no shapes, or no data on the device.
+    """
+    inputs = []
+    for node in site.nodes[: site.calls]:
+        given = operands(node)
+        source = node.args[0] if given is None else given[0]
+        value = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+            return None
+        inputs.append((tuple(value.shape), value.dtype, value.device))
+    tensors = [*layer.parameters(), *layer.buffers()]
+    if not inputs or any(t.is_meta for t in tensors):
+        return None
+    xs = [_random(*kind) for kind in inputs]
+    old = _runner(site, xs)
+    with torch.no_grad(), _eval(layer), _eval(site.module):
+        calls = (old, lambda: [layer.forward(x) for x in xs])
+        device = xs[0].device
+        once = min(_seconds(call, 1, device) for call in calls for _ in range(_WARM))
+        repeats = max(1, round(_SAMPLE / max(once, 1e-7)))
+        samples: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_ROUNDS):
+            for call, own in zip(calls, samples, strict=True):
+                own.append(_seconds(call, repeats, device))
+    return statistics.median(samples[0]), statistics.median(samples[1])
+
+
+def _runner(site: Site, xs: Sequence[Tensor]) -> Callable[[], Any]:
+    """The site as it is now; hooks do not run."""
+    module = site.module
+    if module is not None:
+        return lambda: [module.forward(x) for x in xs]
+    if site.weight_ref is not None:
+        weight, bias = site.weight, site.bias
+        return lambda: [nn.functional.linear(x, weight, bias) for x in xs]
+    node = site.nodes[0]
+    function: Any = node.target
+    if node.op == "call_method":
+        function = getattr(Tensor, str(node.target))
+    return lambda: [function(x, *node.args[1:], **node.kwargs) for x in xs]
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.rand(shape, generator=generator, device=device).to(dtype)
+
+
+def _seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _eval(module: nn.Module | None) -> Iterator[None]:
+    modes = [] if module is None else [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training

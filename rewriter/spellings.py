@@ -1,0 +1,219 @@
+"""The one table of spellings: which modules and operations are which kind of site."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from rewriter.base import Layer
+
+__all__ = [
+    "ACTIVATION",
+    "CONV",
+    "LINEAR",
+    "MLP",
+    "Kind",
+    "changes_input",
+    "is_activation",
+    "is_leaf",
+    "is_transparent",
+    "kind_of",
+    "op_name",
+    "operands",
+    "swaps",
+    "user_line",
+]
+
+LINEAR = "linear"
+CONV = "conv"
+ACTIVATION = "activation"
+MLP = "mlp"
+
+Kind = str | type[Layer]
+"""One of the four names above, or the class of a layer of ours."""
+
+# Modules are told by their forward: a subclass with a forward of its own is not the layer it
+# descends from. Classes of other packages are told by name, so that they need not be imported.
+
+_ACTIVATION_CLASSES: tuple[type[nn.Module], ...] = (
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU,
+    nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.LogSigmoid,
+)  # fmt: skip
+_CONV_CLASSES: tuple[type[nn.Module], ...] = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_OTHER_LEAVES: tuple[type[nn.Module], ...] = (
+    nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d,
+    nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.Dropout,
+    nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+_KIND_OF_FORWARD: dict[Any, str | None] = {
+    **{cls.forward: None for cls in _OTHER_LEAVES},
+    **{cls.forward: ACTIVATION for cls in _ACTIVATION_CLASSES},
+    **{cls.forward: CONV for cls in _CONV_CLASSES},
+    nn.Linear.forward: LINEAR,
+}
+_TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
+_FOREIGN_ACTIVATIONS = "transformers.activations."
+
+_PARAMETERS = {
+    "linear": ("input", "weight", "bias"),
+    "addmm": ("input", "mat1", "mat2"),
+    "mm": ("input", "mat2"),
+    "matmul": ("input", "other"),
+}
+"""Operations that are linear maps: the names of their parameters, in order."""
+_OPERANDS = {
+    "linear": ("input", "weight", "bias"),
+    "addmm": ("mat1", "mat2", "input"),
+    "mm": ("input", "mat2", ""),
+    "matmul": ("input", "other", ""),
+}
+"""Which of them are (x, weight, bias)."""
+_ACTIVATION_OPS = frozenset({
+    "relu", "relu6", "gelu", "silu", "mish", "elu", "celu", "selu", "leaky_relu", "hardswish",
+    "hardsigmoid", "hardtanh", "softplus", "tanh", "sigmoid", "logsigmoid", "log_sigmoid",
+})  # fmt: skip
+_TRANSPOSES = frozenset({"t", "numpy_T", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"})
+_VIEWS = frozenset({
+    "view", "reshape", "_unsafe_view", "contiguous", "getitem", "chunk", "split", "slice", "narrow",
+    "split_with_sizes", "flatten", "unflatten", "squeeze", "unsqueeze", "select", "unbind",
+    "transpose", "permute", "t", "detach", "expand", "view_as", "T", "mT", "numpy_T",
+})  # fmt: skip
+"""Ops whose result may be part of their input's memory."""
+_TRANSPARENT = _VIEWS | {
+    "to", "type_as", "clone", "float", "half", "bfloat16", "_to_copy",
+    "dropout", "dropout_", "dropout1d", "dropout2d",
+}  # fmt: skip
+"""Ops between the two linears of an MLP that only move or select values."""
+_SAME_OP = {
+    "truediv": "div", "__and__": "and", "and_": "and", "neg_": "neg", "numpy_T": "t",
+    "__matmul__": "matmul",
+}  # fmt: skip
+
+
+def is_leaf(module: nn.Module | None) -> bool:
+    """Whether one call of `module` is one node of a graph: a layer with one tensor in, one out."""
+    if module is None or "forward" in vars(module):
+        return False
+    if isinstance(module, Layer) or type(module).forward in _KIND_OF_FORWARD:
+        return True
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return name == _TRANSPOSED_LINEAR or name.startswith(_FOREIGN_ACTIVATIONS)
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of site a leaf module is; None for those that no pass looks at."""
+    if isinstance(module, Layer):
+        return type(module)
+    if type(module).forward in _KIND_OF_FORWARD:
+        return _KIND_OF_FORWARD[type(module).forward]
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return LINEAR if name == _TRANSPOSED_LINEAR else ACTIVATION
+
+
+def op_name(node: Node, root: nn.Module | None = None) -> str:
+    """One name for an operation, whichever front end spelled it."""
+    target: Any = node.target
+    if node.op == "call_module":
+        module = None if root is None else root.get_submodule(target)
+        if isinstance(module, Layer) and module.op:
+            return module.op
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(module).__name__)
+        return "linear" if name == "Conv1D" else name.lower()
+    if node.op in ("placeholder", "output", "get_attr"):
+        return node.op
+    if node.op == "call_method":
+        name = target
+    elif isinstance(target, torch._ops.OpOverload):
+        name = target._opname
+    elif target is getattr:
+        name = str(node.args[1])
+    else:
+        name = getattr(target, "__name__", str(target))
+    return _SAME_OP.get(name, name)
+
+
+def operands(node: Node) -> tuple[Any, Any, Any] | None:
+    """(x, weight, bias) of a call of a linear function; None for any other node.
+
+    A scaled sum (`addmm` with `alpha` or `beta`) is not a linear layer.
+    """
+    name = op_name(node)
+    if node.op not in ("call_function", "call_method") or name not in _PARAMETERS:
+        return None
+    given = dict(zip(_PARAMETERS[name], node.args, strict=False))
+    for key, value in node.kwargs.items():
+        if key in _PARAMETERS[name]:
+            given[key] = value
+        elif not (key in ("alpha", "beta") and value == 1):
+            return None
+    x, weight, bias = (given.get(role) for role in _OPERANDS[name])
+    return x, weight, bias
+
+
+def swaps(node: Node) -> bool | None:
+    """Whether a node swaps the two dimensions of a matrix; None where it does something else."""
+    name = op_name(node)
+    if node.op not in ("call_function", "call_method") or name not in _TRANSPOSES:
+        return None
+    if name in ("t", "T", "mT"):
+        return True
+    dims: list[Any] = []
+    for argument in [*node.args[1:], *node.kwargs.values()]:
+        dims += argument if isinstance(argument, list | tuple) else [argument]
+    if len(dims) != 2 or not all(isinstance(d, int) for d in dims):
+        return None
+    first, second = dims[0] % 2, dims[1] % 2
+    return (first, second) == (1, 0) if name == "permute" else first != second
+
+
+def is_activation(node: Node) -> bool:
+    """Whether a node calls an activation as a function, in place or not."""
+    called = node.op in ("call_function", "call_method")
+    return called and op_name(node).rstrip("_") in _ACTIVATION_OPS
+
+
+def is_transparent(node: Node, owner: nn.Module) -> bool:
+    """Whether a node only moves, selects, casts or drops values."""
+    return op_name(node, owner) in _TRANSPARENT
+
+
+def changes_input(node: Node, owner: nn.Module) -> bool:
+    """Whether a call works in place on a tensor that other code sees, so that a layer with a
+    result of its own cannot take its place."""
+    if not _in_place(node, owner):
+        return False
+    source: Any = node.args[0] if node.args else node.kwargs.get("input")
+    while isinstance(source, Node):
+        if source.op in ("placeholder", "get_attr") or len(source.users) > 1:
+            return True
+        if not _in_place(source, owner) and op_name(source, owner) not in _VIEWS:
+            return False
+        source = source.args[0] if source.args else None
+    return False
+
+
+def _in_place(node: Node, owner: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
+    name = op_name(node)
+    return (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
+
+
+def user_line(node: Node) -> str:
+    """`file:line` of the innermost frame outside torch that made this node, or ""."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    for file, line in reversed(frames):
+        path = pathlib.PurePath(file).parts
+        if "torch" in path and "site-packages" in path:
+            continue
+        if "site-packages" in path:
+            return f"{'/'.join(path[path.index('site-packages') + 1 :])}:{line}"
+        return f"{path[-1]}:{line}"
+    return ""

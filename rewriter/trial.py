@@ -1,0 +1,121 @@
+"""Trying things out before they count: a layer at its site, the Python forward over new layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from rewriter.base import Pass
+from rewriter.capture import Capture, run_flat
+from rewriter.cost import propagate
+from rewriter.decide import Proposal
+from rewriter.errors import VerifyError
+from rewriter.hosted import original_class
+from rewriter.sites import Site
+from rewriter.spellings import operands
+from rewriter.verify import relative_error, tolerance, type_of
+
+__all__ = ["at", "goes_past", "kind_name", "source_of", "try_layer"]
+
+
+def try_layer(capture: Capture, rewrite: Pass, p: Proposal) -> None:
+    """Raises VerifyError where a layer does not give the type of result that its site has."""
+    if any(r.leaves is None for r in capture.regions):
+        return  # no shapes
+    seen = set()
+    for node in p.site.nodes:
+        source, expected = source_of(node).meta.get("val"), node.meta.get("val")
+        if not isinstance(source, Tensor) or not isinstance(expected, Tensor):
+            continue
+        if type_of(source) in seen:
+            continue
+        seen.add(type_of(source))
+        graph, holder = fx.Graph(), nn.Module()
+        holder.add_module("layer", p.replacement.layer)
+        call = graph.call_module("layer", (graph.placeholder("x"),))
+        graph.output(call)
+        try:
+            propagate(holder, graph, [source])
+        except VerifyError as error:
+            raise VerifyError(
+                f"{at(rewrite, p.site)}: its layer fails on {type_of(source)}: {error}"
+            ) from error
+        got, wanted = type_of(call.meta["val"]), type_of(expected)
+        if got != wanted:
+            raise VerifyError(
+                f"{at(rewrite, p.site)}: its layer makes {got} of {type_of(source)}, where the "
+                f"site makes {wanted}"
+            )
+
+
+def goes_past(capture: Capture, graph_only: Sequence[str], outputs: Sequence[Any] | None) -> str:
+    """How the Python forward, which other calls than the captured one run, differs from the
+    graphs at places that were rewritten where the user's code calls a function; "" where it does
+    not.
+
+    Equal outputs prove nothing, since an exact pass keeps them: the layers must be called.
+
+    Args:
+        capture: the rewritten model.
+        graph_only: names of those places.
+        outputs: of the graphs on the example inputs; None without.
+    """
+    if not graph_only or outputs is None or capture.example is None:
+        return "it was not run" if graph_only else ""
+    root = capture.root
+    layers = {name: root.get_submodule(name) for name in graph_only}
+    called: set[nn.Module] = set()
+    saved = [(r, r.graphs) for r in capture.regions]
+    why = ""
+    try:
+        for region, _ in saved:
+            region.graphs = {}
+        capture.host()
+        for layer in layers.values():
+            layer.forward = _noting(called, layer, type(layer).forward.__get__(layer))
+        error = relative_error(run_flat(root, *capture.example), outputs)
+        if error is not None and error > tolerance(outputs):
+            why = f"computes something else with {', '.join(graph_only)}"
+    except Exception as error:  # the forward cannot use the new layers: it must not run
+        why = f"cannot use {', '.join(graph_only)} ({type(error).__name__}: {error})"
+    finally:
+        for layer in layers.values():
+            vars(layer).pop("forward", None)
+        for region, graphs in saved:
+            region.graphs = graphs
+    past = [name for name, layer in layers.items() if layer not in called]
+    if past and not why:
+        why = f"does not go through {', '.join(past)}"
+    name = original_class(root).__name__
+    start = f"calls unlike the captured one are refused: the Python forward of {name} "
+    return start + why if why else ""
+
+
+def _noting(called: set[nn.Module], layer: nn.Module, forward: Any) -> Any:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        called.add(layer)
+        return forward(*args, **kwargs)
+
+    return noted
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The activations that go into a call of a site."""
+    given = operands(node)
+    source = given[0] if given is not None else node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(source, fx.Node), node
+    return source
+
+
+def at(rewrite: Pass, site: Site) -> str:
+    """How a message about a failing pass begins."""
+    return (
+        f"{rewrite} failed on {site.fqn} ({kind_name(site.kind)}, {site.where or 'line unknown'})"
+    )
+
+
+def kind_name(kind: Any) -> str:
+    """The kind of a site in a report: `linear`, or the op of one of our layers."""
+    return kind if isinstance(kind, str) else kind.op or kind.__name__

@@ -1,0 +1,299 @@
+"""What a graph takes for granted: a call, a state or a setting that breaks it runs Python."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rewriter import RewriteWarning, SignatureError, rewrite
+
+X = torch.arange(32.0).view(4, 8) / 16 - 1
+
+
+class Inner(nn.Module):
+    """Functional dropout, a literal, a config, two containers deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.act = nn.ReLU()
+        self.scale = 1.0
+        self.layers = [1, 2]
+        self.config = types.SimpleNamespace(double=False, nested=types.SimpleNamespace(shift=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc(self.fc(x))) * self.scale + len(self.layers)
+        x = x * 2 if self.config.double else x
+        return F.dropout(x, 0.5, self.training) + self.config.nested.shift
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+        self.norm = nn.BatchNorm1d(8, eps=1e-3, momentum=0.3)
+        self.drop = nn.Dropout(0.25)
+        self.register_buffer("shift", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.norm(self.inner(x) + self.shift))
+
+
+@pytest.fixture(scope="module")
+def captured() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = Model().eval()
+    rewritten = rewrite(model, [], X)
+    assert rewritten.report.capture.rung == "export"
+    assert rewritten.report.capture.notes == []
+    return model, rewritten
+
+
+@pytest.fixture
+def pair(captured: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """(original, rewritten), to change at will."""
+    return copy.deepcopy(captured[0]), copy.deepcopy(captured[1])
+
+
+def seeded(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(3)
+    return model(*args, **kwargs)
+
+
+def equal(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_module_is_still_what_it_was(pair: tuple[nn.Module, nn.Module]) -> None:
+    model, rewritten = pair
+    assert isinstance(rewritten, Model)
+    assert type(rewritten).__name__ == "Model"
+    assert list(rewritten.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in rewritten.named_modules()] == [n for n, _ in model.named_modules()]
+    names = [n for n, b in rewritten.named_buffers() if not n.startswith("_rewriter")]
+    assert names == [n for n, _ in model.named_buffers()]
+
+
+def test_one_layer_called_twice_is_two_calls(captured: tuple[nn.Module, nn.Module]) -> None:
+    graph = captured[1].__dict__["_rewriter"].programs[False].graph
+    assert [n.target for n in graph.nodes if n.op == "call_module"].count("inner.fc") == 2
+
+
+def test_train_mode_is_the_originals(pair: tuple[nn.Module, nn.Module]) -> None:
+    model, rewritten = pair
+    for m in pair:
+        m.train()
+    for _ in range(3):
+        equal(seeded(rewritten, X), seeded(model, X))
+    equal(rewritten.state_dict(), model.state_dict())  # running statistics and their count
+    assert not torch.equal(rewritten(X), rewritten(X))  # dropout is live
+    for m in pair:
+        m.zero_grad()
+        seeded(m, X).sum().backward()
+    for a, b in zip(rewritten.parameters(), model.parameters(), strict=True):
+        equal(a.grad, b.grad)
+    for m in pair:
+        m.eval()
+    equal(rewritten(X), model(X))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "'scale' of inner is 3.0, captured as 1.0": lambda m: setattr(m.inner, "scale", 3.0),
+    "'scale' of inner is tensor": lambda m: setattr(m.inner, "scale", torch.ones(8) * 3),
+    "'layers' of inner": lambda m: m.inner.layers.append(3),
+    "'double' of inner.config": lambda m: setattr(m.inner.config, "double", True),
+    "'shift' of inner.config.nested": lambda m: setattr(m.inner.config.nested, "shift", 1),
+    "inner is in train mode inside": lambda m: m.inner.train(),
+    "hooks of inner were changed": lambda m: m.inner.register_forward_hook(lambda *a: a[2] * 2),
+    "inner was replaced": lambda m: setattr(m, "inner", nn.Linear(8, 8).requires_grad_(False)),
+    "inner has got a forward of its own": lambda m: setattr(m.inner, "forward", lambda x: x * 5),
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_a_change_after_capture_runs_python(words: str, pair: tuple[nn.Module, nn.Module]) -> None:
+    outputs = []
+    for m in pair:
+        torch.manual_seed(1)
+        CHANGES[words](m)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            outputs.append([seeded(m, X), seeded(m, X)])
+    equal(outputs[1], outputs[0])
+    assert [w.category for w in caught] == [RewriteWarning]  # once, by the rewritten model
+    assert words in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+def test_changes_that_the_graph_follows(pair: tuple[nn.Module, nn.Module]) -> None:
+    for m in pair:
+        m.note = "harmless"
+        m.inner.act = nn.Tanh()
+        m.drop.p = 0.9
+        m.inner.fc.register_forward_hook(lambda *a: a[2] * 2)
+        m.register_forward_hook(lambda *a: a[2] + 1)
+        with torch.no_grad():
+            m.shift += 3
+            m.inner.fc.weight.mul_(2)
+    equal(pair[1](X), pair[0](X))
+    equal(pair[1](X), pair[0](X))
+
+
+def test_other_dtypes_and_devices(pair: tuple[nn.Module, nn.Module]) -> None:
+    model, rewritten = pair
+    with pytest.warns(RewriteWarning, match="torch.float64"):
+        equal(rewritten.double()(X.double()), model.double()(X.double()))
+    rewritten.float().to("meta")
+    assert rewritten(X.to("meta")).is_meta
+    with pytest.warns(RewriteWarning, match="autocast"), torch.autocast("cpu", torch.bfloat16):
+        equal(copy.deepcopy(pair[0]).float()(X), rewrite(model.float(), [], X)(X))
+
+
+class Casts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(4, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embed(ids) + torch.ones(8, dtype=self.embed.weight.dtype) / 3
+
+
+def test_integer_inputs_do_not_hide_another_parameter_dtype() -> None:
+    ids = torch.tensor([[1, 2], [3, 0]])
+    model = Casts()
+    rewritten = rewrite(model, [], ids).double()
+    with pytest.warns(RewriteWarning, match="parameters are torch.float64 now"):
+        equal(rewritten(ids), model.double()(ids))
+
+
+def test_strict_signature_raises(captured: tuple[nn.Module, nn.Module]) -> None:
+    rewritten = rewrite(captured[0], [], X, strict_signature=True)
+    with pytest.raises(SignatureError, match="torch.float64"):
+        rewritten(X.double())
+    rewritten.inner.scale = 2.0
+    with pytest.raises(SignatureError, match="'scale' of inner"):
+        rewritten(X)
+
+
+def test_copies_keep_what_was_taken_for_granted(captured: tuple[nn.Module, nn.Module]) -> None:
+    model, rewritten = captured
+    buffer = io.BytesIO()
+    torch.save(rewritten, buffer)
+    buffer.seek(0)
+    for again in (
+        copy.deepcopy(rewritten),
+        pickle.loads(pickle.dumps(rewritten)),
+        torch.load(buffer, weights_only=False),
+    ):
+        equal(again(X), model(X))
+        again.inner.config.double = True
+        with pytest.warns(RewriteWarning, match="'double'"):
+            assert not torch.equal(again(X), model(X))
+    equal(rewritten(X), model(X))
+
+
+def test_compile_and_export_of_the_result(captured: tuple[nn.Module, nn.Module]) -> None:
+    model, rewritten = captured
+    equal(torch.compile(copy.deepcopy(rewritten), backend="aot_eager")(X), model(X))
+    equal(torch.export.export(copy.deepcopy(rewritten), (X,)).module()(X), model(X))
+    again = rewrite(rewritten, [], X)
+    assert again.report.capture.rung == "export"
+    equal(again(X), model(X))
+
+
+# modes
+
+
+class Modes(nn.Module):
+    """Regions under no_grad and autocast, and a failure inside them on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fail = nn.Linear(8, 8), nn.Linear(8, 8), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            frozen = self.fail(self.a(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            low = self.fail(self.b(x))
+        return self.b(frozen) + low.float()
+
+
+@pytest.fixture(scope="module")
+def switching() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = Modes()
+    rewritten = rewrite(model, [], X)
+    assert rewritten.report.capture.rung == "export"
+    assert rewritten.__dict__["_rewriter"].programs[True].changes_modes
+    return model, rewritten
+
+
+def state() -> tuple[Any, ...]:
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return (
+        torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_cache_enabled(), depth,
+    )  # fmt: skip
+
+
+def test_regions_under_no_grad_and_autocast(switching: tuple[nn.Module, nn.Module]) -> None:
+    model, rewritten = switching
+    before = state()
+    for m in switching:
+        m.zero_grad()
+        m(X).sum().backward()
+    assert rewritten.a.weight.grad is None
+    equal(rewritten.b.weight.grad, model.b.weight.grad)
+    for context in (torch.no_grad(), torch.inference_mode(), torch.set_grad_enabled(False)):
+        with context:
+            assert not rewritten(X).requires_grad
+            equal(rewritten(X), model(X))
+        assert state() == before
+
+
+def test_modes_are_restored_after_an_exception(switching: tuple[nn.Module, nn.Module]) -> None:
+    def once(*_: Any) -> None:
+        seen.append(state())
+        if len(seen) == stop:
+            raise KeyError("inside")
+
+    rewritten = copy.deepcopy(switching[1])
+    rewritten.fail.register_forward_hook(once)
+    for stop, inside in ((1, False), (2, True)):  # in the no_grad region, in the autocast region
+        seen: list[tuple[Any, ...]] = []
+        before = state()
+        with pytest.raises(KeyError):
+            rewritten(X)
+        assert (seen[-1][0], seen[-1][1]) == (inside, inside)
+        assert state() == before
+
+
+def test_two_threads(switching: tuple[nn.Module, nn.Module]) -> None:
+    model, rewritten = switching
+    expected, wrong = model(X).detach(), []
+
+    def work() -> None:
+        for _ in range(30):
+            result = rewritten(X)
+            if not torch.equal(result, expected) or not result.requires_grad:
+                wrong.append(result)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,713 @@
+"""Saving, loading and original checkpoints: everything comes back bit for bit, or an error says
+what is wrong and nothing has changed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import rewriter
+from rewriter import LINEAR, Layer, Pass, Replacement, Site, StoreError, load, rewrite, store
+from rewriter.base import as_parameter
+from rewriter.passes import Densify, Monarch, MonarchLinear, Quadratic, TopK
+from rewriter.passes.quantize import Quantize
+
+X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+
+
+class MLP(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+
+class Functional(nn.Module):
+    """Its layers exist in the graph only: as stored, and transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(64, 32) / 6)
+        self.b = nn.Parameter(torch.randn(64))
+        self.v = nn.Parameter(torch.randn(64, 32) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(nn.functional.linear(x, self.w, self.b)) @ self.v
+
+
+class Shared(nn.Module):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(32, 32)
+        self.b = self.a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+class TiedLinears(nn.Module):
+    """One weight in two modules, and an embedding tied to a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+        self.b.weight = self.a.weight
+        self.embed, self.head = nn.Embedding(48, 32), nn.Linear(32, 48, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x.abs().sum(-1) * 10).long() % 48
+        return self.head(self.b(torch.relu(self.a(x))) + self.embed(ids))
+
+
+class Buffers(nn.Module):
+    """Buffers in and out of the state_dict, and a tensor that the forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+        self.register_buffer("kept", torch.randn(32))
+        self.register_buffer("loose", torch.randn(32), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.kept + self.loose + torch.tensor(0.5)
+
+
+RECIPES: dict[str, list[Pass]] = {
+    "monarch": [Monarch()],
+    "densify": [Monarch(), Densify()],
+    "quadratic": [Quadratic()],
+    "topk": [TopK(8)],
+    "quantize": [Quantize()],
+    "monarch-quantize": [Monarch(), Quantize()],
+    "none": [],
+}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": MLP,
+    "functional": Functional,
+    "shared": Shared,
+    "tied": TiedLinears,
+    "buffers": Buffers,
+}
+quiet = pytest.mark.filterwarnings("ignore::rewriter.RewriteWarning")
+
+
+def rewritten(model: nn.Module, passes: list[Pass], inputs: Any = X) -> Any:
+    return rewrite(model.eval(), passes, inputs)
+
+
+def output(model: nn.Module, x: Any = X) -> Tensor:
+    with torch.no_grad():
+        result = model.eval()(**x) if isinstance(x, dict) else model.eval()(x)
+    return result if isinstance(result, Tensor) else result.logits
+
+
+def assert_same(actual: nn.Module, expected: nn.Module, x: Any = X) -> None:
+    """Names, values, dtypes, ties and flags, and what they compute."""
+    for read in (
+        lambda m: dict(m.named_parameters(remove_duplicate=False)),
+        lambda m: dict(m.named_buffers(remove_duplicate=False)),
+    ):
+        a, e = (
+            {k: t for k, t in read(m).items() if "_rewriter" not in k} for m in (actual, expected)
+        )
+        assert a.keys() == e.keys()
+        for k in e:
+            assert a[k].dtype == e[k].dtype, k
+            assert a[k].requires_grad == e[k].requires_grad, k
+            assert torch.equal(a[k], e[k]), k
+            assert [n for n in a if a[n] is a[k]] == [n for n in e if e[n] is e[k]]
+    assert list(actual.state_dict()) == list(expected.state_dict())
+    assert torch.equal(output(actual, x), output(expected, x))
+
+
+# round trips
+
+
+@quiet
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_round_trip_and_original_checkpoint(
+    model: str, recipe: str, tmp_path: pathlib.Path
+) -> None:
+    passes = RECIPES[recipe]
+    optimized = rewritten(MODELS[model](), passes)
+    optimized.save(tmp_path)
+    target = MODELS[model]().eval()
+    before = {k: (id(t), t.clone()) for k, t in target.state_dict(keep_vars=True).items()}
+    classes = [type(m) for m in target.modules()]
+    loaded = load(tmp_path, target)
+    assert_same(loaded, optimized)
+    assert isinstance(loaded, MODELS[model])
+    assert loaded.report.to_dict() == optimized.report.to_dict()
+    # the caller's model is as it was
+    assert [type(m) for m in target.modules()] == classes
+    for key, tensor in target.state_dict(keep_vars=True).items():
+        assert (id(tensor), True) == (before[key][0], torch.equal(tensor, before[key][1]))
+    # another checkpoint, through both
+    if isinstance(target, Buffers):
+        target.loose.copy_(optimized.loose)
+    want = rewritten(target, passes)
+    checkpoint = target.state_dict()
+    for again in (optimized, loaded):
+        again.load_original(checkpoint)
+        assert_same(again, want)
+
+
+@quiet
+@pytest.mark.parametrize("model", ["mlp", "functional"])
+@pytest.mark.parametrize("recipe", ["monarch", "monarch-quantize", "quadratic"])
+def test_loading_onto_another_dtype_and_meta(
+    model: str, recipe: str, tmp_path: pathlib.Path
+) -> None:
+    for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        x = X.to(dtype)
+        optimized = rewritten(MODELS[model]().to(dtype), RECIPES[recipe], x)
+        optimized.save(tmp_path)
+        for target in (MODELS[model]().to(other), MODELS[model]().to("meta")):
+            assert_same(load(tmp_path, target), optimized, x)
+
+
+@quiet
+def test_original_checkpoint_of_another_dtype() -> None:
+    wide = MLP().double()
+    optimized = rewritten(MLP().bfloat16(), [Monarch()], X.bfloat16())
+    optimized.load_original(wide.state_dict())
+    assert_same(optimized, rewritten(wide.bfloat16(), [Monarch()], X.bfloat16()), X.bfloat16())
+
+
+def test_a_model_rewritten_on_meta_gets_its_data_from_a_checkpoint() -> None:
+    original = MLP().eval()
+    optimized = rewritten(copy.deepcopy(original).to("meta"), [Monarch()])
+    with pytest.raises(StoreError, match="on meta"):
+        optimized.save("unused")
+    optimized.load_original(original.state_dict())
+    assert_same(optimized, rewritten(original, [Monarch()]))
+
+
+def test_buffers_that_no_checkpoint_holds_are_refused_on_meta() -> None:
+    optimized = rewritten(Buffers().to("meta"), [Monarch()])
+    with pytest.raises(StoreError, match="loose"):
+        optimized.load_original(Buffers().state_dict())
+
+
+@quiet
+@pytest.mark.parametrize("recipe", ["monarch-quantize", "quadratic"])
+def test_gpt2(recipe: str, tmp_path: pathlib.Path) -> None:
+    config = GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+    batch = {"input_ids": torch.randint(0, 60, (2, 8)), "use_cache": False}
+    optimized = rewritten(GPT2LMHeadModel(config), RECIPES[recipe], batch)
+    assert optimized.report.replaced
+    optimized.save(tmp_path)
+    target = GPT2LMHeadModel(config).eval()
+    loaded = load(tmp_path, target)
+    assert_same(loaded, optimized, batch)
+    want = rewritten(target, RECIPES[recipe], batch)
+    checkpoint = target.state_dict()
+    del checkpoint["lm_head.weight"]  # tied: checkpoints hold it once
+    loaded.load_original(checkpoint)
+    assert_same(loaded, want, batch)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_a_captured_load_runs_graphs(tmp_path: pathlib.Path) -> None:
+    optimized = rewritten(Buffers(), [Monarch()])
+    optimized.save(tmp_path)
+    for target in (Buffers(), Buffers().bfloat16(), Buffers().to("meta")):
+        loaded = load(tmp_path, target.eval(), example_inputs=X)
+        assert loaded.__dict__["_rewriter"].programs
+        assert_same(loaded, optimized)
+
+
+def test_frozen_parameters_stay_frozen(tmp_path: pathlib.Path) -> None:
+    model = MLP()
+    model[0].requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    optimized = rewritten(model, [Monarch()])
+    optimized.save(tmp_path)
+    loaded = load(tmp_path, MLP().eval())
+    assert_same(loaded, optimized)
+    loaded.load_original(MLP().state_dict())
+    assert [p.requires_grad for p in loaded.parameters()] == [
+        p.requires_grad for p in optimized.parameters()
+    ]
+
+
+def test_what_the_target_brings_is_kept(tmp_path: pathlib.Path) -> None:
+    rewritten(MLP(), [Monarch()]).save(tmp_path)
+    calls = []
+    target = MLP().train()
+    target[0].register_forward_hook(lambda *_: calls.append(1))
+    loaded = load(tmp_path, target)
+    assert loaded.training
+    assert loaded[0].training
+    loaded(X)
+    assert calls == [1]
+
+
+def test_the_second_of_two_rewrites_stores_both(tmp_path: pathlib.Path) -> None:
+    for model in (MLP(), Functional()):
+        first = rewritten(model, [Monarch()])
+        second = rewritten(first, [Quantize()])
+        second.save(tmp_path)
+        assert_same(load(tmp_path, type(model)().eval()), second)
+        assert_same(second, rewritten(model, [Monarch(), Quantize()]))
+        second.load_original(type(model)().state_dict())
+
+
+def test_a_model_that_had_our_layers_before(tmp_path: pathlib.Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(MonarchLinear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+
+    optimized = rewritten(build(), [Quantize()])
+    optimized.save(tmp_path)
+    target = build()
+    loaded = load(tmp_path, target)
+    assert_same(loaded, optimized)
+    want = rewritten(target, [Quantize()])
+    for again in (optimized, loaded):
+        again.load_original(target.state_dict())
+        assert_same(again, want)
+
+
+def test_saving_again_replaces(tmp_path: pathlib.Path) -> None:
+    keep = tmp_path / "weights-mine.safetensors"
+    keep.write_text("the user's")
+    for directory in (tmp_path, str(tmp_path)):
+        optimized = rewritten(MLP(), [Monarch()])
+        rewriter.save(optimized, directory)
+        assert len(list(tmp_path.iterdir())) == 3
+        assert_same(load(directory, MLP().eval()), optimized)
+    assert keep.read_text() == "the user's"
+
+
+def test_a_loaded_model_saves_the_same_files(tmp_path: pathlib.Path) -> None:
+    rewritten(MLP(), [Monarch(where="0")]).save(tmp_path / "a")
+    load(tmp_path / "a", MLP().eval()).save(tmp_path / "b")
+    a, b = ({f.name: f.read_bytes() for f in (tmp_path / d).iterdir()} for d in "ab")
+    assert a == b
+
+
+def test_views_and_strides_are_written_out(tmp_path: pathlib.Path) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+            self.fc.weight = nn.Parameter(torch.randn(32, 32).t())
+            base = torch.randn(2, 32)
+            self.register_buffer("one", base[0])
+            self.register_buffer("two", base[1])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * self.one + self.two
+
+    optimized = rewritten(Views(), [])
+    optimized.save(tmp_path)
+    assert_same(load(tmp_path, Views().eval()), optimized)
+
+
+def test_tensors_on_the_cpu_are_not_copied(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimized = rewritten(MLP(), [Monarch()])
+    seen: dict[str, Tensor] = {}
+    real = store.save_file
+
+    def spy(tensors: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        seen.update(tensors)
+        real(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(store, "save_file", spy)
+    optimized.save(tmp_path)
+    own = optimized.state_dict()
+    assert {k: t.data_ptr() for k, t in seen.items()} == {k: t.data_ptr() for k, t in own.items()}
+
+
+def test_no_pickle(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimized = rewritten(MLP(), [Monarch(), Quantize()])
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("pickle was used")
+
+    for module in (pickle, torch):
+        for name in ("load", "loads", "dump", "dumps", "save", "Pickler", "Unpickler"):
+            monkeypatch.setattr(module, name, refuse, raising=False)
+    optimized.save(tmp_path)
+    assert torch.equal(load(tmp_path, MLP().eval())(X), optimized(X))
+
+
+@quiet
+@pytest.mark.parametrize("model", ["mlp", "functional"])
+def test_deepcopy_pickle_and_state_dict(model: str, tmp_path: pathlib.Path) -> None:
+    passes: list[Pass] = [Monarch(where=lambda site: True), Quantize()]  # lambdas do not pickle
+    optimized = rewritten(MODELS[model](), passes)
+    pickled = pickle.loads(pickle.dumps(optimized))
+    for twin in (copy.deepcopy(optimized), pickled):
+        assert_same(twin, optimized)
+        twin.save(tmp_path)
+        assert_same(load(tmp_path, MODELS[model]().eval()), optimized)
+        twin.load_original(MODELS[model]().state_dict())
+    other = rewritten(MODELS[model](), passes)
+    other.load_state_dict(optimized.state_dict())
+    assert_same(other, optimized)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    nblocks=st.integers(1, 5),
+    bias=st.booleans(),
+)
+def test_any_sizes(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], nblocks: int, bias: bool
+) -> None:
+    def build() -> nn.Module:
+        pairs = zip(sizes, sizes[1:], strict=False)
+        return nn.Sequential(*[nn.Linear(i, o, bias) for i, o in pairs]).eval()
+
+    path, x = tmp_path_factory.mktemp("save"), torch.randn(3, sizes[0])
+    optimized = rewrite(build(), [Monarch(nblocks)])
+    optimized.save(path)
+    target = build()
+    loaded = load(path, target)
+    assert_same(loaded, optimized, x)
+    loaded.load_original(target.state_dict())
+    assert_same(loaded, rewrite(target, [Monarch(nblocks)]), x)
+
+
+# layers and passes of the user's own
+
+
+class Scaled(Layer):
+    op = "scaled"
+
+    def __init__(
+        self, in_features: int, out_features: int, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(
+            torch.zeros(out_features, in_features, device=device, dtype=dtype)
+        )
+        table = torch.arange(float(out_features), device=device)
+        self.register_buffer("table", table, persistent=False)
+
+    def config(self) -> Mapping[str, Any]:
+        return {"in_features": self.in_features, "out_features": self.out_features}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight) * self.table
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale(Pass):
+    matches = (LINEAR,)
+    refuse_above: float = 1e9
+
+    def propose(self, site: Site) -> Replacement | rewriter.Skip:
+        if float(site.weight.detach().abs().max()) > self.refuse_above:
+            return rewriter.Skip("too large")
+        layer = Scaled(site.in_features, site.out_features)
+        layer.weight = as_parameter(site.weight)
+        return Replacement(layer, error=None)
+
+
+def test_the_users_own_layer(tmp_path: pathlib.Path) -> None:
+    optimized = rewritten(MLP(), [Scale()])
+    optimized.save(tmp_path)
+    with pytest.raises(StoreError, match=r"Scaled.*allow-list.*layers=\[Scaled\]"):
+        load(tmp_path, MLP().eval())
+    half = load(tmp_path, MLP().eval(), layers=[Scaled])
+    assert_same(half, optimized)
+    with pytest.raises(StoreError, match="needs .*Scale, which is not known here"):
+        half.load_original(MLP().state_dict())
+    half.save(tmp_path)  # and what was not known is still written
+    full = load(tmp_path, MLP().eval(), layers=[Scaled, Scale])
+    target = MLP()
+    full.load_original(target.state_dict())
+    assert_same(full, rewritten(target, [Scale()]))
+
+
+def test_a_layer_that_json_cannot_hold(tmp_path: pathlib.Path) -> None:
+    optimized = rewritten(MLP(), [Scale()])
+    optimized[0].config = lambda: {"in_features": object()}
+    with pytest.raises(StoreError, match=r"^0: Scaled.config\(\) is not JSON"):
+        optimized.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_that_cannot_be_rebuilt(tmp_path: pathlib.Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Wrap(Pass):
+        matches = (LINEAR,)
+
+        def propose(self, site: Site) -> Replacement:
+            return Replacement(nn.Sequential(copy.deepcopy(site.module)))
+
+    with pytest.raises(StoreError, match=r"0 is a Sequential: only"):
+        rewritten(MLP(), [Wrap()]).save(tmp_path)
+
+
+def test_extra_state_is_refused(tmp_path: pathlib.Path) -> None:
+    class Extra(MLP):
+        def get_extra_state(self) -> Any:
+            return object()
+
+    with pytest.raises(StoreError, match="extra state"):
+        rewritten(Extra(), [Monarch()]).save(tmp_path)
+
+
+def test_only_rewritten_models(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(StoreError, match="MLP was not made by"):
+        rewriter.save(MLP(), tmp_path)
+    with pytest.raises(StoreError, match="MLP was not made by"):
+        rewriter.load_original(MLP(), {})
+
+
+# directories that are not a whole save
+
+
+@pytest.fixture
+def saved(tmp_path: pathlib.Path) -> pathlib.Path:
+    rewritten(MLP(), [Monarch()]).save(tmp_path)
+    return tmp_path
+
+
+def edit(path: pathlib.Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    document = json.loads((path / "recipe.json").read_text())
+    change(document)
+    (path / "recipe.json").write_text(json.dumps(document))
+
+
+def test_absent_and_foreign_directories(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(StoreError, match="has no recipe.json"):
+        load(tmp_path / "nowhere", MLP())
+    for text, message in (
+        ("{", "not readable"),
+        ("[]", "not a recipe"),
+        ('{"a": 1}', "not a recipe"),
+        ("[" * 100_000, "not readable"),
+    ):
+        (tmp_path / "recipe.json").write_text(text)
+        with pytest.raises(StoreError, match=message):
+            load(tmp_path, MLP())
+        with pytest.raises(StoreError, match="not a save of this package"):
+            rewritten(MLP(), [Monarch()]).save(tmp_path)
+        assert (tmp_path / "recipe.json").read_text() == text
+
+
+def test_a_newer_format(saved: pathlib.Path) -> None:
+    (saved / "recipe.json").write_text('{"format": 2, "other": "keys"}')
+    with pytest.raises(StoreError, match="format 2, this version reads 1"):
+        load(saved, MLP())
+
+
+def test_truncated_and_corrupted_weights(saved: pathlib.Path) -> None:
+    (weights,) = saved.glob("*.safetensors")
+    data = weights.read_bytes()
+    for damaged in (data[:-1], data[:4], b"", data[:-1] + bytes([data[-1] ^ 1])):
+        weights.write_bytes(damaged)
+        with pytest.raises(StoreError, match="truncated or changed"):
+            load(saved, MLP())
+    weights.unlink()
+    with pytest.raises(StoreError, match="not readable"):
+        load(saved, MLP())
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model", "layers", "ties", "frozen", "non_persistent", "example", "report", "weights"],
+)
+def test_missing_parts_of_a_recipe(saved: pathlib.Path, key: str) -> None:
+    edit(saved, lambda d: d.pop(key))
+    with pytest.raises(StoreError, match="damaged"):
+        load(saved, MLP())
+
+
+def test_every_damage_to_a_recipe_is_a_store_error(saved: pathlib.Path) -> None:
+    text = (saved / "recipe.json").read_text()
+    entry = json.loads(text)["layers"][0]
+    for key in entry:
+        for junk in (None, 7, "x.y", [], {}, [[]], {"a": 1}):
+            (saved / "recipe.json").write_text(text)
+            edit(saved, lambda d, k=key, j=junk: d["layers"][0].__setitem__(k, j))
+            try:
+                load(saved, MLP())
+            except StoreError:
+                continue
+            assert key in ("weight", "bias", "transposed", "graph_only", "chain", "dtype", "origin")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "rewriter.store.save", "rewriter.passes.monarch.math", "rewriter.passes..x"],
+)
+def test_nothing_off_the_allow_list_is_built(saved: pathlib.Path, name: str) -> None:
+    edit(saved, lambda d: d["layers"][0].update({"class": name}))
+    with pytest.raises(StoreError, match="allow-list"):
+        load(saved, MLP())
+
+
+def test_impossible_constructor_arguments(saved: pathlib.Path) -> None:
+    edit(saved, lambda d: d["layers"][0]["config"].update(nblocks=0))
+    with pytest.raises(StoreError, match="0: cannot build .*MonarchLinear: nblocks"):
+        load(saved, MLP())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(32, 64)), r"rewrites 2, which Sequential does not have"),
+        (lambda: Shared(), "rewrites 0, which Shared does not have"),
+        (
+            lambda: nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32)),
+            "rewrites 0 of 32 -> 64 features, and Sequential has 32 -> 48",
+        ),
+        (lambda: nn.Sequential(*MLP(), nn.LayerNorm(32)), r"the file lacks \['3.bias', '3.weight"),
+        (lambda: rewritten(MLP(), [Monarch()]), "rewritten already"),
+    ],
+)
+def test_another_architecture(
+    saved: pathlib.Path, build: Callable[[], nn.Module], message: str
+) -> None:
+    model = build()
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(StoreError, match=message):
+        load(saved, model)
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+def test_ties_follow_the_save(tmp_path: pathlib.Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+            if tied:
+                self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    for tied in (True, False):
+        optimized = rewritten(Pair(tied), [])
+        optimized.save(tmp_path)
+        assert_same(load(tmp_path, Pair(not tied).eval()), optimized)
+
+
+# writing
+
+
+def files(path: pathlib.Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in path.iterdir()}
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_interrupted_write_leaves_the_old_save(
+    saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    before = files(saved)
+    replace, calls = os.replace, iter(range(1, 9))
+
+    def fail(*args: Any) -> None:
+        if next(calls) == failing:
+            raise OSError("disk full")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(StoreError, match="cannot write .*disk full"):
+        rewritten(MLP(), [Monarch()]).save(saved)
+    assert files(saved) == before
+    load(saved, MLP())
+
+
+def test_an_interrupt_leaves_the_old_save(
+    saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(saved)
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "_digest", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        rewritten(MLP(), [Monarch()]).save(saved)
+    assert files(saved) == before
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    for directory in (file, file / "below", "/proc/none"):
+        with pytest.raises(StoreError, match="cannot write"):
+            rewritten(MLP(), [Monarch()]).save(directory)
+
+
+# original checkpoints that do not fit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("0.weight"), r"missing \['0.weight'\]"),
+        (lambda s: s.pop("3.bias"), r"missing \['3.bias'\]"),
+        (lambda s: s.update(more=torch.ones(1)), r"unexpected \['more'\]"),
+        (lambda s: s.update({"3.bias": torch.ones(3)}), r"other shapes: \['3.bias'\]"),
+        (lambda s: s.update({"0.bias": torch.ones(3)}), "not the shapes of a linear layer"),
+        (lambda s: s.update({"2.weight": torch.ones(32)}), "not the shapes of a linear layer"),
+        (
+            lambda s: s.update({"2.weight": torch.ones(24, 64), "2.bias": torch.ones(24)}),
+            "do not give the layer that is there",
+        ),
+        (
+            lambda s: s.update({"2.weight": torch.full((32, 64), torch.nan)}),
+            "2: Monarch.* refuses the new weights: the weights hold NaN",
+        ),
+        (lambda s: s.update({"2.weight": "text"}), r"not tensors: \['2.weight'\]"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_change_nothing(
+    change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(*MLP(), nn.LayerNorm(32))
+
+    optimized = rewritten(build(), [Monarch()])
+    before = {k: t.clone() for k, t in optimized.state_dict().items()}
+    checkpoint = build().state_dict()
+    change(checkpoint)
+    with pytest.raises(StoreError, match=message):
+        optimized.load_original(checkpoint)
+    assert all(torch.equal(t, before[k]) for k, t in optimized.state_dict().items())
+
+
+def test_a_shared_module_may_be_given_under_either_name() -> None:
+    original = Shared().eval()
+    want = rewritten(original, [Monarch()])
+    for name in ("a", "b"):
+        optimized = rewritten(Shared(), [Monarch()])
+        optimized.load_original(
+            {k: t for k, t in original.state_dict().items() if k.startswith(name)}
+        )
+        assert_same(optimized, want)
+
+
+def test_the_file_holds_a_tie_once(tmp_path: pathlib.Path) -> None:
+    optimized = rewritten(TiedLinears(), [])
+    optimized.save(tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    buffer = io.BytesIO(weights.read_bytes())
+    assert buffer.getbuffer().nbytes < 4 * (32 * 32 + 48 * 32) + 2000
