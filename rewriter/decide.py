@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from rewriter.base import Pass, Replacement, Skip, Where
+from rewriter.base import Pass, Phase, Replacement, Skip, Where
 from rewriter.capture import Capture
 from rewriter.cost import storage_cost
 from rewriter.errors import OptionError

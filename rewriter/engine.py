@@ -165,11 +165,9 @@ class Engine:
         for fqn, module in root.named_modules():
             kind = kind_of(module) if is_leaf(module) else None
             if kind is not None and id(module) not in seen:
-                named = dict(module.named_parameters(recurse=False))
-                refs = [f"{fqn}.{n}" if n in named else None for n in ("weight", "bias")]
-                if isinstance(kind, type):
-                    refs = [None, None]
-                sites.append(Site(kind, fqn, root, (), *refs))
+                own = {} if isinstance(kind, type) else dict(module.named_parameters(recurse=False))
+                weight, bias = (f"{fqn}.{n}" if n in own else None for n in ("weight", "bias"))
+                sites.append(Site(kind, fqn, root, (), weight, bias))
         return sites
 
     def _site_costs(self) -> dict[str, Cost]:

@@ -247,7 +247,7 @@ def host(module: nn.Module, state: State, *, root: bool) -> None:
 
 def unhost(module: nn.Module) -> None:
     """Takes the generated forward away again, in place."""
-    if isinstance(module, _Hosted):
+    if "_original_class" in vars(type(module)):
         module.__class__ = original_class(module)
         del module.__dict__["_rewriter"]
 
@@ -255,11 +255,20 @@ def unhost(module: nn.Module) -> None:
 def original_class(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
     """The class the module had before it was hosted."""
     cls = module if isinstance(module, type) else type(module)
-    return cls.__dict__.get("_original_class", cls)
+    return cast("type[nn.Module]", cls.__dict__.get("_original_class", cls))
 
 
-@functools.cache
+_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
+_signatures: dict[type[nn.Module], inspect.Signature] = {}
+
+
 def _hosted_class(cls: type[nn.Module], root: bool) -> type[nn.Module]:
+    if (cls, root) not in _classes:
+        _classes[cls, root] = _new_class(cls, root)
+    return _classes[cls, root]
+
+
+def _new_class(cls: type[nn.Module], root: bool) -> type[nn.Module]:
     original = cls.forward
 
     @functools.wraps(original)
@@ -273,14 +282,15 @@ def _hosted_class(cls: type[nn.Module], root: bool) -> type[nn.Module]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    mixin = RewrittenModule if root else _Hosted
+    mixin: type[nn.Module] = RewrittenModule if root else _Hosted
     # The user's own attributes win over the mixin's: a model may well have a `report` of its own.
     return type(cls.__name__, (cls, mixin), namespace)
 
 
-@functools.cache
 def _parameters(cls: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(original_class(cls).forward)
+    if cls not in _signatures:
+        _signatures[cls] = inspect.signature(original_class(cls).forward)
+    return _signatures[cls]
 
 
 def _rebuild(cls: type[nn.Module], root: bool) -> nn.Module:

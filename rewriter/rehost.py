@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx, nn
 from torch.export.exported_program import ExportedProgram
@@ -107,6 +107,7 @@ def _inline(
         return getattr(owner, str(node.target))
     if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
         enabled, body, *rest = node.args
+        assert isinstance(body, fx.Node)
         outside = flat.call_function(torch.is_grad_enabled)  # the caller's mode, at run time
         flat.call_function(torch._C._set_grad_enabled, (enabled,))
         results = _inline_body(flat, environment[body], rest, environment, prefix)
@@ -114,6 +115,7 @@ def _inline(
         return results
     if node.target is torch.ops.higher_order.wrap_with_autocast:
         device, dtype, enabled, cache, body, *rest = node.args
+        assert isinstance(body, fx.Node)
         mode = flat.call_function(
             torch.amp.autocast_mode._enter_autocast, (device, dtype, enabled, cache)
         )
@@ -242,7 +244,7 @@ def size_rules(program: ExportedProgram, leaves: Sequence[Tensor]) -> Dims:
     for value, leaf in zip(values, leaves, strict=True):
         row: list[int | str] = []
         for dim, size in enumerate(value.shape):
-            if isinstance(size, int):
+            if isinstance(size, int) or size.node.expr.is_number:
                 # a batch of one is traced as two rows; if that got fixed, it is fixed at one
                 row.append(leaf.shape[dim])
                 continue

@@ -85,7 +85,7 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules")
 @contextlib.contextmanager
 def kept(root: nn.Module) -> Iterator[None]:
     """Restores the values of buffers, and every attribute, of all modules of the tree."""
-    values = [(b, b._version, b.detach().clone()) for b in root.buffers() if not b.is_meta]
+    values = [(b, b.detach().clone()) for b in root.buffers() if not b.is_meta]
     saved = [(m, dict(vars(m)), {c: dict(getattr(m, c)) for c in _CONTAINERS}) for m in
              root.modules()]  # fmt: skip
     lists = [(v, _content(v)) for _, own, _ in saved for v in own.values()
@@ -110,8 +110,8 @@ def kept(root: nn.Module) -> Iterator[None]:
                 value.clear()
                 value.update(content)
         with torch.no_grad():
-            for buffer, version, tensor in values:
-                if buffer._version != version:
+            for buffer, tensor in values:  # batch norm does not count as a version
+                if not torch.equal(buffer, tensor):
                     buffer.copy_(tensor)
 
 

@@ -7,6 +7,7 @@ another call's arguments into the graph's inputs, or says in words why this is n
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,8 +70,16 @@ class Dims:
     guards: list[str] = field(default_factory=list)
     _check: Any = field(default=None, repr=False, compare=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_check": None}
+    def __post_init__(self) -> None:
+        if self.guards:
+            symbols = sorted({s for row in self.shapes for s in row if isinstance(s, str)})
+            code = " and ".join(f"({g})" for g in self.guards)
+            self._check = eval(  # noqa: S307 (the expressions are torch's own guards)
+                f"lambda {', '.join(symbols)}: {code}", {"math": math}
+            )
+
+    def __reduce__(self) -> Any:
+        return Dims, (self.shapes, self.ranges, self.guards)
 
     def difference(self, leaves: Sequence[Tensor], names: Sequence[str]) -> str | None:
         """Why these sizes do not fit, or None."""
@@ -95,11 +104,6 @@ class Dims:
                         )
                     bound[size] = actual
         if self.guards:
-            if self._check is None:
-                code = " and ".join(f"({g})" for g in self.guards)
-                self._check = eval(  # noqa: S307 (the expressions are torch's own guards)
-                    f"lambda {', '.join(sorted(bound))}: {code}", {"math": __import__("math")}
-                )
             if not self._check(**bound):
                 return f"sizes {bound} break a condition of the captured graph: {self.guards}"
         return None

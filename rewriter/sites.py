@@ -276,8 +276,7 @@ class _Finder:
         module = self.root.get_submodule(holder)
         if last == "weight" and is_leaf(module) and kind_of(module) == LINEAR:
             # an nn.Linear whose weight the user's code reads by hand (nn.MultiheadAttention)
-            own_bias = None if module.bias is None else f"{holder}.bias"
-            return replace(site, fqn=self.names[id(module)]) if bias_ref == own_bias else None
+            return replace(site, fqn=self.names[id(module)]) if site.bias is module.bias else None
         return site
 
     def _is_parameter(self, node: Node, dims: int) -> bool:

@@ -206,12 +206,19 @@ def _in_place(node: Node, owner: nn.Module) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
 
 
+_HERE = pathlib.Path(__file__).parent
+_LAYER_FILES = (("transformers", "pytorch_utils.py"), ("transformers", "activations.py"))
+"""Where the layers that are told by name are written: not the user's line."""
+
+
 def user_line(node: Node) -> str:
     """`file:line` of the innermost frame outside torch that made this node, or ""."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     for file, line in reversed(frames):
         path = pathlib.PurePath(file).parts
         if "torch" in path and "site-packages" in path:
+            continue
+        if pathlib.Path(file).parent == _HERE or path[-2:] in _LAYER_FILES:
             continue
         if "site-packages" in path:
             return f"{'/'.join(path[path.index('site-packages') + 1 :])}:{line}"

@@ -68,21 +68,24 @@ def goes_past(capture: Capture, graph_only: Sequence[str], outputs: Sequence[Any
     layers = {name: root.get_submodule(name) for name in graph_only}
     called: set[nn.Module] = set()
     saved = [(r, r.graphs) for r in capture.regions]
+    forwards = [(layer, vars(layer).get("forward")) for layer in layers.values()]
     why = ""
     try:
         for region, _ in saved:
             region.graphs = {}
         capture.host()
         for layer in layers.values():
-            layer.forward = _noting(called, layer, type(layer).forward.__get__(layer))
+            vars(layer)["forward"] = _noting(called, layer, layer.forward)
         error = relative_error(run_flat(root, *capture.example), outputs)
         if error is not None and error > tolerance(outputs):
             why = f"computes something else with {', '.join(graph_only)}"
     except Exception as error:  # the forward cannot use the new layers: it must not run
         why = f"cannot use {', '.join(graph_only)} ({type(error).__name__}: {error})"
     finally:
-        for layer in layers.values():
+        for layer, forward in forwards:
             vars(layer).pop("forward", None)
+            if forward is not None:
+                vars(layer)["forward"] = forward
         for region, graphs in saved:
             region.graphs = graphs
     past = [name for name, layer in layers.items() if layer not in called]

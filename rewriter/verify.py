@@ -64,11 +64,11 @@ def check(capture: Capture, before: Boundary, installed: Sequence[nn.Module], na
         if region.leaves is not None and bare:
             raise VerifyError(f"{where} has nodes without metadata: {bare}")
     after = boundary(capture)
-    for old, new in zip(before.types, after.types, strict=True):
-        if old != new:
+    for was, now in zip(before.types, after.types, strict=True):
+        if was != now:
             raise VerifyError(
-                f"{name} changed the type of an input or a result: {', '.join(old)} became "
-                f"{', '.join(new)}"
+                f"{name} changed the type of an input or a result: {', '.join(was)} became "
+                f"{', '.join(now)}"
             )
     layers = {id(layer) for layer in installed}
     places = [n for n, m in capture.root.named_modules(remove_duplicate=False) if id(m) in layers]

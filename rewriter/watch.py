@@ -38,6 +38,7 @@ class Watch:
         self._root = module
         self._layers: set[str] = set.intersection(*called) if called else set()
         self._held: list[tuple[str, Any, dict[str, Any]]] = []
+        self._sizes: list[int] = []
         seen: set[int] = set()
         skipped: set[int] = set()
         for name, inner in module.named_modules():
@@ -69,14 +70,15 @@ class Watch:
                     label = f"{name}.{key}" if name else key
                     self._hold(f"{label}[{i}]" if inner is not value else label, inner, seen)
         self._held.append((name, owner, state))
+        self._sizes.append(len(vars(owner)))
 
     def difference(self, training: bool) -> str | None:
         """What has changed since, or None."""
         fast = self._fast
         if fast is None:
             fast = self._fast = [
-                (vars(o), len(vars(o)), s.items(), isinstance(o, nn.Module))
-                for _, o, s in self._held
+                (vars(o), size, s.items(), isinstance(o, nn.Module))
+                for (_, o, s), size in zip(self._held, self._sizes, strict=True)
             ]
         try:
             for now, size, then, is_module in fast:
@@ -119,6 +121,7 @@ class Watch:
         for tensor, dtype in zip(self._tensors, self._dtypes, strict=True):
             if tensor.dtype != dtype:
                 return f"parameters are {tensor.dtype} now, captured as {dtype}"
+        self._sizes = [len(vars(o)) for _, o, _ in self._held]
         self._fast = None
         return None
 

@@ -1,0 +1,448 @@
+"""Capture never fails whole, leaves the caller's model alone, and never serves a wrong result."""
+
+from __future__ import annotations
+
+import copy
+import random
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from rewriter import CaptureError, RewriteWarning, rewrite
+from rewriter.capture import capture
+
+X = torch.arange(32.0).view(4, 8) / 16 - 1
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 8)
+        self.t = torch.tensor(2.0)
+        self.calls = 0
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+
+def build(forward: Callable[..., Any], **children: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    model = type("Model", (Base,), {"forward": forward})().eval()
+    for name, child in children.items():
+        model.add_module(name, child.eval())
+    return model
+
+
+def equal(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(1)
+    return model(*args, **kwargs)
+
+
+# sizes
+
+
+def odd(self: Any, x: Tensor) -> Tensor:
+    return self.fc(x) * 2 if x.shape[0] % 2 else self.fc(x)
+
+
+def single(self: Any, x: Tensor) -> Tensor:
+    return self.fc(x) * 2 if x.shape[0] == 1 else self.fc(x)
+
+
+def single_in_train(self: Any, x: Tensor) -> Tensor:
+    return self.fc(x) * 2 if x.shape[0] == 1 and self.training else self.fc(x)
+
+
+def many(self: Any, x: Tensor) -> Tensor:
+    return self.fc(x) * 2 if x.shape[0] > 4 else self.fc(x)
+
+
+def halves(self: Any, x: Tensor) -> Tensor:
+    return self.fc(x.view(2, x.shape[0] // 2, 8)) if x.shape[0] % 2 == 0 else self.out(x)
+
+
+@pytest.mark.parametrize("example", [1, 2, 4])
+@pytest.mark.parametrize("forward", [odd, single, single_in_train, many, halves])
+def test_branches_on_sizes(forward: Any, example: int) -> None:
+    model = build(forward)
+    rewritten = rewrite(model, [], X[:example].clone())
+    assert rewritten.report.capture.rung == "export"
+    for mode in (False, True):
+        for rows in (1, 2, 3, 4, 5, 6, 0):
+            x = torch.ones(rows, 8)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RewriteWarning)
+                equal(rewritten.train(mode)(x), model.train(mode)(x))
+
+
+def test_sizes_that_the_graph_serves_itself() -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.place = nn.Embedding(9, 8), nn.Embedding(6, 8)
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            x = self.embed(ids) + self.place(torch.arange(ids.shape[1]))
+            return x * mask[..., None]
+
+    model = Sequence()
+    for rows in (1, 3):
+        ids = torch.ones(rows, 4, dtype=torch.long)
+        rewritten = rewrite(model, [], (ids, ids), strict_signature=True)
+        for shape in ((1, 1), (1, 5), (2, 1), (7, 6)):
+            ids = torch.ones(shape, dtype=torch.long)
+            equal(rewritten(ids, ids), model(ids, ids))
+    with pytest.raises(Exception, match=r"dimension 0, not 2") as caught:
+        rewritten(torch.ones(2, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))
+    assert type(caught.value).__name__ == "SignatureError"
+    with pytest.raises(IndexError):
+        rewritten(torch.ones(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long))
+
+
+# what a forward may do
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+class Items(dict):  # type: ignore[type-arg]
+    pass
+
+
+def no_item(self: Any, x: Tensor) -> Any:
+    return self.fc(x) if x.sum().item() > 0 else self.out(x)
+
+
+def writes(self: Any, x: Tensor) -> Any:
+    self.calls += 1
+    return self.fc(x) * self.calls
+
+
+def writes_in_train(self: Any, x: Tensor) -> Any:
+    self.calls += int(self.training)
+    return self.fc(x) * (self.calls + 1)
+
+
+def assigns_buffer(self: Any, x: Tensor) -> Any:
+    self.count = self.count + 1
+    return self.fc(x) * self.count
+
+
+def updates_buffer(self: Any, x: Tensor) -> Any:
+    self.count += 1
+    return self.fc(x) * self.count
+
+
+def reads_attribute(self: Any, x: Tensor) -> Any:
+    return self.fc(x) * self.t.item()
+
+
+def layout(self: Any, x: Tensor) -> Any:
+    return self.fc(x) * (2 if x.is_contiguous() else 3)
+
+
+def numpy_random(self: Any, x: Tensor) -> Any:
+    return self.fc(x) * (np.random.rand() if self.training else 1.0)
+
+
+def python_random(self: Any, x: Tensor) -> Any:
+    return self.fc(x) * random.random()
+
+
+def torch_random(self: Any, x: Tensor) -> Any:
+    return self.fc(x) + torch.rand(8)
+
+
+def in_place(self: Any, x: Tensor) -> Any:
+    return self.fc(x.add_(1))
+
+
+def mixed(self: Any, x: Tensor) -> Any:
+    y = self.fc(x)
+    return [y, y, x, self.fc.weight, None, 3, x.shape[0], {"n": Pair(y, Items(z=y))}]
+
+
+def constants(self: Any, x: Tensor) -> Any:
+    return self.fc(x) * torch.tensor(2.0 if self.training else 3.0) + torch.arange(8)
+
+
+FORWARDS: dict[Any, tuple[str, str]] = {
+    no_item: ("parts", "data-dependent"),
+    writes: ("parts", "writes its attribute 'calls'"),
+    writes_in_train: ("export", "writes its attribute 'calls'"),
+    assigns_buffer: ("parts", "writes its attribute 'count'"),
+    updates_buffer: ("export", ""),
+    reads_attribute: ("parts", "reads the value of t"),
+    layout: ("export", ""),
+    numpy_random: ("export", "NumPy's random numbers"),
+    python_random: ("parts", "random numbers"),
+    torch_random: ("export", ""),
+    in_place: ("export", ""),
+    mixed: ("export", ""),
+    constants: ("export", ""),
+}
+
+
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
+def test_forwards(forward: Any) -> None:
+    rung, reason = FORWARDS[forward]
+    model = build(forward)
+    example = X.clone()
+    rewritten = rewrite(model, [], example)
+    info = rewritten.report.capture
+    assert info.rung == rung
+    assert reason in "; ".join([*(i.reason for i in info.islands), *info.notes])
+    equal(example, X)
+    for x in (X + 1, X[:2] - 3, torch.arange(64.0).view(8, 8).t()):
+        for mode in (False, True, True):
+            results = []
+            for m in (model, rewritten):
+                own = x.clone()
+                random.seed(5)
+                np.random.seed(5)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RewriteWarning)
+                    results.append((run(m.train(mode), own), own))
+            equal(results[1], results[0])
+
+
+def test_one_tensor_given_twice() -> None:
+    model = build(lambda self, a, b: self.fc(a) - 2 * self.fc(b))
+    rewritten = rewrite(model, [], (X, X), strict_signature=True)
+    equal(rewritten(X, X + 1), model(X, X + 1))
+    equal(rewritten(X, X), model(X, X))
+
+
+@pytest.mark.parametrize("argument", [types.SimpleNamespace(k=2.0), np.ones(1), nn.Identity()])
+def test_foreign_arguments_leave_the_root_to_python(argument: Any) -> None:
+    def forward(self: Any, x: Tensor, other: Any) -> Tensor:
+        return self.fc(x) * float(getattr(other, "k", 3.0))
+
+    rewritten = rewrite(build(forward), [], (X, argument))
+    assert "'other' holds" in rewritten.report.capture.islands[0].reason
+    equal(rewritten(X, argument), build(forward)(X, argument))
+
+
+# the rung of parts
+
+
+def block(self: Any, x: Tensor) -> Tensor:
+    return self.out(self.fc(x).relu())
+
+
+def test_islands_are_listed_with_their_layers_and_parts_are_captured() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.block(self.fc(x))
+        x = self.block(x) if bool(x.sum() > 1e9) else x
+        return self.twice(x[0]) + self.twice(x)
+
+    model = build(forward, block=build(block), twice=build(block), never=build(block))
+    rewritten = rewrite(model, [], X)
+    info = rewritten.report.capture
+    assert [i.fqn for i in info.islands] == ["", "twice"]
+    assert info.islands[0].layers == ["fc", "out"]
+    assert info.islands[1].reason == "it is called in 2 different ways"
+    assert "_rewriter" in vars(rewritten.block)
+    assert "_rewriter" not in vars(rewritten.twice)
+    equal(rewritten(X), model(X))
+
+
+def test_a_time_limit_falls_to_the_next_rung() -> None:
+    result = capture(build(block), X, seconds=0.0)
+    assert result.rung == "parts"
+    assert "time limit" in result.islands[0].reason
+
+
+def test_hooks_run_as_often_as_before() -> None:
+    counts: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda *a, **k: counts.append(name)
+
+    model = build(lambda self, x: self.block(self.fc(x)), block=build(block))
+    model.register_forward_hook(hook("root"))
+    model.fc.register_forward_pre_hook(hook("pre"), with_kwargs=True)
+    model.fc.register_full_backward_hook(hook("backward"))
+    whole = rewrite(model, [], X)
+    assert whole.report.capture.rung == "export"
+    model.block.register_forward_hook(hook("block"))
+    parts = rewrite(model, [], X)
+    assert "block has hooks" in parts.report.capture.islands[0].reason
+    assert counts == []
+    x = X.clone().requires_grad_()
+    whole(x).sum().backward()
+    assert counts == ["pre", "root", "backward"]
+    counts.clear()
+    parts(x).sum().backward()
+    assert counts == ["pre", "block", "root", "backward"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*enable_nested_tensor.*:UserWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.utils.weight_norm(nn.Linear(8, 8)),
+        lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        lambda: nn.LSTM(8, 8),
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.ModuleList([nn.Linear(8, 8)])[0]),
+    ],
+)
+def test_layers_of_torch(make: Callable[[], nn.Module]) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        return self.inner(self.fc(x))
+
+    torch.manual_seed(0)
+    model = build(forward, inner=make())
+    x = torch.randn(3, 4, 8)
+    with torch.no_grad():
+        model(x)  # or the old weight_norm holds a weight that cannot be copied
+    rewritten = rewrite(model, [], x)
+    equal(run(rewritten, x), run(model, x))
+    equal(run(rewritten.train(), x), run(model.train(), x))
+
+
+def test_ties_dtype_and_requires_grad_survive() -> None:
+    model = build(lambda self, x: self.tied(self.fc(x)), tied=nn.Linear(8, 8, bias=False))
+    model.tied.weight = model.fc.weight
+    model.fc.bias.requires_grad_(False)
+    model.to(torch.bfloat16)
+    rewritten = rewrite(model, [], X.bfloat16())
+    assert rewritten.tied.weight is rewritten.fc.weight
+    assert not rewritten.fc.bias.requires_grad
+    equal(rewritten(X.bfloat16()), model(X.bfloat16()))
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (None, "pass example_inputs"),
+        ((), "holds no tensor"),
+        ({}, "holds no tensor"),
+        ("text", "is a str"),
+        ({"x": 3}, "holds no tensor"),
+        (torch.ones(0, 8), "empty tensor"),
+        (torch.ones(4, 8, device="meta"), "are on meta, the model is on cpu"),
+        (X.double(), "itself fails on example_inputs"),
+        ({"y": X}, "do not fit Model.forward"),
+        ((X, X), "do not fit Model.forward"),
+    ],
+)
+def test_bad_inputs_leave_the_model_untouched(inputs: Any, words: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.norm(self.fc(x)) if x.sum() > -1e9 else x
+
+    model = build(forward, norm=nn.BatchNorm1d(8)).train()
+    model.fc.eval().register_forward_hook(lambda *a: None)
+    before = copy.deepcopy(model)
+    rng = torch.get_rng_state()
+    for inplace in (False, True):
+        with pytest.raises(CaptureError, match=words):
+            rewrite(model, [], inputs, inplace=inplace)
+    equal(torch.get_rng_state(), rng)
+    equal(model.state_dict(), before.state_dict())
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    assert len(model.fc._forward_hooks) == 1
+    assert type(model) is type(before)
+
+
+def test_a_model_on_meta_moves_its_inputs() -> None:
+    model = build(block).to("meta")
+    rewritten = rewrite(model, [], X)
+    assert "on meta" in rewritten.report.capture.notes[0]
+    assert rewritten(X.to("meta")).shape == (4, 8)
+
+
+# transformers
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.arange(24).view(2, 12) + 3
+    return model, rewrite(model, [], {"input_ids": ids}), ids
+
+
+def test_llama_generates_the_same_tokens(llama: Any) -> None:
+    model, rewritten, ids = llama
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = rewritten.generate(input_ids=ids, do_sample=False, max_new_tokens=6)
+    equal(got, model.generate(input_ids=ids, do_sample=False, max_new_tokens=6))
+    texts = [str(w.message) for w in caught if w.category is RewriteWarning]
+    assert len(texts) == len(set(texts)) == 1
+
+
+def test_llama_outputs_and_config(llama: Any) -> None:
+    model, rewritten, ids = llama
+    ours, theirs = rewritten(input_ids=ids), model(input_ids=ids)
+    assert type(ours) is type(theirs)
+    equal(ours.logits, theirs.logits)
+    cache = ours.past_key_values
+    assert type(cache) is type(theirs.past_key_values)
+    equal(cache.layers[1].keys, theirs.past_key_values.layers[1].keys)
+    assert rewritten.lm_head.weight is rewritten.model.embed_tokens.weight
+    changed = copy.deepcopy(rewritten)
+    changed.config.output_hidden_states = True
+    with pytest.warns(RewriteWarning, match="'output_hidden_states' of config"):
+        assert len(changed(input_ids=ids).hidden_states) == 3
+
+
+def test_minilm_is_bit_equal_and_trains_alike() -> None:
+    import importlib.util
+    import pathlib
+
+    path = pathlib.Path(__file__).parents[1] / "examples" / "_data.py"
+    spec = importlib.util.spec_from_file_location("_minilm_data", path)
+    assert spec is not None
+    data = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(data)  # type: ignore[union-attr]
+    model, tokenizer = data.load_minilm()
+    for module in model.modules():  # also read by attention: SDPA is given its `p`
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    batch = dict(tokenizer(["a cat", "two dogs ran"], padding=True, return_tensors="pt"))
+    rewritten = rewrite(model, [], batch)
+    assert rewritten.report.capture.rung == "export"
+    assert list(rewritten.state_dict()) == list(model.state_dict())
+    one = {k: v[:1, :3] for k, v in batch.items()}
+    for inputs in (batch, one):
+        ours, theirs = rewritten(**inputs), model(**inputs)
+        assert type(ours) is type(theirs)
+        if inputs is batch:
+            equal(dict(ours), dict(theirs))
+        else:  # a row of one has other strides, and another matrix kernel
+            torch.testing.assert_close(dict(ours), dict(theirs))
+    for m in (model, rewritten):
+        m.train()
+        run(m, **batch).last_hidden_state.square().sum().backward()
+    for (name, a), b in zip(model.named_parameters(), rewritten.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            equal(a.grad, b.grad)
