@@ -276,7 +276,11 @@ class _Finder:
         module = self.root.get_submodule(holder)
         if last == "weight" and is_leaf(module) and kind_of(module) == LINEAR:
             # an nn.Linear whose weight the user's code reads by hand (nn.MultiheadAttention)
-            return replace(site, fqn=self.names[id(module)]) if site.bias is module.bias else None
+            if site.bias is not module.bias:
+                return None
+            name = self.names[id(module)]
+            bias_ref = None if bias_ref is None else f"{name}.bias"
+            return replace(site, fqn=name, weight_ref=f"{name}.weight", bias_ref=bias_ref)
         return site
 
     def _is_parameter(self, node: Node, dims: int) -> bool:

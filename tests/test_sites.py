@@ -227,6 +227,7 @@ def test_a_module_under_two_names_is_one_site() -> None:
     assert (site.fqn, site.calls) == ("first", 2)
     result = exact(model, torch.randn(4, 6), symbolic=True)
     assert result.first is result.second
+    assert [(s.fqn, s.tokens) for s in sites(model, torch.randn(4, 6))] == [("first", 8)]
 
 
 def test_weight_tied_to_an_embedding_stays_and_says_so() -> None:
@@ -569,9 +570,7 @@ def test_gpt2_stores_its_weights_the_other_way_round() -> None:
     assert (site.in_features, site.out_features, site.transposed, site.tokens) == (16, 48, True, 10)
     assert "modeling_gpt2.py:" in site.where
     mlps = sites(model, inputs, MLP)
-    assert [m.parts["activation"].fqn for m in mlps] == [
-        f"transformer.h.{i}.mlp.act" for i in (0, 1)
-    ]
+    assert [m.parts["activation"].fqn for m in mlps] == ["transformer.h.0.mlp.act"]
     expected = model(**inputs).logits
     words = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     result = rewrite(model, [Quadratic()], inputs)

@@ -1,0 +1,20 @@
+"""Saving and loading: one safetensors file and one JSON recipe, no pickle.
+
+The recipe names the layers a rewrite installed, by class and constructor arguments; only classes
+on the allow-list (`rewriter.passes`, `nn.Linear`, and what the caller hands in) are built. The
+recipe is replaced last and names its weights file by content, so a crash leaves the old save whole.
+"""
+
+from rewriter.store.original import load_original
+from rewriter.store.reading import load
+from rewriter.store.recipe import Installed, Recipe, example_to_json
+from rewriter.store.writing import save
+
+__all__ = [
+    "Installed",
+    "Recipe",
+    "example_to_json",
+    "load",
+    "load_original",
+    "save",
+]

@@ -1,0 +1,115 @@
+"""Names in a recipe: classes by an allow-list, passes by their options, dtypes, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pathlib
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewriter.base import Pass
+from rewriter.errors import StoreError
+
+__all__ = [
+    "FORMAT",
+    "RECIPE",
+    "allowed_class",
+    "class_name",
+    "digest_of",
+    "dtype_name",
+    "dtype_of",
+    "kind_name",
+    "known_class",
+    "pass_of",
+    "pass_spec",
+]
+
+FORMAT = 1
+RECIPE = "recipe.json"
+
+
+def class_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def kind_name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else class_name(kind)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def pass_spec(rewrite: Any) -> Any:
+    if not isinstance(rewrite, Pass):
+        return rewrite  # as it was read from a recipe
+    options = {
+        f.name: getattr(rewrite, f.name) for f in fields(rewrite) if f.init and f.name != "where"
+    }
+    spec: dict[str, Any] = {"class": class_name(type(rewrite)), "options": options}
+    try:
+        json.dumps(spec)
+    except (TypeError, ValueError):  # only load_original needs it, and says so
+        spec["options"] = None
+    return spec
+
+
+def digest_of(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} is not a dtype")
+    return dtype
+
+
+def allowed_class(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
+    """The class of this name, if it may be built; nothing else is ever imported."""
+    for cls in extra:
+        if class_name(cls) == name:
+            return cls
+    module, _, attribute = name.rpartition(".")
+    if name == class_name(nn.Linear):
+        return nn.Linear
+    if module.startswith("rewriter.passes."):
+        try:
+            found = getattr(importlib.import_module(module), attribute, None)
+        except ImportError:
+            found = None
+        if isinstance(found, type) and issubclass(found, bases):
+            return found
+    raise StoreError(
+        f"the recipe names {name}, which is not on the allow-list: pass layers=[{attribute}] to "
+        "load it if you trust where the file comes from"
+    )
+
+
+def known_class(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
+    """A class where it may be used; else its name, which only `load_original` stumbles on."""
+    try:
+        return allowed_class(name, extra, bases) if "." in name else name
+    except StoreError:
+        return name
+
+
+def pass_of(spec: Any, extra: Sequence[type]) -> Any:
+    """The pass again; its JSON where it cannot be had, which only `load_original` stumbles on."""
+    cls: Any = known_class(spec["class"], extra, (Pass,))
+    if isinstance(cls, str) or spec["options"] is None:
+        return spec
+    try:
+        return cls(**spec["options"])
+    except (ValueError, TypeError):  # options of another version
+        return spec

@@ -1,0 +1,150 @@
+"""`save`: one safetensors file and one JSON recipe, replaced atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import uuid
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from rewriter.base import Layer
+from rewriter.errors import StoreError
+from rewriter.hosted import original_class
+from rewriter.store.names import (
+    FORMAT,
+    RECIPE,
+    class_name,
+    digest_of,
+    dtype_name,
+    kind_name,
+    pass_spec,
+)
+from rewriter.store.recipe import Recipe, recipe_of
+from rewriter.store.tensors import non_persistent, unique_tensors
+
+__all__ = [
+    "save",
+]
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Writes a rewritten model to `directory`: `weights-….safetensors` and `recipe.json`.
+
+    Holds every parameter and buffer (also those that a state_dict leaves out), which parameters
+    are tied or frozen, and the report. An earlier save in the directory is replaced as a whole or,
+    if anything fails, not at all.
+
+    Raises:
+        StoreError: the model was not made by `rewrite`, an installed layer cannot be rebuilt from
+            JSON, or the directory cannot be written.
+    """
+    recipe, report = recipe_of(model)
+    tensors, ties = unique_tensors(model)
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "model": class_name(original_class(model)),
+        "layers": _entries(model, recipe),
+        "ties": ties,
+        "frozen": sorted(n for n, p in model.named_parameters() if not p.requires_grad),
+        "non_persistent": sorted(non_persistent(model)),
+        "example": recipe.example,
+        "report": report.to_dict(),
+    }
+    path = pathlib.Path(directory)
+    temporary = path / f".{uuid.uuid4().hex}"
+    stray: pathlib.Path | None = None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        old = _weights_of_save(path)
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        _flush(temporary)
+        digest = digest_of(temporary)
+        weights = path / f"weights-{digest[:16]}.safetensors"
+        document["weights"], document["sha256"] = weights.name, digest
+        stray = None if weights.exists() else weights
+        os.replace(temporary, weights)
+        temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, path / RECIPE)
+        stray = old if old != weights else None
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise StoreError(f"cannot write {path}: {error}") from error
+    finally:
+        for file in (temporary, stray):
+            if file is not None:
+                with contextlib.suppress(OSError):  # left over, and harmless
+                    file.unlink(missing_ok=True)
+
+
+def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    entries = []
+    for fqn, installed in recipe.installed.items():
+        layer = modules.get(fqn)
+        if layer is None:
+            raise StoreError(f"{fqn} was rewritten and is gone: the model was changed since")
+        dtype = recipe.dtypes.get(installed.weight_ref or "")
+        origin = recipe.origins.get(fqn)
+        entries.append({
+            "name": fqn,
+            "class": class_name(type(layer)),
+            "config": _config(layer, fqn),
+            "same_as": next(n for n in recipe.installed if modules.get(n) is layer),
+            "weight": installed.weight_ref,
+            "bias": installed.bias_ref,
+            "transposed": installed.transposed,
+            "graph_only": installed.graph_only,
+            "dtype": None if dtype is None else dtype_name(dtype),
+            "origin": None if origin is None else [kind_name(origin[0]), origin[1]],
+            "chain": [[kind_name(k), pass_spec(p)] for k, p in installed.chain],
+        })  # fmt: skip
+    return entries
+
+
+def _config(layer: nn.Module, fqn: str) -> dict[str, Any]:
+    if isinstance(layer, Layer):
+        config = dict(layer.config())
+    elif type(layer) is nn.Linear:
+        config = {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "bias": layer.bias is not None,
+        }
+    else:
+        raise StoreError(
+            f"{fqn} is a {type(layer).__name__}: only a rewriter.base.Layer or an nn.Linear can be "
+            "rebuilt without pickle"
+        )
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{fqn}: {type(layer).__name__}.config() is not JSON: {error}") from None
+    return config
+
+
+def _weights_of_save(path: pathlib.Path) -> pathlib.Path | None:
+    """The weights file of the save that is here already.
+
+    Raises:
+        StoreError: something else is here.
+    """
+    try:
+        document = json.loads((path / RECIPE).read_text(encoding="utf-8"))
+        return path / pathlib.PurePath(document["weights"]).name
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise StoreError(
+            f"{path / RECIPE} is not a save of this package: choose another directory or remove it"
+        ) from None
+
+
+def _flush(file: pathlib.Path) -> None:
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
