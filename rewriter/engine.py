@@ -32,7 +32,7 @@ from rewriter.decide import (
 from rewriter.errors import PassError, RewriteWarning, StoreError, VerifyError
 from rewriter.hosted import original_class
 from rewriter.report import CaptureInfo, Decision, Report, Step
-from rewriter.sites import Site, find_sites, is_leaf, kind_of
+from rewriter.sites import MLP, Site, find_sites, is_leaf, kind_of
 from rewriter.store import Installed, Recipe, example_to_json
 from rewriter.trial import at, goes_past, kind_name, source_of, try_layer
 from rewriter.verify import boundary, check, relative_error, tolerance
@@ -200,8 +200,8 @@ class Engine:
                 f" of a {type(answer.layer).__name__}" if isinstance(answer, Replacement) else ""
             )
             raise PassError(
-                f"{at(rewrite, site)}: propose returned a {type(answer).__name__}{inner}: return "
-                "Replacement(layer) or Skip(reason)"
+                f"{rewrite}.propose returned a {type(answer).__name__}{inner} for {site.fqn}: "
+                "return Replacement(layer) or Skip(reason)"
             )
         return answer
 
@@ -241,7 +241,8 @@ class Engine:
         Raises:
             StoreError: the model has no site of such a name.
         """
-        sites = {s.fqn: s for s in self._sites()}
+        # an MLP is only some of the calls of its down projection
+        sites = {s.fqn: s for s in self._sites() if s.kind != MLP}
         for name, layer in layers.items():
             if name not in sites:
                 raise StoreError(

@@ -45,8 +45,8 @@ def try_layer(capture: Capture, rewrite: Pass, p: Proposal) -> None:
         got, wanted = type_of(call.meta["val"]), type_of(expected)
         if got != wanted:
             raise VerifyError(
-                f"{at(rewrite, p.site)}: its layer makes {got} of {type_of(source)}, where the "
-                f"site makes {wanted}"
+                f"{at(rewrite, p.site)}: its layer changed the type of the result: it "
+                f"makes {got} of {type_of(source)}, where the site makes {wanted}"
             )
 
 

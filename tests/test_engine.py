@@ -157,7 +157,7 @@ def raising(site: Site) -> Any:
     [
         (lambda s: 1 / 0, r"By\(\) failed on up \(linear, test_engine.py:\d+\): ZeroDivisionError"),
         (raising, "failed on up .*OptionError: impossible here"),
-        (lambda s: None, "propose returned a NoneType: return Replacement"),
+        (lambda s: None, "propose returned a NoneType for up: return Replacement"),
         (lambda s: s.module, "propose returned a Linear"),
         (lambda s: Replacement("layer"), "propose returned a Replacement of a str"),
     ],
@@ -175,8 +175,8 @@ class Wide(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (Wide(), r"its layer makes float32\[4, 16\] on cpu of .* the site makes float32\[4, 32\]"),
-        (nn.Linear(16, 32).double(), r"its layer makes float64\[4, 32\] on cpu of float32"),
+        (Wide(), r"it makes float32\[4, 16\] on cpu of .* the site makes float32\[4, 32\]"),
+        (nn.Linear(16, 32).double(), r"it makes float64\[4, 32\] on cpu of float32"),
         (nn.Linear(15, 32), "its layer fails on"),
         (nn.Sequential(nn.Linear(16, 32), nn.Flatten(0)), r"makes float32\[128\]"),
     ],
