@@ -13,7 +13,7 @@ demo: .venv/.stamp
 	$(PY) examples/minilm.py $(ARGS)
 
 test: .venv/.stamp
-	$(PY) -m pytest $(ARGS)
+	.venv/bin/pytest $(ARGS)
 
 # `rewriter.passes` and `rewriter.kernels` exist only once installed (package-dir in pyproject.toml),
 # so mypy reads an installed copy; `build` goes first, or setuptools would ship files deleted since.

@@ -34,7 +34,7 @@ __all__ = [
     "monarch_project",
 ]
 
-_LIB: Any = torch.library.Library("rewriter", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIB: Any = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
     "monarch_linear(Tensor x, Tensor right, Tensor left, Tensor? bias, int out_features) -> Tensor"
 )

@@ -57,7 +57,7 @@ class Capture:
                     mode: Program(graph, region.outputs[mode])
                     for mode, graph in region.graphs.items()
                 }
-                own = tuple(n for n in graph_only if n.startswith(region.prefix))
+                own = tuple(n for n in graph_only if f"{n}.".startswith(_dotted(region.prefix)))
                 module = self.root.get_submodule(region.prefix)
                 watch = Watch(module, region.graphs.values())
                 state = State(region.signature, programs, self.strict, own, watch)
@@ -77,6 +77,10 @@ class Capture:
         for region in self.regions:
             for mode, graph in region.graphs.items():
                 yield region, mode, graph
+
+
+def _dotted(prefix: str) -> str:
+    return f"{prefix}." if prefix else ""
 
 
 def capture(

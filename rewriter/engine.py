@@ -295,7 +295,9 @@ class Engine:
                 )
                 self.errors += [e for e in trained.errors if e not in self.errors]
         result = model_cost(
-            root, [(r.prefix, r.graphs[False], r.leaves or []) for r in regions], training=False
+            root,
+            [(r.prefix, r.graphs[False], r.leaves or []) for r in regions for _ in range(r.calls)],
+            training=False,
         )
         self.errors += [e for e in result.errors if e not in self.errors]
         return result

@@ -55,6 +55,7 @@ class Region:
         hosted: whether the module runs the graph; a lone leaf inside an island is only described
             by its graph, and is called by Python.
         train_reason: why there is no graph for train mode.
+        calls: how often one forward of the model runs it.
     """
 
     prefix: str
@@ -64,6 +65,7 @@ class Region:
     leaves: list[Tensor] | None
     hosted: bool = True
     train_reason: str = ""
+    calls: int = 1
 
 
 def export_region(module: nn.Module, prefix: str, call: Call, seconds: float) -> Region | str:

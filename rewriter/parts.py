@@ -78,6 +78,7 @@ def capture_parts(
         if reason is None and recorded:
             region = _part(fqn, module, recorded, writes, deadline)
             if isinstance(region, Region):
+                region.calls = len(recorded)
                 result.regions.append(region)
                 if region.train_reason:
                     result.notes.append(f"{fqn}: {region.train_reason}")

@@ -166,7 +166,7 @@ def _raise_leaves(flat: fx.Graph, module: nn.Module) -> fx.Graph:
     raised: dict[fx.Node, tuple[str, fx.Node]] = {}  # output node → (target, input node)
     dropped: set[fx.Node] = set()
     for key, nodes in calls.items():
-        ends = _single_in_out(nodes, targets[key])
+        ends = _single_in_out(nodes, targets[key], module)
         if ends is not None:
             source, result = ends
             raised[result] = (targets[key], source)
@@ -188,14 +188,21 @@ def _raise_leaves(flat: fx.Graph, module: nn.Module) -> fx.Graph:
     return graph
 
 
-def _single_in_out(nodes: list[fx.Node], target: str) -> tuple[fx.Node, fx.Node] | None:
+def _single_in_out(
+    nodes: list[fx.Node], target: str, module: nn.Module
+) -> tuple[fx.Node, fx.Node] | None:
     """The one tensor that goes into a call of a leaf module and the one that comes out."""
     inside = set(nodes)
+    leaf = module.get_submodule(target)
+    tensors = {id(t) for t in (*leaf.parameters(), *leaf.buffers())}  # a tie has another's name
     sources: dict[fx.Node, None] = {}
     results: list[fx.Node] = []
     for node in nodes:
         for source in node.all_input_nodes:
-            own = source.op == "get_attr" and str(source.target).startswith(target + ".")
+            name = str(source.target)
+            own = source.op == "get_attr" and (
+                name.startswith(f"{target}.") or id(_attribute(module, name)) in tensors
+            )
             if source not in inside and not own and _is_tensor_value(source):
                 sources[source] = None
         if any(user not in inside for user in node.users):
@@ -203,6 +210,11 @@ def _single_in_out(nodes: list[fx.Node], target: str) -> tuple[fx.Node, fx.Node]
     if len(sources) != 1 or len(results) != 1 or not _is_tensor_value(results[0]):
         return None
     return next(iter(sources)), results[0]
+
+
+def _attribute(module: nn.Module, fqn: str) -> object:
+    owner, _, name = fqn.rpartition(".")
+    return getattr(_submodule(module, owner), name, None)
 
 
 def _is_tensor_value(node: fx.Node) -> bool:

@@ -427,7 +427,7 @@ BROKEN: list[tuple[Pass, type[BaseException], str]] = [
     (Stub(Wrong, claims=True), VerifyError, "says it is exact, but"),
     (Stub(Wide, where="head"), VerifyError, "changed the type of"),
     (Stub(Half, where="head"), VerifyError, "changed the type of"),
-    (Stub(Narrow, where="fc"), VerifyError, "cannot run on"),
+    (Stub(Narrow, where="fc"), VerifyError, "changed the type of the result"),
 ]
 
 

@@ -239,7 +239,7 @@ class _Run:
 
     def convert(self, tensor: Tensor) -> Tensor:
         with self.unmetered():
-            return self.mode.from_tensor(tensor, static_shapes=True)
+            return self.mode.from_tensor(tensor.detach(), static_shapes=True)
 
     @contextmanager
     def unmetered(self) -> Iterator[None]:
@@ -338,7 +338,7 @@ class _Memory:
                 self.release(key)
 
 
-class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Meter(TorchDispatchMode):
     """Prices every op that PyTorch dispatches while a node runs."""
 
     supports_higher_order_operators = True
@@ -508,7 +508,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _decomposes(func: OpOverload) -> bool:
     """Whether PyTorch itself defines the op by other ops (seen undecomposed in inference mode)."""
     implicit = torch._C.DispatchKey.CompositeImplicitAutograd
-    name: str = func.name()  # type: ignore[no-untyped-call]
+    name: str = func.name()
     return implicit in func.py_kernels or bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(name, implicit)
     )
