@@ -234,10 +234,16 @@ class Signature:
         return name in self.defaults and same(value, self.defaults[name])
 
     def __str__(self) -> str:
+        """The tensors with their dtypes and sizes; a letter stands for a size that may vary."""
+        letters: dict[str, str] = {}
         parts = []
         shapes = self.dims[False].shapes if self.dims else [[] for _ in self.names]
         for name, dtype, sizes in zip(self.names, self.dtypes, shapes, strict=True):
-            parts.append(f"{name}: {str(dtype).removeprefix('torch.')}{sizes}".replace("'", ""))
+            shown = [
+                str(s) if isinstance(s, int) else letters.setdefault(s, f"n{len(letters)}")
+                for s in sizes
+            ]
+            parts.append(f"{name}: {str(dtype).removeprefix('torch.')}[{', '.join(shown)}]")
         return ", ".join(parts)
 
 

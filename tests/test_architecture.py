@@ -139,6 +139,7 @@ def test_a_pass_is_one_frozen_dataclass_with_tests(cls: type[Pass]) -> None:
     stem = cls.__module__.rpartition(".")[2]
     assert stem == cls.__name__.lower()
     assert (ROOT / "tests" / f"test_{stem}.py").exists()
+    assert f"`{cls.__name__}(" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
