@@ -32,14 +32,21 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rewriter.kernels.common import register_autocast
+
 __all__ = [
     "ACTIVATIONS",
+    "Quantized",
     "available_kernels",
     "dequantize_weight",
     "int8_linear",
     "int8_linear_reference",
     "kernel_name",
+    "multiply",
+    "packed_weight",
     "pick_kernel",
+    "quantize",
+    "quantize_torch",
     "quantize_weight",
     "refused_kernels",
 ]
@@ -230,7 +237,7 @@ class _Packed:
 _CACHE = WeakTensorKeyDictionary()
 
 
-def _packed(qweight: Tensor) -> _Packed:
+def packed_weight(qweight: Tensor) -> _Packed:
     # A tensor made under inference_mode counts no versions: nothing derived from it is kept.
     if qweight.is_inference():
         return _Packed(qweight, None)
@@ -253,12 +260,12 @@ def _onednn_weight(packed: _Packed, index: int, qweight: Tensor, width: int) -> 
 
 # Forward -----------------------------------------------------------------------------------------
 
-_Quantized = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, float, int]
+Quantized = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, float, int]
 """q [rows, ≥ k] uint8, whose columns from k on are noise; and per token s and lo [rows, 1], per
 tensor s and the zero point −lo/s."""
 
 
-def _quantize(x: Tensor, activation: str) -> _Quantized:
+def quantize(x: Tensor, activation: str) -> Quantized:
     """x [rows, k] float32 contiguous, not empty, the fast way."""
     if activation == "per_tensor":
         low, high = (float(v) for v in torch.aminmax(x))
@@ -280,7 +287,7 @@ def _quantize(x: Tensor, activation: str) -> _Quantized:
     return q, q.view(torch.float32)[:, -2:-1] + _EPS / 255, lo
 
 
-def _quantize_torch(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_torch(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain torch: q [rows, k] as float32."""
     if activation == "per_token":
         lo = x.amin(-1, keepdim=True)
@@ -292,9 +299,9 @@ def _quantize_torch(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]
     return ((x - lo) / s).round_().clamp_(0, 255), s, lo
 
 
-def _multiply(
+def multiply(
     kernel: str,
-    quantized: _Quantized,
+    quantized: Quantized,
     qweight: Tensor,
     packed: _Packed,
     index: int | None,
@@ -347,15 +354,15 @@ def _run(
 ) -> Tensor:
     """x [rows, k] float32 contiguous, rows·k·n > 0 → [rows, n] float32."""
     if kernel == "torch":
-        q, s, lo = _quantize_torch(x, activation)
+        q, s, lo = quantize_torch(x, activation)
         weight = qweight.float()
         if activation == "per_token":
             y = torch.addcmul((q @ weight.t()) * (s * scale), lo, weight.sum(-1) * scale)
         else:  # integers first, so that a zero stays one beside an outlier
             y = ((q + (lo / s).round()) @ weight.t()) * (s * scale)
         return y if bias is None else y.add_(bias)
-    packed = _packed(qweight)
-    return _multiply(kernel, _quantize(x, activation), qweight, packed, None, scale, bias)
+    packed = packed_weight(qweight)
+    return multiply(kernel, quantize(x, activation), qweight, packed, None, scale, bias)
 
 
 def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> None:
@@ -431,28 +438,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor
     return dx, None, None, dbias, None
 
 
-def _autocast(device: str) -> Any:
-    def kernel(
-        x: Tensor,
-        qweight: Tensor,
-        scale: Tensor,
-        bias: Tensor | None = None,
-        activation: str = "per_token",
-    ) -> Tensor:
-        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return int8_linear(x.to(dtype), qweight, scale, bias, activation)
-
-    return kernel
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
 _LIB.impl("int8_linear", _forward, "CompositeExplicitAutograd")
-_LIB.impl("int8_linear", _autocast("cpu"), "AutocastCPU")
-_LIB.impl("int8_linear", _autocast("cuda"), "AutocastCUDA")
+register_autocast(_LIB, "int8_linear", casts=1)
 torch.library.register_fake("rewriter::int8_linear", _fake, lib=_LIB)
 torch.library.register_autograd(
     "rewriter::int8_linear", _backward, setup_context=_setup_context, lib=_LIB

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from rewriter.kernels import int8_linear as int8
+from rewriter.kernels.common import register_autocast
 
 __all__ = ["int8_monarch_linear", "int8_monarch_linear_reference"]
 
@@ -144,27 +145,23 @@ def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> Tenso
     kernel = int8.pick_kernel(rows, k, n, activation) if x.device.type == "cpu" else "torch"
     flat = x.reshape(blocks * rows, k)
     if kernel == "torch":
-        levels, step, low = int8._quantize_torch(flat, activation)
-        weight = _dequantized(qweight, scale)
+        levels, step, low = int8.quantize_torch(flat, activation)
+        weight = int8.dequantize_weight(qweight, scale)
         return torch.bmm((levels * step + low).view(blocks, rows, k), weight.transpose(1, 2))
-    packed = int8._packed(qweight)
-    q, s, lo = int8._quantize(flat, activation)
+    packed = int8.packed_weight(qweight)
+    q, s, lo = int8.quantize(flat, activation)
     parts = []
     for b in range(blocks):
         own = slice(b * rows, (b + 1) * rows)
-        part: int8._Quantized
+        part: int8.Quantized
         if isinstance(s, Tensor):
             assert isinstance(lo, Tensor)
             part = q[own], s[own], lo[own]
         else:
             assert isinstance(lo, int)
             part = q[own], s, lo
-        parts.append(int8._multiply(kernel, part, qweight[b], packed, b, scale[b], None))
+        parts.append(int8.multiply(kernel, part, qweight[b], packed, b, scale[b], None))
     return torch.stack(parts)
-
-
-def _dequantized(qweight: Tensor, scale: Tensor) -> Tensor:
-    return int8.dequantize_weight(qweight, scale)
 
 
 def _forward(
@@ -218,8 +215,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     n, nr, ob = qright.shape[0], qright.shape[1], qleft.shape[1]
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        right = _dequantized(qright, right_scale).to(grad.dtype)
-        left = _dequantized(qleft, left_scale).to(grad.dtype)
+        right = int8.dequantize_weight(qright, right_scale).to(grad.dtype)
+        left = int8.dequantize_weight(qleft, left_scale).to(grad.dtype)
         g = F.pad(grad, (0, n * ob - grad.shape[-1])).unflatten(-1, (ob, n))  # [*, s, l]
         dmid = torch.einsum("...sl,lsm->...lm", g, left)  # [*, l, (k, r)]
         dmid = dmid.unflatten(-1, (n, nr // n)).transpose(-3, -2).flatten(-2)  # [*, k, (l, r)]
@@ -229,18 +226,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, None, dbias, None, None
 
 
-def _autocast(device: str) -> Any:
-    def kernel(x: Tensor, *args: Any) -> Tensor:
-        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return int8_monarch_linear(x.to(dtype), *args)
-
-    return kernel
-
-
 _LIB.impl("int8_monarch_linear", _forward, "CompositeExplicitAutograd")
-_LIB.impl("int8_monarch_linear", _autocast("cpu"), "AutocastCPU")
-_LIB.impl("int8_monarch_linear", _autocast("cuda"), "AutocastCUDA")
+register_autocast(_LIB, "int8_monarch_linear", casts=1)
 torch.library.register_fake("rewriter::int8_monarch_linear", _fake, lib=_LIB)
 torch.library.register_autograd(
     "rewriter::int8_monarch_linear", _backward, setup_context=_setup_context, lib=_LIB

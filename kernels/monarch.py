@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from rewriter.kernels.common import register_autocast
+
 __all__ = [
     "monarch_dense",
     "monarch_linear",
     "monarch_linear_reference",
-    "monarch_project",
 ]
 
 _LIB: Any = torch.library.Library("rewriter", "FRAGMENT")
@@ -339,28 +340,9 @@ def _autograd(
         return monarch_linear(x, right, left, bias, out_features)
 
 
-def _autocast(device: str) -> Any:
-    def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if t is not None and eligible else t
-
-    def kernel(
-        x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
-    ) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            y: Tensor = torch.ops.rewriter.monarch_linear(
-                *(cast(t, dtype) for t in (x, right, left, bias)), out_features
-            )
-            return y
-
-    return kernel
-
-
 _LIB.impl("monarch_linear", _forward, "CompositeExplicitAutograd")
 _LIB.impl("monarch_linear", _autograd, "Autograd")
-_LIB.impl("monarch_linear", _autocast("cpu"), "AutocastCPU")
-_LIB.impl("monarch_linear", _autocast("cuda"), "AutocastCUDA")
+register_autocast(_LIB, "monarch_linear", casts=4)
 _LIB.impl("monarch_linear_train", _forward_train, "CompositeExplicitAutograd")
 _LIB.impl("monarch_linear_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("rewriter::monarch_linear", _forward_fake, lib=_LIB)
@@ -399,90 +381,3 @@ def monarch_linear_backward_flops(
     (n, nr, ib), ob = right, left[1]
     width = ib * (need_x + need_right) + ob * (need_left + (need_x or need_right))
     return 2 * math.prod(x[:-1]) * n * nr * width
-
-
-# Projection --------------------------------------------------------------------------------------
-
-
-def monarch_project(weight: Tensor, nblocks: int, rank: int) -> tuple[Tensor, Tensor, float | None]:
-    """argmin over factors of ‖W − monarch_dense(right, left)‖_F: the truncated SVD of each of the
-    N² slices T[l,k] = W[l::N, k·ib:(k+1)·ib] = U Σ Vᵀ, left ← U√Σ, right ← √Σ Vᵀ.
-
-    The slices share no entry, so by Eckart-Young this is the global optimum, and the squared error
-    is the sum of the discarded σ². Zero iff every slice has at most this rank already.
-
-    Args:
-        weight: [out_features, in_features], real floating point. Computed in float64.
-        nblocks: N, at most in_features and out_features.
-        rank: of each slice, at most min(ib, ob).
-
-    Returns:
-        right [N, N·rank, ib] and left [N, ob, N·rank] in the weight's dtype and on its device, and
-        ‖W − W′‖/‖W‖ (0.0 for a zero weight) before rounding to that dtype. On `meta`: meta
-        factors and None.
-
-    Raises:
-        ValueError: nblocks or rank out of range.
-
-    Source: Dao et al. 2022, algorithm 1 (rank 1, square); any rank and shape here.
-    """
-    out_features, in_features = weight.shape
-    if not 1 <= nblocks <= min(out_features, in_features):
-        raise ValueError(f"nblocks {nblocks} must be in [1, {min(out_features, in_features)}]")
-    n, ib, ob = nblocks, -(-in_features // nblocks), -(-out_features // nblocks)
-    if not 1 <= rank <= min(ib, ob):
-        raise ValueError(f"rank {rank} must be in [1, {min(ib, ob)}], the slices are {ob}x{ib}")
-    right, left = weight.new_empty(n, n * rank, ib), weight.new_empty(n, ob, n * rank)
-    if weight.is_meta:
-        return right, left, None
-    weight = weight.detach()
-    lost = total = 0.0
-    for l in range(n):  # noqa: E741  one output block at a time: float64 copies stay small
-        block = weight[l::n].double()
-        total += block.square().sum().item()
-        block = F.pad(block, (0, n * ib - in_features, 0, ob - block.shape[0]))
-        u, v, residual = _truncate(block.view(ob, n, ib).transpose(0, 1), rank, weight.dtype)
-        left[l] = u.transpose(0, 1).reshape(ob, n * rank).to(weight.dtype)
-        right.view(n, n, rank, ib)[:, l] = v.to(weight.dtype)
-        lost += residual
-    return right, left, math.sqrt(lost / total) if total else 0.0
-
-
-def _truncate(slices: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """[k, ob, ib] float64 → U√Σ [k, ob, rank], √ΣVᵀ [k, rank, ib], ‖slices − product‖².
-
-    The Gram matrix of the smaller side gives the singular vectors several times faster than an
-    SVD does, but squares the condition number: its result is kept where what it leaves over is
-    within 0.1 % of the optimum (or below the rounding of `dtype`), else the SVD is computed.
-    """
-    if slices.shape[1] < slices.shape[2]:
-        v, u, residual = _truncate(slices.transpose(1, 2), rank, dtype)
-        return u.transpose(1, 2), v.transpose(1, 2), residual
-    values, vectors = _eigh(slices.transpose(1, 2) @ slices)
-    v = vectors[..., -rank:].transpose(1, 2).flip(1)
-    u = slices @ v.transpose(1, 2)  # UΣ
-    residual = (slices - u @ v).square().sum().item()
-    optimum = values[..., :-rank].clamp(min=0).sum().item()
-    rounding = torch.finfo(dtype).eps ** 2 * slices.square().sum().item()
-    if residual > max(1.001**2 * optimum, rounding):
-        full_u, sigma, full_v = torch.linalg.svd(slices, full_matrices=False)
-        u, v = full_u[..., :rank] * sigma[:, None, :rank], full_v[:, :rank]
-        residual = sigma[:, rank:].square().sum().item()
-    root = torch.linalg.vector_norm(u, dim=1, keepdim=True).sqrt()  # √Σ
-    u = torch.where(root > 0, u / root, 0.0)
-    return u, v * root.transpose(1, 2), residual
-
-
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors; on one thread where LAPACK's threads would mostly
-    wait for each other (10 times slower at 192x192 on a busy 2-core machine)."""
-    threads = torch.get_num_threads()
-    alone = gram.device.type == "cpu" and gram.shape[-1] <= 512 and threads > 1
-    if alone:
-        torch.set_num_threads(1)
-    try:
-        values, vectors = torch.linalg.eigh(gram)
-    finally:
-        if alone:
-            torch.set_num_threads(threads)
-    return values, vectors

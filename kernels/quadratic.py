@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from rewriter.kernels.common import outer, register_autocast
+
 __all__ = ["quadratic_linear", "quadratic_linear_reference"]
 
 _library: Any = torch.library  # untyped in torch
@@ -49,7 +51,6 @@ def quadratic_linear(
 
     Source: QuadraLib (Xu et al., MLSys 2022), neuron "new". Differentiable twice.
     """
-    x, w_a, w_b, w_c, bias = _autocast(x, w_a, w_b, w_c, bias)
     y: Tensor = torch.ops.rewriter.quadratic_linear(x, w_a, w_b, w_c, bias)
     return y
 
@@ -60,15 +61,6 @@ def quadratic_linear_reference(
     """y = (x w_aᵀ) ∘ (x w_bᵀ) + x w_cᵀ + bias, as it is written; autograd does the rest."""
     y = (x @ w_a.t()) * (x @ w_b.t()) + x @ w_c.t()
     return y if bias is None else y + bias
-
-
-def _autocast(*tensors: Any) -> Any:
-    """What aten does for `linear`: below float64, floating tensors go to the autocast dtype."""
-    kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _check(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> None:
@@ -176,9 +168,6 @@ def _grad_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None,
     pa, pb, pc = (ux @ w.t() + x @ u.t() for w, u in ((w_a, ua), (w_b, ub), (w_c, uc)))
     da, db, ga, gb = grad * pb, grad * pa, grad * a, grad * b
 
-    def outer(left: Tensor, right: Tensor) -> Tensor:  # [*, out], [*, in] -> [out, in]
-        return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
-
     return (
         a * pb + b * pa + pc,
         da @ w_a + db @ w_b + gb @ ua + ga @ ub + grad @ uc,
@@ -192,6 +181,7 @@ def _grad_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None,
 for _device in ("CPU", "CUDA"):
     _lib.impl("quadratic_linear", _forward, _device)
     _lib.impl("quadratic_linear_backward", _backward, _device)
+register_autocast(_lib, "quadratic_linear", casts=5)
 torch.library.register_fake("rewriter::quadratic_linear", _forward_fake, lib=_lib)
 torch.library.register_fake("rewriter::quadratic_linear_backward", _backward_fake, lib=_lib)
 torch.library.register_autograd("rewriter::quadratic_linear", _grad, setup_context=_save, lib=_lib)

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from rewriter.kernels.common import outer, register_autocast
+
 __all__ = ["topk_linear", "topk_linear_reference"]
 
 _library: Any = torch.library  # untyped in torch
@@ -55,7 +57,6 @@ def topk_linear(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tenso
     Source: magnitude top-k as in TEAL (Liu et al. 2024), with a count in place of a threshold.
     Differentiable twice.
     """
-    h, weight, bias = _autocast(h, weight, bias)
     y: Tensor = torch.ops.rewriter.topk_linear(h, weight, bias, k)
     return y
 
@@ -66,15 +67,6 @@ def topk_linear_reference(h: Tensor, weight: Tensor, bias: Tensor | None, k: int
     mask = torch.zeros_like(h).scatter(-1, kept, 1.0)
     y = (h * mask) @ weight.t()
     return y if bias is None else y + bias
-
-
-def _autocast(*tensors: Any) -> Any:
-    """What aten does for `linear`: below float64, floating tensors go to the autocast dtype."""
-    kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _index_dtype(features: int) -> torch.dtype:
@@ -151,7 +143,7 @@ def _backward(
     if need_weight:
         assert values is not None
         h = _scatter(values, indices, weight.shape[1])  # [*, in]
-        dw = _outer(grad, h)
+        dw = outer(grad, h)
     return dh, dw
 
 
@@ -160,11 +152,6 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor]:
     dh = (*grad.shape[:-1], weight.shape[1]) if needs[0] else (0,)
     return grad.new_empty(dh), grad.new_empty(weight.shape if needs[1] else (0,))
-
-
-def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """[*, out], [*, in] -> [out, in]."""
-    return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -206,7 +193,7 @@ def _grad_backward(ctx: Any, uh: Tensor | None, uw: Tensor | None) -> tuple[Tens
     if uh is not None and ctx.needs[0]:
         masked = _scatter(uh.gather(-1, indices.long()), indices, weight.shape[1])
         dgrad = masked @ weight.t()
-        dweight = _outer(grad, masked)
+        dweight = outer(grad, masked)
     if uw is not None and ctx.needs[1]:
         through = _scatter(values, indices, weight.shape[1]) @ uw.t()
         dgrad = through if dgrad is None else dgrad + through
@@ -219,6 +206,7 @@ for _device in ("CPU", "CUDA"):
     _lib.impl("topk_linear_train", _train, _device)
     _lib.impl("topk_linear_backward", _backward, _device)
 _lib.impl("topk_linear", _forward_autograd, "Autograd")
+register_autocast(_lib, "topk_linear", casts=3)
 torch.library.register_fake("rewriter::topk_linear", _forward_fake, lib=_lib)
 torch.library.register_fake("rewriter::topk_linear_train", _train_fake, lib=_lib)
 torch.library.register_fake("rewriter::topk_linear_backward", _backward_fake, lib=_lib)

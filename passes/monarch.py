@@ -10,9 +10,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, non_finite
+from rewriter.base import (
+    Layer,
+    Pass,
+    Phase,
+    Replacement,
+    Skip,
+    as_parameter,
+    relative_error,
+    unusable,
+)
 from rewriter.errors import OptionError
-from rewriter.kernels.monarch import monarch_dense, monarch_linear, monarch_project
+from rewriter.kernels.monarch import monarch_dense, monarch_linear
+from rewriter.kernels.monarch_project import monarch_project
 from rewriter.sites import LINEAR, Kind, Site
 
 __all__ = ["Monarch", "MonarchLinear"]
@@ -92,10 +102,7 @@ class MonarchLinear(Layer):
         self.left = nn.Parameter(
             torch.empty(nblocks, ob, nblocks * rank, device=device, dtype=dtype)
         )
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        self.register_bias(out_features if bias else None, device, dtype)
         self.reset_parameters()
 
     @classmethod
@@ -158,8 +165,8 @@ class Monarch(Pass):
             from an SVD per slice), "random" forgets the weight and keeps only the bias.
         where: which sites; a name pattern, a predicate, or None for all.
 
-    Skips a site whose weights are not real floating point numbers or hold NaN or inf, which has
-    fewer features than nblocks, or which would not get smaller.
+    Skips a site whose weights are not real floating point numbers of 16 bits or more or hold NaN or
+    inf, which has fewer features than nblocks, or which would not get smaller.
 
     Raises:
         OptionError: an option is impossible.
@@ -185,8 +192,8 @@ class Monarch(Pass):
         weight, bias = site.weight, site.bias
         out_features, in_features = weight.shape
         n = self.nblocks
-        if not weight.is_floating_point():
-            return Skip("the weights are {}, not real floating point", weight.dtype)
+        if refused := unusable(weight, bias):
+            return refused
         if n > min(in_features, out_features):
             return Skip("nblocks {} is more than the {} -> {} features", n, *weight.shape[::-1])
         rank = self.rank or _default_rank(in_features, out_features, n)
@@ -195,8 +202,6 @@ class Monarch(Pass):
             return Skip(
                 "monarch would hold {} parameters, the dense weight holds {}", held, weight.numel()
             )
-        if non_finite(weight, bias):
-            return Skip("the weights hold NaN or inf")
 
         note = ""
         error: float | None
@@ -208,7 +213,7 @@ class Monarch(Pass):
                 in_features, out_features, n, rank, False, weight.device, weight.dtype
             )
             right, left = fresh.right.detach(), fresh.left.detach()
-            error = _relative_error(weight, fresh.dense_weight())
+            error = relative_error(weight, fresh.dense_weight())
         layer = MonarchLinear.from_factors(
             as_parameter(right, like=weight),
             as_parameter(left, like=weight),
@@ -218,13 +223,3 @@ class Monarch(Pass):
         )
         layer.train(site.module is None or site.module.training)
         return Replacement(layer, error, note)
-
-
-def _relative_error(weight: Tensor, other: Tensor) -> float | None:
-    """‖W − W′‖/‖W‖ in float32 or wider; None on `meta`, and for a zero W."""
-    if weight.is_meta:
-        return None
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(weight.detach(), dtype=wide).item()
-    lost = torch.linalg.vector_norm((weight.to(wide) - other.to(wide)).detach()).item()
-    return lost / norm if norm else None

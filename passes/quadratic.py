@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, non_finite
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, unusable
 from rewriter.errors import OptionError
 from rewriter.kernels.quadratic import quadratic_linear
 from rewriter.sites import LINEAR, Kind, Site
@@ -32,6 +32,7 @@ class QuadraticLinear(Layer):
     Args:
         in_features, out_features: sizes of the last dimension of input and output.
         bias: whether there is an additive bias.
+        device, dtype: of the parameters.
 
     Shapes:
         input [*, in_features], output [*, out_features]; weight_a, weight_b, weight_c
@@ -41,6 +42,7 @@ class QuadraticLinear(Layer):
     """
 
     op: ClassVar[str] = "quadratic_linear"
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -57,11 +59,7 @@ class QuadraticLinear(Layer):
         self.weight_a = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.weight_b = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.weight_c = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias: nn.Parameter | None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        self.register_bias(out_features if bias else None, device, dtype)
         self.reset_parameters()
 
     @classmethod
@@ -78,6 +76,7 @@ class QuadraticLinear(Layer):
         return layer
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws all parameters anew, as the class docstring says."""
         # Var[(x·a)(x·b)] = n² Var[a] Var[b] and Var[x·c] = n Var[c], both to be 1/6; a uniform
         # variable on ±r has variance r²/3.
         n = max(self.in_features, 1)
@@ -123,6 +122,9 @@ class Quadratic(Pass):
         init: "preserve" or "random".
         where: which sites; a name pattern, a predicate, or None for all.
 
+    Skips a site whose weights are empty, hold NaN or inf, or are not real floating point numbers
+    of 16 bits or more.
+
     Raises:
         OptionError: an unknown neuron or init.
 
@@ -152,12 +154,10 @@ class Quadratic(Pass):
 
     def propose(self, site: Site) -> Replacement | Skip:
         weight, bias = site.weight, site.bias
-        if not weight.is_floating_point():
-            return Skip("weights are {}, not floating point", weight.dtype)
+        if refused := unusable(weight, bias):
+            return refused
         if weight.numel() == 0:
             return Skip("the weight is empty: {}", tuple(weight.shape))
-        if non_finite(weight, bias):
-            return Skip("weights hold NaN or inf")
         generator = _generator(site.fqn, weight.device)
         if self.init == "random":
             layer = _untrained(weight, bias, generator)

@@ -11,7 +11,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, non_finite
+from rewriter.base import (
+    Layer,
+    Pass,
+    Phase,
+    Replacement,
+    Skip,
+    as_parameter,
+    relative_error,
+    unusable,
+)
 from rewriter.errors import OptionError
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
@@ -29,7 +38,6 @@ __all__ = ["Quantize", "QuantizedLinear", "QuantizedMonarch"]
 
 Activation = Literal["per_token", "per_tensor"]
 _SCHEMES = ("int8-dynamic",)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
 
 
@@ -90,7 +98,9 @@ class QuantizedLinear(Layer):
         qweight, scale = _random(out_features, in_features, bound=bound, device=device, dtype=dtype)
         self.register_buffer("qweight", qweight)
         self.register_buffer("scale", scale)
-        _register_bias(self, out_features if bias else None, bound, device, dtype)
+        self.register_bias(out_features if bias else None, device, dtype)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
     def from_weight(
@@ -127,6 +137,9 @@ class QuantizedLinear(Layer):
         return kernel_name(
             tokens, self.in_features, self.out_features, self.activation, self.qweight.device
         )
+
+    def held_bytes(self, tokens: int) -> int:
+        return self.qweight.numel() if self.kernel(tokens) == "onednn" else 0
 
 
 class QuantizedMonarch(Layer):
@@ -234,16 +247,6 @@ class QuantizedMonarch(Layer):
         return self.dense_weight()
 
 
-def _register_bias(
-    layer: nn.Module, size: int | None, bound: float, device: Any, dtype: Any
-) -> None:
-    if size is None:
-        layer.register_parameter("bias", None)
-    else:
-        bias = torch.empty(size, device=device, dtype=dtype).uniform_(-bound, bound)
-        layer.register_parameter("bias", nn.Parameter(bias))
-
-
 @dataclass(frozen=True)
 class Quantize(Pass):
     """W ≈ q·scale with q in int8 and one scale per output channel; see `QuantizedLinear`.
@@ -280,11 +283,8 @@ class Quantize(Pass):
             weights, bias = (monarch.right, monarch.left), monarch.bias
         else:
             weights, bias = (site.weight,), site.bias
-        for weight in weights:
-            if weight.dtype not in _DTYPES:
-                return Skip("the weights are {}, not real floating point", weight.dtype)
-        if non_finite(*weights, bias):
-            return Skip("the weights hold NaN or inf")
+        if refused := unusable(*weights, bias):
+            return refused
 
         layer: QuantizedLinear | QuantizedMonarch
         if isinstance(monarch, MonarchLinear):
@@ -295,13 +295,4 @@ class Quantize(Pass):
             before = weights[0]
         layer.train(site.module is None or site.module.training)
         note = _FROZEN if any(w.requires_grad for w in weights) else ""
-        return Replacement(layer, _relative_error(before, layer.dense_weight()), note)
-
-
-def _relative_error(weight: Tensor, other: Tensor) -> float | None:
-    """‖W − W′‖/‖W‖; 0 for a zero W (kept exactly), None on `meta`."""
-    if weight.is_meta:
-        return None
-    wide = weight.detach().to(other.dtype)
-    norm = torch.linalg.vector_norm(wide).item()
-    return torch.linalg.vector_norm(wide - other.detach()).item() / norm if norm else 0.0
+        return Replacement(layer, relative_error(before, layer.dense_weight()), note)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, non_finite
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, unusable
 from rewriter.errors import OptionError
 from rewriter.kernels.topk import topk_linear
 from rewriter.sites import LINEAR, MLP, Kind, Site
@@ -29,6 +29,7 @@ class TopKLinear(Layer):
         in_features, out_features: sizes of the last dimension of input and output.
         k: kept entries a row.
         bias: whether there is an additive bias.
+        device, dtype: of the parameters.
 
     Shapes:
         input [*, in_features], output [*, out_features]; weight [out_features, in_features];
@@ -39,6 +40,7 @@ class TopKLinear(Layer):
     """
 
     op: ClassVar[str] = "topk_linear"
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -59,11 +61,7 @@ class TopKLinear(Layer):
         self.weight = nn.Parameter(
             torch.empty((out_features, in_features), device=device, dtype=dtype)
         )
-        self.bias: nn.Parameter | None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        self.register_bias(out_features if bias else None, device, dtype)
         self.reset_parameters()
 
     @classmethod
@@ -76,6 +74,7 @@ class TopKLinear(Layer):
         return layer
 
     def reset_parameters(self) -> None:
+        """Draws all parameters anew: uniform within ±1/√k."""
         # nn.Linear's bound is 1/√fan_in; here only k inputs of a row are summed.
         bound = 1 / math.sqrt(self.k)
         nn.init.uniform_(self.weight, -bound, bound)
@@ -105,6 +104,10 @@ class TopK(Pass):
     Args:
         k: an int ≥ 1 is a count; a float in (0, 1] is a fraction of the hidden width, rounded up.
         where: which sites; a name pattern, a predicate, or None for all.
+
+    Skips an MLP whose down projection an earlier pass rewrote, whose hidden width is no larger
+    than k, or whose weights hold NaN or inf or are not real floating point numbers of 16 bits or
+    more.
 
     Raises:
         OptionError: k is neither.
@@ -145,13 +148,11 @@ class TopK(Pass):
                 kind,
             )
         weight, bias = site.weight, site.bias
-        if not weight.is_floating_point():
-            return Skip("weights are {}, not floating point", weight.dtype)
+        if refused := unusable(weight, bias):
+            return refused
         k = self.count(site.in_features)
         if k >= site.in_features:
             return Skip("k={} keeps all {} activations", k, site.in_features)
-        if non_finite(weight, bias):
-            return Skip("weights hold NaN or inf")
         if not isinstance(weight, nn.Parameter):  # a view: it gets storage of its own
             weight = weight.clone(memory_format=torch.contiguous_format)
         layer = TopKLinear.from_weights(weight, bias, k)

@@ -74,9 +74,10 @@ def rewrite(
     settings = _settings(
         passes, objective, max_error, where, calibration, memory_budget, device, kernels
     )
-    root = model if inplace else _copied(model)
-    with _restored_on_error(root) if inplace else contextlib.nullcontext():
-        _run(root, passes, example_inputs, settings, strict_signature)
+    with torch.inference_mode(False):  # or the result could never train
+        root = model if inplace else _copied(model)
+        with _restored_on_error(root) if inplace else contextlib.nullcontext():
+            _run(root, passes, example_inputs, settings, strict_signature)
     return root
 
 
@@ -102,7 +103,8 @@ def explain(
     settings = _settings(
         passes, objective, max_error, where, calibration, memory_budget, device, kernels
     )
-    return _run(_copied(model), passes, example_inputs, settings, False)
+    with torch.inference_mode(False):
+        return _run(_copied(model), passes, example_inputs, settings, False)
 
 
 def _run(

@@ -20,7 +20,17 @@ from rewriter.errors import OptionError
 if TYPE_CHECKING:
     from rewriter.sites import Site
 
-__all__ = ["Layer", "Pass", "Phase", "Replacement", "Skip", "Where", "as_parameter"]
+__all__ = [
+    "Layer",
+    "Pass",
+    "Phase",
+    "Replacement",
+    "Skip",
+    "Where",
+    "as_parameter",
+    "relative_error",
+    "unusable",
+]
 
 Where = str | Callable[["Site"], bool] | None
 """A name pattern (`"encoder.*"`), a predicate over sites, or None for every site."""
@@ -150,6 +160,11 @@ class Layer(nn.Module):
     def t(self) -> _Transposed:
         return _Transposed(self)
 
+    def register_bias(self, size: int | None, device: Any = None, dtype: Any = None) -> None:
+        """Gives the layer a `bias` [size] without values; None where size is None."""
+        bias = None if size is None else torch.empty(size, device=device, dtype=dtype)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
     def config(self) -> Mapping[str, Any]:
         """JSON-able keyword arguments of the constructor, without `device` and `dtype`."""
         raise NotImplementedError(f"{type(self).__name__}.config")
@@ -165,6 +180,10 @@ class Layer(nn.Module):
     def kernel(self, tokens: int) -> str:
         """The name of the implementation that runs at this number of rows on this machine."""
         return "torch"
+
+    def held_bytes(self, tokens: int) -> int:
+        """Bytes that the layer's kernel keeps beside its parameters and buffers: packed weights."""
+        return 0
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
@@ -202,8 +221,28 @@ def as_parameter(tensor: Tensor, like: Tensor | None = None) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=grad and tensor.is_floating_point())
 
 
-def non_finite(*tensors: Tensor | None) -> bool:
-    """Whether any tensor holds NaN or inf; tensors without data (`meta`) count as finite."""
-    return any(
-        t is not None and not t.is_meta and not bool(torch.isfinite(t).all()) for t in tensors
-    )
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def unusable(*tensors: Tensor | None) -> Skip | None:
+    """Why a pass cannot compute with these weights; None where it can. Tensors without data
+    (`meta`) count as finite."""
+    given = [t for t in tensors if t is not None]
+    for tensor in given:
+        if tensor.dtype not in _FLOATS:
+            return Skip("the weights are {}, not real floats of 16 bits or more", tensor.dtype)
+    if any(not t.is_meta and not bool(torch.isfinite(t).all()) for t in given):
+        return Skip("the weights hold NaN or inf")
+    return None
+
+
+def relative_error(weight: Tensor, other: Tensor) -> float | None:
+    """‖W − W′‖/‖W‖ in float32 or wider; None on `meta`, and where only W is zero."""
+    if weight.is_meta:
+        return None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norm = float(torch.linalg.vector_norm(weight.detach(), dtype=wide))
+    lost = float(torch.linalg.vector_norm((weight.to(wide) - other.to(wide)).detach()))
+    if not norm:
+        return None if lost else 0.0
+    return lost / norm

@@ -20,14 +20,13 @@ from rewriter.hosted import Program, State, host, unhost
 from rewriter.parts import capture_parts, refusal
 from rewriter.rehost import CONSTANT
 from rewriter.report import Island
-from rewriter.running import difference, first_line, modes, own_copy, quiet_run, run_flat
-from rewriter.running import written as watch_writes
+from rewriter.running import difference, first_line, modes, own_copy, quiet_run, written
 from rewriter.signature import Call
 from rewriter.sites import is_leaf
 from rewriter.structure import flatten
 from rewriter.watch import Watch
 
-__all__ = ["Capture", "Region", "capture", "modes", "run_flat"]
+__all__ = ["Capture", "Region", "capture"]
 
 
 @dataclass
@@ -109,7 +108,7 @@ def capture(
     else:
         args, kwargs = _arguments(example_inputs)
         _check_inputs(root, args, kwargs)
-        args, kwargs, moved = _to_meta(root, args, kwargs)
+        args, kwargs, moved = _usable(root, args, kwargs)
         call = _bind(root, args, kwargs)
         expected, writes = _expected(root, args, kwargs)
         region: Region | str = refusal(root, writes) or export_region(root, "", call, seconds)
@@ -172,15 +171,23 @@ def _check_inputs(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             )
 
 
-def _to_meta(
+def _usable(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    if not any(p.is_meta for p in root.parameters()):
-        return args, kwargs, False
+    """The example on meta where the model is there (and whether that moved it), and without
+    inference tensors, which autograd cannot save."""
     leaves: list[Any] = []
     structure = flatten([list(args), dict(kwargs)], leaves, objects=True, opaque=True)
-    on_meta, named = structure.build([t.to("meta") for t in leaves])
-    return tuple(on_meta), named, any(not t.is_meta for t in leaves)
+    on_meta = any(p.is_meta for p in root.parameters())
+    inference = [isinstance(t, Tensor) and t.is_inference() for t in leaves]
+    if not on_meta and not any(inference):
+        return args, kwargs, False
+    moved = [
+        t.to("meta") if on_meta else t.clone() if was else t
+        for t, was in zip(leaves, inference, strict=True)
+    ]
+    own_args, own_kwargs = structure.build(moved)
+    return tuple(own_args), own_kwargs, on_meta and any(not t.is_meta for t in leaves)
 
 
 def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -213,7 +220,7 @@ def _observed(
     writes an attribute."""
     leaves: list[Any] = []
     with quiet_run(root, training):
-        changes = watch_writes(root)
+        changes = written(root)
         own = own_copy(args, kwargs)
         flatten(root(*own[0], **own[1]), leaves, objects=True, opaque=True)
         flatten([*own], leaves, objects=True, opaque=True)

@@ -19,7 +19,8 @@ from rewriter.capture import Capture
 from rewriter.cost import storage_cost
 from rewriter.errors import OptionError
 from rewriter.sites import CONV, LINEAR, MLP, Site, is_leaf
-from rewriter.spellings import changes_input, operands, swaps
+from rewriter.spellings import changes_input, op_name, operands, swaps
+from rewriter.tree import attribute
 
 __all__ = [
     "OBJECTIVES",
@@ -75,6 +76,11 @@ def check_passes(passes: Sequence[Pass]) -> None:
         elif not isinstance(p, Pass):
             problems.append(f"passes[{i}] is a {type(p).__name__}, not a pass")
     valid = [p for p in passes if isinstance(p, Pass)]
+    for p in valid:
+        if not (p.where is None or isinstance(p.where, str) or callable(p.where)):
+            problems.append(
+                f"{p.name}: where={p.where!r} is no name pattern and no predicate over sites"
+            )
     for i, later in enumerate(valid):
         for earlier in valid[:i]:
             if earlier.phase > later.phase:
@@ -126,14 +132,24 @@ def unsafe(capture: Capture, site: Site, sites: Sequence[Site]) -> Skip | None:
     module, graphs = site.module, {id(g): r for r, _, g in capture.graphs()}
     if module is capture.root:
         return Skip("the model itself is this layer: wrap it, e.g. in nn.Sequential")
+    if module is not None and any(
+        hooks for name, hooks in vars(module).items() if "state_dict" in name and "hooks" in name
+    ):
+        return Skip("it has state_dict hooks, which the new layer's tensors would not fit")
     if module is not None and parametrize.is_parametrized(module):
         return Skip("its parameters are parametrized; remove_parametrizations first")
-    if site.weight_ref is None and site.kind in (LINEAR, CONV, MLP):
+    plain = site.parts["down"].kind == LINEAR if site.kind == MLP else site.kind in (LINEAR, CONV)
+    if site.weight_ref is None and plain:
         return Skip("its weight is computed in a hook (torch.nn.utils); remove it first")
     if not site.nodes:
         for island in capture.islands:
             if site.fqn in island.layers and capture.rung == "symbolic":
                 return Skip("inside {}: {}", island.fqn, island.reason)
+        readers = _readers(capture)
+        own = [] if module is None else module.parameters(recurse=False)
+        used = sorted({op_name(n) for p in own for n in readers.get(id(p), ())})
+        if used:
+            return Skip("its weight goes into {}, not through the layer", ", ".join(used))
         return Skip("not called with these example_inputs")
     for node in site.nodes:
         region = graphs[id(node.graph)]
@@ -168,7 +184,7 @@ def ties(
     shared: dict[tuple[int, int], list[Proposal]] = {}
     for p in proposals:
         if p.site.weight_ref is not None:
-            key = id(_attribute(root, p.site.weight_ref)), id(p.site.bias)
+            key = id(attribute(root, p.site.weight_ref)), id(p.site.bias)
             shared.setdefault(key, []).append(p)
     refused: list[tuple[Proposal, str]] = []
     for i, ((weight, _), group) in enumerate(shared.items()):
@@ -221,7 +237,7 @@ def _readers(capture: Capture) -> dict[int, set[fx.Node]]:
         owner = capture.root.get_submodule(region.prefix)
         for node in graph.nodes:
             if node.op == "get_attr":
-                tensor = _attribute(owner, str(node.target))
+                tensor = attribute(owner, str(node.target))
                 readers.setdefault(id(tensor), set()).update(_end_uses(node))
     return readers
 
@@ -235,11 +251,6 @@ def _end_uses(node: fx.Node) -> Iterator[fx.Node]:
             yield from _end_uses(user)
 
 
-def _attribute(root: nn.Module, fqn: str) -> Any:
-    owner, _, name = fqn.rpartition(".")
-    return getattr(root.get_submodule(owner), name)
-
-
 # is it better?
 
 
@@ -250,6 +261,8 @@ def objections(p: Proposal, options: Options) -> str:
     if bias is not None and p.site.module is None:
         if all(bias is not own for own in p.replacement.layer.parameters()):
             return f"its layer has another bias than {p.site.bias_ref}, which would be left over"
+    if limit is not None and error is None:
+        return f"its error is not known before it runs, so max_error {limit:.3g} cannot be held"
     if limit is not None and error is not None and not error <= limit:
         return f"error {error:.3g} is above max_error {limit:.3g}"
     if options.objective is None:

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from rewriter.base import Layer, Pass, Replacement, Skip
-from rewriter.capture import Capture, run_flat
+from rewriter.capture import Capture
 from rewriter.cost import Cost, GraphCost, model_cost, storage_cost
 from rewriter.decide import (
     Options,
@@ -32,9 +32,13 @@ from rewriter.decide import (
 from rewriter.errors import PassError, RewriteWarning, StoreError, VerifyError
 from rewriter.hosted import original_class
 from rewriter.report import CaptureInfo, Decision, Report, Step
-from rewriter.sites import MLP, Site, find_sites, is_leaf, kind_of
+from rewriter.running import run_flat
+from rewriter.sites import LINEAR, MLP, Site, find_sites, is_leaf, kind_of
+from rewriter.spellings import kind_name
 from rewriter.store import Installed, Recipe, example_to_json
-from rewriter.trial import at, goes_past, kind_name, source_of, try_layer
+from rewriter.strays import strays
+from rewriter.tree import is_hook_dict
+from rewriter.trial import at, goes_past, source_of, try_layer
 from rewriter.verify import boundary, check, relative_error, tolerance
 
 __all__ = ["Engine", "Options", "check_passes"]
@@ -120,8 +124,20 @@ class Engine:
                     after=costs[1],
                 )
             )
-        order = {site.fqn: i for i, site in enumerate(matching)}
-        decisions.sort(key=lambda d: order[d.site])
+        if LINEAR in rewrite.matches:
+            decisions += [_decision(s, "skipped", r) for s, r in self._unmatched(rewrite, sites)]
+            decisions += strays(self.capture, sites, [d.site for d in decisions])
+        held = sum(
+            layer.held_bytes(look.tokens or 1)
+            for layer, look in zip((p.replacement.layer for p in proposals), looks, strict=True)
+            if isinstance(layer, Layer)
+        )
+        if held:
+            notes.append(
+                f"kernels keep {held / 1e6:.3g} MB of packed weights on top of the ledger's memory"
+            )
+        order = {site.fqn: i for i, site in enumerate(sites)}
+        decisions.sort(key=lambda d: order.get(d.site, len(order)))
         seconds = time.perf_counter() - start
         return Step(
             str(rewrite), before, self.cost.total, decisions, error, rewrite.exact, seconds, notes
@@ -169,6 +185,15 @@ class Engine:
                 weight, bias = (f"{fqn}.{n}" if n in own else None for n in ("weight", "bias"))
                 sites.append(Site(kind, fqn, root, (), weight, bias))
         return sites
+
+    def _unmatched(self, rewrite: Pass, sites: list[Site]) -> list[tuple[Site, str]]:
+        """Layers of ours that a pass for linear layers does not take, each with why."""
+        return [
+            (s, f"is a {type(s.module).__name__}, which {type(rewrite).__name__} does not take")
+            for s in sites
+            if isinstance(s.kind, type) and s.kind not in rewrite.matches
+            and not any(s.fqn == o.fqn for o in sites if o.kind in rewrite.matches)
+        ]  # fmt: skip
 
     def _site_costs(self) -> dict[str, Cost]:
         """Cost of each named layer over its calls in the graphs that were priced (eval)."""
@@ -345,7 +370,7 @@ def _take_hooks(old: nn.Module, new: nn.Module) -> None:
     if old is new:
         return
     for name, hooks in vars(old).items():
-        if "_hooks" not in name or "state_dict" in name or not hooks:
+        if not is_hook_dict(name) or not hooks:
             continue
         own = getattr(new, name, None)
         if own:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import random
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -113,6 +114,9 @@ class _Flat(nn.Module):
         return results
 
 
+_HOOKS = frozenset({
+    torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook,
+})  # fmt: skip
 _LAYOUT = frozenset({torch.Tensor.is_contiguous, torch.Tensor.stride, torch.Tensor.data_ptr})
 _VALUES = frozenset({
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__int__,
@@ -141,6 +145,8 @@ class _Observer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if time.perf_counter() > self.deadline:
             raise CaptureError("tracing took longer than its time limit")
+        if func in _HOOKS:
+            raise CaptureError("its forward hooks gradients, which a graph would lose")
         if func in _LAYOUT:
             self.layout = True
         elif func in _VALUES and args and id(args[0]) in self.attributes:
@@ -157,18 +163,21 @@ def _export(module: nn.Module, region: Region, training: bool, deadline: float) 
     examples = _distinct(leaves)
     rows = _two_rows(examples)
     try:
-        graph, constants, output, layout, dims = _traced(
-            module, signature, rows, leaves, training, deadline
-        )
-        if rows is not examples and any(s and s[0] == 1 for s in dims.shapes):
+        try:
+            traced = _traced(module, signature, rows, leaves, training, deadline)
             # a size that the model fixes is fixed as it was given, not as the two rows
-            graph, constants, output, layout, dims = _traced(
-                module, signature, examples, leaves, training, deadline
-            )
+            again = rows is not examples and any(s and s[0] == 1 for s in traced[-1].shapes)
+        except Exception:
+            if rows is examples:
+                raise
+            again = True  # two rows may not be what the model takes
+        if again:
+            traced = _traced(module, signature, examples, leaves, training, deadline)
     except RewriteError as error:
         return first_line(error)
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
+    graph, constants, output, layout, dims = traced
     if layout and not all(t.is_contiguous() for t in leaves):
         return "its forward depends on how its tensors lie in memory, and the example is strided"
     for name, constant in constants.items():
@@ -195,7 +204,13 @@ def _traced(
     flat = _Flat(module, signature, observer)
     before = _random_state()
     try:
-        with modes(module, training), without_hooks(module), _quietly(), torch.enable_grad():
+        with (
+            modes(module, training),
+            without_hooks(module),
+            _quietly(),
+            _own_backward_refused(),
+            torch.enable_grad(),
+        ):
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(_dynamic(examples),), strict=False
             )
@@ -210,6 +225,39 @@ def _traced(
     structure = flat.result.structure
     assert structure is not None
     return graph, constants, structure, observer.layout, size_rules(program, leaves)
+
+
+@contextlib.contextmanager
+def _own_backward_refused() -> Iterator[None]:
+    """A trace sees what a forward computes, not how its backward was defined or what it keeps: a
+    `torch.autograd.Function` or activation checkpointing would silently be replaced."""
+    thread = threading.get_ident()
+    apply: Any = vars(torch.autograd.Function)["apply"]
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    enter = hooks.__enter__
+
+    def refuse(reason: str) -> None:
+        if threading.get_ident() == thread:
+            raise CaptureError(reason)
+
+    def own_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ == "torch.utils.checkpoint":
+            refuse("it checkpoints activations, which a graph would keep")
+        elif not cls.__module__.startswith("torch."):
+            refuse(f"{cls.__name__} has a backward of its own, which a graph would lose")
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    def own_enter(self: Any) -> Any:
+        refuse("it checkpoints or hooks saved tensors, which a graph would keep as they are")
+        return enter(self)
+
+    torch.autograd.Function.apply = classmethod(own_apply)  # type: ignore[method-assign, assignment]
+    hooks.__enter__ = own_enter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        hooks.__enter__ = enter  # type: ignore[method-assign]
 
 
 def _random_state() -> tuple[Any, tuple[Any, ...]]:

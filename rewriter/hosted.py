@@ -143,7 +143,7 @@ class State:
         watch: what the graphs take for granted about the module tree.
         report: the ledger (root only).
         recipe: what `save` writes (root only).
-        names: original parameter name → how `load_original` finds it (root only).
+        warned: which differences of calls were warned of.
     """
 
     signature: Signature | None = None
@@ -214,7 +214,7 @@ class _Hosted(nn.Module):
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
         root = isinstance(self, RewrittenModule)
-        return (_rebuild, (original_class(self), root), *reduced[2:])
+        return (_rebuild, (original_class(self), root, _own_names(self)), *reduced[2:])
 
 
 class RewrittenModule(_Hosted):
@@ -240,8 +240,7 @@ class RewrittenModule(_Hosted):
 
 def host(module: nn.Module, state: State, *, root: bool) -> None:
     """Gives `module` the generated forward, in place."""
-    cls = _hosted_class(original_class(module), root)
-    module.__class__ = cls
+    module.__class__ = _hosted_class(original_class(module), root, _own_names(module))
     module.__dict__["_rewriter"] = state
 
 
@@ -258,24 +257,41 @@ def original_class(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
     return cast("type[nn.Module]", cls.__dict__.get("_original_class", cls))
 
 
-_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
-_signatures: dict[type[nn.Module], inspect.Signature] = {}
+_classes: dict[Any, type[nn.Module]] = {}
+_signatures: dict[Any, inspect.Signature] = {}
 
 
-def _hosted_class(cls: type[nn.Module], root: bool) -> type[nn.Module]:
-    if (cls, root) not in _classes:
-        _classes[cls, root] = _new_class(cls, root)
-    return _classes[cls, root]
+def _own_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the mixin that the model uses itself, for a submodule, a buffer or an attribute."""
+    own = {*vars(module), *module._modules, *module._parameters, *module._buffers}
+    return tuple(sorted(own & set(vars(RewrittenModule)) - {"__module__", "__doc__"}))
 
 
-def _new_class(cls: type[nn.Module], root: bool) -> type[nn.Module]:
-    original = cls.forward
+class _OwnAttribute:
+    """Leaves a name to the instance: its `__dict__` comes first, then its modules and tensors."""
 
-    @functools.wraps(original)
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return self if instance is None else nn.Module.__getattr__(instance, self.name)
+
+
+def _hosted_class(cls: type[nn.Module], root: bool, own: tuple[str, ...] = ()) -> type[nn.Module]:
+    key = cls, cls.forward, root, own
+    if key not in _classes:
+        _classes[key] = _new_class(cls, root, own)
+    return _classes[key]
+
+
+def _new_class(cls: type[nn.Module], root: bool, own: tuple[str, ...]) -> type[nn.Module]:
+    @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_rewriter"].run(self, original, args, kwargs)
+        # the class's forward as it is now: it may have been patched since
+        return self.__dict__["_rewriter"].run(self, cls.forward, args, kwargs)
 
-    namespace = {
+    namespace: dict[str, Any] = {
+        **{name: _OwnAttribute(name) for name in own},
         "forward": forward,
         "_original_class": cls,
         "__module__": cls.__module__,
@@ -288,13 +304,14 @@ def _new_class(cls: type[nn.Module], root: bool) -> type[nn.Module]:
 
 
 def _parameters(cls: type[nn.Module]) -> inspect.Signature:
-    if cls not in _signatures:
-        _signatures[cls] = inspect.signature(original_class(cls).forward)
-    return _signatures[cls]
+    forward = original_class(cls).forward
+    if forward not in _signatures:
+        _signatures[forward] = inspect.signature(forward)
+    return _signatures[forward]
 
 
-def _rebuild(cls: type[nn.Module], root: bool) -> nn.Module:
-    hosted = _hosted_class(cls, root)
+def _rebuild(cls: type[nn.Module], root: bool, own: tuple[str, ...]) -> nn.Module:
+    hosted = _hosted_class(cls, root, own)
     return hosted.__new__(hosted)
 
 

@@ -16,6 +16,7 @@ from rewriter.running import first_line, has_hooks, own_copy, quiet_run
 from rewriter.signature import Call
 from rewriter.sites import is_leaf
 from rewriter.structure import Unflattenable, flatten
+from rewriter.tree import join
 
 __all__ = ["Parts", "capture_parts", "refusal"]
 
@@ -36,7 +37,7 @@ def refusal(root: nn.Module, writes: Writes, prefix: str = "") -> str | None:
     """Why a module may not be captured whole, whatever its trace: a graph would run past what
     surrounds or happens in a container."""
     for name, module in root.named_modules():
-        fqn = ".".join(filter(None, (prefix, name)))
+        fqn = join(prefix, name)
         label = fqn or "the model"
         if is_leaf(module):
             continue
@@ -86,10 +87,10 @@ def capture_parts(
                 return
             reason = region
         if recorded and reason is not None:
-            layers = [f"{fqn}.{n}" if fqn else n for n, m in module.named_children() if is_leaf(m)]
+            layers = [join(fqn, n) for n, m in module.named_children() if is_leaf(m)]
             result.islands.append(Island(fqn, type(module).__name__, reason, layers))
         for name, child in module.named_children():
-            visit(f"{fqn}.{name}" if fqn else name, child, None)
+            visit(join(fqn, name), child, None)
 
     visit("", root, reason)
     return result

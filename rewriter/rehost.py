@@ -25,6 +25,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from rewriter.errors import CaptureError
 from rewriter.signature import Dims
 from rewriter.sites import is_leaf, user_line
+from rewriter.tree import find, submodule
 
 __all__ = ["CONSTANT", "rehost", "size_rules"]
 
@@ -71,7 +72,9 @@ def rehost(
         else:
             assert spec.target is not None, spec
             target = spec.target.removeprefix(prefix)
-            if spec.kind is InputKind.CONSTANT_TENSOR and not _is_tensor(module, target):
+            if spec.kind is InputKind.CONSTANT_TENSOR and not isinstance(
+                find(module, target), Tensor
+            ):
                 constant = program.constants[spec.target]
                 assert isinstance(constant, Tensor), spec
                 taken = {*module._buffers, *constants}
@@ -90,14 +93,6 @@ def rehost(
     return graph, constants
 
 
-def _is_tensor(module: nn.Module, target: str) -> bool:
-    owner, _, name = target.rpartition(".")
-    try:
-        return isinstance(getattr(module.get_submodule(owner), name), Tensor)
-    except AttributeError:
-        return False
-
-
 def _inline(
     flat: fx.Graph, node: fx.Node, environment: dict[fx.Node, Any], owner: nn.Module, prefix: str
 ) -> Any:
@@ -105,6 +100,7 @@ def _inline(
     laid open between the calls that switch the mode, so that their layers are sites too."""
     if node.op == "get_attr":
         return getattr(owner, str(node.target))
+    # torch._C's and amp's own functions below: as calls, Dynamo and export know no public form
     if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
         enabled, body, *rest = node.args
         assert isinstance(body, fx.Node)
@@ -159,7 +155,7 @@ def _raise_leaves(flat: fx.Graph, module: nn.Module) -> fx.Graph:
         if node.op != "call_function":
             continue
         for key, (fqn, _) in node.meta.get("nn_module_stack", {}).items():
-            if is_leaf(_submodule(module, fqn)):
+            if is_leaf(submodule(module, fqn)):
                 calls.setdefault(key, []).append(node)
                 targets[key] = fqn
                 break
@@ -201,7 +197,7 @@ def _single_in_out(
         for source in node.all_input_nodes:
             name = str(source.target)
             own = source.op == "get_attr" and (
-                name.startswith(f"{target}.") or id(_attribute(module, name)) in tensors
+                name.startswith(f"{target}.") or id(find(module, name)) in tensors
             )
             if source not in inside and not own and _is_tensor_value(source):
                 sources[source] = None
@@ -212,20 +208,8 @@ def _single_in_out(
     return next(iter(sources)), results[0]
 
 
-def _attribute(module: nn.Module, fqn: str) -> object:
-    owner, _, name = fqn.rpartition(".")
-    return getattr(_submodule(module, owner), name, None)
-
-
 def _is_tensor_value(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
-
-
-def _submodule(module: nn.Module, fqn: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(fqn)
-    except AttributeError:
-        return None
 
 
 def _sink_attributes(graph: fx.Graph) -> None:

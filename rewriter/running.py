@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.structure import flatten, same
+from rewriter.tree import is_hook_dict
 
 __all__ = [
     "difference",
@@ -40,11 +41,6 @@ def modes(root: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
-
-
-def is_hook_dict(name: str) -> bool:
-    """Whether an attribute of a module holds hooks around its forward or backward."""
-    return name.endswith("_hooks") and "state_dict" not in name
 
 
 def has_hooks(module: nn.Module) -> bool:

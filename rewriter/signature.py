@@ -49,11 +49,6 @@ class Call:
                 arguments[name] = value
         return cls(arguments)
 
-    def tensors(self) -> list[Tensor]:
-        leaves: list[Any] = []
-        flatten(dict(self.arguments), leaves, objects=True)
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
 
 @dataclass
 class Dims:

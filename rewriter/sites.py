@@ -20,12 +20,14 @@ from rewriter.spellings import (
     is_activation,
     is_leaf,
     is_transparent,
+    kind_name,
     kind_of,
     op_name,
     operands,
     swaps,
     user_line,
 )
+from rewriter.tree import attribute, join, submodule
 
 __all__ = [
     "ACTIVATION",
@@ -93,17 +95,14 @@ class Site:
     @property
     def module(self) -> nn.Module | None:
         """The module at the site; None where the user's code calls a function."""
-        try:
-            return self.root.get_submodule(self.fqn)
-        except AttributeError:
-            return None
+        return submodule(self.root, self.fqn)
 
     @property
     def weight(self) -> Tensor:
         """[out_features, in_features], a view of the stored weight (the Parameter itself where
         it is stored that way round)."""
         if self.weight_ref is None:
-            raise AttributeError(f"site {self.fqn!r} ({self.kind}) has no weight")
+            raise AttributeError(f"site {self.fqn!r} ({kind_name(self.kind)}) has no weight")
         weight = _tensor(self.root, self.weight_ref)
         return weight.t() if self.transposed else weight
 
@@ -149,13 +148,12 @@ class Site:
             return self.weight.shape[dim]
         size = getattr(self.module, conv if self.kind == CONV else linear, None)
         if not isinstance(size, int):
-            raise AttributeError(f"site {self.fqn!r} ({self.kind}) has no {linear}")
+            raise AttributeError(f"site {self.fqn!r} ({kind_name(self.kind)}) has no {linear}")
         return size
 
 
 def _tensor(root: nn.Module, fqn: str) -> Tensor:
-    owner, _, name = fqn.rpartition(".")
-    tensor = getattr(root.get_submodule(owner), name)
+    tensor = attribute(root, fqn)
     assert isinstance(tensor, Tensor), fqn
     return tensor
 
@@ -237,15 +235,15 @@ class _Finder:
     def _activation_name(self, node: Node) -> str:
         """A free name in the module that calls the function, e.g. `mlp.relu_0`."""
         stack = list(node.meta.get("nn_module_stack", {}).values())
-        inside = self._join(re.sub(r"@\d+", "", stack[-1][0]) if stack else "")
-        while not _exists(self.root, inside):
+        inside = join(self.prefix, re.sub(r"@\d+", "", stack[-1][0]) if stack else "")
+        while submodule(self.root, inside) is None:
             inside = inside.rpartition(".")[0]
         holder, name = self.root.get_submodule(inside), op_name(node).rstrip("_")
         count = self.counts.get((inside, name), 0)
         while hasattr(holder, f"{name}_{count}"):
             count += 1
         self.counts[inside, name] = count + 1
-        return f"{inside}.{name}_{count}" if inside else f"{name}_{count}"
+        return join(inside, f"{name}_{count}")
 
     def _functional_linear(self, node: Node) -> Site | None:
         """A linear map written as a function: weight and bias must be parameters, the weight read
@@ -263,12 +261,12 @@ class _Finder:
             weight = weight.args[0]
         if not isinstance(weight, Node) or not self._is_parameter(weight, 2):
             return None
-        fqn = self._join(str(weight.target))
+        fqn = join(self.prefix, str(weight.target))
         bias_ref = None
         if bias is not None:
             if not isinstance(bias, Node) or not self._is_parameter(bias, 1):
                 return None
-            bias_ref = self._join(str(bias.target))
+            bias_ref = join(self.prefix, str(bias.target))
             if _tensor(self.root, bias_ref).numel() != _tensor(self.root, fqn).shape[transposed]:
                 return None
         site = Site(LINEAR, fqn, self.root, (node,), fqn, bias_ref, transposed)
@@ -286,7 +284,7 @@ class _Finder:
     def _is_parameter(self, node: Node, dims: int) -> bool:
         if node.op != "get_attr":
             return False
-        tensor = _tensor(self.root, self._join(str(node.target)))
+        tensor = _tensor(self.root, join(self.prefix, str(node.target)))
         return isinstance(tensor, nn.Parameter) and tensor.dim() == dims
 
     def _mlp_parts(self, down: Node) -> dict[str, Site]:
@@ -323,20 +321,9 @@ class _Finder:
             value = _input(value)
         return value if isinstance(value, Node) else None
 
-    def _join(self, name: str) -> str:
-        return f"{self.prefix}.{name}" if self.prefix and name else self.prefix or name
-
 
 def _is_linear(site: Site) -> bool:
     return site.kind == LINEAR or isinstance(site.kind, type)
-
-
-def _exists(root: nn.Module, fqn: str) -> bool:
-    try:
-        root.get_submodule(fqn)
-    except AttributeError:
-        return False
-    return True
 
 
 def _input(node: Node) -> Any:

@@ -22,6 +22,7 @@ __all__ = [
     "is_activation",
     "is_leaf",
     "is_transparent",
+    "kind_name",
     "kind_of",
     "op_name",
     "operands",
@@ -115,6 +116,11 @@ def kind_of(module: nn.Module) -> Kind | None:
         return _KIND_OF_FORWARD[type(module).forward]
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     return LINEAR if name == _TRANSPOSED_LINEAR else ACTIVATION
+
+
+def kind_name(kind: Kind) -> str:
+    """The kind of a site as people read it: `linear`, or the op of one of our layers."""
+    return kind if isinstance(kind, str) else kind.op or kind.__name__
 
 
 def op_name(node: Node, root: nn.Module | None = None) -> str:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from rewriter.base import Pass
-from rewriter.capture import Capture, run_flat
+from rewriter.capture import Capture
 from rewriter.cost import propagate
 from rewriter.decide import Proposal
 from rewriter.errors import VerifyError
 from rewriter.hosted import original_class
+from rewriter.running import run_flat
 from rewriter.sites import Site
-from rewriter.spellings import operands
+from rewriter.spellings import kind_name, operands
 from rewriter.verify import relative_error, tolerance, type_of
 
-__all__ = ["at", "goes_past", "kind_name", "source_of", "try_layer"]
+__all__ = ["at", "goes_past", "source_of", "try_layer"]
 
 
 def try_layer(capture: Capture, rewrite: Pass, p: Proposal) -> None:
@@ -37,7 +40,8 @@ def try_layer(capture: Capture, rewrite: Pass, p: Proposal) -> None:
         call = graph.call_module("layer", (graph.placeholder("x"),))
         graph.output(call)
         try:
-            propagate(holder, graph, [source])
+            with autocast_at(node):
+                propagate(holder, graph, [source])
         except VerifyError as error:
             raise VerifyError(
                 f"{at(rewrite, p.site)}: its layer fails on {type_of(source)}: {error}"
@@ -48,6 +52,23 @@ def try_layer(capture: Capture, rewrite: Pass, p: Proposal) -> None:
                 f"{at(rewrite, p.site)}: its layer changed the type of the result: it "
                 f"makes {got} of {type_of(source)}, where the site makes {wanted}"
             )
+
+
+def autocast_at(node: fx.Node) -> AbstractContextManager[object]:
+    """The autocast region of the user's forward that a node lies in."""
+    entered: list[fx.Node] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        name = getattr(other.target, "__name__", "")
+        if name == "_enter_autocast":
+            entered.append(other)
+        elif name == "_exit_autocast":
+            entered.remove(other.args[0])
+    if not entered:
+        return nullcontext()
+    device, dtype, enabled, cache = entered[-1].args
+    return torch.autocast(str(device), dtype=dtype, enabled=bool(enabled), cache_enabled=cache)  # type: ignore[arg-type]
 
 
 def goes_past(capture: Capture, graph_only: Sequence[str], outputs: Sequence[Any] | None) -> str:
@@ -117,8 +138,3 @@ def at(rewrite: Pass, site: Site) -> str:
     return (
         f"{rewrite} failed on {site.fqn} ({kind_name(site.kind)}, {site.where or 'line unknown'})"
     )
-
-
-def kind_name(kind: Any) -> str:
-    """The kind of a site in a report: `linear`, or the op of one of our layers."""
-    return kind if isinstance(kind, str) else kind.op or kind.__name__

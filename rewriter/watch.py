@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.structure import is_constant
+from rewriter.tree import is_hook_dict, join
 
 __all__ = ["Watch"]
 
 _IGNORED = {"training", "_rewriter", "_parameters", "_buffers", "_non_persistent_buffers_set"}
-_IGNORED |= {"_is_full_backward_hook"}
-"""State that a graph reads live, or that has a check of its own."""
+_IGNORED |= {"_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks"}
+_IGNORED |= {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+"""State that a graph reads live, that has a check of its own, or that no call reads."""
 
 
 class Watch:
@@ -58,8 +60,8 @@ class Watch:
         for key, value in vars(owner).items():
             if key in _IGNORED and isinstance(owner, nn.Module):
                 continue
-            if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
-                if own_hooks and "state_dict" not in key:
+            if is_hook_dict(key):
+                if own_hooks:
                     state[key] = dict(value)
             elif key == "_modules" and isinstance(owner, nn.Module):
                 state[key] = dict(value)
@@ -67,7 +69,7 @@ class Watch:
                 state[key] = copy.deepcopy(value)
             else:
                 for i, inner in enumerate(_objects(value)):
-                    label = f"{name}.{key}" if name else key
+                    label = join(name, key)
                     self._hold(f"{label}[{i}]" if inner is not value else label, inner, seen)
         self._held.append((name, owner, state))
         self._sizes.append(len(vars(owner)))
@@ -113,7 +115,7 @@ class Watch:
                     if changed:
                         return f"{changed} was replaced after the rewrite"
                     then[key] = dict(now[key])
-                elif key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+                elif is_hook_dict(key):
                     return f"hooks of {label} were changed after the rewrite"
                 else:
                     shown = repr(now[key]) if key in now else "missing"
@@ -127,7 +129,7 @@ class Watch:
 
     def _replaced(self, name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for key in [*then, *now]:
-            inner = f"{name}.{key}" if name else key
+            inner = join(name, key)
             if then.get(key) is not now.get(key) and inner not in self._layers:
                 return inner
         return ""

@@ -317,3 +317,33 @@ def test_two_threads(switching: tuple[nn.Module, nn.Module]) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_attributes_named_like_hooks_are_the_models_own() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.inner = Inner()
+            self.attention_hooks = ["fc"]
+            self.inner.score_hooks = {"scale": 2}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.fc(x)) * len(self.attention_hooks)
+
+    model = Named().eval()
+    optimized = rewrite(model, [], X)
+    assert optimized.report.capture.rung == "export"
+    torch.testing.assert_close(optimized(X), model(X))
+    assert optimized.attention_hooks == ["fc"]
+    assert optimized.inner.score_hooks == {"scale": 2}
+    optimized.attention_hooks.append("more")
+    with pytest.warns(RewriteWarning, match="attention_hooks"):
+        optimized(X)
+
+
+def test_state_dict_hooks_change_no_call() -> None:
+    optimized = rewrite(Model().eval(), [], X)
+    optimized.register_state_dict_post_hook(lambda *_: None)
+    optimized.inner.register_state_dict_pre_hook(lambda *_: None)
+    optimized(X)  # a warning would be an error

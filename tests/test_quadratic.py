@@ -333,14 +333,14 @@ def test_skip_non_finite(name, value):
     linear = nn.Linear(6, 4)
     with torch.no_grad():
         getattr(linear, name)[0] = value
-    assert refusal(linear) == "weights hold NaN or inf"
+    assert refusal(linear) == "the weights hold NaN or inf"
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
 def test_skip_not_floating_point(dtype):
     linear = nn.Linear(6, 4)
     linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
-    assert refusal(linear) == f"weights are {dtype}, not floating point"
+    assert refusal(linear) == f"the weights are {dtype}, not real floats of 16 bits or more"
 
 
 def test_skip_empty():

@@ -382,13 +382,13 @@ def test_skip_non_finite(name, value):
     mlp = Mlp(True)
     with torch.no_grad():
         getattr(mlp.down, name)[0] = value
-    assert refusal(mlp) == "weights hold NaN or inf"
+    assert refusal(mlp) == "the weights hold NaN or inf"
 
 
 def test_skip_not_floating_point():
     mlp = Mlp(False)
     mlp.down.weight = nn.Parameter(mlp.down.weight.detach().to(torch.int8), requires_grad=False)
-    assert refusal(mlp) == "weights are torch.int8, not floating point"
+    assert refusal(mlp) == "the weights are torch.int8, not real floats of 16 bits or more"
 
 
 def test_skip_a_down_projection_of_another_kind():

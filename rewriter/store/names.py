@@ -24,7 +24,7 @@ __all__ = [
     "digest_of",
     "dtype_name",
     "dtype_of",
-    "kind_name",
+    "kind_path",
     "known_class",
     "pass_of",
     "pass_spec",
@@ -38,7 +38,7 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def kind_name(kind: Any) -> str:
+def kind_path(kind: Any) -> str:
     return kind if isinstance(kind, str) else class_name(kind)
 
 

@@ -31,6 +31,7 @@ from rewriter.store.names import (
 )
 from rewriter.store.recipe import Installed, Recipe, example_from_json
 from rewriter.store.tensors import named_tensors, non_persistent, put_tensor, tensor_like
+from rewriter.tree import submodule
 
 __all__ = [
     "load",
@@ -314,9 +315,8 @@ class _Filler:
         owner, _, name = key.removeprefix(prefix).rpartition(".")
         if key not in self.saved.non_persistent:
             return False
-        try:
-            holder = root.get_submodule(owner)
-        except AttributeError:
+        holder = submodule(root, owner)
+        if holder is None:
             return False
         value = self.file.get_tensor(self.saved.ties.get(key, key))
         holder.register_buffer(name, torch.empty_like(value), persistent=False)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import StoreError
 from rewriter.rehost import CONSTANT
+from rewriter.tree import join
 
 __all__ = [
     "is_constant",
@@ -32,7 +33,7 @@ def is_constant(key: str) -> bool:
 def non_persistent(root: nn.Module) -> set[str]:
     """Names of the buffers that a state_dict leaves out."""
     return {
-        f"{fqn}.{name}" if fqn else name
+        join(fqn, name)
         for fqn, module in root.named_modules(remove_duplicate=False)
         for name in module._non_persistent_buffers_set
         if module._buffers.get(name) is not None and not is_constant(name)

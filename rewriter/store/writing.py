@@ -22,7 +22,7 @@ from rewriter.store.names import (
     class_name,
     digest_of,
     dtype_name,
-    kind_name,
+    kind_path,
     pass_spec,
 )
 from rewriter.store.recipe import Recipe, recipe_of
@@ -101,8 +101,8 @@ def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
             "transposed": installed.transposed,
             "graph_only": installed.graph_only,
             "dtype": None if dtype is None else dtype_name(dtype),
-            "origin": None if origin is None else [kind_name(origin[0]), origin[1]],
-            "chain": [[kind_name(k), pass_spec(p)] for k, p in installed.chain],
+            "origin": None if origin is None else [kind_path(origin[0]), origin[1]],
+            "chain": [[kind_path(k), pass_spec(p)] for k, p in installed.chain],
         })  # fmt: skip
     return entries
 

@@ -1,0 +1,51 @@
+"""Dotted names in a tree of modules, and which attributes of a module hold hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["attribute", "find", "is_hook_dict", "join", "submodule"]
+
+
+def join(prefix: str, name: str) -> str:
+    """`prefix.name`; either may be empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def submodule(root: nn.Module, fqn: str) -> nn.Module | None:
+    """The module of this name; None where there is none."""
+    try:
+        return root.get_submodule(fqn)
+    except AttributeError:
+        return None
+
+
+def attribute(root: nn.Module, fqn: str) -> Any:
+    """The value of this name: a parameter, a buffer, a plain attribute.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    owner, _, name = fqn.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
+
+
+def find(root: nn.Module, fqn: str) -> Any:
+    """As `attribute`; None where there is none."""
+    owner, _, name = fqn.rpartition(".")
+    return getattr(submodule(root, owner), name, None)
+
+
+_HOOKS = frozenset({
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks", "_backward_pre_hooks",
+})  # fmt: skip
+
+
+def is_hook_dict(name: str) -> bool:
+    """Whether an attribute of a module holds hooks around its forward or backward; by torch's own
+    names, since a model may well have an `attention_hooks` of another kind."""
+    return name in _HOOKS
