@@ -132,12 +132,12 @@ def unsafe(capture: Capture, site: Site, sites: Sequence[Site]) -> Skip | None:
     module, graphs = site.module, {id(g): r for r, _, g in capture.graphs()}
     if module is capture.root:
         return Skip("the model itself is this layer: wrap it, e.g. in nn.Sequential")
+    if module is not None and parametrize.is_parametrized(module):
+        return Skip("its parameters are parametrized; remove_parametrizations first")
     if module is not None and any(
         hooks for name, hooks in vars(module).items() if "state_dict" in name and "hooks" in name
     ):
         return Skip("it has state_dict hooks, which the new layer's tensors would not fit")
-    if module is not None and parametrize.is_parametrized(module):
-        return Skip("its parameters are parametrized; remove_parametrizations first")
     plain = site.parts["down"].kind == LINEAR if site.kind == MLP else site.kind in (LINEAR, CONV)
     if site.weight_ref is None and plain:
         return Skip("its weight is computed in a hook (torch.nn.utils); remove it first")
