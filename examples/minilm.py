@@ -102,7 +102,7 @@ def main() -> None:
     console.print(
         f"int8 rewrote {rewritten} of {total} linear layers: "
         f"{costs['original'].param_bytes / costs['int8'].param_bytes:.1f}× smaller in memory, "
-        f"{seconds['original'] / seconds['int8']:.1f}× faster on this machine, and the word "
+        f"{seconds['original'] / seconds['int8']:.1f}× the speed on this machine, and the word "
         f"similarity score went from {scores['original']:.3f} to {scores['int8']:.3f}.\n"
         f"Monarch on top costs quality ({scores['Monarch + int8']:.3f}): its weights approximate "
         "the trained ones, and nothing was retrained. The ledger above shows the error of every "
