@@ -143,6 +143,9 @@ class MonarchLinear(Layer):
             "bias": self.bias is not None,
         }
 
+    def kernel(self, tokens: int) -> str:
+        return "torch.bmm"
+
     def dense_weight(self) -> Tensor:
         """W[s·N+l, k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(l,r),i], [out_features, in_features]."""
         return monarch_dense(self.right, self.left, self.out_features, self.in_features)

@@ -232,6 +232,20 @@ class QuantizedMonarch(Layer):
             "activation": self.activation,
         }
 
+    def kernel(self, tokens: int) -> str:
+        return f"{self._factor_kernel(self.qright, tokens)}, block by block"
+
+    def held_bytes(self, tokens: int) -> int:
+        return sum(
+            factor.numel()
+            for factor in (self.qright, self.qleft)
+            if self._factor_kernel(factor, tokens) == "onednn"
+        )
+
+    def _factor_kernel(self, factor: Tensor, tokens: int) -> str:
+        _, rows, columns = factor.shape
+        return kernel_name(tokens, columns, rows, self.activation, factor.device)
+
     def dense_weight(self) -> Tensor:
         """The product of the dequantized factors, [out_features, in_features]."""
         return monarch_dense(
