@@ -188,12 +188,12 @@ class Engine:
 
     def _unmatched(self, rewrite: Pass, sites: list[Site]) -> list[tuple[Site, str]]:
         """Layers of ours that a pass for linear layers does not take, each with why."""
+        taken = {s.fqn for s in sites if s.kind in rewrite.matches}
         return [
             (s, f"is a {type(s.module).__name__}, which {type(rewrite).__name__} does not take")
             for s in sites
-            if isinstance(s.kind, type) and s.kind not in rewrite.matches
-            and not any(s.fqn == o.fqn for o in sites if o.kind in rewrite.matches)
-        ]  # fmt: skip
+            if isinstance(s.kind, type) and s.fqn not in taken
+        ]
 
     def _site_costs(self) -> dict[str, Cost]:
         """Cost of each named layer over its calls in the graphs that were priced (eval)."""
