@@ -106,6 +106,9 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         q int8 of weight's shape in [-127, 127], and scale [*, out_features], float32 or wider.
         A row of zeros has scale 1.
     """
+    if weight.is_meta:  # a dozen ops that would compute nothing
+        q = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+        return q.detach(), weight.new_empty(weight.shape[:-1], dtype=_wide(weight.dtype))
     weight = weight.detach().to(_wide(weight.dtype))
     if weight.shape[-1] == 0:
         return weight.to(torch.int8), weight.new_ones(weight.shape[:-1])

@@ -70,7 +70,10 @@ def _truncate(slices: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Te
     u = slices @ v.transpose(1, 2)  # UΣ
     residual = (slices - u @ v).square().sum().item()
     optimum = values[..., :-rank].clamp(min=0).sum().item()
-    rounding = torch.finfo(dtype).eps ** 2 * slices.square().sum().item()
+    total = slices.square().sum().item()
+    if optimum < 1e3 * torch.finfo(torch.float64).eps * total:  # the eigenvalues' own rounding
+        optimum = 0.0
+    rounding = torch.finfo(dtype).eps ** 2 * total
     if residual > max(1.001**2 * optimum, rounding):
         full_u, sigma, full_v = torch.linalg.svd(slices, full_matrices=False)
         u, v = full_u[..., :rank] * sigma[:, None, :rank], full_v[:, :rank]

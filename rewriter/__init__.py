@@ -5,6 +5,7 @@
 
 from rewriter.api import explain, rewrite
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip
+from rewriter.cost import Cost, Device
 from rewriter.errors import (
     CaptureError,
     OptionError,
@@ -28,6 +29,8 @@ __all__ = [
     "LINEAR",
     "MLP",
     "CaptureError",
+    "Cost",
+    "Device",
     "Layer",
     "OptionError",
     "Pass",

@@ -13,6 +13,7 @@ from torch import nn
 
 from rewriter.base import Pass, Where
 from rewriter.capture import capture
+from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
 from rewriter.errors import OptionError, RewriteError
 from rewriter.hosted import RewrittenModule, original_class
@@ -34,7 +35,8 @@ def rewrite(
     where: Where = None,
     calibration: Any = None,
     memory_budget: int | float | str | None = None,
-    device: str | None = None,
+    device: str | Device | None = None,
+    measure: bool = False,
     kernels: str = "auto",
     inplace: bool = False,
     strict_signature: bool = False,
@@ -52,10 +54,15 @@ def rewrite(
             arguments. Without, the model is traced symbolically and nothing but parameters can be
             priced.
         objective: "params", "memory" or "latency": declines a replacement that is no better;
-            latency is measured here, on the example's sizes. None applies every replacement.
+            latency is what `device` is predicted to take, or without one (or with `measure`) what
+            this machine takes, on the example's sizes. None applies every replacement.
         max_error: declines a replacement whose relative weight error is larger.
         where: which sites: a name pattern, a predicate over sites, or None for all.
-        calibration, memory_budget, device: not supported yet; anything but None is refused.
+        calibration, memory_budget: not supported yet; anything but None is refused.
+        device: whose predicted seconds and joules the report shows: a `rewriter.Device`, the name
+            of one ("h100"; `Device.names()` lists them), or "this" for this machine, which is
+            measured for up to 20 seconds the first time. None predicts nothing.
+        measure: adds wall times on this machine to the report, of the original and after each pass.
         kernels: "auto": the fastest implementation that works here.
         inplace: rewrite `model` itself, to save memory; it stays as it was if anything fails.
         strict_signature: raise on calls that differ from the captured one, instead of running the
@@ -72,12 +79,14 @@ def rewrite(
     """
     _check_model(model)
     settings = _settings(
-        passes, objective, max_error, where, calibration, memory_budget, device, kernels
+        passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels
     )
     with torch.inference_mode(False):  # or the result could never train
         root = model if inplace else _copied(model)
         with _restored_on_error(root) if inplace else contextlib.nullcontext():
-            _run(root, passes, example_inputs, settings, strict_signature)
+            _run(
+                root, passes, example_inputs, settings, strict_signature, None if inplace else model
+            )
     return root
 
 
@@ -91,7 +100,8 @@ def explain(
     where: Where = None,
     calibration: Any = None,
     memory_budget: int | float | str | None = None,
-    device: str | None = None,
+    device: str | Device | None = None,
+    measure: bool = False,
     kernels: str = "auto",
 ) -> Report:
     """The dry run: the report that `rewrite` with the same arguments would give, and no model.
@@ -101,20 +111,25 @@ def explain(
     """
     _check_model(model)
     settings = _settings(
-        passes, objective, max_error, where, calibration, memory_budget, device, kernels
+        passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels
     )
     with torch.inference_mode(False):
-        return _run(_copied(model), passes, example_inputs, settings, False)
+        return _run(_copied(model), passes, example_inputs, settings, False, model)
 
 
 def _run(
-    root: nn.Module, passes: Sequence[Pass], example_inputs: Any, options: Options, strict: bool
+    root: nn.Module,
+    passes: Sequence[Pass],
+    example_inputs: Any,
+    options: Options,
+    strict: bool,
+    model: nn.Module | None,
 ) -> Report:
     done = vars(root)["_rewriter"].recipe if isinstance(root, RewrittenModule) else None
     # after an earlier rewrite, what is stored leads from the original to here
     recipe = Recipe.of(root) if done is None else copy.deepcopy(done)
     engine = prepare(root, example_inputs, options, strict=strict)
-    engine.recipe = recipe
+    engine.recipe, engine.model = recipe, model
     steps = [engine.original()]
     for rewrite in passes:  # no comprehension: warnings count the frames up to the user's line
         steps.append(engine.run(rewrite))
@@ -139,17 +154,14 @@ def _settings(
     calibration: Any,
     memory_budget: Any,
     device: Any,
+    measure: Any,
     kernels: Any,
 ) -> Options:
     """The engine's options, or what is impossible about the arguments."""
     if not isinstance(passes, list | tuple | Pass):
         raise OptionError(f"passes must be a list of passes, not {passes!r}")
     check_passes(passes)
-    for name, value in (
-        ("calibration", calibration),
-        ("memory_budget", memory_budget),
-        ("device", device),
-    ):
+    for name, value in (("calibration", calibration), ("memory_budget", memory_budget)):
         if value is not None:
             raise OptionError(f"{name} is not supported yet: leave it out")
     if kernels != "auto":
@@ -158,7 +170,10 @@ def _settings(
         raise OptionError(f"max_error={max_error!r}: use a number of at least 0, or None")
     if where is not None and not isinstance(where, str) and not callable(where):
         raise OptionError(f"where={where!r}: use a name pattern, a predicate over sites, or None")
-    return Options(objective, max_error, where)
+    if not (device is None or isinstance(device, str | Device)):
+        raise OptionError(f"device={device!r}: use the name of a device, a Device, or None")
+    found = None if device is None else Device.get(device)
+    return Options(objective, max_error, where, found, bool(measure))
 
 
 def _check_model(model: Any) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,18 @@ from torch.nn.utils import parametrize
 
 from rewriter.base import Pass, Phase, Replacement, Skip, Where
 from rewriter.capture import Capture
-from rewriter.cost import storage_cost
+from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.errors import OptionError
 from rewriter.sites import CONV, LINEAR, MLP, Site, is_leaf
 from rewriter.spellings import changes_input, op_name, operands, swaps
+from rewriter.timing import medians
 from rewriter.tree import attribute
 
 __all__ = [
     "OBJECTIVES",
     "Options",
     "Proposal",
+    "autocast_at",
     "check_passes",
     "check_patterns",
     "objections",
@@ -44,6 +45,8 @@ class Options:
     objective: str | None = None
     max_error: float | None = None
     where: Where = None
+    device: Device | None = None
+    measure: bool = False
 
     def __post_init__(self) -> None:
         if self.objective not in (None, *OBJECTIVES):
@@ -254,9 +257,16 @@ def _end_uses(node: fx.Node) -> Iterator[fx.Node]:
 # is it better?
 
 
-def objections(p: Proposal, options: Options) -> str:
+def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -> str:
     """Why `max_error`, the objective or a lost bias speaks against a replacement; "" where none
-    does."""
+    does.
+
+    Args:
+        p: the replacement.
+        options: how to decide.
+        old: what the site costs now; None where that is not known.
+        resident: bytes of all weights of the model.
+    """
     error, limit, bias = p.replacement.error, options.max_error, p.site.bias
     if bias is not None and p.site.module is None:
         if all(bias is not own for own in p.replacement.layer.parameters()):
@@ -267,12 +277,21 @@ def objections(p: Proposal, options: Options) -> str:
         return f"error {error:.3g} is above max_error {limit:.3g}"
     if options.objective is None:
         return ""
+    if options.objective == "latency" and options.device is not None and not options.measure:
+        name = options.device.name
+        if old is None or old.latency_s is None:
+            return f"its latency on {name} is not known: no shapes"
+        new_us = predicted(p.site, p.replacement.layer, options.device, resident) * 1e6
+        old_us = old.latency_s * 1e6
+        said = f"predicted {new_us:.3g} µs on {name}, the layer it replaces {old_us:.3g} µs"
+        return "" if new_us < old_us else said
     if options.objective == "latency":
         times = timed(p.site, p.replacement.layer)
         if times is None:
             return "its latency cannot be measured here: no data, or no shapes"
-        old, new = (t * 1e6 for t in times)
-        return "" if new < old else f"measured {new:.0f} µs, the layer it replaces {old:.0f} µs"
+        old_us, new_us = (t * 1e6 for t in times)
+        said = f"measured {new_us:.0f} µs, the layer it replaces {old_us:.0f} µs"
+        return "" if new_us < old_us else said
     module = p.site.module
     tensors = [] if module is not None or p.site.weight_ref is None else [p.site.weight]
     tensors += [p.site.bias] if tensors and p.site.bias is not None else []
@@ -285,7 +304,46 @@ def objections(p: Proposal, options: Options) -> str:
     return ""
 
 
-_WARM, _ROUNDS, _SAMPLE = 3, 15, 200e-6
+def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> float:
+    """Seconds that the site's calls in one forward take with this layer, by the cost model.
+
+    Args:
+        site: with shapes.
+        layer: in its place.
+        device: that predicts.
+        resident: bytes of the model's weights.
+    """
+    seconds = 0.0
+    for node in site.nodes[: site.calls]:
+        given = operands(node)
+        source = node.args[0] if given is None else given[0]
+        assert isinstance(source, fx.Node)
+        graph, holder = fx.Graph(), nn.Module()
+        holder.add_module("layer", layer)
+        graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
+        with autocast_at(node):
+            cost = propagate(holder, graph, [source.meta["val"]], training=False).total
+        latency = device.priced(cost, resident).latency_s
+        assert latency is not None
+        seconds += latency
+    return seconds
+
+
+def autocast_at(node: fx.Node) -> AbstractContextManager[object]:
+    """The autocast region of the user's forward that a node lies in."""
+    entered: list[fx.Node] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        name = getattr(other.target, "__name__", "")
+        if name == "_enter_autocast":
+            entered.append(other)
+        elif name == "_exit_autocast":
+            entered.remove(other.args[0])
+    if not entered:
+        return nullcontext()
+    device, dtype, enabled, cache = entered[-1].args
+    return torch.autocast(str(device), dtype=dtype, enabled=bool(enabled), cache_enabled=cache)  # type: ignore[arg-type]
 
 
 def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
@@ -307,16 +365,9 @@ def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
         return None
     xs = [_random(*kind) for kind in inputs]
     old = _runner(site, xs)
-    with torch.no_grad(), _eval(layer), _eval(site.module):
-        calls = (old, lambda: [layer.forward(x) for x in xs])
-        device = xs[0].device
-        once = min(_seconds(call, 1, device) for call in calls for _ in range(_WARM))
-        repeats = max(1, round(_SAMPLE / max(once, 1e-7)))
-        samples: tuple[list[float], list[float]] = ([], [])
-        for _ in range(_ROUNDS):
-            for call, own in zip(calls, samples, strict=True):
-                own.append(_seconds(call, repeats, device))
-    return statistics.median(samples[0]), statistics.median(samples[1])
+    with torch.no_grad(), _eval(layer), _eval(site.module), autocast_at(site.nodes[0]):
+        old_time, new_time = medians((old, lambda: [layer.forward(x) for x in xs]), xs[0].device)
+    return old_time, new_time
 
 
 def _runner(site: Site, xs: Sequence[Tensor]) -> Callable[[], Any]:
@@ -337,20 +388,6 @@ def _runner(site: Site, xs: Sequence[Tensor]) -> Callable[[], Any]:
 def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(0)
     return torch.rand(shape, generator=generator, device=device).to(dtype)
-
-
-def _seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    _wait(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ verify → record.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,8 +19,17 @@ import torch
 from torch import fx, nn
 
 from rewriter.base import Layer, Pass, Replacement, Skip
-from rewriter.capture import Capture
-from rewriter.cost import Cost, GraphCost, model_cost, storage_cost
+from rewriter.capture import Capture, Region
+from rewriter.cost import (
+    Cost,
+    Fakes,
+    GraphCost,
+    Snapshot,
+    StepCost,
+    model_cost,
+    step_cost,
+    storage_cost,
+)
 from rewriter.decide import (
     Options,
     Proposal,
@@ -31,12 +42,14 @@ from rewriter.decide import (
 )
 from rewriter.errors import PassError, RewriteWarning, StoreError, VerifyError
 from rewriter.hosted import original_class
-from rewriter.report import CaptureInfo, Decision, Report, Step
-from rewriter.running import run_flat
+from rewriter.report import CaptureInfo, Decision, Report, Step, Timeline
+from rewriter.running import first_line, own_copy, quiet_run
+from rewriter.signature import OpenSizes
 from rewriter.sites import LINEAR, MLP, Site, find_sites, is_leaf, kind_of
 from rewriter.spellings import kind_name
 from rewriter.store import Installed, Recipe, example_to_json
 from rewriter.strays import strays
+from rewriter.timing import medians
 from rewriter.tree import is_hook_dict
 from rewriter.trial import at, goes_past, source_of, try_layer
 from rewriter.verify import boundary, check, relative_error, tolerance
@@ -54,7 +67,12 @@ class Engine:
         errors: what could not be priced, for the report.
         recipe: what was installed, for the store.
         cost: of the model as it is now.
+        step: the same for a training step.
         outputs: of the model as it is now, on the example inputs.
+        snapshots: the model at each step, for prices at other sizes.
+        fakes: of the weights, for pricing.
+        model: the user's own, unchanged, to measure against; None where it is rewritten in place.
+        first_s: measured seconds of the original.
     """
 
     capture: Capture
@@ -62,15 +80,26 @@ class Engine:
     errors: list[str] = field(default_factory=list)
     recipe: Recipe = field(default_factory=Recipe)
     cost: GraphCost = field(default_factory=GraphCost)
+    step: StepCost = field(default_factory=StepCost)
     outputs: list[Any] | None = None
+    snapshots: list[Snapshot | None] = field(default_factory=list)
+    fakes: Fakes = field(default_factory=Fakes)
+    model: nn.Module | None = None
+    first_s: float | None = None
 
     def original(self) -> Step:
         """Prices the model as it came; the first step of the report."""
         start = time.perf_counter()
-        self.cost = self._price()
+        self._price()
+        self._remember()
         self.outputs = self._outputs()
         seconds = time.perf_counter() - start
-        return Step("original", self.cost.total, self.cost.total, [], None, True, seconds, [])
+        total = self.cost.total
+        total = self._measured(total)
+        self.cost.total = total
+        return Step(
+            "original", total, total, [], None, True, seconds, [_CAPTURED], self._timeline()
+        )
 
     def run(self, rewrite: Pass) -> Step:
         """Runs one pass over the whole model.
@@ -99,16 +128,20 @@ class Engine:
                 decisions.append(_decision(site, "skipped", answer.reason))
             else:
                 proposals.append(Proposal(site, answer))
-        proposals = self._standing(proposals, decisions)
+        proposals = self._standing(proposals, decisions, before_nodes)
+        seen: set[object] = set()
         for p in proposals:
-            try_layer(self.capture, rewrite, p)
+            try_layer(self.capture, rewrite, p, seen)
         looks = [_decision(p.site, "replaced", p.replacement.note) for p in proposals]
+        names = _names(self.capture.root)
         for p in proposals:
-            self._install(rewrite, p)
-        self.cost = self._price()
+            self._install(rewrite, p, names)
+        self._price()
         check(self.capture, bound, [p.replacement.layer for p in proposals], str(rewrite))
         self.capture.host()
+        self._remember()
         error = self._compare(rewrite, bool(proposals), notes)
+        self.cost.total = self._measured(self.cost.total)
         after_nodes = self._site_costs()
         for p, look in zip(proposals, looks, strict=True):
             layer, kernel = p.replacement.layer, "torch"
@@ -140,15 +173,29 @@ class Engine:
         decisions.sort(key=lambda d: order.get(d.site, len(order)))
         seconds = time.perf_counter() - start
         return Step(
-            str(rewrite), before, self.cost.total, decisions, error, rewrite.exact, seconds, notes
+            str(rewrite),
+            before,
+            self.cost.total,
+            decisions,
+            error,
+            rewrite.exact,
+            seconds,
+            notes,
+            self._timeline(),
         )
 
     def report(self, steps: list[Step]) -> Report:
         """The ledger of these steps."""
         capture = self.capture
-        signature = next((str(r.signature) for r in capture.regions if not r.prefix), "")
+        own = (r.signature for r in capture.regions if not r.prefix)
+        signature = next((str(s) for s in own if s is not None), "")
         info = CaptureInfo(capture.rung, capture.seconds, capture.islands, capture.notes, signature)
-        return Report(original_class(capture.root).__name__, info, steps, self.errors)
+        device, name = self.options.device, original_class(capture.root).__name__
+        report = Report(name, info, steps, self.errors, "" if device is None else device.name)
+        if (open_ := self._open_sizes()) is not None:
+            report.sizes, report.ranges = open_.values, open_.ranges
+        report.snapshots, report.predictor = self.snapshots, device
+        return report
 
     def finish(self, report: Report, recipe: Recipe | None = None) -> None:
         """Hosts the final graphs; the root carries the report and the recipe."""
@@ -165,8 +212,7 @@ class Engine:
         state.report, state.recipe = report, recipe
 
     def _outputs(self) -> list[Any] | None:
-        call = self.capture.example
-        return None if call is None else run_flat(self.capture.root, *call)
+        return self.capture.outputs()
 
     # looking
 
@@ -200,10 +246,16 @@ class Engine:
         costs: dict[str, Cost] = {}
         for site in self._sites():
             own = [self.cost.nodes[n] for n in site.nodes if n in self.cost.nodes]
+            steps = [self.step.nodes[n] for n in site.nodes if n in self.step.nodes]
             if own:
                 total = sum(own[1:], own[0])  # a layer called twice is stored once
-                costs[site.fqn] = replace(
-                    total, params=own[0].params, param_bytes=own[0].param_bytes
+                costs[site.fqn] = self._predicted(
+                    replace(
+                        total,
+                        params=own[0].params,
+                        param_bytes=own[0].param_bytes,
+                        training=sum(steps[1:], steps[0]) if steps else None,
+                    )
                 )
         return costs
 
@@ -230,11 +282,16 @@ class Engine:
             )
         return answer
 
-    def _standing(self, proposals: list[Proposal], decisions: list[Decision]) -> list[Proposal]:
+    def _standing(
+        self, proposals: list[Proposal], decisions: list[Decision], costs: Mapping[str, Cost]
+    ) -> list[Proposal]:
         """The proposals that nothing speaks against; why the others fall goes to `decisions`."""
         proposals, refused = ties(self.capture, proposals)
         decisions += [_decision(p.site, "skipped", reason) for p, reason in refused]
-        against = {id(p): objections(p, self.options) for p in proposals}
+        resident = self.cost.total.param_bytes
+        against = {
+            id(p): objections(p, self.options, costs.get(p.site.fqn), resident) for p in proposals
+        }
         groups = {p.group: (p, against[id(p)]) for p in proposals if against[id(p)]}
         kept = []
         for p in proposals:
@@ -251,14 +308,14 @@ class Engine:
 
     # mutating
 
-    def _install(self, rewrite: Pass, p: Proposal) -> None:
+    def _install(self, rewrite: Pass, p: Proposal, names: Mapping[int, list[str]]) -> None:
         site = p.site
         own = self.recipe.installed.setdefault(
             site.fqn, Installed(site.weight_ref, site.bias_ref, site.transposed)
         )
         own.chain.append((site.kind, rewrite))
         own.graph_only |= any(n.op != "call_module" for n in site.nodes)
-        self._put(site, p.replacement.layer)
+        self._put(site, p.replacement.layer, names)
 
     def place(self, layers: Mapping[str, nn.Module]) -> None:
         """Installs given layers at their names: a saved rewrite comes back.
@@ -268,16 +325,18 @@ class Engine:
         """
         # an MLP is only some of the calls of its down projection
         sites = {s.fqn: s for s in self._sites() if s.kind != MLP}
+        names = _names(self.capture.root)
         for name, layer in layers.items():
             if name not in sites:
                 raise StoreError(
                     f"the recipe rewrites {name}, which {type(self.capture.root).__name__} does "
                     "not have: pass the model that was rewritten, and inputs that reach it"
                 )
-            self._put(sites[name], layer)
+            self._put(sites[name], layer, names)
         self._price()
 
-    def _put(self, site: Site, layer: nn.Module) -> None:
+    def _put(self, site: Site, layer: nn.Module, names: Mapping[int, list[str]]) -> None:
+        """Puts a layer at a site; `names` are those that each module had before the pass."""
         root = self.capture.root
         prefixes = {id(g): r.prefix for r, _, g in self.capture.graphs()}
         layer.train(root.training if site.module is None else site.module.training)
@@ -292,9 +351,8 @@ class Engine:
             layer.stands_for_transposed = stood if old is not None else site.transposed
         if old is not None:
             _take_hooks(old, layer)
-            for name, module in list(root.named_modules(remove_duplicate=False)):
-                if module is old:
-                    root.set_submodule(name, layer)
+            for name in names[id(old)]:
+                root.set_submodule(name, layer)
             return
         owner, _, name = site.fqn.rpartition(".")
         holder = root.get_submodule(owner)
@@ -308,24 +366,107 @@ class Engine:
 
     # checking
 
-    def _price(self) -> GraphCost:
+    def _price(self) -> None:
+        """The cost of the model as it is now: of an inference, and of a training step."""
         root = self.capture.root
         regions = [r for r in self.capture.regions if r.leaves is not None]
+        self.step = StepCost()
         if len(regions) < len(self.capture.regions):
-            return GraphCost(total=storage_cost(root))
-        for region in regions:
-            if True in region.graphs:
-                trained = model_cost(
-                    root, [(region.prefix, region.graphs[True], region.leaves or [])], training=True
-                )
-                self.errors += [e for e in trained.errors if e not in self.errors]
-        result = model_cost(
+            self.cost = GraphCost(total=storage_cost(root))
+            return
+        self.cost = model_cost(
             root,
             [(r.prefix, r.graphs[False], r.leaves or []) for r in regions for _ in range(r.calls)],
             training=False,
+            fakes=self.fakes,
         )
-        self.errors += [e for e in result.errors if e not in self.errors]
+        trained = [
+            (r.prefix, r.graphs[True], _wanted(r))
+            for r in regions
+            if True in r.graphs
+            for _ in range(r.calls)
+        ]
+        try:
+            step = step_cost(root, trained, fakes=self.fakes)
+            if all(True in r.graphs for r in regions):
+                self.step = step
+            else:
+                why = "some of the model runs in Python in train mode"
+                self.step.errors.append(f"training cost not known: {why} (see the capture notes)")
+        except VerifyError as error:
+            model_cost(root, trained, training=True, fakes=self.fakes)
+            self.step.errors.append(f"training cost not known: {first_line(error)}")
+        self.cost.total = self._predicted(replace(self.cost.total, training=self.step.training))
+        self.errors += [
+            e for e in dict.fromkeys(self.cost.errors + self.step.errors) if e not in self.errors
+        ]
+
+    def _predicted(self, cost: Cost) -> Cost:
+        """The cost with the device's times."""
+        device = self.options.device
+        return cost if device is None else device.priced(cost, self.cost.total.param_bytes)
+
+    def _measured(self, cost: Cost) -> Cost:
+        """The cost with the wall time of the model as it is now.
+
+        Each step is timed in turns with the user's model, and its time is that of the original
+        times their ratio: so the steps compare, though minutes lie between them.
+        """
+        example = self.capture.example
+        if not self.options.measure or example is None or not self.outputs:
+            return cost
+        tensors = [t for t in self.outputs if isinstance(t, torch.Tensor)]
+        if not tensors or any(t.is_meta for t in tensors):
+            return cost
+        models = [self.capture.root] if self.model is None else [self.model, self.capture.root]
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                stack.enter_context(quiet_run(model, training=False))
+            args, kwargs = own_copy(*example)
+            calls = [functools.partial(model, *args, **kwargs) for model in models]
+            times = medians(calls, tensors[0].device)
+        if self.first_s is None:
+            self.first_s = times[0]
+        scale = self.first_s / times[0] if self.model is not None else 1.0
+        return replace(cost, measured_s=times[-1] * scale)
+
+    def _timeline(self) -> Timeline | None:
+        """Memory over time after a step, weights and (in training) Adam's state included."""
+        total, training = self.cost.total, self.step.training
+        if not self.cost.timeline:
+            return None
+        held = total.param_bytes
+        result = Timeline([(name, held + size) for name, size in thinned(self.cost.timeline)])
+        if training is not None:
+            held += training.optimizers["adam"]
+            result.training = [(name, held + size) for name, size in thinned(self.step.timeline)]
         return result
+
+    def _open_sizes(self) -> OpenSizes | None:
+        """The sizes that vary; None where the model is not one graph."""
+        regions = self.capture.regions
+        if len(regions) != 1 or regions[0].prefix or self.capture.islands:
+            return None
+        signature, leaves = regions[0].signature, regions[0].leaves
+        if signature is None or leaves is None:
+            return None
+        return signature.open_sizes(False, leaves)
+
+    def _remember(self) -> None:
+        """Keeps the model as it is now, for prices at other sizes."""
+        open_, region = self._open_sizes(), next(iter(self.capture.regions), None)
+        if open_ is None or not open_.values or region is None:
+            self.snapshots.append(None)
+            return
+        assert region.signature is not None
+        assert region.leaves is not None
+        sizes = {
+            mode: region.signature.open_sizes(mode, region.leaves).rows for mode in region.graphs
+        }
+        sites = {s.fqn: s.nodes for s in self._sites() if s.nodes}
+        self.snapshots.append(
+            Snapshot(self.capture.root, region.graphs, region.leaves, sizes, sites, self.fakes)
+        )
 
     def _compare(self, rewrite: Pass, changed: bool, notes: list[str]) -> float | None:
         if self.outputs is None or not changed:
@@ -356,6 +497,25 @@ def _decision(site: Site, action: str, reason: str, **more: Any) -> Decision:
         shape=_shape(site),
         **more,
     )
+
+
+def _wanted(region: Region) -> list[Any]:
+    """The inputs of a region, those of a part with the gradients that what is before it wants."""
+    leaves = region.leaves or []
+    if not region.prefix:
+        return leaves
+    return [
+        t.detach().requires_grad_() if t.is_floating_point() and not t.is_inference() else t
+        for t in leaves
+    ]
+
+
+def _names(root: nn.Module) -> dict[int, list[str]]:
+    """id of a module → all the names it has."""
+    names: dict[int, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
 
 
 def _shape(site: Site) -> str:
@@ -395,3 +555,16 @@ def _call_instead(node: fx.Node, target: str) -> None:
         if not dead.users:
             feeding += [a for a in dead.all_input_nodes if a not in feeding]
             graph.erase_node(dead)
+
+
+_CAPTURED = (
+    "costs are those of the captured graph: the model's own Python may hold values for longer, or "
+    "take a fused path of PyTorch's"
+)
+_POINTS = 600  # of a timeline: what a plot can show
+
+
+def thinned(timeline: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """At most `_POINTS` points, the highest of each stretch."""
+    step = -(-len(timeline) // _POINTS)
+    return [max(timeline[i : i + step], key=lambda p: p[1]) for i in range(0, len(timeline), step)]

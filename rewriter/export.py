@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import random
 import threading
 import time
 import warnings
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -26,13 +24,16 @@ from rewriter.cost import model_cost
 from rewriter.errors import CaptureError, RewriteError, VerifyError
 from rewriter.hosted import Program
 from rewriter.rehost import rehost, size_rules
+from rewriter.replay import Record, Replayed, replayed
 from rewriter.running import (
     difference,
     first_line,
     modes,
     own_copy,
     quiet_run,
+    random_state,
     run_flat,
+    set_random_state,
     without_hooks,
 )
 from rewriter.signature import Call, Dims, Signature
@@ -57,6 +58,7 @@ class Region:
             by its graph, and is called by Python.
         train_reason: why there is no graph for train mode.
         calls: how often one forward of the model runs it.
+        alike: train mode was found to make the same torch calls as eval mode: its graph is a copy.
     """
 
     prefix: str
@@ -67,6 +69,7 @@ class Region:
     hosted: bool = True
     train_reason: str = ""
     calls: int = 1
+    alike: bool = False
 
 
 def export_region(module: nn.Module, prefix: str, call: Call, seconds: float) -> Region | str:
@@ -79,21 +82,30 @@ def export_region(module: nn.Module, prefix: str, call: Call, seconds: float) ->
         return "it is called without tensors"
     deadline = time.perf_counter() + seconds
     region = Region(prefix, {}, {}, signature, leaves)
-    for training in (False, True):
-        reason = _export(module, region, training, deadline)
-        if reason and not training:
-            return reason
-        if reason:
-            region.train_reason = f"{TRAIN_IN_PYTHON}: {reason}"
-        else:
-            _widen(module, region, training)
+    reason = _export(module, region, False, deadline)
+    if reason:
+        return reason
+    if region.alike:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(region.graphs[False], {}))
+        region.graphs[True], region.outputs[True] = graph, region.outputs[False]
+        _widen(module, region, (False, True))
+        return region
+    _widen(module, region, (False,))
+    reason = _export(module, region, True, deadline)
+    if reason:
+        region.train_reason = f"{TRAIN_IN_PYTHON}: {reason}"
+    else:
+        _widen(module, region, (True,))
     return region
 
 
 class _Result:
-    """Where the traced forward leaves its output's structure (export undoes attribute writes)."""
+    """Where the traced forward leaves its output's structure, and what its replay in train mode
+    found (export undoes attribute writes)."""
 
     structure: Structure | None = None
+    replayed: Replayed | None = None
 
 
 class _Flat(nn.Module):
@@ -107,10 +119,18 @@ class _Flat(nn.Module):
         self.result = _Result()
 
     def forward(self, *leaves: Tensor) -> list[Any]:
-        args, kwargs = self.signature.arguments(leaves)
         results: list[Any] = []
+
+        def call() -> Any:
+            args, kwargs = self.signature.arguments(leaves)
+            return self.module(*args, **kwargs)
+
         with self.observer:
-            self.result.structure = flatten(self.module(*args, **kwargs), results, objects=True)
+            self.result.structure = flatten(call(), results, objects=True)
+        if self.observer.record is not None:
+            self.result.replayed = replayed(
+                self.module, call, self.observer.record, results, self.result.structure
+            )
         return results
 
 
@@ -128,12 +148,14 @@ class _Observer(TorchFunctionMode):
     """Sees every torch call of the model's Python code while it is traced.
 
     It stops a trace that takes too long, refuses one that turns the value of a plain tensor
-    attribute into a number, and notes whether the code asks how its tensors lie in memory.
+    attribute into a number, and notes whether the code asks how its tensors lie in memory. With a
+    record, it keeps the calls.
     """
 
-    def __init__(self, module: nn.Module, deadline: float) -> None:
+    def __init__(self, module: nn.Module, deadline: float, record: Record | None = None) -> None:
         super().__init__()
         self.deadline = deadline
+        self.record = record
         self.layout = False
         self.attributes = {
             id(v): f"{name}.{k}".lstrip(".")
@@ -152,7 +174,9 @@ class _Observer(TorchFunctionMode):
         elif func in _VALUES and args and id(args[0]) in self.attributes:
             name = self.attributes[id(args[0])]
             raise CaptureError(f"its forward reads the value of {name}, which a graph would fix")
-        return func(*args, **(kwargs or {}))
+        if self.record is None:
+            return func(*args, **(kwargs or {}))
+        return self.record.call(func, args, kwargs or {})
 
 
 def _export(module: nn.Module, region: Region, training: bool, deadline: float) -> str:
@@ -166,7 +190,7 @@ def _export(module: nn.Module, region: Region, training: bool, deadline: float) 
         try:
             traced = _traced(module, signature, rows, leaves, training, deadline)
             # a size that the model fixes is fixed as it was given, not as the two rows
-            again = rows is not examples and any(s and s[0] == 1 for s in traced[-1].shapes)
+            again = rows is not examples and any(s and s[0] == 1 for s in traced.dims.shapes)
         except Exception:
             if rows is examples:
                 raise
@@ -177,19 +201,31 @@ def _export(module: nn.Module, region: Region, training: bool, deadline: float) 
         return first_line(error)
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
-    graph, constants, output, layout, dims = traced
-    if layout and not all(t.is_contiguous() for t in leaves):
+    if traced.layout and not all(t.is_contiguous() for t in leaves):
         return "its forward depends on how its tensors lie in memory, and the example is strided"
-    for name, constant in constants.items():
+    for name, constant in traced.constants.items():
         module.register_buffer(name, constant, persistent=False)
     try:
-        model_cost(module, [("", graph, leaves)], training=training)
+        model_cost(module, [("", traced.graph, leaves)], training=training)
     except VerifyError as error:
         return first_line(error)
-    signature.contiguous |= layout
-    signature.dims[training] = dims
-    region.graphs[training], region.outputs[training] = graph, output
+    signature.contiguous |= traced.layout
+    signature.dims[training] = traced.dims
+    region.graphs[training], region.outputs[training] = traced.graph, traced.output
+    region.alike |= traced.alike
     return ""
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """One mode's graph, the constants it reads, and what is known about it."""
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    output: Structure
+    layout: bool
+    dims: Dims
+    alike: bool
 
 
 def _traced(
@@ -199,10 +235,13 @@ def _traced(
     leaves: list[Tensor],
     training: bool,
     deadline: float,
-) -> tuple[fx.Graph, dict[str, Tensor], Structure, bool, Dims]:
-    observer = _Observer(module, deadline)
+    replay: bool = True,
+) -> _Traced:
+    """The trace of one mode; that of eval mode tells whether train mode has the same."""
+    record = Record() if replay and not training else None
+    observer = _Observer(module, deadline, record)
     flat = _Flat(module, signature, observer)
-    before = _random_state()
+    before = random_state()
     try:
         with (
             modes(module, training),
@@ -214,17 +253,21 @@ def _traced(
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(_dynamic(examples),), strict=False
             )
-        if _random_state() != before:
+        if random_state() != before:
             raise CaptureError(
                 "its forward draws from Python's or NumPy's random numbers, which a graph would fix"
             )
     finally:
-        random.setstate(before[0])
-        np.random.set_state((before[1][0], np.frombuffer(before[1][1], np.uint32), *before[1][2:]))
+        set_random_state(before)
+    found = flat.result.replayed
+    if found is not None and not found.clean:
+        return _traced(module, signature, examples, leaves, training, deadline, replay=False)
     graph, constants = rehost(program, module, signature.names, "module")
     structure = flat.result.structure
     assert structure is not None
-    return graph, constants, structure, observer.layout, size_rules(program, leaves)
+    alike = found is not None and found.alike
+    dims = size_rules(program, leaves)
+    return _Traced(graph, constants, structure, observer.layout, dims, alike)
 
 
 @contextlib.contextmanager
@@ -258,11 +301,6 @@ def _own_backward_refused() -> Iterator[None]:
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         hooks.__enter__ = enter  # type: ignore[method-assign]
-
-
-def _random_state() -> tuple[Any, tuple[Any, ...]]:
-    state: Any = np.random.get_state()
-    return random.getstate(), (state[0], state[1].tobytes(), *state[2:])
 
 
 @contextlib.contextmanager
@@ -317,32 +355,51 @@ def _dynamic(leaves: list[Tensor]) -> tuple[Any, ...]:
     return tuple(dims)
 
 
-def _widen(module: nn.Module, region: Region, training: bool) -> None:
+def _widen(module: nn.Module, region: Region, trainings: tuple[bool, ...]) -> None:
     """Export assumes that a varying size is at least 2. Where the graph is found to agree with the
-    model on size 1 as well, it may serve it: alone, and together with the other sizes of 1."""
+    model on size 1 as well, it may serve it: alone, and together with the other sizes of 1.
+
+    Args:
+        module: the model.
+        region: with the graphs and dims of `trainings`.
+        trainings: the modes that share one graph.
+    """
     assert region.signature is not None
-    dims = region.signature.dims[training]
+    assert region.leaves is not None
+    dims = region.signature.dims[trainings[0]]
+    region.signature.dims.update(dict.fromkeys(trainings, dims))
+    on_meta = any(p.is_meta for p in module.parameters())
     widened: set[str] = set()
     for dim in (0, 1):
-        symbols = {s[dim] for s in dims.shapes if len(s) > dim}
-        narrow = {str(s) for s in symbols if isinstance(s, str) and dims.ranges[s][0] == 2}
+        symbols = {(s[dim], leaf.shape[dim])
+                   for s, leaf in zip(dims.shapes, region.leaves, strict=True)
+                   if len(s) > dim}  # fmt: skip
+        narrow = {str(s): n for s, n in symbols if isinstance(s, str) and dims.ranges[s][0] == 2}
         if not narrow:
             continue
         for s in narrow:
             dims.ranges[s] = (1, dims.ranges[s][1])
-        alone = _agrees_on_one(module, region, narrow, training)
-        if alone and (not widened or _agrees_on_one(module, region, narrow | widened, training)):
-            widened |= narrow
+        if on_meta:  # no values to compare: of size 1 nothing is known but the example itself
+            fits = dims.difference(region.leaves, region.signature.names) is None
+            agrees = fits and set(narrow.values()) == {1}
+        else:
+            agrees = _agrees_on_one(module, region, set(narrow), trainings) and (
+                not widened or _agrees_on_one(module, region, {*narrow, *widened}, trainings)
+            )
+        if agrees:
+            widened |= set(narrow)
         else:
             for s in narrow:
                 dims.ranges[s] = (2, dims.ranges[s][1])
 
 
-def _agrees_on_one(module: nn.Module, region: Region, symbols: set[str], training: bool) -> bool:
+def _agrees_on_one(
+    module: nn.Module, region: Region, symbols: set[str], trainings: tuple[bool, ...]
+) -> bool:
     signature = region.signature
     assert signature is not None
     assert region.leaves is not None
-    dims = signature.dims[training]
+    dims = signature.dims[trainings[0]]
     leaves = list(region.leaves)
     for i, sizes in enumerate(dims.shapes):
         for d, size in enumerate(sizes):
@@ -350,13 +407,16 @@ def _agrees_on_one(module: nn.Module, region: Region, symbols: set[str], trainin
                 leaves[i] = leaves[i].narrow(d, 0, 1)
     if dims.difference(leaves, signature.names) is not None:
         return False
-    program = Program(region.graphs[training], region.outputs[training])
+    program = Program(region.graphs[trainings[0]], region.outputs[trainings[0]])
     actual: list[Any] = []
     try:
-        expected = run_flat(module, *signature.arguments(leaves), training=training)
-        with quiet_run(module, training):
+        with quiet_run(module, trainings[0]):
             own, _ = own_copy(leaves, {})
             flatten(program(module, own, ""), actual, objects=True)
-            return difference(actual, expected) is None
+        for training in trainings:
+            expected = run_flat(module, *signature.arguments(leaves), training=training)
+            if difference(actual, expected) is not None:
+                return False
     except Exception:  # either side refuses size 1: the graph keeps to 2 and above
         return False
+    return True

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewriter.structure import flatten, same
 from rewriter.tree import is_hook_dict
@@ -24,7 +26,9 @@ __all__ = [
     "modes",
     "own_copy",
     "quiet_run",
+    "random_state",
     "run_flat",
+    "set_random_state",
     "without_hooks",
     "written",
 ]
@@ -79,9 +83,9 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules")
 
 
 @contextlib.contextmanager
-def kept(root: nn.Module) -> Iterator[None]:
-    """Restores the values of buffers, and every attribute, of all modules of the tree."""
-    values = [(b, b.detach().clone()) for b in root.buffers() if not b.is_meta]
+def kept(root: nn.Module, *, data: bool = True) -> Iterator[None]:
+    """Restores every attribute, and with `data` the values of buffers, of all modules."""
+    values = [(b, b.detach().clone()) for b in root.buffers() if data and not b.is_meta]
     saved = [(m, dict(vars(m)), {c: dict(getattr(m, c)) for c in _CONTAINERS}) for m in
              root.modules()]  # fmt: skip
     lists = [(v, _content(v)) for _, own, _ in saved for v in own.values()
@@ -105,7 +109,8 @@ def kept(root: nn.Module) -> Iterator[None]:
             else:
                 value.clear()
                 value.update(content)
-        with torch.no_grad():
+        # without data nothing is called: under a tracer that would be traced
+        with torch.no_grad() if values else contextlib.nullcontext():
             for buffer, tensor in values:  # batch norm does not count as a version
                 if not torch.equal(buffer, tensor):
                     buffer.copy_(tensor)
@@ -150,27 +155,55 @@ def _unchanged(now: Any, then: Any) -> bool:
 
 
 def own_copy(args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The same arguments around clones of their tensors, so that a call may change them."""
+    """The same arguments around clones of their tensors, so that a call may change them; around
+    fakes of them inside `without_values`."""
     inputs: list[Any] = []
     structure = flatten([list(args), dict(kwargs)], inputs, objects=True, opaque=True)
     clones: dict[int, Any] = {}  # a tensor passed twice stays one tensor
+    mode = active_fake_mode()
     for t in inputs:
-        if isinstance(t, Tensor) and not t.is_meta:
-            clones[id(t)] = clones.get(id(t), t.detach().clone().requires_grad_(t.requires_grad))
+        if not isinstance(t, Tensor) or id(t) in clones:
+            continue
+        if mode is not None:
+            clones[id(t)] = mode.from_tensor(t, static_shapes=True)
+        elif not t.is_meta:
+            clones[id(t)] = t.detach().clone().requires_grad_(t.requires_grad)
     own_args, own_kwargs = structure.build([clones.get(id(t), t) for t in inputs])
     return own_args, own_kwargs
+
+
+def without_values(root: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Where the model is on meta, its calls run on fake tensors: Python code that would ask a
+    tensor for its values, and fail, takes the way that it takes while it is traced."""
+    if any(p.is_meta for p in root.parameters()):
+        return FakeTensorMode(allow_non_fake_inputs=True)
+    return contextlib.nullcontext()
+
+
+def random_state() -> tuple[Any, tuple[Any, ...]]:
+    """The states of Python's and NumPy's global random numbers, comparable."""
+    state: Any = np.random.get_state()
+    return random.getstate(), (state[0], state[1].tobytes(), *state[2:])
+
+
+def set_random_state(state: tuple[Any, tuple[Any, ...]]) -> None:
+    """The inverse of `random_state`."""
+    python, (name, keys, *rest) = state
+    random.setstate(python)
+    np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
 
 
 @contextlib.contextmanager
 def quiet_run(root: nn.Module, training: bool) -> Iterator[None]:
     """One mode, no hooks, no gradients, no warnings; the same random numbers every time."""
-    python, numpy = random.getstate(), np.random.get_state()
+    state = random_state()
     with (
         modes(root, training),
         without_hooks(root),
         kept(root),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),
+        without_values(root),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -178,8 +211,7 @@ def quiet_run(root: nn.Module, training: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+            set_random_state(state)
 
 
 def run_flat(root: nn.Module, args: Any, kwargs: Any, *, training: bool = False) -> list[Any]:

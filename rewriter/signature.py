@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter.structure import Structure, Unflattenable, flatten, same
 
-__all__ = ["Call", "Dims", "Signature"]
+__all__ = ["Call", "Dims", "OpenSizes", "Signature"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,32 @@ class Dims:
             if not self._check(**bound):
                 return f"sizes {bound} break a condition of the captured graph: {self.guards}"
         return None
+
+
+@dataclass
+class OpenSizes:
+    """Sizes of a captured call that may vary, by name ("batch", "sequence", …).
+
+    Args:
+        rows: per tensor, per dimension: a fixed size, or the name of an open one.
+        values: name → size in the example.
+        ranges: name → smallest and largest size that the graph serves (None: any).
+    """
+
+    rows: list[list[int | str]]
+    values: dict[str, int]
+    ranges: dict[str, tuple[int, int | None]]
+
+
+def _role(leaf: Tensor, dim: int) -> str:
+    """What a dimension of an input is called, by the usual layouts: [batch, sequence, …] of text
+    and [batch, channels, height, width] of images."""
+    if dim == 0:
+        return "batch"
+    image = leaf.is_floating_point() and leaf.dim() == 4
+    if image:
+        return ("channels", "height", "width")[dim - 1]
+    return "sequence" if dim == 1 and (leaf.dim() > 2 or not leaf.is_floating_point()) else ""
 
 
 @dataclass
@@ -223,6 +249,33 @@ class Signature:
         if _autocast(leaves[0].device.type) is not self.autocast:
             return f"autocast is {_autocast(leaves[0].device.type)}, captured as {self.autocast}"
         return self.dims[training].difference(leaves, self.names) or leaves
+
+    def open_sizes(self, training: bool, leaves: Sequence[Tensor]) -> OpenSizes:
+        """The sizes that the captured graph leaves open, under the names people know them by."""
+        names: dict[str, str] = {}
+        result = OpenSizes([], {}, {})
+        dims = self.dims[training]
+        for leaf, sizes in zip(leaves, dims.shapes, strict=True):
+            row: list[int | str] = []
+            for d, symbol in enumerate(sizes):
+                if isinstance(symbol, str):
+                    size = leaf.shape[d]
+                    if symbol not in names:
+                        name = _role(leaf, d)
+                        if not name or result.values.get(name, size) != size:
+                            name = f"n{len(result.values)}"
+                        names[symbol] = name
+                    name = names[symbol]
+                    low, high = dims.ranges.get(symbol, (0, None))
+                    old_low, old_high = result.ranges.get(name, (low, high))
+                    highs = [h for h in (high, old_high) if h is not None]
+                    result.values[name] = size
+                    result.ranges[name] = (max(low, old_low), min(highs, default=None))
+                    row.append(name)
+                else:
+                    row.append(symbol)
+            result.rows.append(row)
+        return result
 
     def _left_out(self, name: str, value: Any) -> bool:
         """Whether giving this argument is the same as leaving it out."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from rewriter.base import Pass
+from rewriter.base import Layer, Pass
 from rewriter.capture import Capture
 from rewriter.cost import propagate
-from rewriter.decide import Proposal
+from rewriter.decide import Proposal, autocast_at
 from rewriter.errors import VerifyError
 from rewriter.hosted import original_class
 from rewriter.running import run_flat
@@ -23,24 +21,37 @@ from rewriter.verify import relative_error, tolerance, type_of
 __all__ = ["at", "goes_past", "source_of", "try_layer"]
 
 
-def try_layer(capture: Capture, rewrite: Pass, p: Proposal) -> None:
-    """Raises VerifyError where a layer does not give the type of result that its site has."""
+def try_layer(capture: Capture, rewrite: Pass, p: Proposal, seen: set[object]) -> None:
+    """Raises VerifyError where a layer does not give the type of result that its site has.
+
+    Args:
+        capture: the model.
+        rewrite: the pass, for the message.
+        p: the layer and its site.
+        seen: what was tried before: a layer like another one at a site like that one's need not be.
+    """
     if any(r.leaves is None for r in capture.regions):
         return  # no shapes
-    seen = set()
+    layer = p.replacement.layer
+    like: object = id(layer)
+    if isinstance(layer, Layer):
+        tensors = (*layer.named_parameters(), *layer.named_buffers())
+        like = type(layer), str(layer.config()), tuple((n, type_of(t)) for n, t in tensors)
     for node in p.site.nodes:
         source, expected = source_of(node).meta.get("val"), node.meta.get("val")
         if not isinstance(source, Tensor) or not isinstance(expected, Tensor):
             continue
-        if type_of(source) in seen:
+        autocast = autocast_at(node)
+        place = like, type_of(source), type_of(expected), str(vars(autocast)), layer.training
+        if place in seen:
             continue
-        seen.add(type_of(source))
+        seen.add(place)
         graph, holder = fx.Graph(), nn.Module()
         holder.add_module("layer", p.replacement.layer)
         call = graph.call_module("layer", (graph.placeholder("x"),))
         graph.output(call)
         try:
-            with autocast_at(node):
+            with autocast:
                 propagate(holder, graph, [source])
         except VerifyError as error:
             raise VerifyError(
@@ -52,23 +63,6 @@ def try_layer(capture: Capture, rewrite: Pass, p: Proposal) -> None:
                 f"{at(rewrite, p.site)}: its layer changed the type of the result: it "
                 f"makes {got} of {type_of(source)}, where the site makes {wanted}"
             )
-
-
-def autocast_at(node: fx.Node) -> AbstractContextManager[object]:
-    """The autocast region of the user's forward that a node lies in."""
-    entered: list[fx.Node] = []
-    for other in node.graph.nodes:
-        if other is node:
-            break
-        name = getattr(other.target, "__name__", "")
-        if name == "_enter_autocast":
-            entered.append(other)
-        elif name == "_exit_autocast":
-            entered.remove(other.args[0])
-    if not entered:
-        return nullcontext()
-    device, dtype, enabled, cache = entered[-1].args
-    return torch.autocast(str(device), dtype=dtype, enabled=bool(enabled), cache_enabled=cache)  # type: ignore[arg-type]
 
 
 def goes_past(capture: Capture, graph_only: Sequence[str], outputs: Sequence[Any] | None) -> str:

@@ -83,7 +83,9 @@ def test_the_rewriter_imports_no_pass(name: str) -> None:
     for imported in imports(FILES[name], package):
         assert starts(imported, "rewriter"), imported
         assert not starts(imported, "rewriter.passes"), imported
-    if name != "rewriter/store/names.py":  # loads layers by name, from an allow-list
+    # layers by name, from an allow-list; what the command line names; all operations to be timed
+    allowed = "rewriter/store/names.py", "rewriter/parse.py", "rewriter/cost/calibrate.py"
+    if name not in allowed:
         assert "import_module" not in FILES[name].read_text()
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+CACHE = tempfile.TemporaryDirectory()  # one calibration of this machine for all that run here
 
 
 def run(script: str, *arguments: str) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "REWRITER_CACHE": CACHE.name}
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *arguments],
         env=environment, capture_output=True, text=True, cwd=ROOT, check=False,
@@ -56,9 +59,88 @@ def test_main_job(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_demo() -> None:
-    """The demo tells a newcomer what happened, with the model's real scores."""
-    printed = run("examples/minilm.py")
+def test_ledger_scale(tmp_path: pathlib.Path) -> None:
+    """Two giants with few layers, on meta: MACs are those derived by hand, every weight that a
+    pass leaves is listed, and both passes make the parameters smaller."""
+    run("benchmarks/ledger_scale.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "ledger_scale")
+    llama, moe = found["Models"]
+    for row in (llama, moe):
+        assert row["MACs"] == row["MACs by hand"]
+        assert (row["captured"], row["errors"]) == ("whole", 0)
+    assert (llama["rewritten"], llama["skipped"]) == (3 * 7 + 1, 0)
+    assert (moe["rewritten"], moe["skipped"]) == (3 * 5 + 3 * 3 + 1, 2 * 3)
+    for row in (llama, moe):
+        sizes = [s["parameter GB"] for s in found["Ledger"] if s["model"] == row["model"]]
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(set(sizes)) == 3
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("chromium", "chromium-browser"))), reason="no Chromium"
+)
+@pytest.mark.timeout(600)
+def test_report_open(tmp_path: pathlib.Path) -> None:
+    """The page opens in a browser, with a row for every decision."""
+    run("benchmarks/report_open.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "report_open")
+    figures = {row["what"]: row["figure"] for row in found["Page"]}
+    assert figures["rows of the layer table"] == 2 * figures["layers of the model"] == 100
+
+
+@pytest.mark.timeout(600)
+def test_report_example(tmp_path: pathlib.Path) -> None:
+    """The example writes the report of the real model in three formats."""
+    printed = run("examples/report.py", str(tmp_path))
+    assert "37 of 37 linear layers rewritten" in printed
+    for suffix in ("html", "json", "md"):
+        assert (tmp_path / f"report.{suffix}").stat().st_size > 10_000
+
+
+@pytest.mark.timeout(600)
+def test_flops(tmp_path: pathlib.Path) -> None:
+    """One architecture of every family: FLOPs of inference and training as torch counts them, and
+    no op without a formula."""
+    run("benchmarks/flops.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "flops")
+    figures = {row["what"]: row["figure"] for row in found["Summary"]}
+    assert figures["architectures"] == 8
+    assert figures["that could not be priced"] == 0
+    assert figures["with an op without formula"] == 0
+    assert figures["inference: FLOPs differ from FlopCounterMode"] == 0
+    assert figures["training: FLOPs differ from FlopCounterMode"] == 0
+    assert figures["with a train graph, of the whole or of parts"] >= 6
+
+
+@pytest.mark.timeout(600)
+def test_memory(tmp_path: pathlib.Path) -> None:
+    """Predicted peaks are what is really alive, in inference and in training."""
+    run("benchmarks/memory.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "memory")
+    assert len(found["Peaks"]) == 2 * 4
+    for row in found["Peaks"]:
+        assert abs(row["off %"]) <= (1.0 if "LSTM" in row["model"] else 0.0)
+        assert row["MemTracker MB"] == pytest.approx(row["tracker MB"], rel=0.02)
+
+
+@pytest.mark.timeout(600)
+def test_latency(tmp_path: pathlib.Path) -> None:
+    """Every case is predicted, and the largest batch of a model is not the fastest."""
+    run("benchmarks/latency.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "latency")
+    own = [r for r in found["Cases"] if r["passes"] == "none"]
+    assert len(found["Cases"]) >= 18
+    predicted = [r["predicted ms"] for r in own]
+    assert predicted == sorted(predicted)
+    assert all(p > 0 for p in predicted)
+
+
+@pytest.mark.timeout(600)
+def test_demo(tmp_path: pathlib.Path) -> None:
+    """The demo tells a newcomer what happened, with the model's real scores, and draws it."""
+    page = tmp_path / "report.html"
+    printed = run("examples/minilm.py", "--report", str(page))
+    assert "<svg" in page.read_text()
     assert "0.7289" in printed
     assert "37 of 37 linear layers" in printed
     assert "bit for bit" in printed

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from rewriter import CaptureError, RewriteWarning, rewrite
+from rewriter import CaptureError, RewriteWarning, explain, rewrite
 from rewriter.capture import capture
+from rewriter.passes import Monarch
 
 X = torch.arange(32.0).view(4, 8) / 16 - 1
 
@@ -219,6 +220,78 @@ def test_forwards(forward: Any) -> None:
             equal(results[1], results[0])
 
 
+def flagged(self: Any, x: Tensor) -> Any:
+    x = self.fc(x)[:, : x.shape[1] // 2]
+    with torch.no_grad():
+        scale = x.abs().amax() if torch.is_grad_enabled() else x.abs().mean()
+    return {"a": nn.functional.dropout(x, 0.0 if self.training else 0.0, True), "b": (scale, 1)}
+
+
+def constant_in_train(self: Any, x: Tensor) -> Any:
+    return {"a": self.fc(x), "mode": int(self.training)}
+
+
+def order_in_train(self: Any, x: Tensor) -> Any:
+    first, second = (self.out, self.fc) if self.training else (self.fc, self.out)
+    return second(first(x))
+
+
+def slice_in_train(self: Any, x: Tensor) -> Any:
+    y = self.fc(x)
+    return y[:4] if self.training else y[: x.shape[0]]
+
+
+def grad_in_train(self: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        return self.fc(x) if torch.is_grad_enabled() or not self.training else self.out(x)
+
+
+def fails_in_train(self: Any, x: Tensor) -> Any:
+    y = self.fc(x)
+    if self.training:
+        raise ValueError("no training")
+    return y
+
+
+def draws_in_train(self: Any, x: Tensor) -> Any:
+    if self.training:
+        random.random()
+    return self.fc(x)
+
+
+ALIKE: dict[Any, bool] = {
+    flagged: True, mixed: True, layout: True, in_place: True,
+    constant_in_train: False, order_in_train: False, slice_in_train: False, grad_in_train: False,
+    fails_in_train: False, draws_in_train: False, writes_in_train: False, constants: False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", ALIKE, ids=lambda f: f.__name__)
+def test_one_trace_serves_both_modes_where_they_make_the_same_calls(forward: Any) -> None:
+    model = build(forward)
+    found = capture(copy.deepcopy(model), X.clone())
+    (region,) = found.regions
+    assert (found.rung, region.alike) == ("export", ALIKE[forward])
+    for mode in (False, True):
+        model.train(mode)
+        found.root.train(mode)
+        if mode and forward is fails_in_train:
+            with pytest.raises(ValueError, match="no training"):
+                found.root(X.clone())
+            continue
+        for rows in (4, 3, 1):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RewriteWarning)
+                equal(run(found.root, X[:rows].clone()), run(model, X[:rows].clone()))
+
+
+def test_dropout_and_batch_norm_are_traced_for_each_mode() -> None:
+    for layer in (nn.Dropout(0.5), nn.BatchNorm1d(8)):
+        (region,) = capture(nn.Sequential(nn.Linear(8, 8), layer), X.clone()).regions
+        assert not region.alike
+        assert region.graphs.keys() == {False, True}
+
+
 def test_one_tensor_given_twice() -> None:
     model = build(lambda self, a, b: self.fc(a) - 2 * self.fc(b))
     rewritten = rewrite(model, [], (X, X), strict_signature=True)
@@ -362,6 +435,22 @@ def test_bad_inputs_leave_the_model_untouched(inputs: Any, words: str) -> None:
     assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
     assert len(model.fc._forward_hooks) == 1
     assert type(model) is type(before)
+
+
+def value_unless_traced(self: Any, x: Tensor) -> Any:
+    traced = isinstance(x, torch._subclasses.FakeTensor)
+    return self.out(x) if not traced and x.sum() > 0 else self.fc(x)
+
+
+def test_a_model_on_meta_runs_as_it_is_traced() -> None:
+    """Code that asks for values where it is not traced, as masks in transformers do."""
+    for rows in (1, 3):
+        model = build(value_unless_traced).to("meta")
+        report = explain(model, [Monarch(nblocks=4)], X[:rows])
+        assert report.capture.rung == "export"
+        assert [(d.site, d.tokens) for d in report.decisions] == [("fc", rows), ("out", None)]
+    with pytest.raises(CaptureError, match="On meta tensors have no values"):
+        explain(build(no_item).to("meta"), [], X)
 
 
 def test_a_model_on_meta_moves_its_inputs() -> None:

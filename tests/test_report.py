@@ -15,12 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rewriter.cost import Cost
+from rewriter.cost import Cost, Device, Training, Work
 from rewriter.errors import OptionError, StoreError
 from rewriter.report import CaptureInfo, Decision, Island, Report, Step
 from rewriter.report import format as fmt
 
-DENSE = Cost(22_713_216, 90_852_864, 11_476_795_392, 22_953_590_784, 444_685_546, 0, 105_164_288, 8)
+DENSE = Cost(
+    22_713_216,
+    90_852_864,
+    11_476_795_392,
+    22_953_590_784,
+    444_685_546,
+    peak_bytes=105_164_288,
+    launches=8,
+)
 SMALL = replace(DENSE, params=12_713_216, param_bytes=50_852_864, peak_bytes=65_164_288)
 INT8 = replace(SMALL, param_bytes=15_852_864, macs=5_476_795_392, launches=10)
 NAMES = [f"layer.{i}.{n}" for i in range(6) for n in ("query", "key", "value", "out")]
@@ -204,9 +212,67 @@ def test_rich_and_html() -> None:
     assert "\x1b[" in out.getvalue()
     assert "layer.1.query" in out.getvalue()
     html = report()._repr_html_()
-    assert html.startswith("<pre")
+    assert html.startswith('<div class="rewriter-report">')
     assert "layer.1.query" in html
     assert "\x1b[" not in str(report())
+
+
+def priced() -> Report:
+    """A report with times on a device and a training step."""
+    h100 = Device.get("h100")
+
+    def cost(scale: int) -> Cost:
+        work = Work("aten::addmm", "matmul", "float32", 10**9 * scale, 10**7, 10**6, 10**6)
+        training = Training(
+            gradient_bytes=10**6, saved_bytes=4 * 10**6 * scale, weight_bytes=10**6 * scale,
+            worst={"saved": 3 * 10**6, "gradients": 0, "workspace": 2 * 10**6},
+            optimizers={"sgd": 0, "adam": 2 * 10**6, "adam-8bit": 10**6},
+            peaks={"sgd": 6 * 10**6 * scale, "adam": 8 * 10**6 * scale}, work=(work,),
+        )  # fmt: skip
+        plain = Cost(10**6, 4 * 10**6, 5 * 10**8 * scale, 10**9 * scale, 11 * 10**6, launches=1)
+        return h100.priced(replace(plain, work=(work,), training=training))
+
+    before, after = replace(cost(8), measured_s=0.5), cost(1)
+    layer = Decision("fc", "linear", "replaced", error=0.1, before=before, after=after)
+    steps = [
+        Step("original", before, before),
+        Step("Monarch(nblocks=4)", before, replace(after, measured_s=0.2), [layer], 0.1),
+    ]
+    return Report("Net", CaptureInfo("export"), steps, device="H100-SXM", predictor=h100)
+
+
+def test_times_training_and_roofs() -> None:
+    r = priced()
+    shown = " ".join(str(r).split())
+    for said in (
+        "predicted time (H100-SXM)",
+        "state of 8-bit Adam",
+        "saved activations, at the worst moment",
+        "peak with Adam 64.0 MB 8.00 MB 8.00× less",
+        "Where the predicted time goes on H100-SXM",
+        "bound by compute 100 %",
+        "not a measurement",
+        "2.50×",  # as measured
+    ):
+        assert said in shown, said
+    order = ["Rewrite of", "Step by step", "Time and energy", "Layer by layer", "1 site replaced"]
+    assert sorted(order, key=str(r).index) == order
+    markdown = r.to_markdown()
+    assert "## Memory in training" in markdown
+    assert "| matmul | compute | 1 |" in markdown
+    assert "off by" not in shown  # another device measured
+    assert "off by" in str(replace(r, device="this machine"))
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_no_column_is_cut_off(width: int) -> None:
+    Console(file=(out := io.StringIO()), width=width).print(priced())
+    letters = re.sub(r"\s", "", out.getvalue())
+    if width >= 80:
+        for header in ("traffic", "took", "train", "share", "FLOP/B"):
+            assert re.search(rf"\b{header}\b", out.getvalue()), header
+    assert all(len(line) <= width for line in out.getvalue().splitlines())
+    assert "…" not in letters
 
 
 def test_round_trip() -> None:
@@ -225,13 +291,13 @@ def test_round_trip() -> None:
     ("text", "says"),
     [
         ("{", "not a report"),
-        ("[]", "format 1"),
+        ("[]", "format 2"),
         ('{"format": 99}', "save it again"),
-        ('{"format": 1, "model": "M"}', "CaptureInfo is NoneType"),
-        ('{"format": 1, "model": "M", "capture": {"rung": "x"}, "colour": 1}', "colour"),
-        ('{"format": 1, "capture": {"rung": "x"}}', "model"),
+        ('{"format": 2, "model": "M"}', "CaptureInfo is NoneType"),
+        ('{"format": 2, "model": "M", "capture": {"rung": "x"}, "colour": 1}', "colour"),
+        ('{"format": 2, "capture": {"rung": "x"}}', "model"),
         (
-            '{"format": 1, "model": "M", "capture": {"rung": "x"}, '
+            '{"format": 2, "model": "M", "capture": {"rung": "x"}, '
             '"steps": [{"name": "a", "before": 3, "after": 4}]}',
             "a cost is int",
         ),
@@ -247,15 +313,17 @@ def test_save(tmp_path: Path) -> None:
     r.save(tmp_path / "r.json")
     r.save(str(tmp_path / "r.md"))
     r.save(tmp_path / "r.TXT")
+    r.save(tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert Report.from_json((tmp_path / "r.json").read_text(encoding="utf-8")) == r
     assert (tmp_path / "r.md").read_text(encoding="utf-8") == r.to_markdown()
     assert (tmp_path / "r.TXT").read_text(encoding="utf-8") == str(r) + "\n"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.TXT", "r.json", "r.md"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.TXT", "r.html", "r.json", "r.md"]
 
 
 def test_save_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match=r"'r.html': the suffix must be one of .json, .md, .txt"):
-        report().save(tmp_path / "r.html")
+    with pytest.raises(OptionError, match=r"'r.pdf': the suffix must be one of .html, .json, .md"):
+        report().save(tmp_path / "r.pdf")
     with pytest.raises(StoreError, match="cannot write the report to .*absent.*directory"):
         report().save(tmp_path / "absent" / "r.json")
     (tmp_path / "r.json").mkdir()
@@ -293,6 +361,17 @@ def test_save_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (fmt.seconds(0.9999), "1.00 s"),
         (fmt.seconds(2e-6), "2.00 µs"),
         (fmt.seconds(0), "0 µs"),
+        (fmt.joules(0.00256), "2.56 mJ"),
+        (fmt.rate(989.4e12), "989 TFLOP/s"),
+        (fmt.percent(0.314), "31 %"),
+        (fmt.percent(0.001), "< 1 %"),
+        (fmt.percent(0), "0 %"),
+        (fmt.speed(2.74, 1), "2.74× as fast"),
+        (fmt.speed(1, 2), "0.50× as fast"),
+        (fmt.speed(1, 1.001), "same"),
+        (fmt.speed(1, 0), "–"),
+        (fmt.off(1.12, 1), "+12 %"),
+        (fmt.off(0.9, 1), "-10 %"),
         (fmt.error(None), "–"),
         (fmt.error(0.0), "0"),
         (fmt.error(2e-7), "2.0e-07"),

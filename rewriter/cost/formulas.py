@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Traffic", "flop_formula", "is_free", "traffic"]
+__all__ = ["Traffic", "flop_formula", "is_free", "placed", "traffic", "unread"]
 
 Formula = Callable[..., int]
 """(*args, **kwargs, out_val=out) of the op → FLOPs."""
@@ -31,6 +31,7 @@ class Traffic(enum.Enum):
     WRITE = "write"  # the mutated input is overwritten unread: copy_, fill_
     GATHER = "gather"  # of the first input only as many bytes as come out
     SCATTER = "scatter"  # of the mutated input only as many bytes as go in
+    PLACE = "place"  # the result is written whole, then again where the values go
     NONE = "none"  # allocation only
 
 
@@ -52,8 +53,15 @@ def _linear(x: Tensor, *_: object, out_val: Tensor, **__: object) -> int:
     return 2 * out_val.numel() * x.shape[-1]
 
 
-def _linear_first(x: Tensor, *_: object, out_val: Tensor, **__: object) -> int:
-    return 2 * x.numel() * out_val.shape[-1]
+def _grouped_mm(a: Tensor, b: Tensor, *_: object, out_val: Tensor, **__: object) -> int:
+    """2·S·K·N, S the rows of all groups: each row meets the matrix of its group alone.
+
+    The groups cut the rows of a [S, K] (b [G, K, N]), the columns of b [K, S] (a [G, N, K]), or
+    what is summed over (a [K, S], b [S, N]); a and b of three dimensions are a batch.
+    """
+    if a.dim() == 3 and b.dim() == 2:
+        return 2 * b.numel() * a.shape[-2]
+    return 2 * a.numel() * b.shape[-1]
 
 
 def _conv(x: Tensor, weight: Tensor, *_: object, out_val: Tensor, **__: object) -> int:
@@ -66,6 +74,16 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: object, out_val: object, **_
     A causal mask saves nothing, as in `FlopCounterMode`."""
     rows = q.numel() // q.shape[-1] if q.shape[-1] else 0
     return 2 * rows * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, out_val: object, **__: object
+) -> int:
+    """2·B·H·S·T·(3·D + 2·Dᵥ): five products, as `FlopCounterMode` counts it for the kernels of
+    GPUs. The probabilities P are not saved, so QKᵀ runs again (D); then dP = dO·Vᵀ (Dᵥ),
+    dV = Pᵀ·dO (Dᵥ), and of dS = P∘(dP - Σ dP∘P): dQ = dS·K (D), dK = dSᵀ·Q (D)."""
+    rows = q.numel() // q.shape[-1] if q.shape[-1] else 0
+    return 2 * rows * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
 def _mha(
@@ -101,6 +119,29 @@ def _encoder_layer(
     return _mha(src, src, src, embed, heads, out_val=out_val) + feed_forward
 
 
+def _conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    mask: Any,
+    *_: object,
+    out_val: object,
+    **__: object,
+) -> int:
+    """2·|dY|·(in/groups)·Πkernel for each of dX and dW that is asked for (transposed: 2·|X|·…).
+    `FlopCounterMode` leaves `groups` out of dW: of a depthwise one it counts 65 times the forward
+    where there are 64 channels."""
+    side = x if transposed else grad
+    return 2 * side.numel() * weight[0].numel() * (bool(mask[0]) + bool(mask[1]))
+
+
 def _outer_conv_transpose(
     x: Tensor, weight: Tensor, *_: object, out_val: Tensor, **__: object
 ) -> int:
@@ -116,6 +157,56 @@ def _rnn_layer(x: Tensor, w_in: Tensor, w_hidden: Tensor, *_: Any, out_val: Any,
 def _rnn_weights(x: Tensor, weights: list[Tensor], *_: Any, out_val: Any, **__: Any) -> int:
     """2·T·B·Σ|W| over the weight matrices of all layers; x [T, B, in]."""
     return 2 * x.shape[0] * x.shape[1] * sum(w.numel() for w in weights if w.dim() == 2)
+
+
+def _rnn_layer_backward(
+    x: Tensor, w_in: Tensor, w_hidden: Tensor, *_: Any, out_val: Any, **__: Any
+) -> int:
+    """4·T·B·(|W_in| + |W_hidden|), twice the forward: from the gradient dG of the gates
+    [T, B, gates], dX = dG·W_in and dH = dG·W_hidden, and dW_in = dGᵀ·X, dW_hidden = dGᵀ·H."""
+    return 2 * _rnn_layer(x, w_in, w_hidden, out_val=out_val)
+
+
+def _rnn_weights_backward(
+    x: Tensor, weights: list[Tensor], *_: Any, out_val: Any, **__: Any
+) -> int:
+    """4·T·B·Σ|W|, twice the forward, as in `_rnn_layer_backward`."""
+    return 2 * _rnn_weights(x, weights, out_val=out_val)
+
+
+def _linear_backward(
+    x: Tensor, grad: Tensor, weight: Tensor, mask: Any, *_: object, out_val: object, **__: object
+) -> int:
+    """2·rows·in·out for each of dX = dY·W and dW = dYᵀ·X that is asked for."""
+    return 2 * grad.numel() * weight.shape[1] * (bool(mask[0]) + bool(mask[1]))
+
+
+def _linear_backward_input(
+    _size: Any, grad: Tensor, weight: Tensor, *_: object, out_val: object, **__: object
+) -> int:
+    return 2 * grad.numel() * weight.shape[1]
+
+
+def _linear_backward_weight(
+    grad: Tensor, x: Tensor, weight: Tensor, *_: object, out_val: object, **__: object
+) -> int:
+    return 2 * grad.numel() * weight.shape[1]
+
+
+def _grouped_mm_backward(
+    x: Tensor, weight: Tensor, offs: Tensor, grad: Tensor, *_: object, out_val: object, **__: object
+) -> int:
+    """4·S·in·out: dX = dY·Wᵀ and dW = Xᵀ·dY, each row with the matrix of its group;
+    x [S, in], dY [S, out]."""
+    return 4 * x.numel() * grad.shape[-1]
+
+
+def _conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: object, **given: Any
+) -> int:
+    """2·|dY|·in·Πkernel for each of dX and dW; weight [out, in, *kernel]."""
+    mask = given.get("output_mask", rest[3] if len(rest) > 3 else (True, True))
+    return 2 * grad.numel() * weight[0].numel() * (bool(mask[0]) + bool(mask[1]))
 
 
 def _trilinear(
@@ -136,6 +227,13 @@ def _cdist(a: Tensor, b: Tensor, *_: object, out_val: object, **__: object) -> i
     return 2 * a.numel() * b.shape[-2]
 
 
+def _cdist_backward(
+    grad: Tensor, a: Tensor, b: Tensor, *_: object, out_val: object, **__: object
+) -> int:
+    """2·B·P·R·D: da = Σ over R of (a - b)·coefficient, a [B, P, D], b [B, R, D]."""
+    return 2 * a.numel() * b.shape[-2]
+
+
 def _fft(factor: float) -> Formula:
     """factor·N·log₂n, N elements of the larger side, n the transformed length (5 complex,
     2.5 with a real side): the customary count of a split-radix-free FFT."""
@@ -148,12 +246,17 @@ def _fft(factor: float) -> Formula:
     return formula
 
 
+_RIGHT: Mapping[str, Formula] = {"aten::convolution_backward": _conv_backward}
+"""Where `FlopCounterMode` counts wrong."""
+
 _NO_MACS = frozenset({"aten::_fft_c2c", "aten::_fft_r2c", "aten::_fft_c2r"})
 
 _EXTRA: Mapping[str, Formula] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
     "aten::_scaled_dot_product_attention_math_for_mps": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "aten::_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
     "aten::_native_multi_head_attention": _mha,
     "aten::_transformer_encoder_layer_fwd": _encoder_layer,
     "aten::mv": _mm,
@@ -173,11 +276,17 @@ _EXTRA: Mapping[str, Formula] = {
     "aten::_dyn_quant_matmul_4bit": _linear,
     "aten::_mixed_dtypes_linear": _linear,
     "aten::mkldnn_linear": _linear,
-    "aten::_grouped_mm": _linear_first,
-    "aten::_scaled_grouped_mm": _linear_first,
-    "transformers::grouped_mm_fallback": _linear_first,
+    "aten::_grouped_mm": _grouped_mm,
+    "aten::_scaled_grouped_mm": _grouped_mm,
+    "transformers::grouped_mm_fallback": _grouped_mm,
+    "transformers::grouped_mm_fallback_backward": _grouped_mm_backward,
+    "aten::linear_backward": _linear_backward,
+    "aten::mkldnn_linear_backward": _linear_backward,
+    "aten::mkldnn_linear_backward_input": _linear_backward_input,
+    "aten::mkldnn_linear_backward_weights": _linear_backward_weight,
     "aten::_trilinear": _trilinear,
     "aten::_cdist_forward": _cdist,
+    "aten::_cdist_backward": _cdist_backward,
     "aten::_euclidean_dist": _cdist,
     "aten::mkldnn_convolution": _conv,
     "aten::cudnn_convolution_relu": _conv,
@@ -190,9 +299,13 @@ _EXTRA: Mapping[str, Formula] = {
     "aten::slow_conv_transpose2d": _outer_conv_transpose,
     "aten::slow_conv_transpose3d": _outer_conv_transpose,
     "aten::cudnn_convolution_transpose": _outer_conv_transpose,
+    "aten::_slow_conv2d_backward": _conv2d_backward,
     "aten::mkldnn_rnn_layer": _rnn_layer,
+    "aten::mkldnn_rnn_layer_backward": _rnn_layer_backward,
     "aten::_cudnn_rnn": _rnn_weights,
+    "aten::_cudnn_rnn_backward": _rnn_weights_backward,
     "aten::miopen_rnn": _rnn_weights,
+    "aten::miopen_rnn_backward": _rnn_weights_backward,
     "aten::_lstm_mps": _rnn_weights,
     "mkldnn::_linear_pointwise": _linear,
     "mkldnn::_convolution_pointwise": _conv,
@@ -209,7 +322,7 @@ _EXTRA: Mapping[str, Formula] = {
 
 # Ops without FLOPs that carry no tag (`pointwise`, `reduction`, `view_copy`) saying so, by name;
 # a trailing underscore (the in-place form) is stripped before the look-up.
-_BYTES_ONLY = frozenset(
+_FORWARD_BYTES_ONLY = frozenset(
     """
     _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d _add_relu
     addr affine_grid_generator allclose _aminmax arange as_strided_scatter _assert_async
@@ -266,6 +379,43 @@ _BYTES_ONLY = frozenset(
     """.split()
 )
 
+# The same of backwards: what of these is no reduction or movement is arithmetic per element.
+_BYTES_ONLY = _FORWARD_BYTES_ONLY | frozenset(
+    """
+    _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward adaptive_avg_pool3d_backward
+    adaptive_max_pool2d_backward adaptive_max_pool3d_backward avg_pool2d_backward
+    avg_pool3d_backward batch_norm_backward batch_norm_backward_elemt batch_norm_backward_reduce
+    binary_cross_entropy_backward _ctc_loss_backward cudnn_affine_grid_generator_backward
+    cudnn_batch_norm_backward cudnn_grid_sampler_backward diagonal_backward elu_backward
+    _embedding_bag_backward _embedding_bag_dense_backward
+    _embedding_bag_per_sample_weights_backward embedding_dense_backward
+    _fake_quantize_learnable_per_channel_affine_backward
+    _fake_quantize_learnable_per_tensor_affine_backward fractional_max_pool2d_backward
+    fractional_max_pool3d_backward _fused_rms_norm_backward gelu_backward glu_backward
+    grid_sampler_2d_backward _grid_sampler_2d_cpu_fallback_backward grid_sampler_3d_backward
+    hardshrink_backward hardsigmoid_backward hardswish_backward hardtanh_backward
+    huber_loss_backward leaky_relu_backward _log_softmax_backward_data log_sigmoid_backward
+    masked_scatter_backward _masked_softmax_backward max_pool2d_with_indices_backward
+    max_pool3d_with_indices_backward miopen_batch_norm_backward
+    mkldnn_adaptive_avg_pool2d_backward mkldnn_max_pool2d_backward mkldnn_max_pool3d_backward
+    mse_loss_backward multi_margin_loss_backward multilabel_margin_loss_backward
+    native_batch_norm_backward native_dropout_backward native_group_norm_backward
+    native_layer_norm_backward nll_loss2d_backward nll_loss_backward _pdist_backward
+    _prelu_kernel_backward reflection_pad1d_backward reflection_pad2d_backward
+    reflection_pad3d_backward replication_pad1d_backward replication_pad2d_backward
+    replication_pad3d_backward rrelu_with_noise_backward _segment_reduce_backward
+    select_backward slice_backward smooth_l1_loss_backward soft_margin_loss_backward
+    _softmax_backward_data softplus_backward softshrink_backward _thnn_fused_gru_cell_backward
+    _thnn_fused_lstm_cell_backward_impl threshold_backward unfold_backward
+    _upsample_bicubic2d_aa_backward upsample_bicubic2d_backward _upsample_bilinear2d_aa_backward
+    upsample_bilinear2d_backward _upsample_lanczos2d_aa_backward upsample_linear1d_backward
+    upsample_nearest1d_backward upsample_nearest2d_backward upsample_nearest3d_backward
+    _upsample_nearest_exact1d_backward _upsample_nearest_exact2d_backward
+    _upsample_nearest_exact3d_backward upsample_trilinear3d_backward
+    _weight_norm_interface_backward
+    """.split()
+)
+
 _ALLOCATE = frozenset(
     """
     empty empty_like empty_strided empty_permuted empty_quantized new_empty new_empty_strided
@@ -287,8 +437,51 @@ _GATHER = frozenset(
 _SCATTER = frozenset(
     """
     index_put_ _index_put_impl_ scatter_ scatter_add_ scatter_reduce_ index_add_ index_copy_
-    index_fill_ index_reduce_ put_
+    index_fill_ index_reduce_ put_ masked_scatter_
     """.split()
+)
+_PLACE = frozenset(
+    """
+    index_put _unsafe_index_put scatter scatter_add scatter_reduce index_add index_copy index_fill
+    index_reduce put masked_scatter select_scatter slice_scatter diagonal_scatter
+    as_strided_scatter select_backward slice_backward diagonal_backward unfold_backward
+    embedding_dense_backward max_pool2d_with_indices_backward max_pool3d_with_indices_backward
+    adaptive_max_pool2d_backward adaptive_max_pool3d_backward
+    _unsafe_masked_index_put_accumulate
+    """.split()
+)
+# Which argument holds the values that are placed; the first where it is not named here.
+_VALUES: Mapping[str, int] = {
+    "index_put": 2, "_index_put_impl": 2, "_unsafe_index_put": 2, "put": 2, "masked_scatter": 2,
+    "scatter": 3, "scatter_add": 3, "scatter_reduce": 3, "index_add": 3, "index_copy": 3,
+    "index_reduce": 3, "index_fill": 3, "select_scatter": 1, "slice_scatter": 1,
+    "diagonal_scatter": 1, "as_strided_scatter": 1, "_unsafe_masked_index_put_accumulate": 3,
+}  # fmt: skip
+# Adds the values to what is there, which is read for it.
+_ADDS = frozenset(
+    """
+    scatter_add scatter_reduce index_add index_reduce embedding_dense_backward unfold_backward
+    max_pool2d_with_indices_backward max_pool3d_with_indices_backward
+    adaptive_max_pool2d_backward adaptive_max_pool3d_backward _unsafe_masked_index_put_accumulate
+    """.split()
+)
+# Arguments that only their sizes are asked of.
+_UNREAD: Mapping[str, int] = dict.fromkeys(
+    """
+    zeros_like ones_like full_like rand_like randn_like randint_like new_zeros new_ones new_full
+    _new_zeros_with_same_feature_meta fill
+    """.split(),
+    0,
+) | dict.fromkeys(
+    """
+    max_pool2d_with_indices_backward max_pool3d_with_indices_backward adaptive_max_pool2d_backward
+    adaptive_max_pool3d_backward avg_pool2d_backward avg_pool3d_backward
+    _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward reflection_pad1d_backward
+    reflection_pad2d_backward reflection_pad3d_backward replication_pad1d_backward
+    replication_pad2d_backward replication_pad3d_backward nll_loss_backward nll_loss2d_backward
+    multi_margin_loss_backward
+    """.split(),
+    1,
 )
 
 
@@ -308,10 +501,9 @@ def flop_formula(func: torch._ops.OpOverload) -> tuple[Formula | None, bool, boo
 
     Not cached: our kernels may register their formula after the first look-up.
     """
-    packet = func._overloadpacket
+    packet, name = func._overloadpacket, _name(func)
     if packet in flop_registry:
-        return flop_registry[packet], True, True
-    name = _name(func)
+        return _RIGHT.get(name, flop_registry[packet]), True, True
     return _EXTRA.get(name), False, name not in _NO_MACS
 
 
@@ -350,7 +542,57 @@ def traffic(func: torch._ops.OpOverload) -> Traffic:
             (_OVERWRITE, Traffic.WRITE),
             (_GATHER, Traffic.GATHER),
             (_SCATTER, Traffic.SCATTER),
+            (_PLACE, Traffic.PLACE),
         ):
             if name in names:
                 return kind
     return Traffic.ALL
+
+
+def unread(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors that give an op their sizes alone."""
+    namespace, name = _base_name(func)
+    at = _UNREAD.get(name) if namespace == "aten" else None
+    if at is None or at >= len(args) or not isinstance(args[at], Tensor):
+        return []
+    return [args[at]]
+
+
+def placed(
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, bool]:
+    """What a scattering op places: (number of elements, whether it adds them to what is there).
+
+    A value that stands for many elements counts as often as it is placed; a mask as if all of it
+    were true.
+    """
+    name = _base_name(func)[1].removesuffix("_")
+    names = [a.name for a in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    values, target = given.get(names[_VALUES.get(name, 0)]), args[0]
+    adds = name in _ADDS or bool(given.get("accumulate", False))
+    if "indices" in given and name.endswith("index_put"):
+        return _indexed(target, given["indices"]), adds
+    if isinstance(values, Tensor) and values.dim():
+        return values.numel(), adds
+    rows = given["index"].numel() if "index" in given else 1
+    if name == "index_fill":
+        rows = rows * (target.numel() // max(target.shape[given["dim"]], 1))
+    return rows, adds
+
+
+def _indexed(target: Tensor, indices: list[Tensor | None]) -> Any:
+    """Elements of `target[indices]`; of a mask, as if all of it were true."""
+    picked: Any = 1
+    dim = 0
+    numbers = [i for i in indices if i is not None and i.dtype not in (torch.bool, torch.uint8)]
+    for index in indices:
+        if index is None:
+            picked = picked * target.shape[dim]
+        elif index.dtype in (torch.bool, torch.uint8):
+            picked = picked * index.numel()
+            dim += index.dim() - 1
+        dim += 1
+    if numbers:
+        picked = picked * math.prod(torch.broadcast_shapes(*(i.shape for i in numbers)))
+    return picked * math.prod(target.shape[dim:])

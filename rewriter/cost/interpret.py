@@ -7,28 +7,32 @@ op of PyTorch's dispatcher, composite functions and modules taken apart, and pri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_aggregate
 
 from rewriter.cost.cost import Cost, storage_cost
 from rewriter.cost.memory import storage_key
-from rewriter.cost.meter import GraphCost, Meter
+from rewriter.cost.meter import GraphCost, Meter, Tally
+from rewriter.cost.symbolic import Size, condition, largest, number
+from rewriter.cost.work import Work, grouped
 from rewriter.errors import VerifyError
 from rewriter.sites import user_line
 from rewriter.tree import attribute, is_hook_dict
 
-__all__ = ["GraphCost", "Region", "model_cost", "propagate"]
+__all__ = ["Fakes", "GraphCost", "Region", "Run", "model_cost", "propagate", "run_graphs"]
 
 Region = tuple["nn.Module | str", Graph, Sequence[Any]]
 """(module or its dotted name, its graph, the inputs of the graph's placeholders in order)."""
@@ -58,7 +62,11 @@ def propagate(
 
 
 def model_cost(
-    root: nn.Module, regions: Iterable[Region], *, training: bool | None = None
+    root: nn.Module,
+    regions: Iterable[Region],
+    *,
+    training: bool | None = None,
+    fakes: Fakes | None = None,
 ) -> GraphCost:
     """The cost of a model whose graphs run one after another, once for each region given.
 
@@ -69,11 +77,16 @@ def model_cost(
         root: the whole model.
         regions: (module or its dotted name, graph, inputs); repeat one that runs repeatedly.
         training: as in `propagate`.
+        fakes: of the weights, to share with other runs over the same model.
 
     Raises:
         VerifyError: as `propagate`.
     """
-    run = _Run(training)
+    return run_graphs(Run(training, fakes=fakes), root, regions)
+
+
+def run_graphs(run: Run, root: nn.Module, regions: Iterable[Region]) -> GraphCost:
+    """`model_cost`, run by `run`."""
     result = GraphCost()
     lifted: list[Tensor] = []
     for owner, graph, inputs in regions:
@@ -81,6 +94,7 @@ def model_cost(
         run.graph(module, graph, inputs, result)
         lifted += [t for t in inputs if isinstance(t, nn.Parameter)]
     stored = storage_cost(root, *lifted)
+    result.total = replace(result.total, work=grouped(result.total.work))
     for node, cost in result.nodes.items():
         peak = cost.activation_bytes + stored.param_bytes
         result.nodes[node] = replace(cost, peak_bytes=peak)
@@ -94,12 +108,52 @@ def model_cost(
     return result
 
 
-class _Run:
-    """One FakeTensorMode for all graphs of a model: each parameter becomes fake once."""
+class Fakes:
+    """The fakes of a model's weights in one FakeTensorMode; making them is half of a short run."""
 
-    def __init__(self, training: bool | None) -> None:
-        self.training = training
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self, environment: ShapeEnv | None = None) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The fake of a real tensor, the same one every time."""
+        if id(tensor) in self.known:
+            fake = self.known[id(tensor)][1]
+            if fake.shape == tensor.shape and fake.dtype == tensor.dtype:
+                return fake
+        fake = self.mode.from_tensor(tensor.detach(), static_shapes=True)
+        self.known[id(tensor)] = tensor, fake  # holds the tensor, so that its id stays its own
+        return fake
+
+
+class Run:
+    """One FakeTensorMode for all graphs of a model: each parameter becomes fake once.
+
+    Args:
+        training: None leaves each module's own flag; else the flag for all modules.
+        sizes: per input tensor its sizes, a name for each that shall stay open; None prices at
+            the numbers that the inputs have.
+        around: sizes of the open ones that decide where the code does; the inputs' where left out.
+        fakes: of weights, shared with other runs; not with open sizes.
+    """
+
+    def __init__(
+        self,
+        training: bool | None,
+        sizes: Sequence[Sequence[int | str]] | None = None,
+        around: Mapping[str, int] | None = None,
+        fakes: Fakes | None = None,
+    ) -> None:
+        self.training, self.open, self.around = training, sizes, around or {}
+        if sizes is not None:
+            fakes = Fakes(
+                ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+            )
+        self.fakes = fakes or Fakes()
+        self.mode = self.fakes.mode
+        self.symbols: dict[str, Any] = {}
+        self.example: dict[str, int] = {}
+        self.names: dict[str, str] = {}
         self.parameters: dict[int, Cost] = {}
         self.shadows: dict[nn.Module, nn.Module] = {}
         self.copies: dict[int, Tensor] = {}
@@ -111,28 +165,50 @@ class _Run:
         self, root: nn.Module, graph: Graph, inputs: Sequence[Any], result: GraphCost
     ) -> None:
         meter = Meter(self, result)
-        feed = iter(inputs)
+        feed = iter(inputs if self.open is None else self.opened(inputs))
         env: dict[Node, Any] = {}
-        dying = _last_uses(graph)
+        dying = last_uses(graph)
+        total, before = Tally(), result.total
+        peaks: dict[Size, None] = {}
         with torch.inference_mode(False), torch.no_grad(), self.mode, meter:
             for node in graph.nodes:
                 meter.start(node)
-                try:
-                    value = self.node(root, node, feed, env, meter)
-                except VerifyError:
-                    raise
-                except Exception as error:
-                    raise VerifyError(_failure(node, env, error)) from error
-                env[node] = node.meta["val"] = value
+                value = self.evaluated(root, node, feed, env, meter)
+                if node.op.startswith("call_") and not meter.now.work:
+                    meter.now.work.append(Work(node.op, "view", ""))  # still takes the host's time
+                env[node] = value
+                if self.open is None:
+                    node.meta["val"] = value
                 meter.memory.hold(node, value)
+                peaks.update(dict.fromkeys(meter.memory.peaks))
                 cost = meter.cost
+                total.add(meter.now)
+                result.timeline.append((label(node), cost.activation_bytes))
                 if node.op == "call_module":
                     cost += self.stored(root.get_submodule(str(node.target)))
                 result.nodes[node] = result.nodes[node] + cost if node in result.nodes else cost
-                result.total += cost
                 for dead in dying.get(node, ()):
                     meter.memory.let_go(dead)
                     del env[dead]
+        by_torch: Any = total.by_torch
+        result.counted_by_torch += by_torch
+        result.total = before + total.cost(largest(peaks, self.example))
+
+    def evaluated(
+        self,
+        root: nn.Module,
+        node: Node,
+        feed: Iterator[Any],
+        env: dict[Node, Any],
+        meter: Meter,
+    ) -> Any:
+        """`node`, or a VerifyError that names it."""
+        try:
+            return self.node(root, node, feed, env, meter)
+        except VerifyError:
+            raise
+        except Exception as error:
+            raise VerifyError(failure(node, env, error)) from error
 
     def node(
         self,
@@ -176,6 +252,9 @@ class _Run:
         def fake(leaf: object) -> Any:
             if isinstance(leaf, nn.Parameter):
                 return self.weight(leaf)
+            if isinstance(leaf, FakeTensor) and leaf.fake_mode is self.mode:
+                meter.memory.pin(leaf)
+                return leaf
             if isinstance(leaf, Tensor):
                 copy = self.copy(leaf)
                 meter.memory.pin(copy)
@@ -183,6 +262,54 @@ class _Run:
             return _number(leaf)
 
         return map_aggregate(value, fake)
+
+    def number(self, value: Any) -> Size:
+        """A size as torch gives it, as a number or a formula."""
+        return number(value, self.names)
+
+    def opened(self, inputs: Sequence[Any]) -> list[Any]:
+        """The flat inputs with the open sizes as symbols."""
+        assert self.open is not None
+        result = []
+        known: dict[int, Tensor] = {}  # a tensor may be given twice
+        for value, sizes in zip(inputs, self.open, strict=True):
+            assert isinstance(value, Tensor)
+            if id(value) in known:
+                result.append(known[id(value)])
+                continue
+            shape = [self.symbol(s, n) if isinstance(s, str) else n
+                     for s, n in zip(sizes, value.shape, strict=True)]  # fmt: skip
+            order = sorted(range(value.dim()), key=lambda d: (value.stride(d), -d))
+            strides: list[Any] = [1] * value.dim()
+            for inner, outer in zip(order, order[1:], strict=False):
+                strides[outer] = strides[inner] * shape[inner]
+            with self.mode:
+                fake = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+            known[id(value)] = fake
+            result.append(fake)
+        self.kept += result  # the caller holds them to the end
+        return result
+
+    def symbol(self, name: str, size: int) -> Any:
+        """A symbolic size. It stands for sizes of at least 2: what holds for 1 alone (a copy that
+        is none) would not hold for the others."""
+        if name not in self.symbols:
+            environment = self.mode.shape_env
+            assert environment is not None
+            source = ConstantSource(name)
+            example = self.example[name] = self.around.get(name, size)
+            example = example if example > 1 else 3 + len(self.symbols)
+            symbol = environment.create_symbol(example, source, DimDynamic.DYNAMIC)
+            self.symbols[name] = environment.create_symintnode(symbol, hint=example, source=source)
+            self.names[str(symbol)] = name
+        return self.symbols[name]
+
+    def conditions(self) -> tuple[str, ...]:
+        """What the open sizes must fulfil for the same code to run, and the same formulas to
+        hold."""
+        environment = self.mode.shape_env
+        found = () if environment is None else (g.expr for g in environment.guards)
+        return tuple(dict.fromkeys(c for c in (condition(e, self.names) for e in found) if c))
 
     def attribute(self, root: nn.Module, target: str) -> Any:
         value = attribute(root, target)
@@ -211,7 +338,7 @@ class _Run:
 
     def convert(self, tensor: Tensor) -> Tensor:
         with self.unmetered():
-            return self.mode.from_tensor(tensor.detach(), static_shapes=True)
+            return self.fakes.of(tensor)
 
     @contextmanager
     def unmetered(self) -> Iterator[None]:
@@ -249,6 +376,8 @@ class _Run:
             for name, value in module.__dict__.items():
                 if isinstance(value, Tensor) and value.layout is torch.strided:
                     state[name] = self.weight(value)
+                elif isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
+                    state[name] = [self.weight(v) if isinstance(v, Tensor) else v for v in value]
             for name in ("_parameters", "_buffers"):
                 tensors = module.__dict__[name]
                 state[name] = {k: None if t is None else self.weight(t) for k, t in tensors.items()}
@@ -274,7 +403,7 @@ def _number(value: Any) -> Any:
     return hint
 
 
-def _last_uses(graph: Graph) -> dict[Node, list[Node]]:
+def last_uses(graph: Graph) -> dict[Node, list[Node]]:
     """node → the values that nothing after it reads."""
     last: dict[Node, Node] = {}
     for node in graph.nodes:
@@ -287,7 +416,16 @@ def _last_uses(graph: Graph) -> dict[Node, list[Node]]:
     return dying
 
 
-def _failure(node: Node, env: dict[Node, Any], error: Exception) -> str:
+def label(node: Node) -> str:
+    """What a node is called in a timeline: its module and, where it is a function, its name."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    owner = next(reversed(stack.values()))[0] if stack else ""
+    return f"{owner}: {node.name}" if owner else node.name
+
+
+def failure(node: Node, env: dict[Node, Any], error: Exception) -> str:
     given = [_shape(env[n]) for n in node.all_input_nodes if n in env]
     line = user_line(node)
     return (

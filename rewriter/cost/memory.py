@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -11,19 +12,28 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from rewriter.cost.formulas import Traffic
+from rewriter.cost.formulas import Traffic, placed, unread
+from rewriter.cost.symbolic import Size, largest, least
 
 __all__ = ["Memory", "storage_key", "tensors_in", "touched", "traffic_bytes"]
 
 
 class Memory:
     """Which storages are alive: a value of the graph until its last user, a temporary inside a
-    node as long as anything holds it."""
+    node as long as anything holds it.
 
-    def __init__(self, weights: set[int]) -> None:
-        self.weights = weights
-        self.live = self.peak = 0
-        self.sizes: dict[int, int] = {}
+    Args:
+        weights: storages that do not count.
+        number: turns a size as torch gives it into a number or a formula.
+    """
+
+    def __init__(self, weights: set[int], number: Callable[[Any], Size]) -> None:
+        self.weights, self.number = weights, number
+        self.live: Size = 0
+        self.peaks: list[Size] = [0]  # candidates since the last `start`
+        self.sizes: dict[int, Size] = {}
+        self.serials: dict[int, int] = {}  # of live storages, in the order they came
+        self.events: list[tuple[int, Size]] = []  # (serial, bytes that came or, negative, went)
         self.refs: dict[int, ReferenceType[torch.UntypedStorage]] = {}
         self.holders: Counter[int] = Counter()
         self.held: dict[Node, set[int]] = {}
@@ -33,13 +43,29 @@ class Memory:
         if key is None or key in self.sizes or key in self.weights:
             return
         storage = tensor.untyped_storage()
-        self.sizes[key] = storage.nbytes()
-        self.live += self.sizes[key]
-        self.peak = max(self.peak, self.live)
+        self.sizes[key] = self.number(storage.nbytes())
+        self.serials[key] = len(self.events)
+        self.events.append((self.serials[key], self.sizes[key]))
+        self.live = self.live + self.sizes[key]
+        if isinstance(self.live, int) and isinstance(self.peaks[0], int):
+            self.peaks[0] = max(self.peaks[0], self.live)
+        else:
+            self.peaks.append(self.live)
         self.refs[key] = ref(storage, lambda _: self.release(key))
 
+    @property
+    def peak(self) -> Size:
+        """The most that was alive since `start`."""
+        return largest(self.peaks)
+
+    def start(self) -> None:
+        self.peaks = [self.live]
+
     def release(self, key: int) -> None:
-        self.live -= self.sizes.pop(key, 0)
+        size = self.sizes.pop(key, 0)
+        self.live = self.live - size
+        if key in self.serials:
+            self.events.append((self.serials.pop(key), -size))
         self.refs.pop(key, None)
 
     def pin(self, tensor: Tensor) -> None:
@@ -67,10 +93,17 @@ def traffic_bytes(
     written: list[Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> int:
-    """Bytes read plus bytes written by one op; a tensor that appears twice moves once."""
+    number: Callable[[Any], Size],
+) -> tuple[Size, Size]:
+    """(bytes read, bytes written) by one op; a tensor that appears twice moves once."""
+
+    def total(tensors: Iterable[Tensor]) -> Size:
+        return sum((touched(t, number) for t in tensors), 0)
+
     sources = {id(t): t for t in read}
     targets = {id(t): t for t in written}
+    for tensor in unread(func, args):
+        sources.pop(id(tensor), None)
     for i, argument in enumerate(func._schema.arguments):
         if argument.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
@@ -78,22 +111,28 @@ def traffic_bytes(
             if kind is Traffic.WRITE or kind is Traffic.SCATTER or argument.is_out:
                 for t in tensors_in(value):
                     sources.pop(id(t), None)
-    bytes_out = sum(map(touched, targets.values()))
+    bytes_out = total(targets.values())
     if kind is Traffic.GATHER and read:
         table = sources.pop(id(read[0]))
-        return sum(map(touched, sources.values())) + min(touched(table), bytes_out) + bytes_out
-    bytes_in = sum(map(touched, sources.values()))
-    return bytes_in + (min(bytes_in, bytes_out) if kind is Traffic.SCATTER else bytes_out)
+        return total(sources.values()) + least(touched(table, number), bytes_out), bytes_out
+    bytes_in = total(sources.values())
+    if kind in (Traffic.SCATTER, Traffic.PLACE):
+        elements, adds = placed(func, args, kwargs)
+        size = next(iter(targets.values())).element_size() if targets else 0
+        into: Size = number(elements) * size
+        bytes_in = bytes_in + into if adds else bytes_in
+        return bytes_in, into if kind is Traffic.SCATTER else bytes_out + into
+    return bytes_in, bytes_out
 
 
-def touched(tensor: Tensor) -> int:
+def touched(tensor: Tensor, number: Callable[[Any], Size]) -> Size:
     """Bytes behind a tensor: a broadcast dimension (stride 0) holds one element."""
     if tensor.layout is not torch.strided:
-        return tensor.numel() * tensor.element_size()
-    count = tensor.element_size()
+        return number(tensor.numel()) * tensor.element_size()
+    count: Size = tensor.element_size()
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if stride or not size:
-            count *= size
+        if not isinstance(stride, int) or stride or (isinstance(size, int) and not size):
+            count = count * number(size)
     return count
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -20,11 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rewriter.cost.cost import Cost
+from rewriter.cost.fakes import fake_result
 from rewriter.cost.formulas import Traffic, flop_formula, is_free, traffic
 from rewriter.cost.memory import Memory, storage_key, tensors_in, touched, traffic_bytes
+from rewriter.cost.symbolic import Size, largest, least
+from rewriter.cost.work import Work, dtype_of, grouped, kind_of, shape_of
 from rewriter.sites import user_line
 
-__all__ = ["GraphCost", "Meter"]
+__all__ = ["GraphCost", "Meter", "Tally"]
 
 aten = torch.ops.aten
 
@@ -39,13 +42,48 @@ class GraphCost:
             in the whole graph at the worst moment of that node.
         total: the whole, with the parameters of the whole root.
         errors: one line for each thing that has no known cost, or that depends on the data.
-        counted_by_torch: the part of `total.flops` that `FlopCounterMode` counts too.
+        counted_by_torch: what `FlopCounterMode` counts; the part of `total.flops` that it knows,
+            but for backward passes of grouped convolutions, which it counts too high.
+        timeline: (what runs, bytes of activations alive at its worst moment), in order.
     """
 
     nodes: dict[Node, Cost] = field(default_factory=dict)
     total: Cost = field(default_factory=Cost)
     errors: list[str] = field(default_factory=list)
     counted_by_torch: int = 0
+    timeline: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass
+class Tally:
+    """What has run so far, of one node or of one pass over a graph."""
+
+    flops: Size = 0
+    macs: Size = 0
+    bytes_read: Size = 0
+    bytes_written: Size = 0
+    launches: int = 0
+    by_torch: Size = 0
+    work: list[Work] = field(default_factory=list)
+
+    @property
+    def bytes_moved(self) -> Size:
+        return self.bytes_read + self.bytes_written
+
+    def add(self, other: Tally) -> None:
+        for name in ("flops", "macs", "bytes_read", "bytes_written", "launches", "by_torch"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.work += other.work
+
+    def cost(self, activation_bytes: Size) -> Cost:
+        numbers: dict[str, Any] = {
+            "macs": self.macs,
+            "flops": self.flops,
+            "bytes_moved": self.bytes_moved,
+            "bytes_written": self.bytes_written,
+            "activation_bytes": activation_bytes,
+        }
+        return Cost(launches=self.launches, work=grouped(self.work), **numbers)
 
 
 class Run(Protocol):
@@ -58,6 +96,10 @@ class Run(Protocol):
 
     paused: bool
     weights: set[int]
+
+    def number(self, value: Any) -> Size:
+        """A size as torch gives it, as a number or a formula."""
+        ...
 
     def weight(self, tensor: Tensor) -> Tensor:
         """The fake of a parameter, a buffer or a constant."""
@@ -72,25 +114,20 @@ class Meter(TorchDispatchMode):
     def __init__(self, run: Run, result: GraphCost) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.run, self.result = run, result
-        self.memory = Memory(run.weights)
+        self.memory = Memory(run.weights, run.number)
         self.node: Node | None = None
-        self.flops = self.macs = self.bytes_moved = self.launches = 0
+        self.now = Tally()
+        self.backward = False
 
     def start(self, node: Node) -> None:
         self.node = node
-        self.flops = self.macs = self.bytes_moved = self.launches = 0
-        self.memory.peak = self.memory.live
+        self.now = Tally()
+        self.memory.start()
 
     @property
     def cost(self) -> Cost:
         """Of the current node so far."""
-        return Cost(
-            macs=self.macs,
-            flops=self.flops,
-            bytes_moved=self.bytes_moved,
-            activation_bytes=self.memory.peak,
-            launches=self.launches,
-        )
+        return self.now.cost(self.memory.peak)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -109,7 +146,7 @@ class Meter(TorchDispatchMode):
                 return out
         args, kwargs = map_aggregate((args, kwargs), self.fake)
         try:
-            out = func(*args, **kwargs)
+            out = fake_result(func, args, kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
             out = self.data_dependent(func, args, kwargs)
         self.count(func, args, kwargs, out)
@@ -131,24 +168,49 @@ class Meter(TorchDispatchMode):
             self.memory.allocate(tensor)
         if not written and not mutates and torch.Tag.data_dependent_output not in func.tags:
             return  # an assertion, a size
-        self.count_flops(func, args, kwargs, out)
+        flops = self.count_flops(func, args, kwargs, out)
         kind = traffic(func)
         if kind is Traffic.NONE:
             return
-        self.launches += 1
-        self.bytes_moved += traffic_bytes(func, kind, read, written, args, kwargs)
+        number, now = self.run.number, self.now
+        bytes_read, bytes_written = traffic_bytes(func, kind, read, written, args, kwargs, number)
+        now.launches += 1
+        now.bytes_read += bytes_read
+        now.bytes_written += bytes_written
+        name = func._schema.name
+        family = kind_of(name, torch.Tag.pointwise in func.tags, torch.Tag.reduction in func.tags)
+        first = written[0] if written else read[0] if read else None
+        sizes = shape_of(family, name, args, first, flops)
+        weights = {id(t): t for t in read if storage_key(t) in self.run.weights}
+        held: Any = least(sum((touched(t, number) for t in weights.values()), 0), bytes_read)
+        measured: Any = flops, bytes_read, bytes_written
+        now.work.append(
+            Work(
+                name,
+                family,
+                dtype_of(family, read, written),
+                *measured,
+                weight_bytes=held,
+                shape=tuple(number(s) for s in sizes),  # type: ignore[misc]
+                backward=self.backward,
+            )
+        )
 
-    def count_flops(self, func: OpOverload, args: Any, kwargs: Any, out: object) -> None:
+    def count_flops(self, func: OpOverload, args: Any, kwargs: Any, out: object) -> Size:
         formula, by_torch, multiplies = flop_formula(func)
         if formula is None:
             if not is_free(func):
                 self.unpriced(func)
-            return
-        flops = int(formula(*args, **kwargs, out_val=out))
-        self.flops += flops
-        self.macs += flops // 2 if multiplies else 0
+            return 0
+        flops = self.run.number(formula(*args, **kwargs, out_val=out))
+        self.now.flops += flops
+        self.now.macs += flops // 2 if multiplies else 0
         if by_torch:
-            self.result.counted_by_torch += flops
+            theirs = flop_registry[func._overloadpacket]
+            same = theirs is formula
+            counted = flops if same else self.run.number(theirs(*args, **kwargs, out_val=out))
+            self.now.by_torch += counted
+        return flops
 
     def unpriced(self, func: OpOverload | HigherOrderOperator) -> None:
         name = func._schema.name if isinstance(func, OpOverload) else func._name
@@ -164,26 +226,35 @@ class Meter(TorchDispatchMode):
         name: str = func._name
         if func in flop_registry:
             out = func(*args, **kwargs)
-            flops = int(flop_registry[func](*args, **kwargs, out_val=out))
-            self.flops, self.macs = self.flops + flops, self.macs + flops // 2
-            self.result.counted_by_torch += flops
-            self.launches += 1
-            tensors = tensors_in((args, list(kwargs.values()), out))
-            self.bytes_moved += sum(map(touched, tensors))
-            for tensor in tensors_in(out):
+            number, now = self.run.number, self.now
+            flops = number(flop_registry[func](*args, **kwargs, out_val=out))
+            read, written = tensors_in((args, list(kwargs.values()))), tensors_in(out)
+            for tensor in written:
                 self.memory.allocate(tensor)
+            bytes_read: Any = sum((touched(t, number) for t in read), 0)
+            bytes_written: Any = sum((touched(t, number) for t in written), 0)
+            now.flops, now.macs = now.flops + flops, now.macs + flops // 2
+            now.by_torch += flops
+            now.launches += 1
+            now.bytes_read += bytes_read
+            now.bytes_written += bytes_written
+            dtype = dtype_of("attention", read, written)
+            priced: Any = flops
+            work = Work(name, "attention", dtype, priced, bytes_read, bytes_written)
+            now.work.append(replace(work, backward=self.backward))
             return out
         if name == "cond":
             _, if_true, if_false, operands = args
-            before = self.snapshot()
+            before, other, self.now = self.now, Tally(), Tally()
             with self:
                 out = if_false(*operands)
-            other = self.snapshot()
-            self.restore(before)
+            other, self.now = self.now, other
             with self:
                 out = if_true(*operands)
-            if other > self.snapshot():
-                self.restore(other)
+            if largest((other.flops, self.now.flops)) == other.flops != self.now.flops:
+                self.now = other
+            before.add(self.now)
+            self.now = before
             return out
         inner = [a for a in args if isinstance(a, nn.Module)]
         if name.startswith("wrap") and len(inner) == 1:
@@ -195,14 +266,6 @@ class Meter(TorchDispatchMode):
         for tensor in tensors_in(out):
             self.memory.allocate(tensor)
         return out
-
-    def snapshot(self) -> tuple[int, int, int, int, int]:
-        by_torch = self.result.counted_by_torch
-        return self.flops, self.macs, self.bytes_moved, self.launches, by_torch
-
-    def restore(self, counts: tuple[int, int, int, int, int]) -> None:
-        self.flops, self.macs, self.bytes_moved, self.launches, by_torch = counts
-        self.result.counted_by_torch = by_torch
 
     def data_dependent(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """An op whose result's size or value only the data tells: its largest size, or 1."""
@@ -232,9 +295,12 @@ class Meter(TorchDispatchMode):
 
 @cache
 def _decomposes(func: OpOverload) -> bool:
-    """Whether PyTorch itself defines the op by other ops (seen undecomposed in inference mode)."""
+    """Whether PyTorch itself defines the op by other ops (seen undecomposed in inference mode), and
+    no kernel of its own runs instead (`silu_backward` has both)."""
     implicit = torch._C.DispatchKey.CompositeImplicitAutograd
     name: str = func.name()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(name, torch._C.DispatchKey.CPU):
+        return False
     return implicit in func.py_kernels or bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(name, implicit)
     )

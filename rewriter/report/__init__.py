@@ -1,5 +1,6 @@
 """The ledger that every rewrite returns."""
 
-from rewriter.report.ledger import CaptureInfo, Decision, Island, Report, Step
+from rewriter.report.ledger import CaptureInfo, Decision, Island, Report, Step, Timeline
+from rewriter.report.schemas import schema
 
-__all__ = ["CaptureInfo", "Decision", "Island", "Report", "Step"]
+__all__ = ["CaptureInfo", "Decision", "Island", "Report", "Step", "Timeline", "schema"]

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["count", "error", "flops", "macs", "ratio", "seconds", "size"]
+__all__ = [
+    "count",
+    "error",
+    "flops",
+    "joules",
+    "macs",
+    "off",
+    "percent",
+    "rate",
+    "ratio",
+    "seconds",
+    "size",
+    "speed",
+]
 
 _SI = ("", "k", "M", "G", "T", "P", "E")
 
@@ -40,14 +53,46 @@ def macs(n: float) -> str:
     return _scaled(n, "MAC")
 
 
+def rate(n: float, unit: str = "FLOP/s") -> str:
+    """9.89e14 → "989 TFLOP/s"."""
+    return _scaled(n, unit)
+
+
+def _small(value: float, unit: str) -> str:
+    """Three significant digits in the unit, its thousandth, millionth or billionth."""
+    scales = (1.0, ""), (1e3, "m"), (1e6, "µ")
+    tiny = (1e6, "µ") if not value else (1e9, "n")
+    factor, prefix = next(((f, p) for f, p in scales if abs(value) * f >= 0.9995), tiny)
+    value *= factor
+    digits = 0 if abs(value) >= 99.95 or value == 0 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f} {prefix}{unit}"
+
+
 def seconds(s: float) -> str:
     """0.00123 → "1.23 ms"; 75.0 → "75.0 s"."""
-    factor, unit = next(
-        ((f, u) for f, u in ((1.0, "s"), (1e3, "ms")) if abs(s) * f >= 0.9995), (1e6, "µs")
-    )
-    value = s * factor
-    digits = 0 if abs(value) >= 99.95 or value == 0 else 1 if abs(value) >= 9.995 else 2
-    return f"{value:.{digits}f} {unit}"
+    return _small(s, "s")
+
+
+def joules(j: float) -> str:
+    """0.00256 → "2.56 mJ"."""
+    return _small(j, "J")
+
+
+def percent(share: float) -> str:
+    """0.314 → "31 %"; a share below half a percent is "< 1 %", unless it is 0."""
+    return "< 1 %" if 0 < share < 0.005 else f"{share * 100:.0f} %"
+
+
+def speed(before: float, after: float) -> str:
+    """How a time changed: "2.74× as fast"; "same" within half a percent."""
+    if not before or not after:
+        return "same" if before == after else "–"
+    return "same" if 0.995 < before / after < 1.005 else f"{before / after:.2f}× as fast"
+
+
+def off(predicted: float, measured: float) -> str:
+    """How far a prediction is from the measurement: "+12 %" where it is too long."""
+    return f"{(predicted / measured - 1) * 100:+.0f} %" if measured else "–"
 
 
 def error(value: float | None) -> str:

@@ -5,26 +5,29 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rewriter.cost import Cost
+from rewriter.cost import Cost, Device, Snapshot
+from rewriter.cost.snapshot import Formulas
+from rewriter.cost.symbolic import holds
 from rewriter.errors import OptionError, StoreError
 from rewriter.report import render
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["CaptureInfo", "Decision", "Island", "Report", "Step"]
+__all__ = ["CaptureInfo", "Decision", "Island", "Report", "Step", "Timeline"]
 
 _DONE = frozenset({"replaced", "installed"})
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,19 @@ class Decision:
 
 
 @dataclass
+class Timeline:
+    """Memory over one run: (what runs, bytes alive at its worst moment, weights included).
+
+    Args:
+        inference: of a forward.
+        training: of forward, backward and update with Adam; empty where that is not known.
+    """
+
+    inference: list[tuple[str, int]] = field(default_factory=list)
+    training: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass
 class Step:
     """One pass (or `original`, `memory plan`, `lowering`).
 
@@ -75,6 +91,7 @@ class Step:
         exact: whether the step keeps the function up to rounding.
         seconds: how long the step took.
         notes: sentences the user should read.
+        timeline: memory over time after the step; None where it is not known.
     """
 
     name: str
@@ -85,6 +102,7 @@ class Step:
     exact: bool = False
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True)
@@ -110,12 +128,30 @@ class CaptureInfo:
 
 @dataclass
 class Report:
-    """The whole ledger. `print(report)` is readable at 100 columns; `rich.print` adds colour."""
+    """The whole ledger. `print(report)` is readable at 100 columns; `rich.print` adds colour.
+
+    Args:
+        model: class of the model.
+        capture: how it became graphs.
+        steps: the original, then one per pass.
+        errors: one line for each thing that has no known cost.
+        device: name of the device that predicted the times; "" without.
+        sizes: the sizes of the inputs that may vary, as they were priced.
+        ranges: the smallest and largest that the captured graph serves (None: any).
+        conditions: of the sizes, under which the costs' formulas hold; empty without formulas.
+        snapshots, predictor: the model at each step and the device, for `at`; not stored.
+    """
 
     model: str
     capture: CaptureInfo
     steps: list[Step] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    device: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+    ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    conditions: list[str] = field(default_factory=list)
+    snapshots: list[Snapshot | None] = field(default_factory=list, repr=False, compare=False)
+    predictor: Device | None = field(default=None, repr=False, compare=False)
 
     @property
     def before(self) -> Cost:
@@ -152,6 +188,111 @@ class Report:
         """Whether some part of the model has no known cost, so the totals miss it."""
         return bool(self.islands) or any("lower bound" in line for line in self.errors)
 
+    def at(self, device: Device | str | None = None, **sizes: int) -> Report:
+        """The same ledger at other sizes of the inputs, e.g. `report.at(batch=32, sequence=512)`.
+
+        Figures come from formulas over the sizes, found on the first call (`with_formulas`). What
+        depends on data (errors, measured times) and the timelines are left out. At a size of 1
+        what is no copy there is priced as the copy that it is at larger sizes.
+
+        Args:
+            device: predicts the times, by name or as a `Device`; the report's own where left out.
+            sizes: new sizes by name; the others keep their value. `report.sizes` lists them.
+
+        Raises:
+            OptionError: a size that the report does not have or the graph does not serve; or the
+                report has no formulas and is not attached to a model any more.
+        """
+        for name, size in sizes.items():
+            if name not in self.sizes:
+                known = ", ".join(self.sizes) or "none, as all are fixed"
+                near = difflib.get_close_matches(name, self.sizes, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise OptionError(f"no open size is called {name!r}{hint} (open: {known})")
+            low, high = self.ranges.get(name, (1, None))
+            low = 1 if low <= 2 else low  # export assumes two rows where it was given more than one
+            if isinstance(size, bool) or not isinstance(size, int) or size < low:
+                raise OptionError(f"{name}={size!r}: use a whole number of at least {low}")
+            if high is not None and size > high:
+                raise OptionError(f"{name}={size}: the captured graph serves at most {high}")
+        new = {**self.sizes, **sizes}
+        own = self.with_formulas(new)
+        device = self.predictor if device is None else Device.get(device)
+
+        def moved(cost: Cost, model: Cost) -> Cost:
+            cost = cost.at(new)
+            return cost if device is None else device.priced(cost, model.param_bytes)
+
+        steps = []
+        for step in own.steps:
+            before, after = step.before, step.after
+            decisions = [
+                replace(
+                    d,
+                    before=None if d.before is None else moved(d.before, before),
+                    after=None if d.after is None else moved(d.after, after),
+                    tokens=None,
+                )
+                for d in step.decisions
+            ]
+            steps.append(
+                replace(
+                    step,
+                    before=moved(before, before),
+                    after=moved(after, after),
+                    decisions=decisions,
+                    output_error=None,
+                    timeline=None,
+                )
+            )
+        name = "" if device is None else device.name
+        return replace(own, steps=steps, sizes=new, device=name, predictor=device)
+
+    def with_formulas(self, around: Mapping[str, int] | None = None) -> Report:
+        """The report whose costs hold formulas over the open sizes, as `to_json` then stores them.
+
+        Where the code does one thing for small sizes and another for large ones, so do the
+        formulas; `conditions` says when those of this report hold.
+
+        Args:
+            around: sizes at which the formulas shall hold; the report's own where left out.
+
+        Raises:
+            OptionError: no formulas can be given: the model was captured by parts, its cost depends
+                on data, or the report was loaded without formulas for these sizes.
+        """
+        around = self.sizes if around is None else around
+        broken = [c for c in self.conditions if not holds(c, around)]
+        if not broken and all(s.after.formulas is not None for s in self.steps):
+            return self
+        if not self.snapshots or None in self.snapshots:
+            raise OptionError(
+                f"the stored formulas hold while {broken[0]}"
+                if broken
+                else "this report cannot be priced at other sizes: it was stored without formulas "
+                "(store report.with_formulas() instead), or the model was captured by parts or "
+                "with fixed sizes only"
+            )
+        steps, conditions = [], dict[str, None]()
+        first: Formulas | None = None
+        for step, snapshot in zip(self.steps, self.snapshots, strict=True):
+            assert snapshot is not None
+            last = snapshot.formulas(around)
+            conditions.update(dict.fromkeys(last.conditions))
+            first = first or last
+            decisions = [
+                replace(
+                    d,
+                    before=d.before and _with(d.before, first.sites.get(d.site)),
+                    after=d.after and _with(d.after, last.sites.get(d.site)),
+                )
+                for d in step.decisions
+            ]
+            before, after = _with(step.before, first.total), _with(step.after, last.total)
+            steps.append(replace(step, before=before, after=after, decisions=decisions))
+            first = last
+        return replace(self, steps=steps, conditions=list(conditions))
+
     def coverage(self, kind: str = "linear") -> tuple[int, int]:
         """(rewritten, all) sites that were of `kind` when a pass first looked at them."""
         first: dict[str, str] = {}
@@ -162,7 +303,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, but for errors that are not finite."""
-        return {"format": _FORMAT, **asdict(self)}
+        data: dict[str, Any] = _tables(replace(self, snapshots=[], predictor=None))
+        del data["snapshots"], data["predictor"]
+        return {"format": _FORMAT, **data}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
@@ -177,6 +320,7 @@ class Report:
         capture.islands = [_build(Island, island) for island in capture.islands]
         report = _build(cls, {**data, "capture": capture}, ignore={"format"})
         report.steps = [_step(step) for step in report.steps]
+        report.ranges = {k: (v[0], v[1]) for k, v in report.ranges.items()}
         return report
 
     def to_json(self) -> str:
@@ -198,23 +342,43 @@ class Report:
     def to_markdown(self) -> str:
         return render.markdown(self)
 
+    def to_html(self) -> str:
+        """One page that needs nothing else: tables, plots, no network."""
+        from rewriter.report.html import page  # matplotlib takes a second to import
+
+        return page(self)
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report as its suffix says: .json, .md or .txt. The file is there whole or
-        not at all.
+        """Writes the report as its suffix says: .html, .json, .md or .txt. The file is there whole
+        or not at all.
 
         Raises:
             OptionError: another suffix.
             StoreError: the file cannot be written.
         """
         path = Path(path)
-        writers = {".json": self.to_json, ".md": self.to_markdown, ".txt": self.__str__}
+        writers = {
+            ".html": self.to_html,
+            ".json": self.to_json,
+            ".md": self.to_markdown,
+            ".txt": self.__str__,
+        }
         write = writers.get(path.suffix.lower())
         if write is None:
             raise OptionError(
                 f"cannot save a report as {path.name!r}: the suffix must be one of "
                 f"{', '.join(writers)}"
             )
-        text = write().rstrip("\n") + "\n"
+        self.write(path, write())
+
+    @staticmethod
+    def write(path: Path, text: str) -> None:
+        """Writes one text: the file is there whole or not at all.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        text = text.rstrip("\n") + "\n"
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
             try:
@@ -260,6 +424,11 @@ def _step(data: Any) -> Step:
     step.before, step.after = _cost(step.before), _cost(step.after)
     step.output_error = _number(step.output_error)
     step.decisions = [_decision(d) for d in step.decisions]
+    if step.timeline is not None:
+        step.timeline = _build(Timeline, step.timeline)
+        for name in ("inference", "training"):
+            points = getattr(step.timeline, name)
+            setattr(step.timeline, name, [(label, size) for label, size in points])
     return step
 
 
@@ -273,6 +442,30 @@ def _decision(data: Any) -> Decision:
             "after": None if built.after is None else _cost(built.after),
         }
     )
+
+
+def _with(cost: Cost, formulas: Cost | None) -> Cost:
+    """A cost with its formulas; what does not depend on sizes (parameters) comes from the cost."""
+    if formulas is None:
+        return cost
+    whole = replace(
+        formulas,
+        params=cost.params,
+        param_bytes=cost.param_bytes,
+        peak_bytes=formulas.activation_bytes + (cost.peak_bytes - cost.activation_bytes),
+    )
+    return replace(cost, formulas=whole)
+
+
+def _tables(value: Any) -> Any:
+    """Dataclasses as tables, all the way down."""
+    if isinstance(value, Cost):
+        return value.to_dict()
+    if is_dataclass(value):
+        return {f.name: _tables(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {k: _tables(v) for k, v in value.items()}
+    return [_tables(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _cost(data: Any) -> Cost:

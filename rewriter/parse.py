@@ -1,0 +1,276 @@
+"""What the command line names: passes, and the callables that make models.
+
+`monarch:nblocks=4`, `quantize:int8-dynamic`, `topk:k=64,where=encoder.*` and `mine.MyPass:3` are
+passes; `package.module:factory` and `folder/file.py:factory` are factories.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import math
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from torch import nn
+
+from rewriter.base import Pass
+from rewriter.errors import OptionError, RewriteError
+
+__all__ = ["built", "here", "parse_pass", "parse_sizes", "pass_names"]
+
+
+def _passes() -> Mapping[str, type[Pass]]:
+    """Every pass that ships, by its lower-case name."""
+    package = importlib.import_module("rewriter.passes")
+    found = (getattr(package, name) for name in package.__all__)
+    return {c.__name__.lower(): c for c in found if issubclass(c, Pass)}
+
+
+def pass_names() -> tuple[str, ...]:
+    """What `parse_pass` knows."""
+    return tuple(_passes())
+
+
+def parse_pass(text: str) -> Pass:
+    """`name`, `name:value` (of the first option) or `name:option=value,…` as a pass.
+
+    A name with dots is a pass of one's own, `module.Class`. Values are read as the option's type
+    says: numbers, `true`/`false`, `none`, else text, in quotes where it holds a comma.
+
+    Raises:
+        OptionError: no such pass or option (the nearest is named), or an impossible value.
+    """
+    name, _, rest = text.partition(":")
+    cls = _pass(name.strip())
+    own = {f.name: f for f in fields(cls) if f.init}
+    hints = typing.get_type_hints(cls, localns={"Site": Any})  # a name for type checkers only
+    options: dict[str, Any] = {}
+    for i, part in enumerate(p for p in _PARTS.findall(rest) if p.strip()):
+        key, equals, value = part.partition("=")
+        key, value = _unquoted(key), _unquoted(value)
+        if not equals:
+            if i:
+                raise OptionError(f"{text!r}: write {key!r} as option=value")
+            key, value = _first(cls, own), key
+        if key not in own:
+            raise OptionError(f"{cls.__name__} has no option {key!r}{_nearest(key, list(own))}")
+        if key in options:
+            raise OptionError(f"{text!r} gives {key} twice")
+        options[key] = _value(f"{name}: {key}", value, hints[key])
+    missing = [f.name for f in own.values() if _required(f) and f.name not in options]
+    if missing:
+        raise OptionError(f"{cls.__name__} needs {', '.join(missing)}: write {name}:{missing[0]}=…")
+    return cls(**options)
+
+
+_PARTS = re.compile(r"""(?:"[^"]*"|'[^']*'|[^,])+""")
+
+
+def _unquoted(text: str) -> str:
+    text = text.strip()
+    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1] if quoted else text
+
+
+def _pass(name: str) -> type[Pass]:
+    if not name:
+        raise OptionError("'' is no pass: a pass as text is name:option=value,…")
+    module, dot, own = name.rpartition(".")
+    if not dot:
+        known = _passes()
+        if name.lower() not in known:
+            raise OptionError(f"no pass is called {name!r}{_nearest(name.lower(), list(known))}")
+        return known[name.lower()]
+    try:
+        found = getattr(importlib.import_module(module), own)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"there is no pass {name!r}: {_said(error)}") from error
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise OptionError(f"{name} is no pass: it must be a class derived from rewriter.Pass")
+    return found
+
+
+def _first(cls: type[Pass], own: Mapping[str, Any]) -> str:
+    first = next(iter(n for n in own if n != "where"), "")
+    if not first:
+        raise OptionError(f"{cls.__name__} has no option but where: write where=…")
+    return first
+
+
+def _required(field: Field[Any]) -> bool:
+    from dataclasses import MISSING
+
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def _value(what: str, text: str, hint: Any) -> Any:
+    """`text` as the first of the option's types that it reads as."""
+    members = list(get_args(hint)) if _union(hint) else [hint]
+    if text.lower() in ("none", "null") and type(None) in members:
+        return None
+    if get_origin(hint) is Literal:
+        return next((v for v in get_args(hint) if str(v) == text), text)
+    literal = [m for m in members if get_origin(m) is Literal]
+    for kind in (bool, int, float):
+        if kind in members:
+            value = _number(text, kind)
+            if value is not None:
+                return value
+    if str in members or literal or Any in members:
+        return text
+    wanted = " or ".join(_WANTED.get(m, str(m)) for m in members if m is not type(None))
+    raise OptionError(f"{what}={text!r} must be {wanted}")
+
+
+_WANTED = {bool: "true or false", int: "an integer", float: "a number"}
+
+
+def _union(hint: Any) -> bool:
+    return get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _number(text: str, kind: type) -> Any:
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower())
+    try:
+        value = kind(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def parse_sizes(texts: list[str]) -> dict[str, int]:
+    """`batch=32` → {"batch": 32}.
+
+    Raises:
+        OptionError: a text is not name=whole number.
+    """
+    found: dict[str, int] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        number = _number(value.strip(), int)
+        if not name.strip() or number is None:
+            raise OptionError(f"{text!r}: write size=number, e.g. batch=32")
+        found[name.strip()] = number
+    return found
+
+
+def built(spec: str) -> tuple[nn.Module, Any]:
+    """(model, example inputs or None) of `module:factory` or `file.py:factory`.
+
+    The factory is called without arguments and returns a model, or (model, example inputs). A
+    name with dots is an attribute of an attribute. `here` finds modules of the current directory.
+
+    Raises:
+        OptionError: there is no such module or factory, it fails, or returns something else.
+    """
+    module, _, name = spec.rpartition(":")
+    if not module or not name:
+        raise OptionError(f"{spec!r}: write module:factory, e.g. mymodels:resnet or path.py:resnet")
+    made = _call(_attribute(_module(module), module, name), spec)
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"{spec} returned an object of type {type(model).__name__}: it must return an "
+            "nn.Module, or a tuple (nn.Module, example inputs)"
+        )
+    return model, inputs
+
+
+@contextlib.contextmanager
+def here() -> Iterator[None]:
+    """The current directory last on the path, wherever `python -m` has put it.
+
+    Last, so that no folder of it hides an installed module: `kernels` would (transformers).
+    """
+    before = list(sys.path)
+    own = str(Path.cwd())
+    sys.path[:] = [p for p in before if p not in ("", own)] + [own]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _module(name: str) -> types.ModuleType:
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        path = Path(name)
+        if not path.is_file():
+            raise OptionError(f"there is no file {name}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        before = sys.modules.get(path.stem)
+        sys.modules[path.stem] = module  # dataclasses and pickle look there
+        sys.path.insert(0, str(path.resolve().parent))  # its neighbours, as `python file.py` does
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[path.stem]
+            if before is not None:
+                sys.modules[path.stem] = before
+            raise
+        finally:
+            sys.path.remove(str(path.resolve().parent))
+        return module
+    except RewriteError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise OptionError(
+                f"cannot import {name}: there is no module {error.name!r} here; run from its "
+                f"folder, or name its file ({name.replace('.', '/')}.py:factory)"
+            ) from error
+        raise OptionError(f"cannot import {name}: {error}") from error
+    except Exception as error:
+        raise OptionError(f"cannot import {name}: {_said(error)}") from error
+
+
+def _attribute(module: types.ModuleType, where: str, name: str) -> Any:
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            public = [n for n in vars(found) if not n.startswith("_")] if part == name else []
+            near = difflib.get_close_matches(part, public, 1)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise OptionError(f"{where} has no {name}{hint}")
+        found = getattr(found, part)
+    return found
+
+
+def _call(factory: Any, spec: str) -> Any:
+    if isinstance(factory, nn.Module):  # a model itself
+        return factory
+    if not callable(factory):
+        raise OptionError(f"{spec} cannot be called: it is of type {type(factory).__name__}")
+    try:
+        return factory()
+    except (Exception, SystemExit) as error:
+        raise OptionError(f"{spec}() failed: {_said(error)}") from error
+
+
+def _said(error: BaseException) -> str:
+    """The error in one line, with the place in the user's file that raised it."""
+    lines = str(error).strip().splitlines()
+    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<frozen")]
+    return f"{said} ({own[-1].filename}:{own[-1].lineno})" if own else said

@@ -1,0 +1,512 @@
+"""What a report says, before it is drawn: sentences and tables, the same for every medium."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rewriter.cost import Cost, Device, Work
+from rewriter.report import format as fmt
+
+if TYPE_CHECKING:
+    from rewriter.report.ledger import Decision, Report, Step
+
+__all__ = [
+    "Grid",
+    "Group",
+    "Layer",
+    "bound",
+    "calibrated",
+    "change",
+    "device_of",
+    "every_decision",
+    "layers",
+    "lower_bounds",
+    "plural",
+    "rank",
+    "refusals",
+    "replaced",
+    "roofs",
+    "roofs_summary",
+    "slowest",
+    "steps",
+    "summary",
+    "tail",
+    "times",
+    "times_note",
+    "totals",
+    "training",
+    "without_empty",
+]
+
+OPTIMIZERS = {
+    "sgd": "SGD",
+    "sgd-momentum": "SGD with momentum",
+    "adam": "Adam",
+    "adam-8bit": "8-bit Adam",
+}
+_ROWS = 20  # of a decision table, before sites are grouped
+_SLOWEST = 10
+_FIGURE = r"\d+(\.\d+)?(e[+-]?\d+)?"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is drawn; columns from `left` on hold figures."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+    """How many leading columns are words, not figures."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that were left alone for one reason, whatever its figures."""
+
+    action: str
+    reason: str
+    members: Sequence[Decision]
+
+    @property
+    def varies(self) -> bool:
+        return any(d.reason != self.reason for d in self.members)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One site over all steps: its cost before the first and after the last of them."""
+
+    site: str
+    kind: str
+    changed: bool
+    before: Cost | None
+    after: Cost | None
+
+
+# in short
+
+
+def summary(report: Report) -> list[str]:
+    """What was done, in sentences."""
+    capture = report.capture
+    how = f"captured by {capture.rung} in {fmt.seconds(capture.seconds)}"
+    if capture.islands:
+        how += f"; {plural(len(capture.islands), 'part')} left in Python"
+    lines = [how]
+    if capture.signature:
+        lines.append(f"called as {capture.signature}")
+    if report.sizes:
+        sizes = ", ".join(f"{name} = {size}" for name, size in report.sizes.items())
+        lines.append(f"priced at {sizes}")
+    rewritten, total = report.coverage()
+    if total:
+        lines.append(f"{rewritten} of {total} linear layers rewritten")
+    elif report.decisions:
+        lines.append(f"{plural(len({d.site for d in report.replaced}), 'site')} rewritten")
+    errors = [s for s in report.steps if s.output_error is not None]
+    if errors:
+        worst = max(errors, key=lambda s: rank(s.output_error))
+        said = "outputs on the example inputs: "
+        if not worst.output_error:
+            lines.append(said + "bit for bit as before")
+        elif all(s.exact for s in errors):
+            lines.append(said + f"as before up to rounding ({fmt.error(worst.output_error)})")
+        else:
+            lines.append(
+                said + f"relative error at most {fmt.error(worst.output_error)} per step "
+                f"(largest in {worst.name})"
+            )
+    return lines
+
+
+def lower_bounds(report: Report) -> str:
+    """Why the totals are lower bounds; "" where they are not."""
+    why = []
+    if n := sum("lower bound" in line for line in report.errors):
+        why.append(f"{plural(n, 'operation')} without a cost formula")
+    if report.islands:
+        why.append(f"{plural(len(report.islands), 'part')} left in Python")
+    return f"totals are lower bounds: {' and '.join(why)}" if why else ""
+
+
+def totals(report: Report) -> Grid:
+    """The whole model before and after; a row for every figure that is known on both sides."""
+    before, after = report.before, report.after
+    rows = [
+        (name, show(a), show(b), fmt.ratio(a, b))
+        for name, a, b, show in (
+            ("parameters", before.params, after.params, fmt.count),
+            ("parameter memory", before.param_bytes, after.param_bytes, fmt.size),
+            ("multiply-adds per forward", before.macs, after.macs, fmt.count),
+            ("memory traffic per forward", before.bytes_moved, after.bytes_moved, fmt.size),
+            ("peak memory in inference", before.peak_bytes, after.peak_bytes, fmt.size),
+            ("operations launched", before.launches, after.launches, fmt.count),
+        )
+    ]
+    old, new = before.train_peak_bytes, after.train_peak_bytes
+    if old is not None and new is not None:
+        rows.append(("peak memory in training", fmt.size(old), fmt.size(new), fmt.ratio(old, new)))
+    device = report.device or "no device named"
+    for name, a, b, show, compared in (
+        (f"predicted time ({device})", before.latency_s, after.latency_s, fmt.seconds, fmt.speed),
+        ("measured time (here)", before.measured_s, after.measured_s, fmt.seconds, fmt.speed),
+        (f"energy ({device})", before.energy_j, after.energy_j, fmt.joules, fmt.ratio),
+    ):
+        if a is not None and b is not None:
+            rows.append((name, show(a), show(b), compared(a, b)))
+    return Grid(("", "before", "after", "change"), rows)
+
+
+# per step
+
+
+def _states(report: Report) -> list[tuple[str, Cost, Step | None]]:
+    """(name, cost, step) of the model as it came and after every step."""
+    found: list[tuple[str, Cost, Step | None]] = [(s.name, s.after, s) for s in report.steps]
+    if report.steps and report.steps[0].name != "original":
+        found.insert(0, ("original", report.before, None))
+    return found
+
+
+def steps(report: Report) -> Grid:
+    """The model's cost after every step."""
+    rows = [
+        (
+            name,
+            fmt.count(cost.params),
+            fmt.size(cost.param_bytes),
+            fmt.count(cost.macs),
+            fmt.size(cost.bytes_moved),
+            fmt.size(cost.peak_bytes),
+            str(cost.launches),
+            "" if step is None else fmt.error(step.output_error),
+            "" if step is None else fmt.seconds(step.seconds),
+        )
+        for name, cost, step in _states(report)
+    ]
+    header = "after", "params", "weights", "MACs", "traffic", "peak", "ops", "error", "took"
+    return Grid(header, rows)
+
+
+def calibrated(report: Report) -> bool:
+    """Whether the times were predicted for the machine that also measured them."""
+    return report.device == "this machine"
+
+
+def times(report: Report) -> Grid | None:
+    """Predicted and measured time, energy and a training step, after every step."""
+    states = _states(report)
+    if all(c.latency_s is None and c.measured_s is None for _, c, _ in states):
+        return None
+    first = report.before
+    rows = []
+    for name, cost, _ in states:
+        predicted, measured, step = cost.latency_s, cost.measured_s, cost.training
+        comparable = calibrated(report) and predicted is not None and measured is not None
+        rows.append(
+            (
+                name,
+                _shown(predicted, fmt.seconds),
+                _against(first.latency_s, predicted),
+                _shown(measured, fmt.seconds),
+                _against(first.measured_s, measured),
+                fmt.off(predicted or 0.0, measured or 0.0) if comparable else "",
+                _shown(cost.energy_j, fmt.joules),
+                _shown(None if step is None else step.latency_s, fmt.seconds),
+            )
+        )
+    header = "after", "predicted", "speed", "measured", "speed", "off by", "energy", "train"
+    return without_empty(Grid(header, rows))
+
+
+def times_note(report: Report) -> str:
+    """Whose times they are."""
+    predicted = any(c.latency_s is not None for _, c, _ in _states(report))
+    measured = any(c.measured_s is not None for _, c, _ in _states(report))
+    parts = []
+    if predicted:
+        parts.append(f"predicted and energy: a roofline model of {report.device or 'a device'}")
+        if not calibrated(report):
+            parts[-1] += ", not a measurement"
+    if measured:
+        parts.append("measured: medians on the machine that ran the rewrite")
+        if predicted and not calibrated(report):
+            parts[-1] += ", which is not the device of the predictions"
+    if predicted and any(c.training is not None for _, c, _ in _states(report)):
+        parts.append("train: a step with Adam, predicted")
+    return "; ".join(parts)
+
+
+def _shown(value: float | None, show: Callable[[float], str]) -> str:
+    return "" if value is None else show(value)
+
+
+def _against(first: float | None, value: float | None) -> str:
+    return "" if not first or not value else f"{first / value:.2f}×"
+
+
+def training(report: Report) -> Grid | None:
+    """Where the memory of a training step goes, at its worst moment, and per optimizer."""
+    old, new = report.before.training, report.after.training
+    if old is None or new is None:
+        return None
+    rows = [("weights and buffers", old.weight_bytes, new.weight_bytes)]
+    for key, name in (
+        ("gradients", "gradients"),
+        ("saved", "saved activations"),
+        ("workspace", "workspace"),
+    ):
+        rows.append((f"{name}, at the worst moment", old.worst.get(key, 0), new.worst.get(key, 0)))
+    rows.append(("gradients, all together", old.gradient_bytes, new.gradient_bytes))
+    rows.append(("saved activations, all together", old.saved_bytes, new.saved_bytes))
+    for title, a, b in (
+        ("state of {}", old.optimizers, new.optimizers),
+        ("peak with {}", old.peaks, new.peaks),
+    ):
+        for key in a:
+            if key in b:
+                rows.append((title.format(OPTIMIZERS.get(key, key)), a[key], b[key]))
+    shown = [(n, fmt.size(a), fmt.size(b), fmt.ratio(a, b)) for n, a, b in rows if a or b]
+    return Grid(("training step", "before", "after", "change"), shown)
+
+
+# which roof binds
+
+
+def device_of(report: Report) -> Device | None:
+    """The device that predicted the times, where its figures are at hand.
+
+    A stored report has its name only: the datasheets are looked up, a calibrated machine is not
+    (this one may be another).
+    """
+    if report.predictor is not None or not report.device or calibrated(report):
+        return report.predictor
+    from rewriter.cost.datasheets import DATASHEETS
+
+    return DATASHEETS.get(report.device)
+
+
+def bound(device: Device, cost: Cost, resident: int) -> str:
+    """Which roof binds most of the cost's time; "" where nothing runs."""
+    shares = _bounds(device, cost.work, resident)
+    return max(shares, key=lambda k: shares[k]) if shares else ""
+
+
+def _bounds(device: Device, work: Iterable[Work], resident: int) -> dict[str, float]:
+    """Seconds by the roof that binds."""
+    found: dict[str, float] = {}
+    for one in work:
+        roof = device.bound(one)
+        found[roof] = found.get(roof, 0.0) + device.time(one, resident=resident)
+    return found
+
+
+def roofs_summary(report: Report) -> str:
+    """Shares of the predicted time after the last step by the roof that binds."""
+    device, after = device_of(report), report.after
+    if device is None or not after.work:
+        return ""
+    found = _bounds(device, after.work, after.param_bytes)
+    whole = math.fsum(found.values())
+    if not whole:
+        return ""
+    ordered = sorted(found.items(), key=lambda f: -f[1])
+    return "bound by " + ", ".join(f"{k} {fmt.percent(v / whole)}" for k, v in ordered)
+
+
+def roofs(report: Report) -> Grid | None:
+    """Where the predicted time goes, per kind of operation, slowest first."""
+    device, before, after = device_of(report), report.before, report.after
+    if device is None or not after.work:
+        return None
+    old: dict[str, float] = {}
+    for one in before.work:
+        time = device.time(one, resident=before.param_bytes)
+        old[one.kind] = old.get(one.kind, 0.0) + time
+    new: dict[str, list[Work]] = {}
+    for one in after.work:
+        new.setdefault(one.kind, []).append(one)
+    seconds = {
+        kind: math.fsum(device.time(w, resident=after.param_bytes) for w in works)
+        for kind, works in new.items()
+    }
+    whole = math.fsum(seconds.values()) or 1.0
+    rows = []
+    for kind in sorted({*old, *new}, key=lambda k: (-seconds.get(k, 0.0), -old.get(k, 0.0))):
+        works = new.get(kind, [])
+        flops = sum(w.count * w.flops for w in works)
+        moved = sum(w.count * w.bytes_moved for w in works)
+        shares = _bounds(device, works, after.param_bytes)
+        rows.append(
+            (
+                kind.replace("_", " "),
+                max(shares, key=lambda k: shares[k]) if shares else "",
+                str(sum(w.count for w in works)) if works else "–",
+                fmt.count(flops) if flops else "–",
+                fmt.size(moved) if works else "–",
+                f"{flops / moved:.3g}" if flops and moved else "–",
+                fmt.seconds(old[kind]) if kind in old else "–",
+                fmt.seconds(seconds[kind]) if works else "–",
+                fmt.percent(seconds.get(kind, 0.0) / whole),
+            )
+        )
+    header = (
+        "operations", "bound by", "runs", "FLOPs", "traffic", "FLOP/B", "before", "after",
+        "share",
+    )  # fmt: skip
+    return Grid(header, rows, left=2)
+
+
+# per layer
+
+
+def layers(report: Report) -> list[Layer]:
+    """Every site that a step looked at, in order of first sight."""
+    found: dict[str, list[Decision]] = {}
+    for d in report.decisions:
+        found.setdefault(d.site, []).append(d)
+    return [
+        Layer(
+            site,
+            f"{members[0].kind} {members[0].shape}".strip(),
+            any(d.changed for d in members),
+            next((d.before for d in members if d.before is not None), None),
+            next((c for d in reversed(members) if (c := d.after or d.before) is not None), None),
+        )
+        for site, members in found.items()
+    ]
+
+
+def slowest(report: Report) -> Grid | None:
+    """The layers that take longest after the last step, families of names together."""
+    device = device_of(report)
+    groups: dict[tuple[str, str], list[Layer]] = {}
+    own = [x for x in layers(report) if x.after is not None and x.after.latency_s is not None]
+    for layer in own:
+        name = re.sub(r"\d+", "*", layer.site) if len(own) > _SLOWEST else layer.site
+        groups.setdefault((name, layer.kind), []).append(layer)
+    if not groups:
+        return None
+    rows = []
+    ordered = sorted(groups.items(), key=lambda g: -_sum(x.after for x in g[1]))
+    for (name, kind), members in ordered[:_SLOWEST]:
+        old, new = _sum(x.before for x in members), _sum(x.after for x in members)
+        site = members[0].site if len(members) == 1 else f"{name} (×{len(members)})"
+        after = members[0].after
+        roof = (
+            ""
+            if device is None or after is None
+            else bound(device, after, report.after.param_bytes)
+        )
+        speed = f"{old / new:.2f}×" if old and new else ""
+        rows.append((site, kind, roof, fmt.seconds(old), fmt.seconds(new), speed))
+    header = "slowest layers", "was", "bound by", "before", "after", "speed"
+    return without_empty(Grid(header, rows, left=3))
+
+
+def _sum(costs: Iterable[Cost | None]) -> float:
+    return math.fsum(c.latency_s or 0.0 for c in costs if c is not None)
+
+
+def replaced(decisions: Sequence[Decision]) -> Grid:
+    """One row per site, worst error first; per family of sites where there are many."""
+    groups: dict[tuple[str, ...], list[Decision]] = {}
+    many = len(decisions) > _ROWS
+    for d in decisions:
+        name = re.sub(r"\d+", "*", d.site) if many else d.site
+        groups.setdefault((name, d.kind, d.shape, d.action, d.kernel), []).append(d)
+    ordered = sorted(groups.items(), key=lambda g: -max(rank(d.error) for d in g[1]))
+    rows = []
+    for (name, kind, shape, _, kernel), members in ordered[:_ROWS]:
+        worst = max(members, key=lambda d: rank(d.error))
+        site = members[0].site if len(members) == 1 else f"{name} (×{len(members)})"
+        weights = change(members)
+        rows.append((site, f"{kind} {shape}".strip(), kernel, fmt.error(worst.error), weights))
+    if len(ordered) > _ROWS:
+        left = sum(len(members) for _, members in ordered[_ROWS:])
+        rows.append((f"… and {left} more, with smaller errors", "", "", "", ""))
+    error = "worst error" if many else "error"
+    return without_empty(Grid(("site", "was", "kernel", error, "weights"), rows, left=3))
+
+
+def change(decisions: Iterable[Decision]) -> str:
+    """Bytes of weights before → after."""
+    pairs = [(d.before, d.after) for d in decisions]
+    old = sum(a.param_bytes for a, b in pairs if a is not None and b is not None)
+    new = sum(b.param_bytes for a, b in pairs if a is not None and b is not None)
+    return f"{fmt.size(old)} → {fmt.size(new)}" if old else ""
+
+
+def refusals(decisions: Iterable[Decision]) -> Iterator[Group]:
+    """One group per reason, whatever its figures; the largest first."""
+    groups: dict[tuple[str, str], list[Decision]] = {}
+    for d in decisions:
+        groups.setdefault((d.action, re.sub(_FIGURE, "#", d.reason)), []).append(d)
+    for (action, _), members in sorted(groups.items(), key=lambda g: -len(g[1])):
+        yield Group(action, members[0].reason, members)
+
+
+def every_decision(step: Step) -> Grid:
+    """All decisions of a step: what changed first, worst error first."""
+    rows = [
+        (
+            d.site,
+            f"{d.kind} {d.shape}".strip(),
+            d.action,
+            d.reason,
+            d.kernel,
+            d.where,
+            fmt.error(d.error) if d.changed else "",
+            change([d]),
+            _times_change(d),
+        )
+        for d in sorted(step.decisions, key=lambda d: (not d.changed, -rank(d.error)))
+    ]
+    header = "site", "was", "action", "reason", "kernel", "where", "error", "weights", "time"
+    return without_empty(Grid(header, rows, left=6))
+
+
+def _times_change(d: Decision) -> str:
+    old = None if d.before is None else d.before.latency_s
+    new = None if d.after is None else d.after.latency_s
+    if old is None:
+        return ""
+    return fmt.seconds(old) if new is None else f"{fmt.seconds(old)} → {fmt.seconds(new)}"
+
+
+def tail(report: Report) -> Iterator[tuple[str, list[str]]]:
+    """(title, lines) of what the user should know beside the figures."""
+    if report.islands:
+        lines = []
+        for island in report.islands:
+            inside = f"; {plural(len(island.layers), 'layer')} inside rewritten"
+            name = f"{island.fqn or 'the whole model'} ({island.class_name})"
+            lines.append(f"{name}: {island.reason}{inside if island.layers else ''}")
+        yield "Left in Python", lines
+    if report.capture.notes:
+        yield "Capture notes", list(report.capture.notes)
+    if report.errors:
+        yield "Cost not known", list(report.errors)
+
+
+def rank(error: float | None) -> float:
+    """Orders errors: unknown first from below, NaN worst."""
+    return -1.0 if error is None else math.inf if math.isnan(error) else error
+
+
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" + ("" if n == 1 else "s")
+
+
+def without_empty(grid: Grid) -> Grid:
+    """Drops the columns that no row fills."""
+    keep = [i for i in range(len(grid.header)) if any(row[i] not in ("", "–") for row in grid.rows)]
+    return Grid(
+        [grid.header[i] for i in keep],
+        [[row[i] for i in keep] for row in grid.rows],
+        left=sum(i < grid.left for i in keep),
+    )

@@ -1,0 +1,134 @@
+"""The command line, and passes from text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rewriter import OptionError, Report
+from rewriter.cli import main
+from rewriter.parse import parse_pass
+from rewriter.passes import Densify, Monarch, Quantize, TopK
+
+FACTORY = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)), torch.zeros(8, 64)
+
+def alone():
+    return nn.Sequential(nn.Linear(64, 64))
+
+def broken():
+    raise ValueError("no weights")
+
+def number():
+    return 3
+
+value = 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "models_of_mine.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "models_of_mine", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("monarch", Monarch()),
+        ("Monarch:nblocks=2", Monarch(nblocks=2)),
+        ("monarch:2,rank=3", Monarch(2, rank=3)),
+        ("quantize:int8-dynamic", Quantize("int8-dynamic")),
+        ("topk:k=64,where=encoder.*", TopK(k=64, where="encoder.*")),
+        ('monarch:init="random"', Monarch(init="random")),
+        ("rewriter.passes.Densify", Densify()),
+    ],
+)
+def test_passes_from_text(text: str, expected: object) -> None:
+    assert parse_pass(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("monarhc", "no pass is called 'monarhc'; did you mean 'monarch'"),
+        ("monarch:nblock=4", "no option 'nblock'; did you mean 'nblocks'"),
+        ("monarch:nblocks=0", "at least 1"),
+        ("monarch:nblocks=four", "must be an integer"),
+        ("monarch:4,2", "write '2' as option=value"),
+        ("monarch:4,nblocks=2", "gives nblocks twice"),
+        ("topk", "TopK needs k"),
+        ("", "a pass as text"),
+        ("os.path", "is no pass"),
+        ("nowhere.Pass", "no pass 'nowhere.Pass'"),
+    ],
+)
+def test_text_that_is_no_pass(text: str, match: str) -> None:
+    with pytest.raises(OptionError, match=match):
+        parse_pass(text)
+
+
+def test_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--pass", "monarch:nblocks=4", "--device", "h100", "--at", "batch=64"]
+    files = ["--json", "out.json", "--markdown", "out.md"]
+    assert main(["report", "models_of_mine:make", *arguments, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 linear layers rewritten" in printed
+    assert "wrote out.json" in printed
+    report = Report.from_json((here / "out.json").read_text())
+    assert report.sizes == {"batch": 64}
+    assert report.device == "H100-SXM"
+    assert report.after.latency_s is not None
+    assert "Monarch" in (here / "out.md").read_text()
+
+
+def test_a_file_and_no_inputs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["report", "models_of_mine.py:alone", "--pass", "monarch:4", "--quiet"]
+    assert main([*command, "--json", "o.json"]) == 0
+    assert capsys.readouterr().out == ""
+    assert json.loads((here / "o.json").read_text())["capture"]["rung"] == "symbolic"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["models_of_mine"], "write module:factory"),
+        (["models_of_mine:missing"], "models_of_mine has no missing"),
+        (["models_of_mine:value"], "cannot be called: it is of type int"),
+        (["models_of_mine:number"], "returned an object of type int"),
+        (["models_of_mine:broken"], r"failed: ValueError: no weights \(.*models_of_mine.py:12\)"),
+        (["nothing_of_mine:make"], "cannot import nothing_of_mine"),
+        (["nothing.py:make"], "there is no file nothing.py"),
+        (["models_of_mine:make", "--pass", "quantise"], "did you mean 'quantize'"),
+        (["models_of_mine:make", "--device", "h10"], "unknown device 'h10': did you mean 'H100"),
+        (["models_of_mine:make", "--html", "no/where.html"], "there is no directory no"),
+        (["models_of_mine:make", "--json", "."], "it is a directory"),
+        (["models_of_mine:make", "--at", "batch"], "write size=number"),
+        (["models_of_mine:make", "--at", "bach=3"], "did you mean batch"),
+    ],
+)
+def test_errors_are_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], match: str
+) -> None:
+    assert main(["report", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rewriter: ")
+    with pytest.raises(AssertionError, match=match):
+        raise AssertionError(line)
+
+
+def test_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices"]) == 0
+    printed = capsys.readouterr().out
+    assert "H100-SXM" in printed
+    assert "MI300X" in printed
