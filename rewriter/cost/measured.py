@@ -64,14 +64,11 @@ class Measured:
             weights between two uses.
         host: seconds of things that run no kernel: "module" (finding and calling a submodule),
             "view", "op" (the least of an op).
-        context: how much longer an op takes in the middle of a model than alone, by the seconds
-            that it takes alone.
     """
 
     tables: Mapping[str, Table]
     miss: Table
     host: Mapping[str, float] = field(default_factory=dict)
-    context: Table = Table(((1.0,),), (1.0,))
 
     def launch(self, work: Work) -> float:
         """The part of an op's time that is there at any size."""
@@ -104,8 +101,7 @@ class Measured:
             found += self.host["module"]
         weights = min(work.weight_bytes, work.bytes_read)
         further = self.miss.at(max(resident, weights, 1)) - self.miss.at(max(weights, 1))
-        found += weights * further  # the table has what a weight of its own size misses
-        return found * self.context.at(max(found, 1e-9))
+        return found + weights * further  # the table has what a weight of its own size misses
 
     def composite(self, work: Work) -> float | None:
         """The parts of one of our layers, each as fast as it is alone."""
@@ -164,7 +160,6 @@ class Measured:
             "tables": tables,
             "miss": plain(self.miss),
             "host": dict(self.host),
-            "context": plain(self.context),
         }
 
     @classmethod
@@ -174,7 +169,7 @@ class Measured:
         host = {str(name): float(value) for name, value in data["host"].items()}
         if not {"module", "view", "op"} <= set(host) or not all(v > 0 for v in host.values()):
             raise ValueError("host times are missing")
-        return cls(tables, Table.from_dict(data["miss"]), host, Table.from_dict(data["context"]))
+        return cls(tables, Table.from_dict(data["miss"]), host)
 
 
 def _times_forward(work: Work) -> float:

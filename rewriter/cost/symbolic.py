@@ -174,7 +174,7 @@ def frontier(values: Sequence[Size], around: Mapping[str, int]) -> list[int]:
     factors = dict.fromkeys(
         f for v in values if isinstance(v, Formula) for term in v.terms for f in term
     )
-    names = sorted({n.id for f in factors for n in ast.walk(_compiled(f)) if _is_size(n)})
+    names = sorted({name for factor in factors for name in _sizes(_compiled(factor))})
     grid = np.unique(np.round(np.logspace(0, 6, 97)))
     if len(names) <= 2:
         points = np.stack([g.ravel() for g in np.meshgrid(*[grid] * len(names))], 1)
@@ -200,8 +200,9 @@ def frontier(values: Sequence[Size], around: Mapping[str, int]) -> list[int]:
     return sorted({int(i) for i in winner})
 
 
-def _is_size(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id not in {c.partition(".")[0] for c in _CALLS}
+def _sizes(tree: ast.expr) -> set[str]:
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return names - {call.partition(".")[0] for call in _CALLS}
 
 
 def at_largest(cases: Sequence[tuple[Size, Size]]) -> Size:
