@@ -1,8 +1,8 @@
 """Monarch with int8 factors: `kernels/monarch.py` with every product an `int8_linear`.
 
-    mid[b,k,:] = int8_linear(x[b,k,:],  qright[k], right_scale[k])      for every input block k
-    z[b,l,:]   = int8_linear(mid[b,l,:], qleft[l], left_scale[l])       for every output block l
-    y[b,s·N+l] = z[b,l,s] + bias[s·N+l]
+    mid[b,k,:]  = int8_linear(x[b,k,:],  qright[k], right_scale[k])      for every input block k
+    z[b,l,:]    = int8_linear(mid[b,l,:], qleft[l], left_scale[l])       for every output block l
+    y[b,l·ob+s] = z[b,l,s] + bias[l·ob+s]                interleaved: y[b,s·L+l] = z[b,l,s] + …
 
 Activations have a range per token and block, or one per factor over the whole tensor. torch has
 no batched int8 product on the CPU: the blocks run one after the other.
@@ -26,7 +26,8 @@ __all__ = ["int8_monarch_linear", "int8_monarch_linear_reference"]
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
     "int8_monarch_linear(Tensor x, Tensor qright, Tensor right_scale, Tensor qleft, "
-    "Tensor left_scale, Tensor? bias, int out_features, str activation='per_token') -> Tensor"
+    "Tensor left_scale, Tensor? bias, int out_features, str activation='per_token', "
+    "bool interleaved=False) -> Tensor"
 )
 
 
@@ -39,22 +40,24 @@ def int8_monarch_linear(
     bias: Tensor | None,
     out_features: int,
     activation: str = "per_token",
+    interleaved: bool = False,
 ) -> Tensor:
-    """y[…, s·N+l] = Σ_(k,r) left[l,s,(k,r)]·q(Σ_i right[k,(l,r),i]·q(x[…, k·ib+i])) + bias[s·N+l]
+    """y[…, l·ob+s] = Σ_(k,r) left[l,s,(k,r)]·q(Σ_i right[k,(r,l),i]·q(x[…, k·ib+i])) + bias[l·ob+s]
 
     with right = qright·right_scale[…, None], left = qleft·left_scale[…, None], and q as in
-    `int8_linear`. Costs 2·rows·N²·rank·(ib+ob) FLOPs. Gradients are straight-through, to x and
+    `int8_linear`. Costs 2·rows·K·L·rank·(ib+ob) FLOPs. Gradients are straight-through, to x and
     bias.
 
     Args:
-        x: [*, in_features], zero-padded to N·ib.
-        qright: [N, N·rank, ib] int8.
-        right_scale: [N, N·rank].
-        qleft: [N, ob, N·rank] int8.
-        left_scale: [N, ob].
+        x: [*, in_features], zero-padded to K·ib.
+        qright: [K, rank·L, ib] int8.
+        right_scale: [K, rank·L].
+        qleft: [L, ob, K·rank] int8.
+        left_scale: [L, ob].
         bias: [out_features] or None.
-        out_features: at most N·ob; y is cropped to it.
+        out_features: at most L·ob; y is cropped to it.
         activation: "per_token" or "per_tensor".
+        interleaved: y[…, s·L+l] in place of y[…, l·ob+s].
 
     Returns:
         [*, out_features], contiguous, in x's dtype (the autocast dtype under autocast).
@@ -63,7 +66,7 @@ def int8_monarch_linear(
         ValueError: shapes or dtypes do not fit.
     """
     y: Tensor = torch.ops.rewriter.int8_monarch_linear.default(
-        x, qright, right_scale, qleft, left_scale, bias, out_features, activation
+        x, qright, right_scale, qleft, left_scale, bias, out_features, activation, interleaved
     )
     return y
 
@@ -77,12 +80,14 @@ def int8_monarch_linear_reference(
     bias: Tensor | None,
     out_features: int,
     activation: str = "per_token",
+    interleaved: bool = False,
 ) -> Tensor:
     """The same function block by block, float64 inside."""
-    n, nr, ib = qright.shape
-    xb = F.pad(x.double(), (0, n * ib - x.shape[-1])).unflatten(-1, (n, ib))
+    (k, rl, ib), l = qright.shape, qleft.shape[0]
+    xb = F.pad(x.double(), (0, k * ib - x.shape[-1])).unflatten(-1, (k, ib))
 
     def blocks(v: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        n = q.shape[0]
         if activation == "per_token":
             parts = [int8.int8_linear_reference(v[..., i, :], q[i], scale[i]) for i in range(n)]
             return torch.stack(parts, -2)
@@ -91,10 +96,10 @@ def int8_monarch_linear_reference(
         wide = int8.int8_linear_reference(v, *w, None, activation)
         return torch.stack([wide.unflatten(-1, (n, -1))[..., i, i, :] for i in range(n)], -2)
 
-    mid = blocks(xb, qright, right_scale)  # [*, k, (l, r)]
-    mid = mid.unflatten(-1, (n, nr // n)).transpose(-3, -2).flatten(-2)  # [*, l, (k, r)]
+    mid = blocks(xb, qright, right_scale)  # [*, k, (r, l)]
+    mid = mid.unflatten(-1, (rl // l, l)).flatten(-3, -2).transpose(-2, -1)  # [*, l, (k, r)]
     z = blocks(mid, qleft, left_scale)  # [*, l, s]
-    y = z.transpose(-2, -1).flatten(-2)[..., :out_features]
+    y = (z.transpose(-2, -1) if interleaved else z).flatten(-2)[..., :out_features]
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -117,11 +122,15 @@ def _check(
             f"int8_monarch_linear: factors must be int8, got {qright.dtype} and {qleft.dtype}"
         )
     right, left = list(qright.shape), list(qleft.shape)
-    fits = qright.ndim == qleft.ndim == 3 and right[0] == left[0] and right[1] == left[2]
-    if not fits or right[1] % right[0] or -(-out_features // right[0]) != left[1]:
+    fits = (
+        qright.ndim == qleft.ndim == 3
+        and right[1] % left[0] == 0
+        and right[0] * (right[1] // left[0]) == left[2]
+    )
+    if not fits or -(-out_features // left[0]) != left[1]:
         raise ValueError(
-            f"int8_monarch_linear: qright {right} and qleft {left} must be [N, N*rank, ib] and "
-            f"[N, ob, N*rank] with N*ob just above out_features {out_features}"
+            f"int8_monarch_linear: qright {right} and qleft {left} must be [K, rank*L, ib] and "
+            f"[L, ob, K*rank] with L*ob just above out_features {out_features}"
         )
     if not x.is_floating_point() or x.ndim == 0 or -(-x.shape[-1] // right[0]) != right[2]:
         raise ValueError(
@@ -138,8 +147,8 @@ def _check(
         )
 
 
-def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> Tensor:
-    """x [N, rows, k] float32, contiguous; qweight [N, n, k] → [N, rows, n]."""
+def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> tuple[Tensor, ...]:
+    """x [N, rows, k] float32, contiguous; qweight [N, n, k] → N times [rows, n]."""
     blocks, rows, k = x.shape
     n = qweight.shape[1]
     kernel = int8.pick_kernel(rows, k, n, activation) if x.device.type == "cpu" else "torch"
@@ -147,7 +156,8 @@ def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> Tenso
     if kernel == "torch":
         levels, step, low = int8.quantize_torch(flat, activation)
         weight = int8.dequantize_weight(qweight, scale)
-        return torch.bmm((levels * step + low).view(blocks, rows, k), weight.transpose(1, 2))
+        x = (levels * step + low).view(blocks, rows, k)
+        return torch.bmm(x, weight.transpose(1, 2)).unbind()
     packed = int8.packed_weight(qweight)
     q, s, lo = int8.quantize(flat, activation)
     parts = []
@@ -161,7 +171,7 @@ def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> Tenso
             assert isinstance(lo, int)
             part = q[own], s, lo
         parts.append(int8.multiply(kernel, part, qweight[b], packed, b, scale[b], None))
-    return torch.stack(parts)
+    return tuple(parts)
 
 
 def _forward(
@@ -173,19 +183,21 @@ def _forward(
     bias: Tensor | None,
     out_features: int,
     activation: str = "per_token",
+    interleaved: bool = False,
 ) -> Tensor:
     _check(x, qright, right_scale, qleft, left_scale, bias, out_features, activation)
-    n, nr, ib = qright.shape
+    (k, rl, ib), l = qright.shape, qleft.shape[0]
     rows = math.prod(x.shape[:-1])
     if rows == 0:
         return x.new_zeros(*x.shape[:-1], out_features)
     xb = x.reshape(rows, x.shape[-1]).float()
-    xb = F.pad(xb, (0, n * ib - xb.shape[1])).view(rows, n, ib).transpose(0, 1).contiguous()
-    mid = _blocks(xb, qright, right_scale.float(), activation)  # [k, rows, (l, r)]
-    mid = mid.view(n, rows, n, nr // n).permute(2, 1, 0, 3).reshape(n, rows, nr)
-    z = _blocks(mid, qleft, left_scale.float(), activation)  # [l, rows, s]
-    y = z.permute(1, 2, 0).reshape(rows, -1)[:, :out_features]
-    y = y.contiguous() if bias is None else y + bias
+    xb = F.pad(xb, (0, k * ib - xb.shape[1])).view(rows, k, ib).transpose(0, 1).contiguous()
+    mid = torch.cat(_blocks(xb, qright, right_scale.float(), activation), 1)  # [rows, (k, r, l)]
+    mid = mid.view(rows, k * rl // l, l).permute(2, 0, 1).contiguous()  # [l, rows, (k, r)]
+    z = _blocks(mid, qleft, left_scale.float(), activation)  # l times [rows, s]
+    y = torch.stack(z, 2).flatten(1) if interleaved else torch.cat(z, 1)
+    y = y[:, :out_features].contiguous()
+    y = y if bias is None else y.add_(bias)
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
@@ -198,13 +210,14 @@ def _fake(
     bias: Tensor | None,
     out_features: int,
     activation: str = "per_token",
+    interleaved: bool = False,
 ) -> Tensor:
     _check(x, qright, right_scale, qleft, left_scale, bias, out_features, activation)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qright, right_scale, qleft, left_scale, bias, _, _ = inputs
+    x, qright, right_scale, qleft, left_scale, bias, _, _, ctx.interleaved = inputs
     ctx.save_for_backward(qright, right_scale, qleft, left_scale)
     ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
 
@@ -212,18 +225,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dx = g through leftᵀ, then rightᵀ; rounding of activations counts as the identity."""
     qright, right_scale, qleft, left_scale = ctx.saved_tensors
-    n, nr, ob = qright.shape[0], qright.shape[1], qleft.shape[1]
+    rank, (l, ob, _) = qright.shape[1] // qleft.shape[0], qleft.shape
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         right = int8.dequantize_weight(qright, right_scale).to(grad.dtype)
         left = int8.dequantize_weight(qleft, left_scale).to(grad.dtype)
-        g = F.pad(grad, (0, n * ob - grad.shape[-1])).unflatten(-1, (ob, n))  # [*, s, l]
-        dmid = torch.einsum("...sl,lsm->...lm", g, left)  # [*, l, (k, r)]
-        dmid = dmid.unflatten(-1, (n, nr // n)).transpose(-3, -2).flatten(-2)  # [*, k, (l, r)]
+        g = F.pad(grad, (0, l * ob - grad.shape[-1]))
+        g = g.unflatten(-1, (ob, l)).mT if ctx.interleaved else g.unflatten(-1, (l, ob))
+        dmid = torch.einsum("...ls,lsm->...ml", g, left)  # [*, (k, r), l]
+        dmid = dmid.unflatten(-2, (-1, rank)).flatten(-2)  # [*, k, (r, l)]
         dx = torch.einsum("...km,kmi->...ki", dmid, right).flatten(-2)[..., : ctx.in_features]
     if ctx.needs_input_grad[5]:
         dbias = grad.sum(tuple(range(grad.ndim - 1))).to(ctx.bias_dtype)
-    return dx, None, None, None, None, dbias, None, None
+    return dx, None, None, None, None, dbias, None, None, None
 
 
 _LIB.impl("int8_monarch_linear", _forward, "CompositeExplicitAutograd")
@@ -243,6 +257,6 @@ def int8_monarch_linear_flops(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """2·rows·N²·rank·(ib+ob) integer operations, from shapes."""
-    n, nr, ib = qright
-    return 2 * math.prod(x[:-1]) * n * nr * (ib + qleft[1])
+    """2·rows·K·L·rank·(ib+ob) integer operations, from shapes."""
+    k, rl, ib = qright
+    return 2 * math.prod(x[:-1]) * k * rl * (ib + qleft[1])

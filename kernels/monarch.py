@@ -1,20 +1,24 @@
-"""Monarch: y = x Wᵀ + b where every N×N-block slice of W has rank `rank`.
+"""Monarch: y = x Wᵀ + b where every slice of W, cut into L×K of them, has rank `rank`.
 
-Shapes, used throughout (N = nblocks, R = rank):
+Shapes, used throughout (K input blocks, L output blocks, R = rank; K = L = nblocks mostly):
 
-    ib = ⌈in_features / N⌉, ob = ⌈out_features / N⌉     x padded to N·ib, y cropped from N·ob
-    right [N, N·R, ib]   input block k;  its rows are (l, r), r fastest
-    left  [N, ob, N·R]   output block l; its columns are (k, r), r fastest
-    mid[b,k,l,r] = Σ_i right[k,(l,r),i] x[b,k,i]
-    z[b,l,s]     = Σ_k Σ_r left[l,s,(k,r)] mid[b,k,l,r]
-    y[b,s·N+l]   = z[b,l,s] + bias[s·N+l]
+    ib = ⌈in_features / K⌉, ob = ⌈out_features / L⌉     x padded to K·ib, y cropped from L·ob
+    right [K, R·L, ib]   input block k;  its rows are (r, l), l fastest
+    left  [L, ob, K·R]   output block l; its columns are (k, r), r fastest
+    mid[b,k,r,l] = Σ_i right[k,(r,l),i] x[b,k,i]
+    z[b,l,s]     = Σ_k Σ_r left[l,s,(k,r)] mid[b,k,r,l]
+    y[b,l·ob+s]  = z[b,l,s] + bias[l·ob+s]              interleaved: y[b,s·L+l] = z[b,l,s] + …
 
-so W[s·N+l, k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(l,r),i]: the slice (l, k) is a product of an
-[ob, R] and an [R, ib] matrix, and no pair of blocks is left unconnected whatever the sizes.
+so the slice (l, k) of W is a product of an [ob, R] and an [R, ib] matrix, and no pair of blocks is
+left unconnected whatever the sizes. By default the rows of a slice are neighbours, W[l·ob+s,
+k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(r,l),i], and no permutation is left to carry out: with l
+fastest, mid as [(k, r), l, rows] has one stride per index, and both products read and write in
+place. The paper's order, `interleaved`, takes every L-th row, and costs a permuting copy of y. A
+trained weight is approximated equally well by both.
 
 Sources: Dao et al. 2022, "Monarch: Expressive Structured Matrices for Efficient and Accurate
-Training" (PLPᵀR, output order and projection as in the released code), with the rank of a slice
-made explicit as in Block Tensor-Train (Qiu et al. 2024).
+Training" (PLPᵀR), with the rank of a slice made explicit as in Block Tensor-Train (Qiu et al.
+2024).
 """
 
 from __future__ import annotations
@@ -37,31 +41,38 @@ __all__ = [
 
 _LIB: Any = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
-    "monarch_linear(Tensor x, Tensor right, Tensor left, Tensor? bias, int out_features) -> Tensor"
+    "monarch_linear(Tensor x, Tensor right, Tensor left, Tensor? bias, int out_features,"
+    " bool interleaved=False) -> Tensor"
 )
 _LIB.define(
-    "monarch_linear_train(Tensor x, Tensor right, Tensor left, Tensor? bias, int out_features)"
-    " -> (Tensor, Tensor)"
+    "monarch_linear_train(Tensor x, Tensor right, Tensor left, Tensor? bias, int out_features,"
+    " bool interleaved=False) -> (Tensor, Tensor)"
 )
 _LIB.define(
     "monarch_linear_backward(Tensor grad, Tensor x, Tensor mid, Tensor right, Tensor left,"
-    " bool need_x, bool need_right, bool need_left) -> (Tensor, Tensor, Tensor)"
+    " bool interleaved, bool need_x, bool need_right, bool need_left) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def monarch_linear(
-    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
 ) -> Tensor:
-    """y[…, s·N+l] = Σ_k Σ_r left[l,s,(k,r)] Σ_i right[k,(l,r),i] x[…, k·ib+i] + bias[s·N+l].
+    """y[…, l·ob+s] = Σ_k Σ_r left[l,s,(k,r)] Σ_i right[k,(r,l),i] x[…, k·ib+i] + bias[l·ob+s].
 
-    Costs 2·rows·N²·rank·(ib+ob) FLOPs.
+    Costs 2·rows·K·L·rank·(ib+ob) FLOPs.
 
     Args:
         x: [*, in_features], any leading shape.
-        right: [N, N·rank, ib] with ib = ⌈in_features / N⌉.
-        left: [N, ob, N·rank] with ob = ⌈out_features / N⌉.
+        right: [K, rank·L, ib] with ib = ⌈in_features / K⌉.
+        left: [L, ob, K·rank] with ob = ⌈out_features / L⌉.
         bias: [out_features] or None.
-        out_features: at most N·ob; y is cropped to it.
+        out_features: at most L·ob; y is cropped to it.
+        interleaved: y[…, s·L+l] in place of y[…, l·ob+s].
 
     Returns:
         [*, out_features], contiguous, in x's dtype (the autocast dtype under autocast).
@@ -71,40 +82,54 @@ def monarch_linear(
 
     Source: the module's docstring.
     """
-    y: Tensor = torch.ops.rewriter.monarch_linear(x, right, left, bias, out_features)
+    y: Tensor = torch.ops.rewriter.monarch_linear(x, right, left, bias, out_features, interleaved)
     return y
 
 
 def monarch_linear_reference(
-    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
 ) -> Tensor:
     """The same function as `monarch_linear`, written as the formula; differentiable any number
     of times."""
-    n, rank = right.shape[0], right.shape[1] // right.shape[0]
-    ib, ob = right.shape[2], left.shape[1]
-    xb = torch.unflatten(F.pad(x, (0, n * ib - x.shape[-1])), -1, (n, ib))
-    mid = torch.einsum("klri,...ki->...klr", torch.unflatten(right, 1, (n, rank)), xb)
-    z = torch.einsum("lskr,...klr->...sl", torch.unflatten(left, 2, (n, rank)), mid)
-    y = z.reshape(*x.shape[:-1], ob * n)[..., :out_features]
+    k, l, rank = _blocks(right, left)
+    xb = torch.unflatten(F.pad(x, (0, k * right.shape[2] - x.shape[-1])), -1, (k, right.shape[2]))
+    mid = torch.einsum("krli,...ki->...krl", torch.unflatten(right, 1, (rank, l)), xb)
+    z = torch.einsum("lskr,...krl->...ls", torch.unflatten(left, 2, (k, rank)), mid)
+    y = (z.transpose(-2, -1) if interleaved else z).flatten(-2)[..., :out_features]
     return y if bias is None else y + bias
 
 
-def monarch_dense(right: Tensor, left: Tensor, out_features: int, in_features: int) -> Tensor:
-    """W[s·N+l, k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(l,r),i].
+def monarch_dense(
+    right: Tensor, left: Tensor, out_features: int, in_features: int, interleaved: bool = False
+) -> Tensor:
+    """W[l·ob+s, k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(r,l),i].
 
     Args:
-        right: [N, N·rank, ib].
-        left: [N, ob, N·rank].
-        out_features, in_features: what the [N·ob, N·ib] product is cropped to.
+        right: [K, rank·L, ib].
+        left: [L, ob, K·rank].
+        out_features, in_features: what the [L·ob, K·ib] product is cropped to.
+        interleaved: W[s·L+l, k·ib+i] in place of W[l·ob+s, k·ib+i].
 
     Returns:
         [out_features, in_features], differentiable in both factors.
     """
-    n, rank = right.shape[0], right.shape[1] // right.shape[0]
+    k, l, rank = _blocks(right, left)
     slices = torch.einsum(
-        "lskr,klri->slki", torch.unflatten(left, 2, (n, rank)), torch.unflatten(right, 1, (n, rank))
+        "lskr,krli->slki" if interleaved else "lskr,krli->lski",
+        torch.unflatten(left, 2, (k, rank)),
+        torch.unflatten(right, 1, (rank, l)),
     )
-    return slices.reshape(left.shape[1] * n, n * right.shape[2])[:out_features, :in_features]
+    return slices.reshape(l * left.shape[1], k * right.shape[2])[:out_features, :in_features]
+
+
+def _blocks(right: Tensor, left: Tensor) -> tuple[int, int, int]:
+    """(K, L, rank)."""
+    return right.shape[0], left.shape[0], right.shape[1] // left.shape[0]
 
 
 # Forward -----------------------------------------------------------------------------------------
@@ -116,18 +141,18 @@ def _check(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_feat
             f"monarch_linear: right and left must be 3-D, got {list(right.shape)} and "
             f"{list(left.shape)}"
         )
-    n = right.shape[0]
-    if left.shape[0] != n or left.shape[2] != right.shape[1] or right.shape[1] % n:
+    k, l, rank = _blocks(right, left)
+    if right.shape[1] != rank * l or left.shape[2] != k * rank or rank == 0:
         raise ValueError(
             f"monarch_linear: right {list(right.shape)} and left {list(left.shape)} must be "
-            "[N, N*rank, ib] and [N, ob, N*rank]"
+            "[K, rank*L, ib] and [L, ob, K*rank]"
         )
-    if x.ndim == 0 or -(-x.shape[-1] // n) != right.shape[2]:
+    if x.ndim == 0 or -(-x.shape[-1] // k) != right.shape[2]:
         raise ValueError(
             f"monarch_linear: x of shape {list(x.shape)} does not fit right {list(right.shape)}: "
-            f"its last dimension must be in ({n * (right.shape[2] - 1)}, {n * right.shape[2]}]"
+            f"its last dimension must be in ({k * (right.shape[2] - 1)}, {k * right.shape[2]}]"
         )
-    if -(-out_features // n) != left.shape[1]:
+    if -(-out_features // l) != left.shape[1]:
         raise ValueError(
             f"monarch_linear: out_features {out_features} does not fit left {list(left.shape)}"
         )
@@ -141,75 +166,87 @@ def _rows(x: Tensor, width: int) -> Tensor:
     return x if x.shape[1] == width else F.pad(x, (0, width - x.shape[1]))
 
 
-def _rank_major(right: Tensor) -> Tensor:
-    """Rows (l, r) → (r, l). With l fastest, the rows (r, l) of all blocks k, read as ((k, r), l),
-    have one stride per index, so that a bmm reads the middle permutation without a copy."""
-    n, nr, ib = right.shape
-    return right.view(n, n, nr // n, ib).transpose(1, 2).reshape(n, nr, ib)
-
-
 def _mid(xb: Tensor, right: Tensor) -> Tensor:
-    """[rows, N·ib] → [N(k), (r, l), rows]."""
-    n, _, ib = right.shape
-    return torch.bmm(_rank_major(right), xb.view(xb.shape[0], n, ib).permute(1, 2, 0))
+    """[rows, K·ib] → [K, (r, l), rows]."""
+    k, _, ib = right.shape
+    return torch.bmm(right, xb.view(xb.shape[0], k, ib).permute(1, 2, 0))
 
 
-def _finish(z: Tensor, bias: Tensor | None, shape: torch.Size, out: int) -> Tensor:
-    """z [N(l), rows, s] → y [*shape[:-1], out]."""
-    n, rows, ob = z.shape
-    # Permuting first and adding in place measures faster than one strided add that does both.
-    y = z.new_empty(rows, ob, n).copy_(z.permute(1, 2, 0)).view(rows, ob * n)
+def _mid_by_output(mid: Tensor, l: int) -> Tensor:  # noqa: E741
+    """[K, (r, l), rows] → [L, rows, (k, r)], a view."""
+    k, rl, rows = mid.shape
+    return mid.view(k * rl // l, l, rows).permute(1, 2, 0)
+
+
+def _finish(
+    mid: Tensor, left: Tensor, bias: Tensor | None, shape: torch.Size, out: int, interleaved: bool
+) -> Tensor:
+    """mid [L, rows, (k, r)] → y [*shape[:-1], out]."""
+    (l, ob, _), rows = left.shape, mid.shape[1]
+    if interleaved:
+        z = torch.bmm(mid, left.transpose(1, 2))  # [l, rows, s]
+        # Permuting first and adding in place measures faster than one strided add that does both.
+        y = z.new_empty(rows, ob, l).copy_(z.permute(1, 2, 0)).view(rows, ob * l)
+    else:
+        y = mid.new_empty(rows, l * ob)
+        z = y.view(rows, l, ob).transpose(0, 1)
+        if bias is not None and out == l * ob:
+            # The product adds to what it finds: no second pass over y.
+            own = bias.view(l, 1, ob).expand(l, rows, ob)
+            torch.baddbmm(own, mid, left.transpose(1, 2), out=z)
+            return y.view(*shape[:-1], out)
+        torch.bmm(mid, left.transpose(1, 2), out=z)
     y = y[:, :out].contiguous()
     if bias is not None:
         y.add_(bias)
     return y.view(*shape[:-1], out)
 
 
-def _mid_by_output(mid: Tensor) -> Tensor:
-    """[N(k), (r, l), rows] → [N(l), rows, (k, r)], a view."""
-    n, nr, rows = mid.shape
-    return mid.view(nr, n, rows).permute(1, 2, 0)
-
-
 def _forward(
-    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
 ) -> Tensor:
-    _check(x, right, left, bias, out_features)
-    right, left = right.contiguous(), left.contiguous()
-    n, nr, ib = right.shape
-    xb = _rows(x, n * ib)
-    rows, rank = xb.shape[0], nr // n
-    # One of two things has to be permuted: the activations in the middle, or `right`. Measured
-    # (x86, 4 blocks, ib 192): below about ib / 8 rows the activations are the cheaper ones.
-    if rows * 8 < ib:
-        mid = torch.bmm(xb.view(rows, n, ib).transpose(0, 1), right.transpose(1, 2))
-        mid = mid.view(n, rows, n, rank).permute(2, 1, 0, 3).reshape(n, rows, nr)
-    else:
-        mid = _mid_by_output(_mid(xb, right))
-    z = torch.bmm(mid, left.transpose(1, 2))
-    del mid  # y may take its memory
-    return _finish(z, bias, x.shape, out_features)
+    return _forward_train(x, right, left, bias, out_features, interleaved)[0]
 
 
 def _forward_train(
-    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check(x, right, left, bias, out_features)
     right, left = right.contiguous(), left.contiguous()
     mid = _mid(_rows(x, right.shape[0] * right.shape[2]), right)
-    z = torch.bmm(_mid_by_output(mid), left.transpose(1, 2))
-    return _finish(z, bias, x.shape, out_features), mid
+    by_output = _mid_by_output(mid, left.shape[0])
+    return _finish(by_output, left, bias, x.shape, out_features, interleaved), mid
 
 
 def _forward_fake(
-    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
 ) -> Tensor:
     _check(x, right, left, bias, out_features)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _forward_train_fake(
-    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     y = _forward_fake(x, right, left, bias, out_features)
     return y, x.new_empty(right.shape[0], right.shape[1], math.prod(x.shape[:-1]))
@@ -224,6 +261,7 @@ def _backward(
     mid: Tensor,
     right: Tensor,
     left: Tensor,
+    interleaved: bool,
     need_x: bool,
     need_right: bool,
     need_left: bool,
@@ -233,27 +271,27 @@ def _backward(
     A gradient that is not needed comes back as an empty tensor.
     """
     right, left, mid = right.contiguous(), left.contiguous(), mid.contiguous()
-    (n, nr, ib), ob = right.shape, left.shape[1]
-    rank, in_features = nr // n, x.shape[-1]
-    g = _rows(grad, n * ob)
+    (k, rl, ib), (l, ob, kr) = right.shape, left.shape
+    in_features = x.shape[-1]
+    g = _rows(grad, l * ob)
     rows = g.shape[0]
-    g = g.view(rows, ob, n).permute(2, 0, 1).contiguous()  # [l, rows, s]
+    if interleaved:
+        g = g.view(rows, ob, l).permute(2, 0, 1).contiguous()  # [l, rows, s]
+    else:
+        g = g.view(rows, l, ob).transpose(0, 1)
     dx, dright, dleft = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if need_left:
-        dleft = torch.bmm(g.transpose(1, 2), _mid_by_output(mid))  # [l, s, (k, r)]
+        dleft = torch.bmm(g.transpose(1, 2), _mid_by_output(mid, l))  # [l, s, (k, r)]
     if need_x or need_right:
         dmid = torch.empty_like(mid)  # [k, (r, l), rows], filled as [l, (k, r), rows]
-        torch.bmm(
-            left.transpose(1, 2), g.transpose(1, 2), out=dmid.view(nr, n, rows).transpose(0, 1)
-        )
+        torch.bmm(left.transpose(1, 2), g.transpose(1, 2), out=dmid.view(kr, l, rows).transpose(0, 1))
         if need_right:
-            xb = _rows(x, n * ib).view(rows, n, ib).transpose(0, 1)  # [k, rows, i]
-            dright = torch.bmm(dmid, xb).view(n, rank, n, ib)
-            dright = dright.transpose(1, 2).reshape(n, nr, ib)
+            xb = _rows(x, k * ib).view(rows, k, ib).transpose(0, 1)  # [k, rows, i]
+            dright = torch.bmm(dmid, xb)
         if need_x:
-            dx = x.new_empty(rows, n, ib)
-            torch.bmm(dmid.transpose(1, 2), _rank_major(right), out=dx.transpose(0, 1))
-            dx = dx.view(rows, n * ib)[:, :in_features].contiguous().view(x.shape)
+            dx = x.new_empty(rows, k, ib)
+            torch.bmm(dmid.transpose(1, 2), right, out=dx.transpose(0, 1))
+            dx = dx.view(rows, k * ib)[:, :in_features].contiguous().view(x.shape)
     return dx, dright, dleft
 
 
@@ -263,6 +301,7 @@ def _backward_fake(
     mid: Tensor,
     right: Tensor,
     left: Tensor,
+    interleaved: bool,
     need_x: bool,
     need_right: bool,
     need_left: bool,
@@ -275,28 +314,28 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, right, left, bias, out_features = inputs
+    x, right, left, bias, _, interleaved = inputs
     ctx.save_for_backward(x, right, left, output[1])
-    ctx.out_features, ctx.needs_bias = out_features, bias is not None
+    ctx.interleaved, ctx.needs_bias = interleaved, bias is not None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    """Keeps `mid` (one activation of N·N·rank values per row, in_features where that is the
-    smaller side) rather than computing it again, which would add a sixth to the FLOPs of a
+    """Keeps `mid` (one activation of K·L·rank values per row, as many as the smaller side of a
+    classic layer) rather than computing it again, which would add a sixth to the FLOPs of a
     square layer's training step. As an output of an op of its own it stays visible in the joint
     graph, where a memory planner may choose otherwise."""
     if grad is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     x, right, left, mid = ctx.saved_tensors
-    need_x, need_right, need_left, need_bias, _ = ctx.needs_input_grad
+    need_x, need_right, need_left, need_bias, *_ = ctx.needs_input_grad
     dbias = grad.sum_to_size(grad.shape[-1]) if ctx.needs_bias and need_bias else None
     if torch.is_grad_enabled():  # create_graph=True: gradients that are differentiable themselves
-        dx, dright, dleft = _backward_reference(grad, x, right, left)
+        dx, dright, dleft = _backward_reference(grad, x, right, left, ctx.interleaved)
     else:
         dx, dright, dleft = torch.ops.rewriter.monarch_linear_backward(
-            grad, x, mid, right, left, need_x, need_right, need_left
+            grad, x, mid, right, left, ctx.interleaved, need_x, need_right, need_left
         )
     return (
         dx if need_x else None,
@@ -304,23 +343,24 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple
         dleft if need_left else None,
         dbias,
         None,
+        None,
     )
 
 
 def _backward_reference(
-    grad: Tensor, x: Tensor, right: Tensor, left: Tensor
+    grad: Tensor, x: Tensor, right: Tensor, left: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward as formulas over [rows, …] tensors, differentiable in all four arguments."""
-    (n, nr, ib), ob = right.shape, left.shape[1]
-    rank = nr // n
-    g = torch.unflatten(_rows(grad, n * ob), 1, (ob, n))
-    xb = torch.unflatten(_rows(x, n * ib), 1, (n, ib))
-    r, lf = torch.unflatten(right, 1, (n, rank)), torch.unflatten(left, 2, (n, rank))
-    mid = torch.einsum("klri,bki->bklr", r, xb)
-    dmid = torch.einsum("lskr,bsl->bklr", lf, g)
-    dx = torch.einsum("klri,bklr->bki", r, dmid).flatten(1)[:, : x.shape[-1]].reshape(x.shape)
-    dright = torch.einsum("bklr,bki->klri", dmid, xb).reshape(right.shape)
-    dleft = torch.einsum("bsl,bklr->lskr", g, mid).reshape(left.shape)
+    (k, l, rank), ib, ob = _blocks(right, left), right.shape[2], left.shape[1]
+    g = _rows(grad, l * ob)
+    g = g.unflatten(1, (ob, l)).transpose(1, 2) if interleaved else g.unflatten(1, (l, ob))
+    xb = torch.unflatten(_rows(x, k * ib), 1, (k, ib))
+    r, lf = torch.unflatten(right, 1, (rank, l)), torch.unflatten(left, 2, (k, rank))
+    mid = torch.einsum("krli,bki->bkrl", r, xb)
+    dmid = torch.einsum("lskr,bls->bkrl", lf, g)
+    dx = torch.einsum("krli,bkrl->bki", r, dmid).flatten(1)[:, : x.shape[-1]].reshape(x.shape)
+    dright = torch.einsum("bkrl,bki->krli", dmid, xb).reshape(right.shape)
+    dleft = torch.einsum("bls,bkrl->lskr", g, mid).reshape(left.shape)
     return dx, dright, dleft
 
 
@@ -328,16 +368,22 @@ def _backward_reference(
 
 
 def _autograd(
-    x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
 ) -> Tensor:
     """With gradients the op becomes `monarch_linear_train`, which hands out `mid` as well."""
+    args = x, right, left, bias, out_features, interleaved
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, right, left, bias)
     ):
-        y: Tensor = torch.ops.rewriter.monarch_linear_train(x, right, left, bias, out_features)[0]
+        y: Tensor = torch.ops.rewriter.monarch_linear_train(*args)[0]
         return y
     with torch._C._AutoDispatchBelowAutograd():  # what torch.library does in the same place
-        return monarch_linear(x, right, left, bias, out_features)
+        return monarch_linear(*args)
 
 
 _LIB.impl("monarch_linear", _forward, "CompositeExplicitAutograd")
@@ -360,9 +406,9 @@ torch.library.register_autograd(
 def monarch_linear_flops(
     x: torch.Size, right: torch.Size, left: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
-    """2·rows·N²·rank·(ib+ob), from shapes."""
-    (n, nr, ib), ob = right, left[1]
-    return 2 * math.prod(x[:-1]) * n * nr * (ib + ob)
+    """2·rows·K·L·rank·(ib+ob), from shapes."""
+    (k, rl, ib), ob = right, left[1]
+    return 2 * math.prod(x[:-1]) * k * rl * (ib + ob)
 
 
 @register_flop_formula(torch.ops.rewriter.monarch_linear_backward)
@@ -372,12 +418,13 @@ def monarch_linear_backward_flops(
     mid: torch.Size,
     right: torch.Size,
     left: torch.Size,
+    interleaved: bool,
     need_x: bool,
     need_right: bool,
     need_left: bool,
     **kwargs: Any,
 ) -> int:
-    """2·rows·N²·rank·(ib·[dx]+ib·[dright]+ob·[dleft]+ob·[dmid]), from shapes."""
-    (n, nr, ib), ob = right, left[1]
+    """2·rows·K·L·rank·(ib·[dx]+ib·[dright]+ob·[dleft]+ob·[dmid]), from shapes."""
+    (k, rl, ib), ob = right, left[1]
     width = ib * (need_x + need_right) + ob * (need_left + (need_x or need_right))
-    return 2 * math.prod(x[:-1]) * n * nr * width
+    return 2 * math.prod(x[:-1]) * k * rl * width

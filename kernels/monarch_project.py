@@ -11,46 +11,54 @@ from torch import Tensor
 __all__ = ["monarch_project"]
 
 
-def monarch_project(weight: Tensor, nblocks: int, rank: int) -> tuple[Tensor, Tensor, float | None]:
-    """argmin over factors of ‖W − monarch_dense(right, left)‖_F: the truncated SVD of each of the
-    N² slices T[l,k] = W[l::N, k·ib:(k+1)·ib] = U Σ Vᵀ, left ← U√Σ, right ← √Σ Vᵀ.
+def monarch_project(
+    weight: Tensor, nblocks: int | tuple[int, int], rank: int, interleaved: bool = False
+) -> tuple[Tensor, Tensor, float | None]:
+    """argmin over factors of ‖W − monarch_dense(right, left)‖_F: the truncated SVD of each slice
+    W[l·ob:(l+1)·ob, k·ib:(k+1)·ib] = U Σ Vᵀ, left ← U√Σ, right ← √Σ Vᵀ.
 
     The slices share no entry, so by Eckart-Young this is the global optimum, and the squared error
     is the sum of the discarded σ². Zero iff every slice has at most this rank already.
 
     Args:
         weight: [out_features, in_features], real floating point. Computed in float64.
-        nblocks: N, at most in_features and out_features.
+        nblocks: (K, L), how many blocks the inputs and the outputs are cut into, or one number for
+            both; at most in_features and out_features.
         rank: of each slice, at most min(ib, ob).
+        interleaved: the rows of slice l are W[l::L].
 
     Returns:
-        right [N, N·rank, ib] and left [N, ob, N·rank] in the weight's dtype and on its device, and
+        right [K, rank·L, ib] and left [L, ob, K·rank] in the weight's dtype and on its device, and
         ‖W − W′‖/‖W‖ (0.0 for a zero weight) before rounding to that dtype. On `meta`: meta
         factors and None.
 
     Raises:
         ValueError: nblocks or rank out of range.
 
-    Source: Dao et al. 2022, algorithm 1 (rank 1, square); any rank and shape here.
+    Source: Dao et al. 2022, algorithm 1 (rank 1, square, interleaved); any rank and shape here.
     """
     out_features, in_features = weight.shape
-    if not 1 <= nblocks <= min(out_features, in_features):
-        raise ValueError(f"nblocks {nblocks} must be in [1, {min(out_features, in_features)}]")
-    n, ib, ob = nblocks, -(-in_features // nblocks), -(-out_features // nblocks)
+    k, l = (nblocks, nblocks) if isinstance(nblocks, int) else nblocks
+    if not (1 <= k <= in_features and 1 <= l <= out_features):
+        raise ValueError(
+            f"nblocks {nblocks} must be in [1, {in_features}] of the inputs and in "
+            f"[1, {out_features}] of the outputs"
+        )
+    ib, ob = -(-in_features // k), -(-out_features // l)
     if not 1 <= rank <= min(ib, ob):
         raise ValueError(f"rank {rank} must be in [1, {min(ib, ob)}], the slices are {ob}x{ib}")
-    right, left = weight.new_empty(n, n * rank, ib), weight.new_empty(n, ob, n * rank)
+    right, left = weight.new_empty(k, rank * l, ib), weight.new_empty(l, ob, k * rank)
     if weight.is_meta:
         return right, left, None
     weight = weight.detach()
     lost = total = 0.0
-    for l in range(n):  # noqa: E741  one output block at a time: float64 copies stay small
-        block = weight[l::n].double()
+    for j in range(l):  # one output block at a time: float64 copies stay small
+        block = (weight[j::l] if interleaved else weight[j * ob : (j + 1) * ob]).double()
         total += block.square().sum().item()
-        block = F.pad(block, (0, n * ib - in_features, 0, ob - block.shape[0]))
-        u, v, residual = _truncate(block.view(ob, n, ib).transpose(0, 1), rank, weight.dtype)
-        left[l] = u.transpose(0, 1).reshape(ob, n * rank).to(weight.dtype)
-        right.view(n, n, rank, ib)[:, l] = v.to(weight.dtype)
+        block = F.pad(block, (0, k * ib - in_features, 0, ob - block.shape[0]))
+        u, v, residual = _truncate(block.view(ob, k, ib).transpose(0, 1), rank, weight.dtype)
+        left[j] = u.transpose(0, 1).reshape(ob, k * rank).to(weight.dtype)
+        right.view(k, rank, l, ib)[:, :, j] = v.to(weight.dtype)
         lost += residual
     return right, left, math.sqrt(lost / total) if total else 0.0
 

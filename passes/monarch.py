@@ -28,8 +28,18 @@ from rewriter.sites import LINEAR, Kind, Site
 __all__ = ["Monarch", "MonarchLinear"]
 
 
-def _default_rank(in_features: int, out_features: int, nblocks: int) -> int:
-    return math.ceil(math.ceil(min(in_features, out_features) / nblocks) / nblocks)
+def _default_rank(in_features: int, out_features: int, blocks: tuple[int, int]) -> int:
+    return -(-min(in_features, out_features) // math.prod(blocks))
+
+
+def _pair(name: str, nblocks: object) -> tuple[int, int]:
+    """(input blocks, output blocks)."""
+    both = nblocks if isinstance(nblocks, (tuple, list)) else (nblocks, nblocks)
+    if len(both) != 2:
+        raise OptionError(f"{name} must be one number or (input blocks, output blocks): {nblocks}")
+    for n in both:
+        _positive(name, n)
+    return both[0], both[1]
 
 
 def _positive(name: str, value: object) -> None:
@@ -38,24 +48,27 @@ def _positive(name: str, value: object) -> None:
 
 
 class MonarchLinear(Layer):
-    """y[…, s·N+l] = Σ_k Σ_r left[l,s,(k,r)] Σ_i right[k,(l,r),i] x[…, k·ib+i] + bias[s·N+l].
+    """y[…, l·ob+s] = Σ_k Σ_r left[l,s,(k,r)] Σ_i right[k,(r,l),i] x[…, k·ib+i] + bias[l·ob+s].
 
-    With N = nblocks, ib = ⌈in_features/N⌉ and ob = ⌈out_features/N⌉: a linear layer whose weight,
-    cut into N² slices, has rank `rank` in each of them. It holds N²·rank·(ib+ob) weights and as
-    many multiply-adds per row; at the default rank that is (in·out + min(in, out)²)/N where N²
-    divides both sizes: half of a square layer at N = 4.
+    With (K, L) = nblocks, ib = ⌈in_features/K⌉ and ob = ⌈out_features/L⌉: a linear layer whose
+    weight, cut into L×K slices, has rank `rank` in each of them. It holds K·L·rank·(ib+ob) weights
+    and as many multiply-adds per row; with N blocks on both sides and the default rank that is
+    (in·out + min(in, out)²)/N where N² divides both sizes: half of a square layer at N = 4.
 
     Args:
         in_features: size of the last dimension of x.
         out_features: size of the last dimension of y.
-        nblocks: N.
-        rank: of each slice; None for ⌈min(ib, ob)/N⌉.
+        nblocks: N = K = L, or (K, L).
+        rank: of each slice; None for ⌈min(in_features, out_features)/(K·L)⌉.
         bias: whether there is a bias.
+        interleaved: the paper's order of outputs, y[…, s·L+l], in place of y[…, l·ob+s]. Some
+            transforms are exact only in it (Hadamard, Kronecker products); a trained weight is
+            approximated equally well without, and faster.
         device, dtype: of the parameters.
 
     Attributes:
-        right: [N, N·rank, ib], rows (l, r).
-        left: [N, ob, N·rank], columns (k, r).
+        right: [K, rank·L, ib], rows (r, l), l fastest.
+        left: [L, ob, K·rank], columns (k, r), r fastest.
         bias: [out_features] or None.
 
     The random init is uniform, with factors scaled so that y without bias has the standard
@@ -75,45 +88,55 @@ class MonarchLinear(Layer):
         self,
         in_features: int,
         out_features: int,
-        nblocks: int = 4,
+        nblocks: int | tuple[int, int] = 4,
         rank: int | None = None,
         bias: bool = True,
+        interleaved: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _positive("in_features", in_features)
         _positive("out_features", out_features)
-        _positive("nblocks", nblocks)
-        if nblocks > min(in_features, out_features):
+        blocks = k, l = _pair("nblocks", nblocks)
+        if k > in_features or l > out_features:
             raise OptionError(
                 f"nblocks {nblocks} is larger than a side of the layer, {in_features} -> "
                 f"{out_features}: use at most {min(in_features, out_features)}"
             )
         if rank is None:
-            rank = _default_rank(in_features, out_features, nblocks)
+            rank = _default_rank(in_features, out_features, blocks)
         _positive("rank", rank)
         self.in_features, self.out_features = in_features, out_features
-        self.nblocks, self.rank = nblocks, rank
-        ib, ob = -(-in_features // nblocks), -(-out_features // nblocks)
-        self.right = nn.Parameter(
-            torch.empty(nblocks, nblocks * rank, ib, device=device, dtype=dtype)
-        )
-        self.left = nn.Parameter(
-            torch.empty(nblocks, ob, nblocks * rank, device=device, dtype=dtype)
-        )
+        self.nblocks: int | tuple[int, int] = k if k == l else blocks
+        self.rank, self.interleaved = rank, interleaved
+        ib, ob = -(-in_features // k), -(-out_features // l)
+        self.right = nn.Parameter(torch.empty(k, rank * l, ib, device=device, dtype=dtype))
+        self.left = nn.Parameter(torch.empty(l, ob, k * rank, device=device, dtype=dtype))
         self.register_bias(out_features if bias else None, device, dtype)
         self.reset_parameters()
 
     @classmethod
     def from_factors(
-        cls, right: Tensor, left: Tensor, bias: Tensor | None, in_features: int, out_features: int
+        cls,
+        right: Tensor,
+        left: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        interleaved: bool = False,
     ) -> MonarchLinear:
         """The layer around given factors (kernels/monarch.py has their layout). A tensor that is
         a Parameter becomes the layer's own, not a copy."""
-        n = right.shape[0]
+        k, l = right.shape[0], left.shape[0]
         layer = cls(
-            in_features, out_features, n, right.shape[1] // n, bias is not None, device="meta"
+            in_features,
+            out_features,
+            (k, l),
+            right.shape[1] // l,
+            bias is not None,
+            interleaved,
+            device="meta",
         )
         layer.right, layer.left = as_parameter(right), as_parameter(left)
         layer.bias = None if bias is None else as_parameter(bias)
@@ -132,7 +155,9 @@ class MonarchLinear(Layer):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return monarch_linear(x, self.right, self.left, self.bias, self.out_features)
+        return monarch_linear(
+            x, self.right, self.left, self.bias, self.out_features, self.interleaved
+        )
 
     def config(self) -> Mapping[str, Any]:
         return {
@@ -141,14 +166,16 @@ class MonarchLinear(Layer):
             "nblocks": self.nblocks,
             "rank": self.rank,
             "bias": self.bias is not None,
+            "interleaved": self.interleaved,
         }
 
     def kernel(self, tokens: int) -> str:
         return "torch.bmm"
 
     def dense_weight(self) -> Tensor:
-        """W[s·N+l, k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(l,r),i], [out_features, in_features]."""
-        return monarch_dense(self.right, self.left, self.out_features, self.in_features)
+        """W[l·ob+s, k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(r,l),i], [out_features, in_features]."""
+        sizes = self.out_features, self.in_features
+        return monarch_dense(self.right, self.left, *sizes, self.interleaved)
 
     @property
     def weight(self) -> Tensor:
@@ -158,14 +185,16 @@ class MonarchLinear(Layer):
 
 @dataclass(frozen=True)
 class Monarch(Pass):
-    """W ≈ P·L·Pᵀ·R with block-diagonal L and R; see `MonarchLinear`.
+    """W ≈ L·Pᵀ·R with block-diagonal L and R; see `MonarchLinear`.
 
     Args:
-        nblocks: blocks N of each factor; weights and multiply-adds shrink by about N/2 for square
-            layers.
-        rank: of each of the N² slices of W; None for ⌈min(ib, ob)/N⌉, the classic Monarch.
+        nblocks: blocks N of each factor, or (blocks of the inputs, blocks of the outputs); weights
+            and multiply-adds shrink by about N/2 for square layers.
+        rank: of each of the slices of W; None for ⌈min(in, out)/(K·L)⌉, the classic Monarch.
         init: "project" starts at the closest Monarch matrix to the trained weight (the optimum,
             from an SVD per slice), "random" forgets the weight and keeps only the bias.
+        interleaved: W ≈ P·L·Pᵀ·R, the paper's order of outputs; slower, and no more accurate on
+            trained weights.
         where: which sites; a name pattern, a predicate, or None for all.
 
     Skips a site whose weights are not real floating point numbers of 16 bits or more or hold NaN or
@@ -180,12 +209,13 @@ class Monarch(Pass):
     matches: ClassVar[tuple[Kind, ...]] = (LINEAR,)
     phase: ClassVar[Phase] = Phase.STRUCTURE
 
-    nblocks: int = 4
+    nblocks: int | tuple[int, int] = 4
     rank: int | None = None
     init: Literal["project", "random"] = "project"
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
-        _positive("Monarch: nblocks", self.nblocks)
+        _pair("Monarch: nblocks", self.nblocks)
         if self.rank is not None:
             _positive("Monarch: rank", self.rank)
         if self.init not in ("project", "random"):
@@ -194,13 +224,15 @@ class Monarch(Pass):
     def propose(self, site: Site) -> Replacement | Skip:
         weight, bias = site.weight, site.bias
         out_features, in_features = weight.shape
-        n = self.nblocks
+        blocks = k, l = _pair("nblocks", self.nblocks)
         if refused := unusable(weight, bias):
             return refused
-        if n > min(in_features, out_features):
-            return Skip("nblocks {} is more than the {} -> {} features", n, *weight.shape[::-1])
-        rank = self.rank or _default_rank(in_features, out_features, n)
-        held = n * n * rank * (-(-in_features // n) - (-out_features // n))
+        if k > in_features or l > out_features:
+            return Skip(
+                "nblocks {} is more than the {} -> {} features", self.nblocks, *weight.shape[::-1]
+            )
+        rank = self.rank or _default_rank(in_features, out_features, blocks)
+        held = k * l * rank * (-(-in_features // k) - (-out_features // l))
         if held >= weight.numel():
             return Skip(
                 "monarch would hold {} parameters, the dense weight holds {}", held, weight.numel()
@@ -209,11 +241,18 @@ class Monarch(Pass):
         note = ""
         error: float | None
         if self.init == "project":
-            right, left, error = monarch_project(weight, n, rank)
+            right, left, error = monarch_project(weight, blocks, rank, self.interleaved)
         else:
             note = "random init: the trained weight is forgotten"
             fresh = MonarchLinear(
-                in_features, out_features, n, rank, False, weight.device, weight.dtype
+                in_features,
+                out_features,
+                blocks,
+                rank,
+                False,
+                self.interleaved,
+                weight.device,
+                weight.dtype,
             )
             right, left = fresh.right.detach(), fresh.left.detach()
             error = relative_error(weight, fresh.dense_weight())
@@ -223,6 +262,7 @@ class Monarch(Pass):
             bias,
             in_features,
             out_features,
+            self.interleaved,
         )
         layer.train(site.module is None or site.module.training)
         return Replacement(layer, error, note)

@@ -146,13 +146,13 @@ class QuantizedMonarch(Layer):
     """`MonarchLinear` with both factors in int8 and both factors' inputs quantized at run time.
 
     Args:
-        in_features, out_features, nblocks, rank, bias: as in `MonarchLinear`.
+        in_features, out_features, nblocks, rank, bias, interleaved: as in `MonarchLinear`.
         activation: as in `QuantizedLinear`; per token means per token and block.
         device, dtype: as in `QuantizedLinear`.
 
     Attributes:
-        qright: [N, N·rank, ib] int8, and right_scale [N, N·rank].
-        qleft: [N, ob, N·rank] int8, and left_scale [N, ob].
+        qright: [K, rank·L, ib] int8, and right_scale [K, rank·L].
+        qleft: [L, ob, K·rank] int8, and left_scale [L, ob].
         bias: [out_features] or None.
 
     Raises:
@@ -170,9 +170,10 @@ class QuantizedMonarch(Layer):
         self,
         in_features: int,
         out_features: int,
-        nblocks: int = 4,
+        nblocks: int | tuple[int, int] = 4,
         rank: int | None = None,
         bias: bool = True,
+        interleaved: bool = False,
         activation: Activation = "per_token",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -180,10 +181,11 @@ class QuantizedMonarch(Layer):
         super().__init__()
         _one_of("QuantizedMonarch: activation", activation, ACTIVATIONS)
         dense = MonarchLinear(
-            in_features, out_features, nblocks, rank, bias, device=device, dtype=dtype
+            in_features, out_features, nblocks, rank, bias, interleaved, device, dtype
         )
         self.in_features, self.out_features = in_features, out_features
         self.nblocks, self.rank = dense.nblocks, dense.rank
+        self.interleaved = interleaved
         self.activation: Activation = activation
         for name, factor in (("right", dense.right), ("left", dense.left)):
             q, scale = quantize_weight(factor)
@@ -202,6 +204,7 @@ class QuantizedMonarch(Layer):
             monarch.nblocks,
             monarch.rank,
             monarch.bias is not None,
+            monarch.interleaved,
             activation,
             device="meta",
         )
@@ -220,6 +223,7 @@ class QuantizedMonarch(Layer):
             self.bias,
             self.out_features,
             self.activation,
+            self.interleaved,
         )
 
     def config(self) -> Mapping[str, Any]:
@@ -229,6 +233,7 @@ class QuantizedMonarch(Layer):
             "nblocks": self.nblocks,
             "rank": self.rank,
             "bias": self.bias is not None,
+            "interleaved": self.interleaved,
             "activation": self.activation,
         }
 
@@ -253,6 +258,7 @@ class QuantizedMonarch(Layer):
             dequantize_weight(self.qleft, self.left_scale),
             self.out_features,
             self.in_features,
+            self.interleaved,
         )
 
     @property

@@ -249,7 +249,7 @@ def test_refuses(change, words):
         (0, torch.zeros(2, 9), "does not fit qright"),
         (1, torch.zeros(3, 6, 5), "must be int8"),
         (2, torch.ones(3, 5), "scales must be"),
-        (3, torch.zeros(2, 4, 6, dtype=torch.int8), r"must be \[N, N\*rank, ib\]"),
+        (3, torch.zeros(2, 4, 6, dtype=torch.int8), r"must be \[K, rank\*L, ib\]"),
         (5, torch.ones(9), r"bias must be \[10\]"),
     ],
 )

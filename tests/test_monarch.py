@@ -29,6 +29,7 @@ from rewriter.sites import LINEAR, Site
 
 # in, out, nblocks: dividing and not, expanding and contracting, ragged on one side or on both
 SIZES = [(16, 16, 4), (12, 20, 2), (20, 12, 4), (10, 7, 3), (9, 9, 4), (5, 8, 5), (6, 6, 1)]
+UNEVEN = [(16, 16, (4, 2)), (10, 7, (2, 5))]  # more blocks of one side than of the other
 
 
 def layer64(in_features: int, out_features: int, nblocks: int, **kw: object) -> MonarchLinear:
@@ -47,57 +48,75 @@ def _seed() -> None:
 # The op ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", SIZES + UNEVEN)
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (3,), (2, 5), (64,), (2, 0, 3)])
 @pytest.mark.parametrize("grad", [True, False])
-def test_forward_is_the_formula_and_the_dense_product(sizes, lead, grad):
-    layer = layer64(*sizes)
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_forward_is_the_formula_and_the_dense_product(sizes, lead, grad, interleaved):
+    layer = layer64(*sizes, interleaved=interleaved)
     x = torch.randn(*lead, sizes[0], dtype=torch.float64)
     with torch.set_grad_enabled(grad):
         y = layer(x)
-    args = (layer.right, layer.left, layer.bias, layer.out_features)
+    args = (layer.right, layer.left, layer.bias, layer.out_features, interleaved)
     assert y.is_contiguous()
     assert y.shape == (*lead, sizes[1])
     assert_close(y, monarch_linear_reference(x, *args))
     assert_close(y, F.linear(x, layer.dense_weight(), layer.bias))
 
 
-def test_layout_of_factors_is_as_documented():
-    layer = layer64(12, 20, 4, rank=2)
-    ib, ob, rank, n = 3, 5, 2, 4
-    assert layer.right.shape == (n, n * rank, ib)
-    assert layer.left.shape == (n, ob, n * rank)
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_layout_of_factors_is_as_documented(interleaved):
+    layer = layer64(12, 20, (3, 4), rank=2, interleaved=interleaved)
+    ib, ob, rank, blocks, outputs = 4, 5, 2, 3, 4
+    assert layer.right.shape == (blocks, rank * outputs, ib)
+    assert layer.left.shape == (outputs, ob, blocks * rank)
     dense = layer.dense_weight()
-    for s, j, k, i in [(0, 0, 0, 0), (4, 3, 2, 1), (1, 2, 3, 2)]:
+    for s, j, k, i in [(0, 0, 0, 0), (4, 3, 2, 1), (1, 2, 1, 3)]:
         want = sum(
-            layer.left[j, s, k * rank + r] * layer.right[k, j * rank + r, i] for r in range(rank)
+            layer.left[j, s, k * rank + r] * layer.right[k, r * outputs + j, i]
+            for r in range(rank)
         )
-        assert_close(dense[s * n + j, k * ib + i], want)
+        row = s * outputs + j if interleaved else j * ob + s
+        assert_close(dense[row, k * ib + i], want)
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 17), st.integers(1, 17), st.integers(1, 6), st.integers(1, 3), st.integers(0, 9)
+    st.integers(1, 17),
+    st.integers(1, 17),
+    st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    st.integers(1, 3),
+    st.integers(0, 9),
+    st.booleans(),
 )
-def test_any_size_forward_and_gradients(in_features, out_features, nblocks, rank, rows):
-    nblocks = min(nblocks, in_features, out_features)
+def test_any_size_forward_and_gradients(
+    in_features, out_features, nblocks, rank, rows, interleaved
+):
+    nblocks = min(nblocks[0], in_features), min(nblocks[1], out_features)
     layer = layer64(in_features, out_features, nblocks, rank=rank)
     x = torch.randn(rows, in_features, dtype=torch.float64, requires_grad=True)
     inputs = (x, layer.right, layer.left, layer.bias)
-    y, want = (f(*inputs, out_features) for f in (monarch_linear, monarch_linear_reference))
+    y, want = (
+        f(*inputs, out_features, interleaved) for f in (monarch_linear, monarch_linear_reference)
+    )
     assert_close(y, want)
     g = torch.randn_like(y)
     assert_close(torch.autograd.grad(y, inputs, g), torch.autograd.grad(want, inputs, g))
 
 
-@pytest.mark.parametrize("sizes", [(6, 8, 2), (7, 5, 3)])
+@pytest.mark.parametrize("sizes", [(6, 8, 2), (7, 5, (3, 2))])
 @pytest.mark.parametrize("lead", [(3,), ()])
-def test_gradcheck_and_gradgradcheck(sizes, lead):
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_gradcheck_and_gradgradcheck(sizes, lead, interleaved):
     layer = layer64(*sizes)
     x = torch.randn(*lead, sizes[0], dtype=torch.float64, requires_grad=True)
     inputs = (x, layer.right, layer.left, layer.bias)
-    assert torch.autograd.gradcheck(lambda *a: monarch_linear(*a, sizes[1]), inputs)
-    assert torch.autograd.gradgradcheck(lambda *a: monarch_linear(*a, sizes[1]), inputs)
+
+    def call(*a: Tensor) -> Tensor:
+        return monarch_linear(*a, sizes[1], interleaved)
+
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
 
 
 @pytest.mark.parametrize("frozen", ["x", "right", "left", "bias"])
@@ -131,7 +150,7 @@ def test_non_contiguous_inputs_factors_and_gradients():
 def test_opcheck(sizes, bias):
     layer = layer64(*sizes, bias=bias)
     x = torch.randn(3, sizes[0], dtype=torch.float64, requires_grad=True)
-    args = (x, layer.right, layer.left, layer.bias, sizes[1])
+    args = (x, layer.right, layer.left, layer.bias, sizes[1], bias)
     torch.library.opcheck(torch.ops.rewriter.monarch_linear.default, args)
     torch.library.opcheck(torch.ops.rewriter.monarch_linear_train.default, args)
     with torch.no_grad():
@@ -139,7 +158,7 @@ def test_opcheck(sizes, bias):
         for need in [(True, True, True), (False, True, False), (True, False, True)]:
             torch.library.opcheck(
                 torch.ops.rewriter.monarch_linear_backward.default,
-                (y, x.detach(), mid, layer.right.detach(), layer.left.detach(), *need),
+                (y, x.detach(), mid, layer.right.detach(), layer.left.detach(), bias, *need),
                 test_utils=("test_schema", "test_faketensor"),
             )
 
@@ -166,7 +185,7 @@ def test_flops_are_two_per_multiply_add():
         (lambda x, r, f, b: (x[:, :-4], r, f, b), "does not fit right"),
         (lambda x, r, f, b: (x[0, 0], r, f, b), "does not fit right"),
         (lambda x, r, f, b: (x, r[0], f, b), "must be 3-D"),
-        (lambda x, r, f, b: (x, r, f[:, :, 1:], b), r"must be \[N, N\*rank, ib\]"),
+        (lambda x, r, f, b: (x, r, f[:, :, 1:], b), r"must be \[K, rank\*L, ib\]"),
         (lambda x, r, f, b: (x, r, f[:, 1:], b), "out_features 12 does not fit left"),
         (lambda x, r, f, b: (x, r, f, b[1:]), r"bias must be \[12\]"),
     ],
@@ -210,22 +229,27 @@ def test_autocast_computes_in_its_dtype_and_gradients_keep_theirs(dtype):
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("scale", [1.0, 1e-12])
-def test_projection_error_is_the_discarded_singular_values(sizes, scale):
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_projection_error_is_the_discarded_singular_values(sizes, scale, interleaved):
     in_features, out_features, n = sizes
     w = scale * torch.randn(out_features, in_features, dtype=torch.float64)
-    right, left, error = monarch_project(w, n, 1)
+    right, left, error = monarch_project(w, n, 1, interleaved)
     ib, ob = math.ceil(in_features / n), math.ceil(out_features / n)
     padded = F.pad(w, (0, n * ib - in_features, 0, n * ob - out_features))
-    sigma = torch.linalg.svdvals(padded.view(ob, n, n, ib).permute(1, 2, 0, 3))
+    slices = padded.view(ob, n, n, ib).permute(1, 2, 0, 3)
+    if not interleaved:
+        slices = padded.view(n, ob, n, ib).transpose(1, 2)
+    sigma = torch.linalg.svdvals(slices)
     optimum = (sigma[..., 1:].square().sum().sqrt() / w.norm()).item()
     assert error == pytest.approx(optimum, rel=1e-3)
-    assert rel(monarch_dense(right, left, out_features, in_features), w) == pytest.approx(error)
+    dense = monarch_dense(right, left, out_features, in_features, interleaved)
+    assert rel(dense, w) == pytest.approx(error)
     # balanced: left and right of every rank-one term have the same norm
     assert_close(left.view(n, ob, n).norm(dim=1), right.view(n, n, ib).norm(dim=2).t())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", SIZES + UNEVEN)
 def test_projection_is_idempotent_and_exact_in_class(sizes, dtype):
     layer = layer64(*sizes).to(dtype)
     w = layer.dense_weight().detach()
@@ -287,9 +311,9 @@ def test_kronecker_products_and_hadamard_are_in_the_class():
     hadamard = torch.kron(h2, h2)
     for w in (torch.kron(a, b), torch.kron(hadamard, hadamard)):
         # W[(o1,o2),(i1,i2)] = A[o1,i1] B[o2,i2]; a slice fixes o2 = l and i1 = k: rank 1
-        right, left, error = monarch_project(w, m, 1)
+        right, left, error = monarch_project(w, m, 1, interleaved=True)
         assert error < 1e-12
-        assert_close(monarch_dense(right, left, m * m, m * m), w)
+        assert_close(monarch_dense(right, left, m * m, m * m, interleaved=True), w)
 
 
 @pytest.mark.parametrize("part", ["real", "imag"])
@@ -300,7 +324,7 @@ def test_the_fourier_matrix_has_slices_of_rank_one_or_two(part):
     n = m * m
     f = torch.fft.fft(torch.eye(n, dtype=torch.float64))
     p = torch.arange(n).view(m, m).t().reshape(-1)
-    assert monarch_project(getattr(f[:, p], part).contiguous(), m, 2)[2] < 1e-12
+    assert monarch_project(getattr(f[:, p], part).contiguous(), m, 2, interleaved=True)[2] < 1e-12
     assert monarch_project(torch.randn(n, n), m, 2)[2] > 0.1
 
 

@@ -89,7 +89,7 @@ class Measured:
         if ratio is not None and len(parts(forward)) > 1:
             total = self.composite(forward)
             rows, out, width, *rest = work.shape
-            blocks = rest[0] if len(rest) == 2 else 1
+            blocks = rest[0] if len(rest) == 4 else 1
             found = total and total * ratio.at(rows, math.sqrt(out * width), blocks)
         else:
             found = self.warm(work)

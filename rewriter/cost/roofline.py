@@ -85,8 +85,8 @@ def _between(axis: Sequence[float], size: float) -> list[tuple[int, float]]:
 def parts(work: Work) -> list[Work]:
     """One of our composite layers as the plain operations it is made of; else [work].
 
-    monarch: two batch products over the blocks and a permuting copy of the output. int8_monarch:
-    the same in int8, with the copies in between. quadratic: three products and an addcmul. topk: a
+    monarch: two batch products over the blocks, interleaved also a permuting copy of the output.
+    int8_monarch: the same in int8, with the copies in between. quadratic: three products and an addcmul. topk: a
     selection and a dense product. Their flops add up to those of one run.
     """
     work = replace(work, count=1)
@@ -103,23 +103,25 @@ def parts(work: Work) -> list[Work]:
         chosen = Work("aten::topk", "sort", work.dtype, 0, rows * width * size, 0, 0, shape)
         masked = _moved(work, "gather", "aten::scatter_", rows * width, 2 * size)
         return [chosen, masked, _product(work, 1, rows, out, width, size, work.weight_bytes)]
-    if work.kind in ("monarch", "int8_monarch") and len(work.shape) == 5:
-        rows, out, width, n, rank = work.shape
+    if work.kind in ("monarch", "int8_monarch") and len(work.shape) == 7:
+        rows, out, width, k, l, rank, interleaved = work.shape
         int8 = work.kind == "int8_monarch"
-        ib, ob, nr = -(-width // n), -(-out // n), n * rank
+        ib, ob = -(-width // k), -(-out // l)
         share = work.weight_bytes * ib // max(ib + ob, 1)
         element = 1 if int8 else size
         found = [
-            _product(work, n, rows, nr, ib, element, share),
-            _product(work, n, rows, ob, nr, element, work.weight_bytes - share),
-            _moved(work, "copy", "aten::clone", rows * out, 2 * size),
+            _product(work, k, rows, rank * l, ib, element, share),
+            _product(work, l, rows, ob, k * rank, element, work.weight_bytes - share),
             _moved(work, "pointwise", "aten::add_", rows * out, 2 * size),
         ]
-        if int8:  # blocks in front, between and behind, each gathered and stacked
-            for elements in (rows * width, rows * n * nr):
+        middle = rows * k * l * rank
+        if int8:  # blocks in front, between and behind, each gathered and joined
+            for elements in (rows * width, middle):
                 found.append(_moved(work, "copy", "aten::clone", elements, 8))
-            for elements in (rows * n * nr, rows * out):
+            for elements in (middle, rows * out):
                 found.append(_moved(work, "copy", "aten::cat", elements, 8))
+        if interleaved:
+            found.append(_moved(work, "copy", "aten::clone", rows * out, 2 * size))
         return found
     return [work]
 

@@ -40,7 +40,7 @@ class Work:
             [m, k] @ [k, n]; conv: (batch, out channels, in channels per group, output pixels,
             kernel elements, groups); attention: (batch, heads, queries, keys, head size);
             int8_linear and quadratic: (rows, out, in); monarch and int8_monarch: (rows, out, in,
-            nblocks, rank); topk: (rows, out, in, k); else the shape of the first output.
+            input blocks, output blocks, rank, interleaved); topk: (rows, out, in, k); else the shape of the first output.
         count: how often it runs.
         backward: whether it belongs to a backward pass.
     """
@@ -240,14 +240,16 @@ def _plain_linear(op: str, args: Any, tensors: list[Tensor], out: Tensor | None)
 
 def _monarch(op: str, args: Any, tensors: list[Tensor], out: Tensor | None) -> tuple[Any, ...]:
     if "backward" in op:  # grad, x, mid, right, left
-        grad, x, right = tensors[0], tensors[1], tensors[3]
+        grad, x, right, left = tensors[0], tensors[1], tensors[3], tensors[4]
         width = grad.shape[-1]
     else:
-        x, right = tensors[0], tensors[1]
+        x, right, left = tensors[0], tensors[1], tensors[3 if "int8" in op else 2]
         assert out is not None
         width = out.shape[-1]
-    n = right.shape[0]
-    return (_rows(x), width, x.shape[-1], n, right.shape[1] // n)
+    k, l = right.shape[0], left.shape[0]
+    at = 8 if "int8" in op else 5
+    interleaved = len(args) > at and args[at] is True
+    return (_rows(x), width, x.shape[-1], k, l, right.shape[1] // l, int(interleaved))
 
 
 def _topk(op: str, args: Any, tensors: list[Tensor], out: Tensor | None) -> tuple[Any, ...]:
