@@ -172,7 +172,7 @@ def _mid(xb: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(right, xb.view(xb.shape[0], k, ib).permute(1, 2, 0))
 
 
-def _mid_by_output(mid: Tensor, l: int) -> Tensor:  # noqa: E741
+def _mid_by_output(mid: Tensor, l: int) -> Tensor:
     """[K, (r, l), rows] → [L, rows, (k, r)], a view."""
     k, rl, rows = mid.shape
     return mid.view(k * rl // l, l, rows).permute(1, 2, 0)
@@ -271,7 +271,7 @@ def _backward(
     A gradient that is not needed comes back as an empty tensor.
     """
     right, left, mid = right.contiguous(), left.contiguous(), mid.contiguous()
-    (k, rl, ib), (l, ob, kr) = right.shape, left.shape
+    k, ib, (l, ob, kr) = right.shape[0], right.shape[2], left.shape
     in_features = x.shape[-1]
     g = _rows(grad, l * ob)
     rows = g.shape[0]
@@ -284,7 +284,9 @@ def _backward(
         dleft = torch.bmm(g.transpose(1, 2), _mid_by_output(mid, l))  # [l, s, (k, r)]
     if need_x or need_right:
         dmid = torch.empty_like(mid)  # [k, (r, l), rows], filled as [l, (k, r), rows]
-        torch.bmm(left.transpose(1, 2), g.transpose(1, 2), out=dmid.view(kr, l, rows).transpose(0, 1))
+        torch.bmm(
+            left.transpose(1, 2), g.transpose(1, 2), out=dmid.view(kr, l, rows).transpose(0, 1)
+        )
         if need_right:
             xb = _rows(x, k * ib).view(rows, k, ib).transpose(0, 1)  # [k, rows, i]
             dright = torch.bmm(dmid, xb)

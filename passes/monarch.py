@@ -22,7 +22,7 @@ from rewriter.base import (
 )
 from rewriter.errors import OptionError
 from rewriter.kernels.monarch import monarch_dense, monarch_linear
-from rewriter.kernels.monarch_project import monarch_project
+from rewriter.kernels.monarch_project import monarch_fit, monarch_project
 from rewriter.sites import LINEAR, Kind, Site
 
 __all__ = ["Monarch", "MonarchLinear"]
@@ -192,7 +192,9 @@ class Monarch(Pass):
             and multiply-adds shrink by about N/2 for square layers.
         rank: of each of the slices of W; None for ⌈min(in, out)/(K·L)⌉, the classic Monarch.
         init: "project" starts at the closest Monarch matrix to the trained weight (the optimum,
-            from an SVD per slice), "random" forgets the weight and keeps only the bias.
+            from an SVD per slice), or with `rewrite(…, calibration=batches)` at the one whose
+            outputs on them are closest (the bias moves along with what it loses on average);
+            "random" forgets the weight and keeps only the bias.
         interleaved: W ≈ P·L·Pᵀ·R, the paper's order of outputs; slower, and no more accurate on
             trained weights.
         where: which sites; a name pattern, a predicate, or None for all.
@@ -221,6 +223,10 @@ class Monarch(Pass):
         if self.init not in ("project", "random"):
             raise OptionError(f'Monarch: init must be "project" or "random", got {self.init!r}')
 
+    @property
+    def calibrates(self) -> bool:
+        return self.init == "project"
+
     def propose(self, site: Site) -> Replacement | Skip:
         weight, bias = site.weight, site.bias
         out_features, in_features = weight.shape
@@ -240,7 +246,24 @@ class Monarch(Pass):
 
         note = ""
         error: float | None
-        if self.init == "project":
+        output_error: float | None = None
+        moments = site.moments
+        if self.calibrates and moments is not None:
+            # A bias takes care of the mean, and the factors need not. (Where the user's code calls
+            # a function, the bias is that code's own and stays.)
+            second, movable = moments.second, bias is not None and site.module is not None
+            if movable:
+                second = second - torch.outer(moments.mean, moments.mean)
+            right, left = monarch_fit(weight, second, blocks, rank, self.interleaved)
+            dense = monarch_dense(right, left, out_features, in_features, self.interleaved)
+            error = relative_error(weight, dense)
+            shift = None
+            if bias is not None and movable:
+                shift = (weight.detach() - dense).double() @ moments.mean
+                moved = (bias.detach().double() + shift).to(bias.dtype)
+                bias = nn.Parameter(moved, requires_grad=bias.requires_grad)
+            output_error = moments.output_error(weight, dense, shift)
+        elif self.init == "project":
             right, left, error = monarch_project(weight, blocks, rank, self.interleaved)
         else:
             note = "random init: the trained weight is forgotten"
@@ -265,4 +288,4 @@ class Monarch(Pass):
             self.interleaved,
         )
         layer.train(site.module is None or site.module.training)
-        return Replacement(layer, error, note)
+        return Replacement(layer, error, note, output_error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import numbers
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 from rewriter.base import Pass, Where
+from rewriter.batches import Calibration
 from rewriter.capture import capture
 from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
-from rewriter.errors import OptionError, RewriteError
+from rewriter.errors import OptionError, RewriteError, RewriteWarning
 from rewriter.hosted import RewrittenModule, original_class
 from rewriter.report import Report
 from rewriter.store import Recipe
@@ -56,9 +58,14 @@ def rewrite(
         objective: "params", "memory" or "latency": declines a replacement that is no better;
             latency is what `device` is predicted to take, or without one (or with `measure`) what
             this machine takes, on the example's sizes. None applies every replacement.
-        max_error: declines a replacement whose relative weight error is larger.
+        max_error: declines a replacement whose relative error is larger: of its weights, or with
+            `calibration` of its outputs.
         where: which sites: a name pattern, a predicate over sites, or None for all.
-        calibration, memory_budget: not supported yet; anything but None is refused.
+        calibration: batches like `example_inputs` (a list, a DataLoader, or one batch) whose
+            activations passes may fit their layers to; Monarch then minimises the error of a
+            layer's outputs instead of its weights'. Every fourth batch is held out: on it the
+            report's output errors are measured. Padding by a 2-D `attention_mask` is left out.
+        memory_budget: not supported yet; anything but None is refused.
         device: whose predicted seconds and joules the report shows: a `rewriter.Device`, the name
             of one ("h100"; `Device.names()` lists them), or "this" for this machine, which is
             measured for up to 20 seconds the first time. None predicts nothing.
@@ -72,6 +79,7 @@ def rewrite(
         The rewritten model, a `RewrittenModule` and still an instance of the model's class.
 
     Raises:
+        CalibrationError: the calibration batches cannot be used, or the model fails on one.
         CaptureError: the example inputs do not run, or there are none and tracing fails.
         OptionError: an impossible option, or passes out of order.
         PassError: a pass failed on a site.
@@ -161,9 +169,8 @@ def _settings(
     if not isinstance(passes, list | tuple | Pass):
         raise OptionError(f"passes must be a list of passes, not {passes!r}")
     check_passes(passes)
-    for name, value in (("calibration", calibration), ("memory_budget", memory_budget)):
-        if value is not None:
-            raise OptionError(f"{name} is not supported yet: leave it out")
+    if memory_budget is not None:
+        raise OptionError("memory_budget is not supported yet: leave it out")
     if kernels != "auto":
         raise OptionError(f"kernels={kernels!r}: this version supports 'auto' only")
     if max_error is not None and not isinstance(max_error, numbers.Real):
@@ -173,7 +180,14 @@ def _settings(
     if not (device is None or isinstance(device, str | Device)):
         raise OptionError(f"device={device!r}: use the name of a device, a Device, or None")
     found = None if device is None else Device.get(device)
-    return Options(objective, max_error, where, found, bool(measure))
+    batches = None if calibration is None else Calibration.of(calibration)
+    if batches is not None and not any(p.calibrates for p in passes):
+        warnings.warn(
+            "calibration is given, but none of the passes makes use of it",
+            RewriteWarning,
+            stacklevel=3,
+        )
+    return Options(objective, max_error, where, found, bool(measure), batches)
 
 
 def _check_model(model: Any) -> None:

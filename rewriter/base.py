@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Layer",
+    "Moments",
     "Pass",
     "Phase",
     "Replacement",
@@ -45,6 +46,44 @@ class Phase(enum.IntEnum):
 
 
 @dataclass(frozen=True)
+class Moments:
+    """E[x] and E[x xᵀ] of the rows that go into a site, over the calibration batches.
+
+    Args:
+        rows: how many rows were seen.
+        mean: [in_features] float64.
+        second: [in_features, in_features] float64.
+        held_rows, held_mean, held_second: the same of batches that nothing is fitted to; those of
+            all rows (and held_rows 0) where there is one batch only.
+    """
+
+    rows: int
+    mean: Tensor
+    second: Tensor
+    held_rows: int
+    held_mean: Tensor
+    held_second: Tensor
+
+    def output_error(
+        self, weight: Tensor, other: Tensor, shift: Tensor | None = None
+    ) -> float | None:
+        """‖W x − W′ x − shift‖ / ‖W x‖ over the rows held out; None where W x is zero.
+
+        Args:
+            weight, other: [out_features, in_features].
+            shift: [out_features], by how much the bias has grown.
+        """
+        w, second, mean = weight.detach().double(), self.held_second, self.held_mean
+        lost = w - other.detach().double()
+        total = float(((w @ second) * w).sum())
+        error = float(((lost @ second) * lost).sum())
+        if shift is not None:
+            moved = shift.detach().double()
+            error += float(moved @ moved) - 2 * float(moved @ (lost @ mean))
+        return (max(error, 0.0) / total) ** 0.5 if total > 0 else None
+
+
+@dataclass(frozen=True)
 class Replacement:
     """The layer that takes a site's place.
 
@@ -53,12 +92,15 @@ class Replacement:
             can be saved.
         error: relative Frobenius error ‖W − W′‖/‖W‖ of the layer's weights; 0.0 for an exact
             replacement, None where it is not known (weights on `meta`).
+        output_error: ‖y − y′‖/‖y‖ of the layer's outputs (bias left out of y) on calibration rows
+            that it was not fitted to; None without calibration.
         note: what else the user should know, one sentence.
     """
 
     layer: nn.Module
     error: float | None = 0.0
     note: str = ""
+    output_error: float | None = None
 
 
 class Skip:
@@ -93,6 +135,11 @@ class Pass:
     @property
     def exact(self) -> bool:
         """True where the rewritten model computes the same function, up to rounding."""
+        return False
+
+    @property
+    def calibrates(self) -> bool:
+        """True where `propose` makes use of `site.moments`."""
         return False
 
     def propose(self, site: Site) -> Replacement | Skip:

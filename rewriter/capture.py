@@ -38,7 +38,7 @@ from rewriter.sites import is_leaf
 from rewriter.structure import flatten
 from rewriter.watch import Watch
 
-__all__ = ["Capture", "Region", "capture"]
+__all__ = ["Capture", "Region", "arguments", "capture"]
 
 
 @dataclass
@@ -140,7 +140,7 @@ def capture(
     if example_inputs is None:
         result = _symbolic(root)
     else:
-        args, kwargs = _arguments(example_inputs)
+        args, kwargs = arguments(example_inputs)
         _check_inputs(root, args, kwargs)
         args, kwargs, moved = _usable(root, args, kwargs)
         call = _bind(root, args, kwargs)
@@ -169,7 +169,8 @@ def capture(
 # example inputs
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword) arguments of a call with one batch."""
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from rewriter.base import Pass, Phase, Replacement, Skip, Where
+from rewriter.batches import Calibration
 from rewriter.capture import Capture
 from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.errors import OptionError
@@ -47,6 +48,7 @@ class Options:
     where: Where = None
     device: Device | None = None
     measure: bool = False
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in (None, *OBJECTIVES):
@@ -267,7 +269,10 @@ def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -
         old: what the site costs now; None where that is not known.
         resident: bytes of all weights of the model.
     """
-    error, limit, bias = p.replacement.error, options.max_error, p.site.bias
+    # of outputs on calibration rows, where there are some: that is what the layer was fitted to
+    error = p.replacement.output_error
+    error = p.replacement.error if error is None else error
+    limit, bias = options.max_error, p.site.bias
     if bias is not None and p.site.module is None:
         if all(bias is not own for own in p.replacement.layer.parameters()):
             return f"its layer has another bias than {p.site.bias_ref}, which would be left over"

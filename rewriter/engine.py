@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from rewriter.base import Layer, Pass, Replacement, Skip
+from rewriter.calibration import gather
 from rewriter.capture import Capture, Region
 from rewriter.cost import (
     Cost,
@@ -40,7 +41,7 @@ from rewriter.decide import (
     unsafe,
     unselected,
 )
-from rewriter.errors import PassError, RewriteWarning, StoreError, VerifyError
+from rewriter.errors import CalibrationError, PassError, RewriteWarning, StoreError, VerifyError
 from rewriter.hosted import original_class
 from rewriter.report import CaptureInfo, Decision, Report, Step, Timeline
 from rewriter.running import first_line, own_copy, quiet_run
@@ -122,6 +123,7 @@ class Engine:
             warnings.warn(f"{rewrite}: {notes[-1]}", RewriteWarning, stacklevel=4)
         decisions: list[Decision] = []
         proposals: list[Proposal] = []
+        matching = self._calibrated(rewrite, matching, sites, notes)
         for site in matching:
             answer = self._ask(rewrite, site, sites)
             if isinstance(answer, Skip):
@@ -152,6 +154,7 @@ class Engine:
                 replace(
                     look,
                     error=p.replacement.error,
+                    output_error=p.replacement.output_error,
                     kernel=kernel,
                     before=costs[0],
                     after=costs[1],
@@ -258,6 +261,33 @@ class Engine:
                     )
                 )
         return costs
+
+    def _calibrated(
+        self, rewrite: Pass, matching: list[Site], sites: Sequence[Site], notes: list[str]
+    ) -> list[Site]:
+        """The sites with the moments of their inputs, where the pass and the user want them."""
+        calibration = self.options.calibration
+        if calibration is None or not rewrite.calibrates:
+            return matching
+        if self.capture.on_meta:
+            raise CalibrationError(
+                "the model is on meta, where nothing can be calibrated: leave "
+                "calibration out, or load the weights"
+            )
+        wanted = [
+            s
+            for s in matching
+            if unselected(s, self.options.where, rewrite.where) is None
+            and unsafe(self.capture, s, sites) is None
+        ]
+        found, missing = gather(self.capture, wanted, calibration)
+        reasons: dict[str, list[str]] = {}
+        for name, why in missing.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            notes.append(f"fitted to weights alone, not calibrated: {', '.join(names)} ({why})")
+            warnings.warn(f"{rewrite}: {notes[-1]}", RewriteWarning, stacklevel=5)
+        return [replace(s, moments=found.get(s.fqn)) for s in matching]
 
     def _ask(self, rewrite: Pass, site: Site, sites: Sequence[Site]) -> Replacement | Skip:
         """The pass's answer, or why it is not asked."""

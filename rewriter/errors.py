@@ -19,6 +19,10 @@ class OptionError(RewriteError, ValueError):
     """An option of a pass or of an API call is impossible."""
 
 
+class CalibrationError(RewriteError):
+    """The calibration batches cannot be used, or the model fails on them."""
+
+
 class PassError(RewriteError):
     """A pass failed on a site, or passes are out of order."""
 

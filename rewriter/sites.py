@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from rewriter.base import Layer
+from rewriter.base import Layer, Moments
 from rewriter.spellings import (
     ACTIVATION,
     CONV,
@@ -64,6 +64,7 @@ class Site:
             `activation`. The MLP's own tensors are those of `down`.
         calls: how many of the nodes, from the first on, one forward runs; the rest are the same
             calls in the other mode's graphs.
+        moments: of its inputs over the calibration batches, for a pass that calibrates.
     """
 
     kind: Kind
@@ -75,6 +76,7 @@ class Site:
     transposed: bool = False
     parts: Mapping[str, Site] = field(default_factory=dict)
     calls: int = 0
+    moments: Moments | None = None
 
     @classmethod
     def of(cls, module: nn.Module, fqn: str = "layer", kind: Kind | None = None) -> Site:

@@ -154,7 +154,9 @@ def test_parts_keep_the_flops() -> None:
     rank = 16
     flops = 2 * rows * n * n * rank * (width // n + out // n)
     for kind in ("monarch", "int8_monarch"):
-        work = Work(f"rewriter::{kind}", kind, "float32", flops, shape=(rows, out, width, n, n, rank, 1))
+        work = Work(
+            f"rewriter::{kind}", kind, "float32", flops, shape=(rows, out, width, n, n, rank, 1)
+        )
         pieces = parts(work)
         assert sum(p.count * p.flops for p in pieces) == flops
         assert {p.kind for p in pieces} >= {"copy"}

@@ -33,7 +33,7 @@ from rewriter.errors import RewriteWarning
 
 __all__ = ["FORMAT", "cache_folder", "calibrate", "this_machine"]
 
-FORMAT = 2
+FORMAT = 3
 """Version of the procedure and of the file: another one is measured anew."""
 
 _SECONDS = 18.5  # after this long, tables that are still missing are left out
@@ -315,7 +315,7 @@ def _host(clock: Clock) -> dict[str, float]:
 def _miss(clock: Clock) -> Table:
     """(time with weights out of a pool of `size` bytes − time with one weight) / its bytes."""
     side = 512
-    nbytes, pools = 4.0 * side * side, (4 * 2**20, 16 * 2**20, 64 * 2**20, 256 * 2**20)
+    nbytes, pools = 4.0 * side * side, tuple(i * 2**20 for i in (4, 8, 16, 64, 256))
     x, alone = torch.rand(4, side), torch.rand(side, side)
     warm = clock.seconds(lambda: F.linear(x, alone), x, 40)
     sizes, values = [nbytes], [1e-15]

@@ -86,8 +86,8 @@ def parts(work: Work) -> list[Work]:
     """One of our composite layers as the plain operations it is made of; else [work].
 
     monarch: two batch products over the blocks, interleaved also a permuting copy of the output.
-    int8_monarch: the same in int8, with the copies in between. quadratic: three products and an addcmul. topk: a
-    selection and a dense product. Their flops add up to those of one run.
+    int8_monarch: the same in int8, with the copies in between. quadratic: three products and an
+    addcmul. topk: a selection and a dense product. Their flops add up to those of one run.
     """
     work = replace(work, count=1)
     if not work.shape or work.backward:

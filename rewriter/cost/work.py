@@ -40,7 +40,8 @@ class Work:
             [m, k] @ [k, n]; conv: (batch, out channels, in channels per group, output pixels,
             kernel elements, groups); attention: (batch, heads, queries, keys, head size);
             int8_linear and quadratic: (rows, out, in); monarch and int8_monarch: (rows, out, in,
-            input blocks, output blocks, rank, interleaved); topk: (rows, out, in, k); else the shape of the first output.
+            input blocks, output blocks, rank, interleaved); topk: (rows, out, in, k); else the
+            shape of the first output.
         count: how often it runs.
         backward: whether it belongs to a backward pass.
     """

@@ -425,12 +425,15 @@ def replaced(decisions: Sequence[Decision]) -> Grid:
         worst = max(members, key=lambda d: rank(d.error))
         site = members[0].site if len(members) == 1 else f"{name} (×{len(members)})"
         weights = change(members)
-        rows.append((site, f"{kind} {shape}".strip(), kernel, fmt.error(worst.error), weights))
+        outputs = max((d.output_error for d in members), key=rank)
+        errors = fmt.error(worst.error), fmt.error(outputs)
+        rows.append((site, f"{kind} {shape}".strip(), kernel, *errors, weights))
     if len(ordered) > _ROWS:
         left = sum(len(members) for _, members in ordered[_ROWS:])
-        rows.append((f"… and {left} more, with smaller errors", "", "", "", ""))
+        rows.append((f"… and {left} more, with smaller errors", "", "", "", "", ""))
     error = "worst error" if many else "error"
-    return without_empty(Grid(("site", "was", "kernel", error, "weights"), rows, left=3))
+    header = "site", "was", "kernel", error, "of outputs", "weights"
+    return without_empty(Grid(header, rows, left=3))
 
 
 def change(decisions: Iterable[Decision]) -> str:
@@ -461,13 +464,15 @@ def every_decision(step: Step) -> Grid:
             d.kernel,
             d.where,
             fmt.error(d.error) if d.changed else "",
+            fmt.error(d.output_error) if d.changed else "",
             change([d]),
             _times_change(d),
         )
         for d in sorted(step.decisions, key=lambda d: (not d.changed, -rank(d.error)))
     ]
-    header = "site", "was", "action", "reason", "kernel", "where", "error", "weights", "time"
-    return without_empty(Grid(header, rows, left=6))
+    header = "site", "was", "action", "reason", "kernel", "where"
+    figures = "error", "of outputs", "weights", "time"
+    return without_empty(Grid((*header, *figures), rows, left=6))
 
 
 def _times_change(d: Decision) -> str:

@@ -282,6 +282,7 @@ _COLUMNS = (
     ("kernel", False),
     ("where", False),
     ("error", True),
+    ("of outputs", True),
     ("weights", True),
     ("MACs", True),
     ("time", True),
@@ -309,7 +310,6 @@ def _short_names(steps: Sequence[Step]) -> list[str]:
 
 def _cells(step: str, d: Decision) -> list[Cell]:
     old, new = d.before, d.after
-    error = fmt.error(d.error) if d.changed and d.error is not None else ""
     return [
         Cell(step),
         Cell(d.site.replace(".", ".\u200b")),  # a line may break behind a dot
@@ -318,7 +318,14 @@ def _cells(step: str, d: Decision) -> list[Cell]:
         Cell(d.reason),
         Cell(d.kernel),
         Cell(d.where.replace("\\", "/").rpartition("/")[2], title=d.where),
-        Cell(error, _key(d.error if d.changed else None), True),
+        *(
+            Cell(
+                fmt.error(e) if d.changed and e is not None else "",
+                _key(e if d.changed else None),
+                True,
+            )
+            for e in (d.error, d.output_error)
+        ),
         _change(old, new, "param_bytes", fmt.size),
         _change(old, new, "macs", fmt.count),
         _change(old, new, "latency_s", fmt.seconds),

@@ -41,6 +41,8 @@ class Decision:
             `declined` where the engine did (`objective`, `max_error`).
         reason: one sentence; may be empty for a replacement.
         error: relative error ‖W − W′‖/‖W‖ of the weights; None where not known.
+        output_error: relative error of the site's own outputs on calibration rows that nothing was
+            fitted to; None without calibration.
         kernel: which implementation runs it.
         before, after: cost of the site alone.
         where: `file:line` of the user's code.
@@ -59,6 +61,7 @@ class Decision:
     where: str = ""
     tokens: int | None = None
     shape: str = ""
+    output_error: float | None = None
 
     @property
     def changed(self) -> bool:
@@ -438,6 +441,7 @@ def _decision(data: Any) -> Decision:
         **{
             **data,
             "error": _number(built.error),
+            "output_error": _number(built.output_error),
             "before": None if built.before is None else _cost(built.before),
             "after": None if built.after is None else _cost(built.after),
         }
