@@ -73,8 +73,7 @@ def test_layout_of_factors_is_as_documented(interleaved):
     dense = layer.dense_weight()
     for s, j, k, i in [(0, 0, 0, 0), (4, 3, 2, 1), (1, 2, 1, 3)]:
         want = sum(
-            layer.left[j, s, k * rank + r] * layer.right[k, r * outputs + j, i]
-            for r in range(rank)
+            layer.left[j, s, k * rank + r] * layer.right[k, r * outputs + j, i] for r in range(rank)
         )
         row = s * outputs + j if interleaved else j * ob + s
         assert_close(dense[row, k * ib + i], want)

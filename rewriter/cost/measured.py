@@ -10,7 +10,7 @@ from typing import Any
 from rewriter.cost.roofline import Table, gemms, parts
 from rewriter.cost.work import Work
 
-__all__ = ["Measured"]
+__all__ = ["DISTURBED", "Measured"]
 
 _MODULES = frozenset("matmul conv norm int8_linear int8_monarch monarch quadratic topk".split())
 """Kinds that a rewritten model calls as modules of its tree."""
@@ -51,6 +51,10 @@ _TYPICAL = {
 }
 
 
+DISTURBED = 2 * 2**20
+"""Bytes of other weights that pass between two uses of one where a table is measured."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """Seconds of whole calls by size, dispatch included.
@@ -60,8 +64,8 @@ class Measured:
             (m, n, k) at `batch` products, "attention" over (queries, head size), "conv/3" over (m,
             n, k) of the product it amounts to, "gelu" and the like over bytes moved; "ratio/…" of
             composite layers to the sum of their parts.
-        miss: seconds that a byte of weights takes longer than in the tables, over the bytes of all
-            weights between two uses.
+        miss: seconds that a byte of weights takes longer than where it lies in the nearest cache,
+            over the bytes that pass between two uses of it.
         host: seconds of things that run no kernel: "module" (finding and calling a submodule),
             "view", "op" (the least of an op).
     """
@@ -100,7 +104,8 @@ class Measured:
         elif work.kind in _MODULES:
             found += self.host["module"]
         weights = min(work.weight_bytes, work.bytes_read)
-        further = self.miss.at(max(resident, weights, 1)) - self.miss.at(max(weights, 1))
+        near = weights + DISTURBED
+        further = self.miss.at(max(resident, near)) - self.miss.at(near)
         return found + weights * further  # the table has what a weight of its own size misses
 
     def composite(self, work: Work) -> float | None:

@@ -1,0 +1,265 @@
+"""Calibration batches: what is gathered of them, and layers fitted to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from rewriter import explain, rewrite
+from rewriter.api import prepare
+from rewriter.base import Moments
+from rewriter.batches import Calibration
+from rewriter.calibration import gather
+from rewriter.errors import CalibrationError, RewriteWarning
+from rewriter.kernels.monarch import monarch_dense
+from rewriter.kernels.monarch_project import monarch_fit, monarch_project
+from rewriter.passes import Monarch, TopK
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """A module, a functional linear, a layer that is never called, and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 64)
+        self.weight = nn.Parameter(torch.randn(32, 64) / 8)
+        self.unused = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.linear(self.fc(x).relu(), self.weight)
+
+
+MIX = torch.randn(32, 32) * torch.logspace(0, -2, 32)
+
+
+def batch(rows: int = 24) -> Tensor:
+    return torch.randn(2, rows, 32) @ MIX + 0.3
+
+
+def moments_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows = rows.double()
+    return rows.mean(0), rows.t() @ rows / len(rows)
+
+
+# what is gathered
+
+
+def test_moments_are_those_of_the_inputs() -> None:
+    model, batches = Net().eval(), tuple(batch() for _ in range(5))
+    engine = prepare(model, batches[0])
+    code = [str(g) for _, _, g in engine.capture.graphs()]
+    found, missing = gather(engine.capture, engine._sites(), Calibration(batches))
+    assert missing == {"unused": "the calibration batches never reach it"}
+    fitted = torch.cat([b.flatten(0, 1) for i, b in enumerate(batches) if i != 3])
+    with torch.no_grad():
+        hidden = model.fc(fitted).relu(), model.fc(batches[3].flatten(0, 1)).relu()
+    for name, own, held in (("fc", fitted, batches[3].flatten(0, 1)), ("weight", *hidden)):
+        got = found[name]
+        assert (got.rows, got.held_rows) == (4 * 48, 48)
+        assert_close((got.mean, got.second), moments_of(own), rtol=1e-5, atol=1e-6)
+        assert_close((got.held_mean, got.held_second), moments_of(held), rtol=1e-5, atol=1e-6)
+    assert [str(g) for _, _, g in engine.capture.graphs()] == code
+    assert "forward" not in vars(engine.capture.root.fc)
+
+
+def test_padding_does_not_count() -> None:
+    model, x = Net().eval(), batch(6)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+    spoilt = torch.where(mask.bool()[..., None], x, torch.full_like(x, 1e6))
+    engine = prepare(model, {"x": x, "attention_mask": mask})
+    sites = [s for s in engine._sites() if s.fqn != "unused"]
+    found, _ = gather(engine.capture, sites, Calibration(({"x": spoilt, "attention_mask": mask},)))
+    assert found["fc"].rows == 6
+    assert found["fc"].held_rows == 0  # one batch only: errors are those of the fit
+    assert_close(found["fc"].second, moments_of(x[mask.bool()])[1], rtol=1e-5, atol=1e-6)
+
+
+def test_calls_of_other_sizes_and_shared_layers() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.fc(x).relu())
+
+    model, batches = Twice().eval(), (torch.randn(5, 8), torch.randn(3, 8))
+    engine = prepare(model, batches[0])
+    found, _ = gather(engine.capture, engine._sites(), Calibration(batches))
+    assert (found["fc"].rows, found["fc"].held_rows) == (10, 6)
+
+
+def test_nothing_is_left_behind() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16))
+    calls: list[int] = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(12, 16)
+    model(x)
+    calls.clear()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    made = rewrite(model, [Monarch(2)], x, calibration=[x, x])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not calls
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert_close(made[1].running_mean, model[1].running_mean, rtol=0, atol=0)
+
+
+# what is made of it
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(4, 20), st.integers(4, 20), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_a_fit_is_never_worse_than_the_projection(inputs, outputs, k, l, interleaved):
+    weight = torch.randn(outputs, inputs, dtype=torch.float64)
+    rows = torch.randn(64, inputs, dtype=torch.float64) @ torch.randn(inputs, inputs).double()
+    second = rows.t() @ rows / 64
+
+    def error(right: Tensor, left: Tensor) -> float:
+        lost = weight - monarch_dense(right, left, outputs, inputs, interleaved)
+        return float(((lost @ second) * lost).sum())
+
+    fitted = monarch_fit(weight, second, (k, l), 1, interleaved, damping=1e-9, sweeps=60)
+    plain = monarch_project(weight, (k, l), 1, interleaved)[:2]
+    assert error(*fitted) <= error(*plain) * 1.001 + 1e-9
+
+
+def test_a_fit_with_white_inputs_is_the_projection_and_exact_in_class() -> None:
+    weight = torch.randn(24, 16, dtype=torch.float64)
+    eye = torch.eye(16, dtype=torch.float64)
+    fitted = monarch_dense(*monarch_fit(weight, eye, 4, 1), 24, 16)
+    right, left, _ = monarch_project(weight, 4, 1)
+    projected = monarch_dense(right, left, 24, 16)
+    assert_close(fitted, projected)
+    rows = torch.randn(99, 16, dtype=torch.float64) @ torch.randn(16, 16).double()
+    again = monarch_fit(projected, rows.t() @ rows, 4, 1)
+    assert_close(monarch_dense(*again, 24, 16), projected)
+
+
+def test_one_block_is_the_whitened_svd() -> None:
+    """K = L = 1: min ‖(W − M) S‖ over rank r is the truncated SVD of W S."""
+    weight, mix = torch.randn(9, 7).double(), torch.randn(7, 7).double()
+    second = mix @ mix.t()
+    right, left = monarch_fit(weight, second, 1, 3, damping=0.0)
+    lost = (weight - monarch_dense(right, left, 9, 7)) @ mix
+    sigma = torch.linalg.svdvals(weight @ mix)
+    assert_close(lost.square().sum(), sigma[3:].square().sum())
+
+
+def test_fitted_layers_are_closer_on_data_they_have_not_seen() -> None:
+    model, batches = Net().eval(), [batch() for _ in range(16)]
+    x = batch(200)
+    plain = rewrite(model, [Monarch(4)], batches[0], where="fc")
+    fitted = rewrite(model, [Monarch(4)], batches[0], where="fc", calibration=batches)
+    with torch.inference_mode():
+        want = model.fc(x) - model.fc.bias
+        errors = [float((m.fc(x) - model.fc(x)).norm() / want.norm()) for m in (plain, fitted)]
+    assert errors[1] < 0.7 * errors[0]
+    decision = fitted.report.replaced[0]
+    assert decision.output_error == pytest.approx(errors[1], rel=0.1)
+    assert plain.report.replaced[0].output_error is None
+    assert "of outputs" in fitted.report.to_markdown()
+    assert "of outputs" not in plain.report.to_markdown()
+
+
+def test_the_bias_takes_the_mean_where_it_may() -> None:
+    """x = a constant, nearly: what the factors cannot do the bias does; a functional call's bias
+    is the user's own and stays."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.w, self.b)
+
+    batches = [torch.randn(16) + 1e-3 * torch.randn(8, 16) for _ in range(1)] * 2
+    linear = nn.Sequential(nn.Linear(16, 16))
+    made = rewrite(linear, [Monarch(4)], batches[0], calibration=batches)
+    assert_close(made(batches[0]), linear(batches[0]), rtol=0.01, atol=0.01)
+    assert not torch.equal(made[0].bias, linear[0].bias)
+    assert made[0].bias.requires_grad
+    functional = Functional()
+    kept = rewrite(functional, [Monarch(4)], batches[0], calibration=batches)
+    assert torch.equal(kept.b, functional.b)
+
+
+def test_max_error_is_of_the_outputs() -> None:
+    model, batches = Net().eval(), [batch() for _ in range(8)]
+    report = explain(model, [Monarch(4)], batches[0], where="fc", calibration=batches)
+    done = report.replaced[0]
+    assert done.output_error < done.error
+    limit = (done.output_error + done.error) / 2
+    again = explain(
+        model, [Monarch(4)], batches[0], where="fc", calibration=batches, max_error=limit
+    )
+    assert again.replaced
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        (3, "calibration is a int: pass a list of batches"),
+        ([], "calibration has no batch"),
+        ([torch.ones(2, 32), "x"], r"calibration\[1\] is a str"),
+        ([torch.ones(2, 31)], r"the model fails on calibration\[0\]"),
+    ],
+)
+def test_impossible_calibration(given_: Any, message: str) -> None:
+    model = Net().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CalibrationError, match=message):
+        rewrite(model, [Monarch(4)], batch(), calibration=given_, inplace=True)
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert type(model) is Net
+
+
+def test_what_cannot_be_calibrated_is_said() -> None:
+    model = Net().eval()
+    with pytest.warns(RewriteWarning, match=r"not calibrated: unused \(the calibration batches"):
+        report = explain(model, [Monarch(4)], batch(), calibration=[batch()])
+    assert any("never reach it" in note for note in report.steps[-1].notes)
+    bad = batch()
+    bad[0, 0, 0] = float("inf")
+    with pytest.warns(RewriteWarning, match="inputs with NaN or inf"):
+        made = rewrite(model, [Monarch(4, where="fc")], batch(), calibration=[bad])
+    assert all(torch.isfinite(p).all() for p in made.parameters())
+    with pytest.warns(RewriteWarning, match="none of the passes makes use of it"):
+        explain(model, [TopK(8)], batch(), calibration=[batch()])
+    with pytest.raises(CalibrationError, match="on meta"):
+        explain(Net().to("meta"), [Monarch(4)], batch(), calibration=[batch()])
+
+
+def test_the_fit_refuses_what_does_not_fit() -> None:
+    weight = torch.randn(8, 8)
+    with pytest.raises(ValueError, match=r"finite \[8, 8\] matrix"):
+        monarch_fit(weight, torch.eye(7), 2, 1)
+    with pytest.raises(ValueError, match="finite"):
+        monarch_fit(weight, torch.full((8, 8), float("nan")), 2, 1)
+    with pytest.raises(ValueError, match="must be in"):
+        monarch_fit(weight, torch.eye(8), 9, 1)
+
+
+def test_moments_give_the_error_of_outputs() -> None:
+    rows, weight, other = torch.randn(50, 6).double(), torch.randn(4, 6), torch.randn(4, 6)
+    mean, second = moments_of(rows)
+    shift = torch.randn(4).double()
+    error = Moments(50, mean, second, 0, mean, second).output_error(weight, other, shift)
+    want, got = rows @ weight.double().t(), rows @ other.double().t() + shift
+    assert error == pytest.approx(float((want - got).norm() / want.norm()))
+    assert Moments(50, mean, second, 0, mean, second).output_error(0 * weight, other) is None
