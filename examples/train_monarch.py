@@ -157,7 +157,7 @@ def train(
         say: where progress goes.
     """
     optimizer = torch.optim.AdamW(param_groups(model, plan.lr, weight_decay=0.1), betas=(0.9, 0.95))
-    base = [group["lr"] for group in optimizer.param_groups]
+    base = [plan.lr * group["lr_scale"] for group in optimizer.param_groups]
     source, run, warm = batches(text[0], plan, seed), Run(), max(plan.steps // 20, 1)
     model.train()
     for step in range(plan.steps + 1):
@@ -174,7 +174,7 @@ def train(
                 warnings.simplefilter("ignore")
                 model = rewrite(before, [Densify()], example).train()
             optimizer = remap_optimizer(optimizer, before, model)
-            base = [plan.lr for _ in optimizer.param_groups]
+            base = [plan.lr * group["lr_scale"] for group in optimizer.param_groups]
         share = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * max(share, 0.02)

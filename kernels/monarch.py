@@ -178,28 +178,28 @@ def _mid_by_output(mid: Tensor, l: int) -> Tensor:
     return mid.view(k * rl // l, l, rows).permute(1, 2, 0)
 
 
-def _finish(
-    mid: Tensor, left: Tensor, bias: Tensor | None, shape: torch.Size, out: int, interleaved: bool
-) -> Tensor:
-    """mid [L, rows, (k, r)] → y [*shape[:-1], out]."""
-    (l, ob, _), rows = left.shape, mid.shape[1]
+def _finish(mid: Tensor, left: Tensor, bias: Tensor | None, y: Tensor, interleaved: bool) -> Tensor:
+    """mid [L, rows, (k, r)] → y [rows, out_features], into the memory given."""
+    (l, ob, _), (rows, out) = left.shape, y.shape
     if interleaved:
         z = torch.bmm(mid, left.transpose(1, 2))  # [l, rows, s]
-        # Permuting first and adding in place measures faster than one strided add that does both.
-        y = z.new_empty(rows, ob, l).copy_(z.permute(1, 2, 0)).view(rows, ob * l)
+        if out == l * ob:
+            y.view(rows, ob, l).copy_(z.permute(1, 2, 0))
+        else:
+            y.copy_(z.permute(1, 2, 0).reshape(rows, ob * l)[:, :out])
     else:
-        y = mid.new_empty(rows, l * ob)
-        z = y.view(rows, l, ob).transpose(0, 1)
+        whole = y if out == l * ob else y.new_empty(rows, l * ob)
+        z = whole.view(rows, l, ob).transpose(0, 1)
         if bias is not None and out == l * ob:
             # The product adds to what it finds: no second pass over y.
             own = bias.view(l, 1, ob).expand(l, rows, ob)
             torch.baddbmm(own, mid, left.transpose(1, 2), out=z)
-            return y.view(*shape[:-1], out)
+            return y
         torch.bmm(mid, left.transpose(1, 2), out=z)
-    y = y[:, :out].contiguous()
-    if bias is not None:
-        y.add_(bias)
-    return y.view(*shape[:-1], out)
+        if whole is not y:
+            y.copy_(whole[:, :out])
+    # Permuting first and adding in place measures faster than one strided add that does both.
+    return y if bias is None else y.add_(bias)
 
 
 def _forward(
@@ -223,9 +223,13 @@ def _forward_train(
 ) -> tuple[Tensor, Tensor]:
     _check(x, right, left, bias, out_features)
     right, left = right.contiguous(), left.contiguous()
-    mid = _mid(_rows(x, right.shape[0] * right.shape[2]), right)
-    by_output = _mid_by_output(mid, left.shape[0])
-    return _finish(by_output, left, bias, x.shape, out_features, interleaved), mid
+    xb = _rows(x, right.shape[0] * right.shape[2])
+    # y first, as a dense layer would get it: what is freed before it would else leave a hole under
+    # it, and a C heap that is given back and fetched again, page by page, call for call.
+    y = x.new_empty(xb.shape[0], out_features)
+    mid = _mid(xb, right)
+    _finish(_mid_by_output(mid, left.shape[0]), left, bias, y, interleaved)
+    return y.view(*x.shape[:-1], out_features), mid
 
 
 def _forward_fake(

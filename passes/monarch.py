@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.base import (
@@ -25,18 +26,38 @@ from rewriter.kernels.monarch import monarch_dense, monarch_linear
 from rewriter.kernels.monarch_project import monarch_fit, monarch_project
 from rewriter.sites import LINEAR, Kind, Site
 
-__all__ = ["Monarch", "MonarchLinear"]
+__all__ = ["Blocks", "Monarch", "MonarchLinear"]
+
+
+Blocks = int | tuple[int, int] | Literal["sqrt"]
 
 
 def _default_rank(in_features: int, out_features: int, blocks: tuple[int, int]) -> int:
     return -(-min(in_features, out_features) // math.prod(blocks))
 
 
+def _sides(nblocks: Blocks, in_features: int, out_features: int) -> tuple[int, int]:
+    """(input blocks, output blocks) of a layer."""
+    if nblocks == "sqrt":
+        return _near_root(in_features), _near_root(out_features)
+    return _pair("nblocks", nblocks)
+
+
+def _near_root(size: int) -> int:
+    """The largest divisor up to √size, or ⌈√size⌉ (with padding) where that is under half of it,
+    as of a prime."""
+    root = math.isqrt(size)
+    divisor = next(d for d in range(root, 0, -1) if size % d == 0)
+    return divisor if 2 * divisor > root else root + (root * root < size)
+
+
 def _pair(name: str, nblocks: object) -> tuple[int, int]:
-    """(input blocks, output blocks)."""
+    """(input blocks, output blocks) as they are given."""
     both = nblocks if isinstance(nblocks, (tuple, list)) else (nblocks, nblocks)
     if len(both) != 2:
-        raise OptionError(f"{name} must be one number or (input blocks, output blocks): {nblocks}")
+        raise OptionError(
+            f"{name} must be a number, (input blocks, output blocks) or 'sqrt': {nblocks!r}"
+        )
     for n in both:
         _positive(name, n)
     return both[0], both[1]
@@ -58,7 +79,9 @@ class MonarchLinear(Layer):
     Args:
         in_features: size of the last dimension of x.
         out_features: size of the last dimension of y.
-        nblocks: N = K = L, or (K, L).
+        nblocks: N = K = L, or (K, L); "sqrt" for divisors near the roots of both sizes, where
+            rank 1 is the classic Monarch of the theory (2 n^1.5 weights of n²) and higher ranks
+            are Block Tensor-Train.
         rank: of each slice; None for ⌈min(in_features, out_features)/(K·L)⌉.
         bias: whether there is a bias.
         interleaved: the paper's order of outputs, y[…, s·L+l], in place of y[…, l·ob+s]. Some
@@ -88,7 +111,7 @@ class MonarchLinear(Layer):
         self,
         in_features: int,
         out_features: int,
-        nblocks: int | tuple[int, int] = 4,
+        nblocks: Blocks = 4,
         rank: int | None = None,
         bias: bool = True,
         interleaved: bool = False,
@@ -98,7 +121,7 @@ class MonarchLinear(Layer):
         super().__init__()
         _positive("in_features", in_features)
         _positive("out_features", out_features)
-        blocks = k, l = _pair("nblocks", nblocks)
+        blocks = k, l = _sides(nblocks, in_features, out_features)
         if k > in_features or l > out_features:
             raise OptionError(
                 f"nblocks {nblocks} is larger than a side of the layer, {in_features} -> "
@@ -172,6 +195,70 @@ class MonarchLinear(Layer):
     def kernel(self, tokens: int) -> str:
         return "torch.bmm"
 
+    def lr_scales(self) -> Mapping[str, float]:
+        """(in_features / fan-in of the factor) / 2."""
+        fans = {"right": self.right.shape[2], "left": self.left.shape[2]}
+        return {name: self.in_features / fan / 2 for name, fan in fans.items()}
+
+    def from_dense_gradient(self, gradient: Tensor, square: bool) -> Mapping[str, Tensor]:
+        """Of right: leftᵀ g, of left: g rightᵀ, slice by slice; of squares with squared factors."""
+        right, left = self._slices(square)
+        g = self._cut(gradient.to(right))
+        made = {"right": left.transpose(-2, -1) @ g, "left": g @ right.transpose(-2, -1)}
+        return {name: self._joined(name, value) for name, value in made.items()}
+
+    def to_dense_gradient(self, gradients: Mapping[str, Tensor], square: bool) -> Tensor | None:
+        """The smallest g with leftᵀ g and g rightᵀ as given. Of squares: the outer product of what
+        right's say of each column and left's of each row, at their common mean."""
+        if not {"right", "left"} <= set(gradients):
+            return None
+        right, left = self._slices(square)
+        of_right, of_left = self._slices(False, gradients["right"], gradients["left"])
+        if square:
+            tiny = torch.finfo(right.dtype).tiny
+            columns = (of_right / left.sum(-2)[..., None].clamp(min=tiny)).mean(-2, keepdim=True)
+            rows = (of_left / right.sum(-1)[..., None, :].clamp(min=tiny)).mean(-1, keepdim=True)
+            mean = (rows.mean((-2, -1), keepdim=True) * columns.mean((-2, -1), keepdim=True)).sqrt()
+            return self._whole(rows * columns / mean.clamp(min=tiny))
+        of_rows = torch.linalg.pinv(left).transpose(-2, -1) @ of_right
+        of_columns = of_left @ torch.linalg.pinv(right).transpose(-2, -1)
+        seen = left @ (torch.linalg.pinv(left) @ of_columns)
+        return self._whole(of_rows + of_columns - seen)
+
+    def _slices(
+        self, square: bool, right: Tensor | None = None, left: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """right as [L, K, rank, ib] and left as [L, K, ob, rank], float32 or wider."""
+        right = (self.right if right is None else right).detach()
+        left = (self.left if left is None else left).detach()
+        wide = torch.promote_types(right.dtype, torch.float32)
+        (k, _, ib), (l, ob, _) = right.shape, left.shape
+        r = right.to(wide).view(k, self.rank, l, ib).permute(2, 0, 1, 3)
+        f = left.to(wide).view(l, ob, k, self.rank).transpose(1, 2)
+        return (r.square(), f.square()) if square else (r, f)
+
+    def _joined(self, name: str, value: Tensor) -> Tensor:
+        """The inverse of `_slices`, of one factor."""
+        own = self.right if name == "right" else self.left
+        value = value.permute(1, 2, 0, 3) if name == "right" else value.transpose(1, 2)
+        return value.reshape(own.shape).to(own.dtype)
+
+    def _cut(self, weight: Tensor) -> Tensor:
+        """[out_features, in_features] → [L, K, ob, ib]."""
+        (k, _, ib), (l, ob, _) = self.right.shape, self.left.shape
+        weight = F.pad(weight, (0, k * ib - weight.shape[1], 0, l * ob - weight.shape[0]))
+        weight = weight.view(ob, l, k, ib).transpose(0, 1) if self.interleaved else weight
+        return weight.reshape(l, ob, k, ib).transpose(1, 2)
+
+    def _whole(self, slices: Tensor) -> Tensor:
+        """The inverse of `_cut`."""
+        l, k, ob, ib = slices.shape
+        weight = slices.transpose(1, 2)
+        weight = weight.transpose(0, 1) if self.interleaved else weight
+        return weight.reshape(l * ob, k * ib)[: self.out_features, : self.in_features].to(
+            self.right.dtype
+        )
+
     def dense_weight(self) -> Tensor:
         """W[l·ob+s, k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(r,l),i], [out_features, in_features]."""
         sizes = self.out_features, self.in_features
@@ -188,8 +275,8 @@ class Monarch(Pass):
     """W ≈ L·Pᵀ·R with block-diagonal L and R; see `MonarchLinear`.
 
     Args:
-        nblocks: blocks N of each factor, or (blocks of the inputs, blocks of the outputs); weights
-            and multiply-adds shrink by about N/2 for square layers.
+        nblocks: blocks N of each factor, or (blocks of the inputs, blocks of the outputs), or
+            "sqrt"; weights and multiply-adds shrink by about N/2 for square layers.
         rank: of each of the slices of W; None for ⌈min(in, out)/(K·L)⌉, the classic Monarch.
         init: "project" starts at the closest Monarch matrix to the trained weight (the optimum,
             from an SVD per slice), or with `rewrite(…, calibration=batches)` at the one whose
@@ -211,13 +298,14 @@ class Monarch(Pass):
     matches: ClassVar[tuple[Kind, ...]] = (LINEAR,)
     phase: ClassVar[Phase] = Phase.STRUCTURE
 
-    nblocks: int | tuple[int, int] = 4
+    nblocks: Blocks = 4
     rank: int | None = None
     init: Literal["project", "random"] = "project"
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        _pair("Monarch: nblocks", self.nblocks)
+        if self.nblocks != "sqrt":
+            _pair("Monarch: nblocks", self.nblocks)
         if self.rank is not None:
             _positive("Monarch: rank", self.rank)
         if self.init not in ("project", "random"):
@@ -230,7 +318,7 @@ class Monarch(Pass):
     def propose(self, site: Site) -> Replacement | Skip:
         weight, bias = site.weight, site.bias
         out_features, in_features = weight.shape
-        blocks = k, l = _pair("nblocks", self.nblocks)
+        blocks = k, l = _sides(self.nblocks, in_features, out_features)
         if refused := unusable(weight, bias):
             return refused
         if k > in_features or l > out_features:

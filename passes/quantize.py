@@ -31,7 +31,7 @@ from rewriter.kernels.int8_linear import (
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
-from rewriter.passes.monarch import MonarchLinear
+from rewriter.passes.monarch import Blocks, MonarchLinear
 from rewriter.sites import LINEAR, Kind, Site
 
 __all__ = ["Quantize", "QuantizedLinear", "QuantizedMonarch"]
@@ -170,7 +170,7 @@ class QuantizedMonarch(Layer):
         self,
         in_features: int,
         out_features: int,
-        nblocks: int | tuple[int, int] = 4,
+        nblocks: Blocks = 4,
         rank: int | None = None,
         bias: bool = True,
         interleaved: bool = False,

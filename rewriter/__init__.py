@@ -7,6 +7,7 @@ from rewriter.api import explain, rewrite
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip
 from rewriter.cost import Cost, Device
 from rewriter.errors import (
+    CalibrationError,
     CaptureError,
     OptionError,
     PassError,
@@ -17,6 +18,8 @@ from rewriter.errors import (
     VerifyError,
 )
 from rewriter.hosted import RewrittenModule
+from rewriter.optim import param_groups, remap_optimizer
+from rewriter.recover import Recovery, recover
 from rewriter.report import Report
 from rewriter.sites import ACTIVATION, CONV, LINEAR, MLP, Site
 from rewriter.store import load, load_original, save
@@ -28,6 +31,7 @@ __all__ = [
     "CONV",
     "LINEAR",
     "MLP",
+    "CalibrationError",
     "CaptureError",
     "Cost",
     "Device",
@@ -38,6 +42,7 @@ __all__ = [
     "Phase",
     "Replacement",
     "Report",
+    "Recovery",
     "RewriteError",
     "RewriteWarning",
     "RewrittenModule",
@@ -49,6 +54,9 @@ __all__ = [
     "explain",
     "load",
     "load_original",
+    "param_groups",
+    "recover",
+    "remap_optimizer",
     "rewrite",
     "save",
 ]

@@ -224,6 +224,25 @@ class Layer(nn.Module):
         """
         raise OptionError(f"{type(self).__name__} has no dense weight: it is not linear")
 
+    def lr_scales(self) -> Mapping[str, float]:
+        """Of each parameter whose learning rate differs from a dense layer's: by which factor; see
+        `rewriter.param_groups`."""
+        return {}
+
+    def from_dense_gradient(self, gradient: Tensor, square: bool) -> Mapping[str, Tensor]:
+        """Averages of gradients of the parameters, given those of the dense weight that they stand
+        for; empty where there is no chain rule.
+
+        Args:
+            gradient: [out_features, in_features].
+            square: they are averages of squares.
+        """
+        return {}
+
+    def to_dense_gradient(self, gradients: Mapping[str, Tensor], square: bool) -> Tensor | None:
+        """The inverse, as far as it goes: of the dense weight; None where there is none."""
+        return None
+
     def kernel(self, tokens: int) -> str:
         """The name of the implementation that runs at this number of rows on this machine."""
         return "torch"

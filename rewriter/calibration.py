@@ -165,7 +165,8 @@ def _watching(capture: Capture, group: Sequence[_Watch]) -> Iterator[None]:
                 continue
             for node in watch.calls:
                 with node.graph.inserting_before(node):
-                    inserted.append(node.graph.call_function(watch, (source_of(node),)))
+                    called = node.graph.call_function(_observing(watch), (source_of(node),))
+                inserted.append(called)
         if inserted:
             capture.host()
         yield
@@ -178,6 +179,15 @@ def _watching(capture: Capture, group: Sequence[_Watch]) -> Iterator[None]:
             node.graph.erase_node(node)
         if inserted:
             capture.host()
+
+
+def _observing(watch: _Watch) -> Callable[[Any], Any]:
+    """A plain function, as a graph wants it."""
+
+    def observe(x: Any) -> Any:
+        return watch(x)
+
+    return observe
 
 
 def _seeing(watch: _Watch, forward: Callable[..., Any]) -> Callable[..., Any]:

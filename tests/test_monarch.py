@@ -340,6 +340,26 @@ def test_default_rank_gives_the_papers_parameter_counts(in_features, out_feature
     assert layer.rank == 48
 
 
+@pytest.mark.parametrize(
+    ("sizes", "blocks", "rank"),
+    [
+        ((1024, 1024), 32, 1),
+        ((768, 3072), (24, 48), 1),
+        ((1009, 64), (32, 8), 1),
+        ((7, 1), (3, 1), 1),
+    ],
+)
+def test_sqrt_blocks_are_the_classic_monarch(sizes, blocks, rank):
+    """2 n^1.5 weights of n = m²; a prime is padded, not one dense block."""
+    layer = MonarchLinear(*sizes, nblocks="sqrt", bias=False, device="meta")
+    assert (layer.nblocks, layer.rank) == (blocks, rank)
+    if sizes == (1024, 1024):
+        assert sum(p.numel() for p in layer.parameters()) == 2 * 1024**1.5
+    btt = MonarchLinear(*sizes, nblocks="sqrt", rank=3, bias=False, device="meta")
+    assert btt.right.numel() == 3 * layer.right.numel()
+    assert MonarchLinear(**btt.config()).left.shape == btt.left.shape
+
+
 @pytest.mark.parametrize("sizes", [(768, 768, 4), (256, 1024, 4), (1024, 256, 8), (250, 130, 4)])
 def test_random_init_matches_the_scale_of_nn_linear(sizes):
     layer, linear = MonarchLinear(*sizes), nn.Linear(sizes[0], sizes[1])

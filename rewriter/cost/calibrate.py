@@ -33,7 +33,7 @@ from rewriter.errors import RewriteWarning
 
 __all__ = ["FORMAT", "cache_folder", "calibrate", "this_machine"]
 
-FORMAT = 4
+FORMAT = 5
 """Version of the procedure and of the file: another one is measured anew."""
 
 _SECONDS = 18.5  # after this long, tables that are still missing are left out
@@ -218,9 +218,10 @@ def calibrate() -> tuple[Measured, bool]:
         tables, whole = _sweep(clock, speed, start + _SECONDS)
         taken = time.perf_counter() - start
         if whole and 2.2 * taken < _SECONDS:
-            # A machine that others share is slow for seconds on end: of two sweeps, the faster.
+            # A machine that others share is slow or fast for seconds on end, and a process's heap
+            # settles: neither the first sweep nor the second is what a model will see.
             again, _ = _sweep(clock, speed, math.inf)
-            tables = {name: _lower(table, again[name]) for name, table in tables.items()}
+            tables = {name: _middle(table, again[name]) for name, table in tables.items()}
     found = Measured(tables, miss, host)
     for kind, axes, _ in composites():
         name = f"ratio/{kind}"
@@ -244,8 +245,10 @@ def _sweep(clock: Clock, speed: float, deadline: float) -> tuple[dict[str, Table
     return tables, len(tables) == len(fills)
 
 
-def _lower(table: Table, other: Table) -> Table:
-    return Table(table.axes, tuple(map(min, table.values, other.values)))
+def _middle(table: Table, other: Table) -> Table:
+    """Geometric means."""
+    pairs = zip(table.values, other.values, strict=True)
+    return Table(table.axes, tuple(math.sqrt(a * b) for a, b in pairs))
 
 
 def _fill(clock: Clock, probe: Probe) -> Table:
