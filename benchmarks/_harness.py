@@ -47,11 +47,15 @@ def load_script(path: str) -> ModuleType:
         assert spec is not None, path
         assert spec.loader is not None, path
         sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
+        folder = str((ROOT / path).parent)  # where it finds its neighbours, as when it is run
+        sys.path.insert(0, folder)
         try:
             spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[name]
             raise
+        finally:
+            sys.path.remove(folder)
     return sys.modules[name]
 
 

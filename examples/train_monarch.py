@@ -35,11 +35,11 @@ BLOCKS = "blocks.*"  # the head stays dense: it is small, and all quality goes t
 class Plan:
     """Sizes of the model and of its training."""
 
-    width: int = 512
-    depth: int = 3
+    width: int = 768
+    depth: int = 2
     context: int = 128
-    batch: int = 8
-    steps: int = 600
+    batch: int = 4
+    steps: int = 500
     lr: float = 1e-3
     evaluate: int = 50
 
@@ -156,7 +156,9 @@ def train(
         densify_at: after which share of the steps Monarch layers become dense.
         say: where progress goes.
     """
-    optimizer = torch.optim.AdamW(param_groups(model, plan.lr, weight_decay=0.1), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        param_groups(model, plan.lr, weight_decay=0.1), betas=(0.9, 0.95), fused=True
+    )
     base = [plan.lr * group["lr_scale"] for group in optimizer.param_groups]
     source, run, warm = batches(text[0], plan, seed), Run(), max(plan.steps // 20, 1)
     model.train()

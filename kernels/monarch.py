@@ -392,6 +392,64 @@ def _autograd(
         return monarch_linear(*args)
 
 
+# On a GPU ----------------------------------------------------------------------------------------
+
+
+def _fused(x: Tensor) -> Any:
+    """The Triton kernels where they serve these operands; None where torch's products have to."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return None
+    try:
+        from rewriter.kernels import monarch_triton
+    except ImportError:  # no triton on this system
+        return None
+    return monarch_triton
+
+
+def _forward_gpu(
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
+) -> Tensor:
+    args = x, right, left, bias, out_features, interleaved
+    kernels = _fused(x)
+    if kernels is None:
+        return _forward(*args)
+    _check(*args[:-1])
+    y: Tensor = kernels.monarch_forward(*args, store_mid=False)[0]
+    return y
+
+
+def _forward_train_gpu(
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    args = x, right, left, bias, out_features, interleaved
+    kernels = _fused(x)
+    if kernels is None:
+        return _forward_train(*args)
+    _check(*args[:-1])
+    y, mid = kernels.monarch_forward(*args, store_mid=True)
+    return y, mid
+
+
+def _backward_gpu(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = _fused(grad)
+    found = _backward(grad, *args) if kernels is None else kernels.monarch_backward(grad, *args)
+    dx, dright, dleft = found
+    return dx, dright, dleft
+
+
+_LIB.impl("monarch_linear", _forward_gpu, "CUDA")
+_LIB.impl("monarch_linear_train", _forward_train_gpu, "CUDA")
+_LIB.impl("monarch_linear_backward", _backward_gpu, "CUDA")
 _LIB.impl("monarch_linear", _forward, "CompositeExplicitAutograd")
 _LIB.impl("monarch_linear", _autograd, "Autograd")
 register_autocast(_LIB, "monarch_linear", casts=4)

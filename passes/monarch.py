@@ -193,7 +193,7 @@ class MonarchLinear(Layer):
         }
 
     def kernel(self, tokens: int) -> str:
-        return "torch.bmm"
+        return "triton" if self.right.is_cuda else "torch.bmm"
 
     def lr_scales(self) -> Mapping[str, float]:
         """(in_features / fan-in of the factor) / 2."""

@@ -238,7 +238,7 @@ class _Run:
                         got = layer(x)
                     error = _relative(got, want, _mask(batch))
                     error.backward()  # type: ignore[no-untyped-call]
-                    total += float(error)
+                    total += float(error.detach())
             self._step(optimizer, parameters, total)
             self.seconds += time.perf_counter() - start
             self.bar.update(task, advance=1, says=f"error {total / max(len(pairs), 1):.4f}")
@@ -261,9 +261,9 @@ class _Run:
             self._rate(optimizer, step, plan.steps)
             value = self._distance(batch, names)
             value.backward()  # type: ignore[no-untyped-call]
-            self._step(optimizer, parameters, float(value))
+            self._step(optimizer, parameters, float(value.detach()))
             self.seconds += time.perf_counter() - start
-            self.bar.update(task, advance=1, says=f"loss {float(value):.4f}")
+            self.bar.update(task, advance=1, says=f"loss {float(value.detach()):.4f}")
             over = plan.seconds is not None and self.seconds > plan.seconds
             if (step + 1) % plan.every == 0 or step + 1 == plan.steps or over:
                 self._judge(step + 1, names)

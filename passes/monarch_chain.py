@@ -1,0 +1,229 @@
+"""Monarch of order p, MM* and (MM*)²: linear layers that mix along the axes of a grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, unusable
+from rewriter.errors import OptionError
+from rewriter.kernels.monarch_chain import (
+    chain_dense,
+    chain_grid,
+    chain_linear,
+    chain_project,
+    chain_shapes,
+    star_axes,
+)
+from rewriter.sites import LINEAR, Kind, Site
+
+__all__ = ["MonarchChain", "MonarchChainLinear"]
+
+
+def _check(order: object, stars: object, expansion: object) -> None:
+    for name, value, least in (
+        ("order", order, 2),
+        ("stars", stars, 0),
+        ("expansion", expansion, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if stars and order != 2:
+        raise OptionError(f"stars={stars} mixes a grid of two axes: leave order={order} out")
+    if expansion != 1 and not stars:
+        raise OptionError(f"expansion={expansion} is for stars: order p has no use for it")
+
+
+class MonarchChainLinear(Layer):
+    """y = crop(F_t ⋯ F_1 pad(x)) + bias, each F a mix along one axis of a grid of x.
+
+    Order p mixes each of p axes once: p·n^(1+1/p) weights of n². (MM*)^w mixes outer, inner,
+    outer, … of a square grid, 2w + 1 times in all: (2w + 1)·n^1.5 weights; it holds every
+    permutation and the transforms of signal processing (tests/test_monarch_chain.py builds them).
+
+    Args:
+        in_features, out_features: sizes of the last dimensions of x and y.
+        order: p, with stars = 0.
+        stars: w; 0 for order p.
+        expansion: (MM*)^w acts at this many times the larger of the sizes.
+        bias: whether there is a bias.
+        device, dtype: of the parameters.
+
+    Attributes:
+        factor_0, factor_1, …: [others, o, i], in the order in which they are applied.
+        bias: [out_features] or None.
+
+    The random init is uniform and gives y the standard deviation that nn.Linear gives.
+
+    Raises:
+        OptionError: an option is impossible.
+
+    Source: Dao et al. 2022, sections 3.1 and 3.2; Fu et al. 2023, "Monarch Mixer" (order p).
+    """
+
+    op = "monarch_chain"
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        order: int = 2,
+        stars: int = 0,
+        expansion: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check(order, stars, expansion)
+        if min(in_features, out_features) < 1:
+            raise OptionError(f"sizes must be at least 1, got {in_features} -> {out_features}")
+        self.in_features, self.out_features = in_features, out_features
+        self.order, self.stars, self.expansion = order, stars, expansion
+        if stars:
+            self.axes = star_axes(stars)
+            self.grid = after = chain_grid(expansion * max(in_features, out_features), 2)
+        else:
+            self.axes = list(range(order - 1, -1, -1))
+            self.grid, after = chain_grid(in_features, order), chain_grid(out_features, order)
+        for i, shape in enumerate(chain_shapes(self.axes, self.grid, after)):
+            self.register_parameter(
+                f"factor_{i}", nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            )
+        self.register_bias(out_features if bias else None, device, dtype)
+        self.reset_parameters()
+
+    @classmethod
+    def from_factors(
+        cls,
+        factors: Sequence[Tensor],
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        order: int = 2,
+    ) -> MonarchChainLinear:
+        """The layer of order p around given factors; a Parameter becomes the layer's own."""
+        layer = cls(in_features, out_features, order, bias=bias is not None, device="meta")
+        for i, factor in enumerate(factors):
+            setattr(layer, f"factor_{i}", as_parameter(factor))
+        layer.bias = None if bias is None else as_parameter(bias)
+        return layer
+
+    @property
+    def factors(self) -> list[Tensor]:
+        return [getattr(self, f"factor_{i}") for i in range(len(self.axes))]
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as the class docstring says."""
+        # A mix keeps the variance; the last one brings it to nn.Linear's third, and makes up for
+        # the zeros that pad the grid.
+        for i, factor in enumerate(self.factors):
+            variance = 1 / factor.shape[-1]
+            if i + 1 == len(self.axes):
+                variance *= math.prod(self.grid) / self.in_features / 3
+            nn.init.uniform_(factor, -math.sqrt(3 * variance), math.sqrt(3 * variance))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return chain_linear(x, self.factors, self.axes, self.grid, self.bias, self.out_features)
+
+    def config(self) -> Mapping[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "order": self.order,
+            "stars": self.stars,
+            "expansion": self.expansion,
+            "bias": self.bias is not None,
+        }
+
+    def kernel(self, tokens: int) -> str:
+        return "torch.bmm"
+
+    def lr_scales(self) -> Mapping[str, float]:
+        """(in_features / fan-in of the factor) / number of factors."""
+        count = len(self.axes)
+        return {
+            f"factor_{i}": self.in_features / f.shape[-1] / count
+            for i, f in enumerate(self.factors)
+        }
+
+    def dense_weight(self) -> Tensor:
+        """F_t ⋯ F_1, [out_features, in_features]."""
+        return chain_dense(self.factors, self.axes, self.grid, self.out_features, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly)."""
+        return self.dense_weight()
+
+
+@dataclass(frozen=True)
+class MonarchChain(Pass):
+    """W → a product of mixes; see `MonarchChainLinear`.
+
+    Args:
+        order: p of a product that mixes every axis once; starts at the projection of the weight.
+        stars: w of (MM*)^w in place of it, which has no projection: it forgets the weight.
+        expansion: of (MM*)^w.
+        where: which sites; a name pattern, a predicate, or None for all.
+
+    Skips a site whose weights are not real floating point numbers of 16 bits or more or hold NaN or
+    inf, or which would not get smaller.
+
+    Raises:
+        OptionError: an option is impossible.
+
+    Source: Dao et al. 2022; Fu et al. 2023.
+    """
+
+    matches: ClassVar[tuple[Kind, ...]] = (LINEAR,)
+    phase: ClassVar[Phase] = Phase.STRUCTURE
+
+    order: int = 3
+    stars: int = 0
+    expansion: int = 1
+
+    def __post_init__(self) -> None:
+        _check(2 if self.stars else self.order, self.stars, self.expansion)
+
+    def propose(self, site: Site) -> Replacement | Skip:
+        weight, bias = site.weight, site.bias
+        out_features, in_features = weight.shape
+        if refused := unusable(weight, bias):
+            return refused
+        order = 2 if self.stars else self.order
+        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        layer = MonarchChainLinear(
+            in_features, out_features, order, self.stars, self.expansion, False, **options
+        )
+        held = sum(f.numel() for f in layer.factors)
+        if held >= weight.numel():
+            return Skip(
+                "the chain would hold {} parameters, the dense weight holds {}",
+                held,
+                weight.numel(),
+            )
+        factors, error = [f.detach() for f in layer.factors], None
+        note = "random init: the trained weight is forgotten"
+        if not self.stars:
+            after = chain_grid(out_features, order)
+            factors, error = chain_project(weight, layer.grid, after)
+            note = ""
+        for i, factor in enumerate(factors):
+            setattr(layer, f"factor_{i}", as_parameter(factor, like=weight))
+        layer.bias = None if bias is None else as_parameter(bias)
+        layer.train(site.module is None or site.module.training)
+        if self.stars and not weight.is_meta:
+            lost = torch.linalg.vector_norm(weight.detach() - layer.dense_weight().detach())
+            norm = float(torch.linalg.vector_norm(weight.detach()))
+            error = float(lost) / norm if norm else None
+        return Replacement(layer, error, note)

@@ -1,0 +1,166 @@
+"""The Triton kernels of Monarch without a GPU: interpreted against the reference, and compiled
+ahead of time for real targets."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+triton = pytest.importorskip("triton", reason="triton exists on Linux only")
+
+CASES = [
+    # in, out, blocks, rank, rows
+    (64, 64, (4, 4), 4, 17),
+    (40, 28, (3, 5), 3, 1),
+    (33, 70, (2, 4), 20, 3),
+    (48, 300, (4, 1), 5, 130),
+]
+
+_SCRIPT = """
+import torch
+from torch.testing import assert_close
+import rewriter.kernels.monarch as plain
+from rewriter.kernels.monarch_triton import monarch_backward, monarch_forward
+
+torch.manual_seed(0)
+limits = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+done = 0
+for inputs, outputs, (k, l), rank, rows in CASES:
+    for dtype, limit in limits.items():
+        for interleaved in (False, True):
+            ib, ob = -(-inputs // k), -(-outputs // l)
+            right = (torch.randn(k, rank * l, ib) / ib**0.5).to(dtype)
+            left = (torch.randn(l, ob, k * rank) / (k * rank) ** 0.5).to(dtype)
+            bias = torch.randn(outputs).to(dtype) if rank != 5 else None
+            wide = torch.randn(rows, inputs + 3).to(dtype)
+            x = wide[:, :inputs]  # rows that are not neighbours
+            args = [t.float() for t in (x, right, left)]
+            own = None if bias is None else bias.float()
+            want, mid = plain._forward_train(*args, own, outputs, interleaved)
+            got, kept = monarch_forward(x, right, left, bias, outputs, interleaved, True)
+            assert got.dtype == dtype and got.shape == (rows, outputs)
+            assert_close(got.float(), want, rtol=limit, atol=limit)
+            assert_close(kept.float(), mid, rtol=limit, atol=limit)
+            bare = monarch_forward(x, right, left, bias, outputs, interleaved, False)[0]
+            assert torch.equal(bare, got)
+            grad = torch.randn(rows, outputs).to(dtype)
+            for need in ((True, True, True), (False, True, False), (True, False, True)):
+                wanted = plain._backward(grad.float(), args[0], mid, *args[1:], interleaved, *need)
+                found = monarch_backward(grad, x, kept, right, left, interleaved, *need)
+                for a, b in zip(found, wanted, strict=True):
+                    assert a.shape == b.shape
+                    if a.numel():
+                        assert float((a.float() - b).norm() / b.norm()) < limit
+            done += 1
+empty = monarch_forward(x[:0], right, left, bias, outputs, False, True)
+assert empty[0].shape == (0, outputs)
+print("agreed", done)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_interpreted_kernels_agree_with_the_formula() -> None:
+    """In a process of its own: Triton decides at import whether it interprets."""
+    script = f"CASES = {CASES!r}\n" + textwrap.dedent(_SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == f"agreed {len(CASES) * 6}"
+
+
+SIZES = {"K": 4, "L": 4, "R": 48, "IB": 192, "OB": 768}  # 768 → 3072, N = 4
+
+
+def compiled(kernel: str, target: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    from triton.compiler import ASTSource
+
+    from rewriter.kernels.monarch_triton import KERNELS, tiles
+
+    pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}[dtype]
+    fn = KERNELS[kernel]
+    inner = ("ib", "ob") if kernel == "forward" else ("ob", "ib")
+    size = tiles(dtype, *(SIZES[n.upper()] for n in inner), SIZES["R"])
+    options = {"num_warps": size.pop("num_warps"), "num_stages": size.pop("num_stages")}
+    constants: dict[str, Any] = {**SIZES, **size, "PRECISION": "ieee", "INTERLEAVED": False}
+    constants |= {"HAS_BIAS": True, "STORE_MID": True, "NEED_X": True}
+    if kernel == "backward_weight":
+        constants |= {"BM": 64, "BN": 64, "A_BLOCK": 192, "A_ROW": 1, "J": 192, "W": 192}
+        constants |= {"B_BLOCK": 192, "B_COLUMN": 1, "OUT_BLOCK": 192 * 192, "OUT_A": 192}
+        constants |= {"OUT_B": 1}
+    numbers = {"rows", "in_features", "out_features", "features", "stride_x", "stride_g"}
+    numbers |= {"stride_b"}
+    names = fn.arg_names
+    constants = {n: v for n, v in constants.items() if n in names}
+    signature = {
+        n: "constexpr" if n in constants else "i32" if n in numbers else pointer for n in names
+    }
+    even = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants}
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=even)
+    return triton.compile(source, target=target, options=options)
+
+
+_TARGETS = {
+    "sm_80": (("cuda", 80, 32), r"\bmma\.sync", 163 * 1024),
+    "sm_90": (("cuda", 90, 32), r"wgmma\.mma_async|\bmma\.sync", 227 * 1024),
+    "sm_100": (("cuda", 100, 32), r"tcgen05\.mma|\bmma\.sync", 227 * 1024),
+    "gfx942": (("hip", "gfx942", 64), r"v_mfma_", 64 * 1024),
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [("forward", n) for n in _TARGETS]
+    + [("backward_x", "sm_90"), ("backward_x", "gfx942"), ("backward_weight", "sm_80")],
+)
+def test_kernels_compile_for_real_targets(kernel: str, name: str) -> None:
+    """Matrix instructions are used, shared memory suffices, and no register spills."""
+    from triton.backends.compiler import GPUTarget
+
+    target, instructions, memory = _TARGETS[name]
+    made = compiled(kernel, GPUTarget(*target))
+    text = made.asm["amdgcn" if target[0] == "hip" else "ptx"]
+    assert re.search(instructions, text), f"no {instructions} in {kernel} for {name}"
+    assert 0 < made.metadata.shared <= memory
+    assert not spills(made, target[0]), f"{kernel} spills on {name}"
+
+
+def spills(made: Any, backend: str) -> int:
+    """Spilled registers (or bytes of stack), as the compiler's own tools report them."""
+    if backend == "hip":
+        found = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", made.asm["amdgcn"])
+        assert found
+        return sum(map(int, found))
+    import tempfile
+    from pathlib import Path
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        told = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    found = re.findall(r"(?:STACK|LOCAL):(\d+)", told)
+    assert found, told
+    return sum(map(int, found))
+
+
+def test_tiles_fit_any_layer() -> None:
+    from rewriter.kernels.monarch_triton import tiles
+
+    for dtype in (torch.float16, torch.float32):
+        for rank in (1, 48, 256):
+            size = tiles(dtype, 192, 768, rank)
+            assert size["RP"] >= max(rank, 16)
+            assert all(v & (v - 1) == 0 for n, v in size.items() if n.startswith(("B", "RP")))
