@@ -158,7 +158,7 @@ def remap_optimizer(optimizer: Optimizer, model: nn.Module, optimized: nn.Module
         _rescaled(optimizer.param_groups[i], scale, own)
         for (i, scale), own in sorted(members.items(), key=lambda m: m[0])
     ]
-    if done.reset:
+    if done.reset and optimizer.state:  # nothing is lost before the first step
         shown = ", ".join(done.reset[:5]) + (", …" if len(done.reset) > 5 else "")
         warnings.warn(
             f"the optimizer begins anew for {len(done.reset)} parameters: {shown}",

@@ -326,7 +326,7 @@ class _Run:
         return torch.autocast(like.device.type, amp or torch.bfloat16, enabled=amp is not None)
 
     def _batch(self, step: int, phase: int) -> Any:
-        """The batch of a step, by the step alone, so that a run resumes as it would have gone on."""
+        """The batch of a step, by the step alone: a run that resumes goes on as it would have."""
         epoch, place = divmod(step, len(self.fitted))
         generator = torch.Generator().manual_seed(1_000_003 * self.plan.seed + 7 * epoch + phase)
         order = torch.randperm(len(self.fitted), generator=generator)

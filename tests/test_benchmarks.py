@@ -144,3 +144,45 @@ def test_demo(tmp_path: pathlib.Path) -> None:
     assert "0.7289" in printed
     assert "37 of 37 linear layers" in printed
     assert "bit for bit" in printed
+
+
+@pytest.mark.timeout(600)
+def test_monarch_speed(tmp_path: pathlib.Path) -> None:
+    """Both sides of every ratio run."""
+    run("benchmarks/monarch_speed.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "monarch_speed")
+    (layer,) = found["Layers"]
+    assert layer["arithmetic ×"] == 2
+    assert layer["forward, share"] == pytest.approx(layer["forward ×"] / 2)
+    steps = [row["step"] for row in found["Training steps"]]
+    assert steps == ["dense eager", "Monarch N = 4", "Monarch N = 4, bf16"]
+
+
+@pytest.mark.timeout(600)
+def test_monarch_project(tmp_path: pathlib.Path) -> None:
+    """On real weights, a fit to a few activations is closer on others than the projection."""
+    run("benchmarks/monarch_project.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "monarch_project")
+    weights, activations = found["MiniLM, every linear layer of the encoder"]
+    assert activations["held-out output error"] < weights["held-out output error"] < 1
+    assert weights["WordSim-353"] == pytest.approx(0.575, abs=0.01)
+    assert 0 < found["One large matrix"][0]["error"] < 1
+
+
+@pytest.mark.timeout(600)
+def test_training_with_monarch(tmp_path: pathlib.Path) -> None:
+    """All ways to train end with the same number of steps; the structured one ends dense."""
+    run("benchmarks/monarch_train.py", "--quick", "--out", str(tmp_path))
+    rows = {row["model"]: row for row in tables(tmp_path, "monarch_train")["After equal steps"]}
+    assert rows["Monarch"]["M parameters"] < rows["dense"]["M parameters"]
+    ended = rows["Monarch, then dense"]["M parameters"]
+    assert ended == pytest.approx(rows["dense"]["M parameters"])
+    assert all(1 < row["loss"] < 6 for row in rows.values())
+    assert (tmp_path / "monarch_train.png").stat().st_size > 10_000
+
+
+@pytest.mark.timeout(600)
+def test_healing_runs() -> None:
+    shown = run("examples/heal_minilm.py", "--quick")
+    assert "all 3 steps done" in shown
+    assert "SimLex-999: dense 0.4462, healed" in shown
