@@ -2,7 +2,7 @@
 
 from rewriter.passes.densify import Densify
 from rewriter.passes.monarch import Monarch, MonarchLinear
-from rewriter.passes.monarch_chain import MonarchChain, MonarchChainLinear
+from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
 from rewriter.passes.topk import TopK, TopKLinear

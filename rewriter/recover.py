@@ -237,7 +237,7 @@ class _Run:
                     with self._autocast(x):
                         got = layer(x)
                     error = _relative(got, want, _mask(batch))
-                    error.backward()  # type: ignore[no-untyped-call]
+                    error.backward()
                     total += float(error.detach())
             self._step(optimizer, parameters, total)
             self.seconds += time.perf_counter() - start
@@ -260,7 +260,7 @@ class _Run:
             batch = self._batch(step, 2)
             self._rate(optimizer, step, plan.steps)
             value = self._distance(batch, names)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             self._step(optimizer, parameters, float(value.detach()))
             self.seconds += time.perf_counter() - start
             self.bar.update(task, advance=1, says=f"loss {float(value.detach()):.4f}")
@@ -481,7 +481,7 @@ def _mask(batch: Any) -> Tensor | None:
 
 def _rows(value: Tensor, mask: Tensor | None) -> Tensor:
     fits = mask is not None and value.dim() > 2 and value.shape[:2] == mask.shape
-    return value[mask].float() if fits else value.float()  # type: ignore[index]
+    return value[mask].float() if fits else value.float()
 
 
 def _relative(got: Tensor, want: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,7 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, unusable
+from rewriter.base import (
+    Layer,
+    Pass,
+    Phase,
+    Replacement,
+    Skip,
+    as_parameter,
+    relative_error,
+    unusable,
+)
 from rewriter.errors import OptionError
 from rewriter.kernels.monarch_chain import (
     chain_dense,
@@ -44,7 +53,7 @@ class MonarchChainLinear(Layer):
 
     Order p mixes each of p axes once: p·n^(1+1/p) weights of n². (MM*)^w mixes outer, inner,
     outer, … of a square grid, 2w + 1 times in all: (2w + 1)·n^1.5 weights; it holds every
-    permutation and the transforms of signal processing (tests/test_monarch_chain.py builds them).
+    permutation and the transforms of signal processing (tests/test_monarchchain.py builds them).
 
     Args:
         in_features, out_features: sizes of the last dimensions of x and y.
@@ -107,11 +116,15 @@ class MonarchChainLinear(Layer):
         in_features: int,
         out_features: int,
         order: int = 2,
+        stars: int = 0,
+        expansion: int = 1,
     ) -> MonarchChainLinear:
-        """The layer of order p around given factors; a Parameter becomes the layer's own."""
-        layer = cls(in_features, out_features, order, bias=bias is not None, device="meta")
+        """The layer around given factors; a Parameter becomes the layer's own, not a copy."""
+        layer = cls(
+            in_features, out_features, order, stars, expansion, bias is not None, device="meta"
+        )
         for i, factor in enumerate(factors):
-            setattr(layer, f"factor_{i}", as_parameter(factor))
+            layer.register_parameter(f"factor_{i}", as_parameter(factor))
         layer.bias = None if bias is None else as_parameter(bias)
         return layer
 
@@ -201,29 +214,25 @@ class MonarchChain(Pass):
         if refused := unusable(weight, bias):
             return refused
         order = 2 if self.stars else self.order
-        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        layer = MonarchChainLinear(
-            in_features, out_features, order, self.stars, self.expansion, False, **options
-        )
-        held = sum(f.numel() for f in layer.factors)
+        shape = in_features, out_features, order, self.stars, self.expansion
+        fresh = MonarchChainLinear(*shape, bias=False, device=weight.device, dtype=weight.dtype)
+        held = sum(f.numel() for f in fresh.factors)
         if held >= weight.numel():
             return Skip(
                 "the chain would hold {} parameters, the dense weight holds {}",
                 held,
                 weight.numel(),
             )
-        factors, error = [f.detach() for f in layer.factors], None
-        note = "random init: the trained weight is forgotten"
-        if not self.stars:
-            after = chain_grid(out_features, order)
-            factors, error = chain_project(weight, layer.grid, after)
+        error: float | None
+        if self.stars:
+            note = "random init: the trained weight is forgotten"
+            factors = [f.detach() for f in fresh.factors]
+            error = relative_error(weight, fresh.dense_weight())
+        else:
             note = ""
-        for i, factor in enumerate(factors):
-            setattr(layer, f"factor_{i}", as_parameter(factor, like=weight))
-        layer.bias = None if bias is None else as_parameter(bias)
+            after = chain_grid(out_features, order)
+            factors, error = chain_project(weight, fresh.grid, after)
+        own = [as_parameter(f, like=weight) for f in factors]
+        layer = MonarchChainLinear.from_factors(own, bias, *shape)
         layer.train(site.module is None or site.module.training)
-        if self.stars and not weight.is_meta:
-            lost = torch.linalg.vector_norm(weight.detach() - layer.dense_weight().detach())
-            norm = float(torch.linalg.vector_norm(weight.detach()))
-            error = float(lost) / norm if norm else None
         return Replacement(layer, error, note)
