@@ -69,7 +69,7 @@ def main() -> None:
     model, tokenizer = data.load_minilm()
     model = model.eval()
     example = dict(tokenizer(["A short text.", "Another one."], return_tensors="pt", padding=True))
-    sentences, words = (8, 8) if args.quick else (300, 6000)
+    sentences, words = (200, 100) if args.quick else (300, 6000)
     fitted = batches(tokenizer, texts(sentences, words))
     everything = texts(10**6, 0)
     held = batches(tokenizer, everything[-16:] if args.quick else everything[-300:])

@@ -348,9 +348,16 @@ class Monarch(Pass):
             shift = None
             if bias is not None and movable:
                 shift = (weight.detach() - dense).double() @ moments.mean
+            output_error = moments.output_error(weight, dense, shift)
+            plain = monarch_project(weight, blocks, rank, self.interleaved)
+            dense = monarch_dense(*plain[:2], out_features, in_features, self.interleaved)
+            without = moments.output_error(weight, dense)
+            if without is not None and output_error is not None and without < output_error:
+                (right, left, error), shift, output_error = plain, None, without
+                note = f"{moments.rows} calibration rows are too few: projected by weights alone"
+            if bias is not None and shift is not None:
                 moved = (bias.detach().double() + shift).to(bias.dtype)
                 bias = nn.Parameter(moved, requires_grad=bias.requires_grad)
-            output_error = moments.output_error(weight, dense, shift)
         elif self.init == "project":
             right, left, error = monarch_project(weight, blocks, rank, self.interleaved)
         else:

@@ -201,6 +201,15 @@ def test_the_bias_takes_the_mean_where_it_may() -> None:
     assert torch.equal(kept.b, functional.b)
 
 
+def test_too_few_rows_fall_back_to_the_weights() -> None:
+    """Five rows say nothing of 32 directions: what is closer on the rows held out is taken."""
+    model, rows = nn.Sequential(nn.Linear(32, 32)).eval(), [torch.randn(5, 32) for _ in range(40)]
+    report = explain(model, [Monarch(4)], rows[0], calibration=[*rows[:1], torch.cat(rows)])
+    (done,) = report.replaced
+    assert done.reason == "5 calibration rows are too few: projected by weights alone"
+    assert done.error == explain(model, [Monarch(4)], rows[0]).replaced[0].error
+
+
 def test_max_error_is_of_the_outputs() -> None:
     model, batches = Net().eval(), [batch() for _ in range(8)]
     report = explain(model, [Monarch(4)], batches[0], where="fc", calibration=batches)
