@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from rewriter.kernels.monarch_chain import (
     chain_shapes,
     star_axes,
 )
+from rewriter.kernels.monarch_star import star_project
 from rewriter.sites import LINEAR, Kind, Site
 
 __all__ = ["MonarchChain", "MonarchChainLinear"]
@@ -184,9 +185,12 @@ class MonarchChain(Pass):
     """W → a product of mixes; see `MonarchChainLinear`.
 
     Args:
-        order: p of a product that mixes every axis once; starts at the projection of the weight.
-        stars: w of (MM*)^w in place of it, which has no projection: it forgets the weight.
+        order: p of a product that mixes every axis once.
+        stars: w of (MM*)^w in place of it.
         expansion: of (MM*)^w.
+        init: "project" starts at the projection of the trained weight: for p = 2 the optimum, for
+            p > 2 greedy, for MM* exact where the weight is of the class, and else, as for
+            (MM*)^w, a local optimum from the Monarch matrix on; "random" forgets the weight.
         where: which sites; a name pattern, a predicate, or None for all.
 
     Skips a site whose weights are not real floating point numbers of 16 bits or more or hold NaN or
@@ -204,9 +208,14 @@ class MonarchChain(Pass):
     order: int = 3
     stars: int = 0
     expansion: int = 1
+    init: Literal["project", "random"] = "project"
 
     def __post_init__(self) -> None:
         _check(2 if self.stars else self.order, self.stars, self.expansion)
+        if self.init not in ("project", "random"):
+            raise OptionError(
+                f'MonarchChain: init must be "project" or "random", got {self.init!r}'
+            )
 
     def propose(self, site: Site) -> Replacement | Skip:
         weight, bias = site.weight, site.bias
@@ -223,15 +232,16 @@ class MonarchChain(Pass):
                 held,
                 weight.numel(),
             )
+        note = ""
         error: float | None
-        if self.stars:
+        if self.init == "random":
             note = "random init: the trained weight is forgotten"
             factors = [f.detach() for f in fresh.factors]
             error = relative_error(weight, fresh.dense_weight())
+        elif self.stars:
+            factors, error = star_project(weight, fresh.axes, fresh.grid)
         else:
-            note = ""
-            after = chain_grid(out_features, order)
-            factors, error = chain_project(weight, fresh.grid, after)
+            factors, error = chain_project(weight, fresh.grid, chain_grid(out_features, order))
         own = [as_parameter(f, like=weight) for f in factors]
         layer = MonarchChainLinear.from_factors(own, bias, *shape)
         layer.train(site.module is None or site.module.training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+from typing import Any
 
 import networkx
 import numpy
@@ -26,6 +27,7 @@ from rewriter.kernels.monarch_chain import (
     star_axes,
 )
 from rewriter.kernels.monarch_project import monarch_project
+from rewriter.kernels.monarch_star import star_factorise, star_project
 from rewriter.passes import MonarchChain, MonarchChainLinear
 
 M = 4
@@ -79,6 +81,56 @@ def test_projection_is_exact_in_the_class(sizes: tuple[int, int, int]) -> None:
     assert [f.shape for f in factors] == [f.shape for f in layer.factors]
     other = torch.randn_like(weight)
     assert 0 < (chain_project(other, layer.grid, chain_grid(sizes[1], sizes[2]))[1] or 0) < 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 6), st.integers(2, 6), st.booleans())
+def test_mmstar_is_factorised_exactly(outer: int, inner: int, complex_: bool) -> None:
+    grid, n = (outer, inner), outer * inner
+    dtype = COMPLEX if complex_ else torch.float64
+    torch.manual_seed(n)
+    made = [torch.randn(s, dtype=dtype) for s in chain_shapes([0, 1, 0], grid, grid)]
+    weight = chain_dense(made, [0, 1, 0], grid, n, n)
+    factors = star_factorise(weight, grid)
+    assert factors is not None
+    lost = chain_dense(factors, [0, 1, 0], grid, n, n) - weight
+    assert float(lost.norm() / weight.norm()) < 1e-6
+    if not complex_:
+        assert star_project(weight, [0, 1, 0], grid)[1] == pytest.approx(0, abs=1e-6)
+
+
+def test_factorisation_says_where_it_cannot() -> None:
+    """Permutations have singular blocks; other matrices have complex eigenvectors, or give factors
+    of something else."""
+    assert star_factorise(torch.eye(N)[torch.randperm(N)], (M, M)) is None
+    other = torch.randn(N, N).double()
+    factors = star_factorise(other, (M, M))
+    if factors is not None:
+        assert float((chain_dense(factors, [0, 1, 0], (M, M), N, N) - other).norm()) > 0.1
+    with pytest.raises(ValueError, match=r"wants a weight \[16, 16\]"):
+        star_factorise(torch.randn(4, 4), (M, M))
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (30, 20), (40, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_factors_come_closer(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """Monarch ⊂ MM* ⊂ (MM*)²: each starts at the one before it, and every step lowers the error."""
+    weight = torch.randn(*sizes).to(dtype)
+    grid = chain_grid(max(sizes), 2)
+    errors = [chain_project(weight, grid, grid)[1]]
+    for power in (1, 2):
+        axes = star_axes(power)
+        once = star_project(weight, axes, grid, sweeps=1)[1]
+        factors, error = star_project(weight, axes, grid)
+        lost = chain_dense([f.double() for f in factors], axes, grid, *sizes) - weight.double()
+        found = float(lost.norm() / weight.double().norm())
+        assert found == pytest.approx(error, abs=0.02 if dtype == torch.bfloat16 else 1e-5)
+        assert once is not None
+        assert error is not None
+        assert error <= once
+        errors.append(error)
+    assert errors[0] > errors[1] > errors[2]
+    assert star_project(weight.to("meta"), star_axes(2), grid)[1] is None
 
 
 @pytest.mark.parametrize("options", [{"order": 3}, {"stars": 1}, {"stars": 2, "expansion": 2}])
@@ -269,7 +321,7 @@ def test_the_pass_projects_saves_and_loads(tmp_path: pathlib.Path) -> None:
     assert all(0 < (d.error or 0) < 1 for d in optimized.report.replaced)
     optimized.save(tmp_path / "saved")
     assert torch.equal(load(tmp_path / "saved", model)(x), optimized(x))
-    stars = rewrite(model, [MonarchChain(stars=1, where="0")], x)
+    stars = rewrite(model, [MonarchChain(stars=1, init="random", where="0")], x)
     assert "forgotten" in stars.report.replaced[0].reason
     stars(x).sum().backward()
     assert rewrite(model.to("meta"), [MonarchChain()], x.to("meta")).report.replaced
@@ -291,9 +343,10 @@ def test_a_member_of_the_class_comes_back() -> None:
         ({"stars": -1}, "stars must be"),
         ({"stars": 1, "expansion": 0}, "expansion must be"),
         ({"expansion": 2}, "expansion=2 is for stars"),
+        ({"init": "best"}, "init must be"),
     ],
 )
-def test_impossible_options(options: dict[str, int], message: str) -> None:
+def test_impossible_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         MonarchChain(**options)
 
