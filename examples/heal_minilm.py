@@ -67,7 +67,8 @@ def heal(
     nblocks: int = 4,
     seconds: float = 700.0,
     *,
-    steps: int = 1500,
+    steps: int = 10**5,
+    every: int = 100,
     progress: bool = True,
     limit: int | None = None,
 ) -> tuple[nn.Module, dict[str, float], Recovery]:
@@ -95,8 +96,8 @@ def heal(
         layer_steps=0,  # the fit to activations has done that, in closed form
         lr=4e-4,
         loss=distance,
-        every=max(steps // 15, 1),
-        patience=6,
+        every=min(steps, every),
+        patience=10,
         seconds=seconds,
         progress=progress,
     )

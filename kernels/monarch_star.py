@@ -122,7 +122,7 @@ def star_project(
 def _refit(w: Tensor, factors: list[Tensor], axes: Sequence[int], grid: Grid, t: int) -> None:
     """The least squares solution for factor t, the others fixed; in place."""
     (out_features, in_features), n = w.shape, math.prod(grid)
-    axis, side, others = axes[t], grid[axes[t]], grid[1 - axes[t]]
+    axis, others = axes[t], grid[1 - axes[t]]
 
     def cut(rows: Tensor) -> Tensor:
         """[n, …] → [others, side, …]."""
@@ -135,7 +135,10 @@ def _refit(w: Tensor, factors: list[Tensor], axes: Sequence[int], grid: Grid, t:
     after = torch.eye(out_features, n).to(w)
     if t + 1 < len(axes):
         after = chain_dense(factors[t + 1 :], axes[t + 1 :], grid, out_features, n)
-    left, right = cut(after.t()).transpose(1, 2), cut(before)  # [others, n, side], [others, side, n]
+    left, right = (
+        cut(after.t()).transpose(1, 2),
+        cut(before),
+    )  # [others, n, side], [others, side, n]
     if t + 1 == len(axes):  # every block has rows of W to itself
         rows = cut(F.pad(w, (0, 0, 0, n - out_features)))
         factors[t] = rows @ torch.linalg.pinv(right)

@@ -3,6 +3,7 @@
 from rewriter.passes.densify import Densify
 from rewriter.passes.monarch import Monarch, MonarchLinear
 from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
+from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLinear
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
 from rewriter.passes.topk import TopK, TopKLinear
@@ -13,6 +14,8 @@ __all__ = [
     "MonarchChain",
     "MonarchChainLinear",
     "MonarchLinear",
+    "MonarchResidual",
+    "MonarchResidualLinear",
     "Quadratic",
     "QuadraticLinear",
     "Quantize",

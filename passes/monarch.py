@@ -68,6 +68,15 @@ def _positive(name: str, value: object) -> None:
         raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
+def _over_cap(factor: Tensor) -> Tensor:
+    """max(1, RMS(F)/σ), a scalar in float32 or wider."""
+    _, d_out, d_in = factor.shape
+    wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
+    sigma = math.sqrt(min(d_in, d_out)) / d_in
+    least = torch.finfo(wide.dtype).tiny  # whose root has a gradient
+    return (wide.square().mean().clamp(min=least).sqrt() / sigma).clamp(min=1.0)
+
+
 class MonarchLinear(Layer):
     """y[…, l·ob+s] = Σ_k Σ_r left[l,s,(k,r)] Σ_i right[k,(r,l),i] x[…, k·ib+i] + bias[l·ob+s].
 
@@ -87,12 +96,16 @@ class MonarchLinear(Layer):
         interleaved: the paper's order of outputs, y[…, s·L+l], in place of y[…, l·ob+s]. Some
             transforms are exact only in it (Hadamard, Kronecker products); a trained weight is
             approximated equally well without, and faster.
+        cap: each factor F counts as gain·F / max(1, RMS(F)/σ) with σ = √min(d_in, d_out)/d_in of
+            its blocks and a learned gain, which keeps long trainings at high rates from growing
+            them. Costs a pass over the weights per call.
         device, dtype: of the parameters.
 
     Attributes:
         right: [K, rank·L, ib], rows (r, l), l fastest.
         left: [L, ob, K·rank], columns (k, r), r fastest.
         bias: [out_features] or None.
+        right_gain, left_gain: scalars, with `cap`.
 
     The random init is uniform, with factors scaled so that y without bias has the standard
     deviation that nn.Linear's has (0.577 times that of x); bias U(±1/√in_features).
@@ -101,7 +114,7 @@ class MonarchLinear(Layer):
         OptionError: nblocks is larger than a side of the layer, or a size is not positive.
 
     Source: Dao et al. 2022, "Monarch: Expressive Structured Matrices for Efficient and Accurate
-    Training", sections 3 and 4.
+    Training", sections 3 and 4; the cap from Qiu et al. 2024, "Compute Better Spent", section 4.
     """
 
     op = "monarch_linear"
@@ -115,6 +128,7 @@ class MonarchLinear(Layer):
         rank: int | None = None,
         bias: bool = True,
         interleaved: bool = False,
+        cap: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -132,10 +146,13 @@ class MonarchLinear(Layer):
         _positive("rank", rank)
         self.in_features, self.out_features = in_features, out_features
         self.nblocks: int | tuple[int, int] = k if k == l else blocks
-        self.rank, self.interleaved = rank, interleaved
+        self.rank, self.interleaved, self.cap = rank, interleaved, cap
         ib, ob = -(-in_features // k), -(-out_features // l)
         self.right = nn.Parameter(torch.empty(k, rank * l, ib, device=device, dtype=dtype))
         self.left = nn.Parameter(torch.empty(l, ob, k * rank, device=device, dtype=dtype))
+        if cap:
+            self.right_gain = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+            self.left_gain = nn.Parameter(torch.ones((), device=device, dtype=dtype))
         self.register_bias(out_features if bias else None, device, dtype)
         self.reset_parameters()
 
@@ -148,9 +165,11 @@ class MonarchLinear(Layer):
         in_features: int,
         out_features: int,
         interleaved: bool = False,
+        cap: bool = False,
     ) -> MonarchLinear:
         """The layer around given factors (kernels/monarch.py has their layout). A tensor that is
-        a Parameter becomes the layer's own, not a copy."""
+        a Parameter becomes the layer's own, not a copy. With `cap` the gains are such that the
+        layer computes with the factors as they are given."""
         k, l = right.shape[0], left.shape[0]
         layer = cls(
             in_features,
@@ -159,9 +178,15 @@ class MonarchLinear(Layer):
             right.shape[1] // l,
             bias is not None,
             interleaved,
+            cap,
             device="meta",
         )
         layer.right, layer.left = as_parameter(right), as_parameter(left)
+        if cap:
+            layer.right_gain, layer.left_gain = (
+                nn.Parameter(f.new_empty(()), f.requires_grad) for f in (layer.right, layer.left)
+            )
+            layer._start_gains()
         layer.bias = None if bias is None else as_parameter(bias)
         return layer
 
@@ -176,11 +201,26 @@ class MonarchLinear(Layer):
         nn.init.uniform_(self.left, -math.sqrt(3 * var_left), math.sqrt(3 * var_left))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
+        if self.cap:
+            self._start_gains()
+
+    def _start_gains(self) -> None:
+        """So that the factors count as they are."""
+        with torch.no_grad():
+            self.right_gain.copy_(_over_cap(self.right))
+            self.left_gain.copy_(_over_cap(self.left))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(right, left) as x is multiplied by them."""
+        if not self.cap:
+            return self.right, self.left
+        return (
+            self.right * (self.right_gain / _over_cap(self.right)).to(self.right.dtype),
+            self.left * (self.left_gain / _over_cap(self.left)).to(self.left.dtype),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return monarch_linear(
-            x, self.right, self.left, self.bias, self.out_features, self.interleaved
-        )
+        return monarch_linear(x, *self.factors(), self.bias, self.out_features, self.interleaved)
 
     def config(self) -> Mapping[str, Any]:
         return {
@@ -190,6 +230,7 @@ class MonarchLinear(Layer):
             "rank": self.rank,
             "bias": self.bias is not None,
             "interleaved": self.interleaved,
+            "cap": self.cap,
         }
 
     def kernel(self, tokens: int) -> str:
@@ -201,7 +242,10 @@ class MonarchLinear(Layer):
         return {name: self.in_features / fan / 2 for name, fan in fans.items()}
 
     def from_dense_gradient(self, gradient: Tensor, square: bool) -> Mapping[str, Tensor]:
-        """Of right: leftᵀ g, of left: g rightᵀ, slice by slice; of squares with squared factors."""
+        """Of right: leftᵀ g, of left: g rightᵀ, slice by slice; of squares with squared factors.
+        None with `cap`, where the rate is the gain's to choose."""
+        if self.cap:
+            return {}
         right, left = self._slices(square)
         g = self._cut(gradient.to(right))
         made = {"right": left.transpose(-2, -1) @ g, "left": g @ right.transpose(-2, -1)}
@@ -210,7 +254,7 @@ class MonarchLinear(Layer):
     def to_dense_gradient(self, gradients: Mapping[str, Tensor], square: bool) -> Tensor | None:
         """The smallest g with leftᵀ g and g rightᵀ as given. Of squares: the outer product of what
         right's say of each column and left's of each row, at their common mean."""
-        if not {"right", "left"} <= set(gradients):
+        if self.cap or not {"right", "left"} <= set(gradients):
             return None
         right, left = self._slices(square)
         of_right, of_left = self._slices(False, gradients["right"], gradients["left"])
@@ -262,7 +306,7 @@ class MonarchLinear(Layer):
     def dense_weight(self) -> Tensor:
         """W[l·ob+s, k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(r,l),i], [out_features, in_features]."""
         sizes = self.out_features, self.in_features
-        return monarch_dense(self.right, self.left, *sizes, self.interleaved)
+        return monarch_dense(*self.factors(), *sizes, self.interleaved)
 
     @property
     def weight(self) -> Tensor:
@@ -284,6 +328,7 @@ class Monarch(Pass):
             "random" forgets the weight and keeps only the bias.
         interleaved: W ≈ P·L·Pᵀ·R, the paper's order of outputs; slower, and no more accurate on
             trained weights.
+        cap: of the factors' root mean square; see `MonarchLinear`.
         where: which sites; a name pattern, a predicate, or None for all.
 
     Skips a site whose weights are not real floating point numbers of 16 bits or more or hold NaN or
@@ -302,6 +347,7 @@ class Monarch(Pass):
     rank: int | None = None
     init: Literal["project", "random"] = "project"
     interleaved: bool = False
+    cap: bool = False
 
     def __post_init__(self) -> None:
         if self.nblocks != "sqrt":
@@ -369,8 +415,8 @@ class Monarch(Pass):
                 rank,
                 False,
                 self.interleaved,
-                weight.device,
-                weight.dtype,
+                device=weight.device,
+                dtype=weight.dtype,
             )
             right, left = fresh.right.detach(), fresh.left.detach()
             error = relative_error(weight, fresh.dense_weight())
@@ -381,6 +427,7 @@ class Monarch(Pass):
             in_features,
             out_features,
             self.interleaved,
+            self.cap,
         )
         layer.train(site.module is None or site.module.training)
         return Replacement(layer, error, note, output_error)

@@ -181,7 +181,14 @@ class QuantizedMonarch(Layer):
         super().__init__()
         _one_of("QuantizedMonarch: activation", activation, ACTIVATIONS)
         dense = MonarchLinear(
-            in_features, out_features, nblocks, rank, bias, interleaved, device, dtype
+            in_features,
+            out_features,
+            nblocks,
+            rank,
+            bias,
+            interleaved,
+            device=device,
+            dtype=dtype,
         )
         self.in_features, self.out_features = in_features, out_features
         self.nblocks, self.rank = dense.nblocks, dense.rank
@@ -208,8 +215,9 @@ class QuantizedMonarch(Layer):
             activation,
             device="meta",
         )
-        layer.qright, layer.right_scale = quantize_weight(monarch.right)
-        layer.qleft, layer.left_scale = quantize_weight(monarch.left)
+        right, left = (f.detach() for f in monarch.factors())
+        layer.qright, layer.right_scale = quantize_weight(right)
+        layer.qleft, layer.left_scale = quantize_weight(left)
         layer.bias = monarch.bias
         return layer
 

@@ -109,9 +109,10 @@ def recover(
         evaluate: model → score, larger is better; decides in place of the held-out loss.
         every: steps between evaluations.
         patience: evaluations without improvement before it stops.
-        seconds: of training at most; None for no limit.
+        seconds: of training at most, which the learning rate's schedule then fits into; None for no
+            limit.
         checkpoint: a folder; written at every evaluation, and where it has one of the same call,
-            training goes on from there to the same end.
+            training goes on from there, without `seconds` to the same end.
         progress: shows a bar.
         seed: of the order of the batches.
 
@@ -205,6 +206,7 @@ class _Run:
         self.loss, self.evaluate = loss, evaluate
         self.result = Recovery()
         self.seconds = 0.0
+        self.begun = 0.0  # seconds before the distillation
         self.best: dict[str, Tensor] = {}
         self.top = -math.inf
         self.waited = 0
@@ -254,6 +256,7 @@ class _Run:
         begin = self._resume("distil", optimizer) or 0
         task = self.bar.add_task("distillation", total=plan.steps, says="", completed=begin)
         if not begin:
+            self.begun = self.seconds
             self._judge(0, names)
         for step in range(begin, plan.steps):
             start = time.perf_counter()
@@ -334,8 +337,13 @@ class _Run:
         return self.fitted[int(order[place])]
 
     def _rate(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
-        warm = max(steps // 20, 1)
-        share = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
+        """Warm-up over a twentieth, and cosine to the end of the steps, or of the time where that
+        comes sooner."""
+        done = step / max(steps, 1)
+        if self.plan.seconds is not None:
+            left = max(self.plan.seconds - self.begun, 1e-9)
+            done = min(max(done, (self.seconds - self.begun) / left), 1.0)
+        share = min(1.0, 20 * (done + 1 / max(steps, 20))) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = self.plan.lr * group["lr_scale"] * max(share, 0.01)
 
@@ -406,6 +414,7 @@ class _Run:
             "key": self._key(),
             "step": step,
             "seconds": self.seconds,
+            "begun": self.begun,
             "top": self.top,
             "waited": self.waited,
             "result": asdict(self.result),
@@ -443,7 +452,8 @@ class _Run:
             number, key = name.split(".", 1)
             state.setdefault(int(number), {})[key] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        self.seconds, self.top, self.waited = record["seconds"], record["top"], record["waited"]
+        self.seconds, self.begun = record["seconds"], record["begun"]
+        self.top, self.waited = record["top"], record["waited"]
         self.result = Recovery(**record["result"])
         self.result.stopped = ""
         return int(record["step"])

@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from rewriter.base import Phase, Replacement
+from rewriter.passes import MonarchChainLinear, MonarchResidualLinear
 from rewriter.passes.densify import Densify
 from rewriter.passes.monarch import Monarch, MonarchLinear
 from rewriter.sites import Site
@@ -22,7 +23,7 @@ def densify(layer: MonarchLinear) -> nn.Linear:
 
 
 def test_pass_declares_what_it_matches():
-    assert Densify.matches == (MonarchLinear,)
+    assert Densify.matches == (MonarchLinear, MonarchChainLinear, MonarchResidualLinear)
     assert Densify.phase is Phase.STRUCTURE
     assert Densify().exact
 

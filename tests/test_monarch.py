@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+import rewriter
 from rewriter.base import Phase, Replacement, Skip
 from rewriter.errors import OptionError
 from rewriter.kernels.monarch import (
@@ -24,6 +25,7 @@ from rewriter.kernels.monarch import (
     monarch_linear_reference,
 )
 from rewriter.kernels.monarch_project import monarch_project
+from rewriter.passes import Densify, Quantize
 from rewriter.passes.monarch import Monarch, MonarchLinear
 from rewriter.sites import LINEAR, Site
 
@@ -586,3 +588,51 @@ def test_skip_weights_that_are_not_floating_point():
     linear = nn.Linear(16, 16)
     linear.weight = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
     assert reason(linear) == "the weights are torch.int8, not real floats of 16 bits or more"
+
+
+# The cap -----------------------------------------------------------------------------------------
+
+
+def test_cap_holds_the_root_mean_square_and_leaves_small_factors_alone():
+    """gain·F / max(1, RMS(F)/σ), σ = √min(d_in, d_out)/d_in (Qiu et al. 2024)."""
+    layer = MonarchLinear(24, 16, 4, cap=True, dtype=torch.float64)
+    plain = MonarchLinear(24, 16, 4, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(7, 24).double()
+    sigmas = [(min(f.shape[1:]) ** 0.5) / f.shape[2] for f in (layer.right, layer.left)]
+    assert_close(layer(x), plain(x))
+    with torch.no_grad():
+        layer.right_gain.fill_(1)
+        layer.left_gain.fill_(1)
+        layer.right.mul_(100)
+        layer.left.mul_(100)
+    for factor, sigma in zip(layer.factors(), sigmas, strict=True):
+        assert float(factor.square().mean().sqrt()) == pytest.approx(sigma)
+    layer(x).square().sum().backward()
+    assert float(layer.right_gain.grad) != 0
+    # a capped factor does not grow with its scale: the gradient is orthogonal to it
+    assert float((layer.right.grad * layer.right).sum()) == pytest.approx(0, abs=1e-6)
+    groups = rewriter.param_groups(nn.Sequential(layer), 1e-3, 0.1)
+    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    assert id(layer.right_gain) not in decayed
+    zero = MonarchLinear(8, 8, 2, cap=True)
+    nn.init.zeros_(zero.right)
+    zero(torch.randn(2, 8)).sum().backward()
+    assert bool(torch.isfinite(zero.right.grad).all())
+
+
+@pytest.mark.parametrize("cap", [False, True])
+def test_capped_layers_start_where_the_others_do(cap, tmp_path):
+    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))
+    with torch.no_grad():
+        model[0].weight.mul_(30)  # far over the cap
+    x = torch.randn(5, 32)
+    plain = rewriter.rewrite(model, [Monarch()], x)
+    made = rewriter.rewrite(model, [Monarch(cap=cap)], x)
+    assert_close(made(x), plain(x))
+    rewriter.save(made, tmp_path / "saved")
+    again = rewriter.load(tmp_path / "saved", model)
+    assert torch.equal(again(x), made(x))
+    assert_close(rewriter.rewrite(made, [Densify()], x)(x), made(x), atol=1e-4, rtol=1e-4)
+    int8 = rewriter.rewrite(made, [Quantize("int8-dynamic")], x)
+    assert rel(int8(x), made(x)) < 0.05
