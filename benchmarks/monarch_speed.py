@@ -103,7 +103,12 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     many = [r["forward ×"] for r in rows if r["N"] == 32]
     if many:
         found.append(
-            {"figure": "forward, 4096 → 4096, N = 32", "found": min(many), "wanted": "≥ 10"}
+            {
+                "figure": f"forward, 4096 → 4096, N = 32: times faster, geometric mean of "
+                f"{len(many)}",
+                "found": math.exp(sum(map(math.log, many)) / len(many)),
+                "wanted": "≥ 10",
+            }
         )
     return found
 
@@ -163,6 +168,11 @@ def training(quick: bool) -> list[dict[str, Any]]:
             )
             steps[f"Monarch N = {n}"] = step_of(copy.deepcopy(made).train(), tokens)
             steps[f"Monarch N = {n}, bf16"] = step_of(copy.deepcopy(made).train(), tokens, True)
+            if not quick:
+                both = torch.compile(copy.deepcopy(made).train())
+                steps[f"Monarch N = {n}, compiled"] = step_of(both, tokens)
+                both = torch.compile(copy.deepcopy(made).train())
+                steps[f"Monarch N = {n}, bf16, compiled"] = step_of(both, tokens, True)
     times = interleaved(steps, 2 if quick else 12, 1 if quick else 3)
     return [
         {
