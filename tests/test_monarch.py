@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -636,3 +637,52 @@ def test_capped_layers_start_where_the_others_do(cap, tmp_path):
     assert_close(rewriter.rewrite(made, [Densify()], x)(x), made(x), atol=1e-4, rtol=1e-4)
     int8 = rewriter.rewrite(made, [Quantize("int8-dynamic")], x)
     assert rel(int8(x), made(x)) < 0.05
+
+
+# the gate
+
+
+def test_latency_keeps_dense_the_layers_that_monarch_slows() -> None:
+    """Layer by layer, at the example's batch, with both times as the reason."""
+    sizes = ((64, 64), (64, 4096), (4096, 4096))
+    model = nn.Sequential(*(nn.Linear(*size) for size in sizes)).to("meta")
+    kept = {}
+    for rows in (1, 4096):
+        x = torch.zeros(rows, 64, device="meta")
+        passes = [Monarch(nblocks=4, init="random")]
+        report = rewriter.explain(model, passes, x, objective="latency", device="h100")
+        for d in report.replaced:
+            assert d.before is not None
+            assert d.after is not None
+            assert d.before.latency_s is not None
+            assert d.after.latency_s is not None
+            assert d.after.latency_s < d.before.latency_s
+        for d in report.decisions:
+            if not d.changed:
+                found = re.fullmatch(
+                    r"predicted (\S+) µs on H100-SXM, the layer it replaces (\S+) µs", d.reason
+                )
+                assert found, d.reason
+                assert float(found[1]) >= float(found[2])
+        kept[rows] = [d.site for d in report.decisions if not d.changed]
+    assert kept == {1: ["0", "1"], 4096: ["0"]}  # two launches cost more than what they save
+
+
+@pytest.mark.parametrize(("dense", "monarch"), [(20e-6, 30e-6), (20e-6, 20e-6), (20e-6, 10e-6)])
+def test_latency_goes_by_what_is_measured(
+    dense: float, monarch: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rewriter.decide.timed", lambda site, layer: (dense, monarch))
+    made = rewriter.rewrite(
+        nn.Sequential(nn.Linear(64, 64)), [Monarch(nblocks=4)], torch.randn(4, 64),
+        objective="latency",
+    )  # fmt: skip
+    (decision,) = made.report.decisions
+    if monarch < dense:
+        assert isinstance(made[0], MonarchLinear)
+    else:
+        assert type(made[0]) is nn.Linear
+        assert decision.action == "declined"
+        assert decision.reason == (
+            f"measured {monarch * 1e6:.0f} µs, the layer it replaces {dense * 1e6:.0f} µs"
+        )
