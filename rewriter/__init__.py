@@ -5,6 +5,7 @@
 
 from rewriter.api import explain, rewrite
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip
+from rewriter.compiler import backend
 from rewriter.cost import Cost, Device
 from rewriter.errors import (
     CalibrationError,
@@ -17,7 +18,9 @@ from rewriter.errors import (
     StoreError,
     VerifyError,
 )
+from rewriter.graphs import last_reports, report_of
 from rewriter.hosted import RewrittenModule
+from rewriter.planner import MemoryBudget
 from rewriter.optim import param_groups, remap_optimizer
 from rewriter.recover import Recovery, recover
 from rewriter.report import Report
@@ -36,6 +39,7 @@ __all__ = [
     "Cost",
     "Device",
     "Layer",
+    "MemoryBudget",
     "OptionError",
     "Pass",
     "PassError",
@@ -51,12 +55,15 @@ __all__ = [
     "Skip",
     "StoreError",
     "VerifyError",
+    "backend",
     "explain",
+    "last_reports",
     "load",
     "load_original",
     "param_groups",
     "recover",
     "remap_optimizer",
+    "report_of",
     "rewrite",
     "save",
 ]

@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import (
 )
 
 from rewriter.errors import CaptureError
-from rewriter.export import TRAIN_IN_PYTHON, Region, export_region
 from rewriter.hosted import Program, State, host, unhost
 from rewriter.parts import capture_parts, refusal
 from rewriter.rehost import CONSTANT
@@ -37,6 +36,7 @@ from rewriter.signature import Call
 from rewriter.sites import is_leaf
 from rewriter.structure import flatten
 from rewriter.watch import Watch
+from rewriter.whole import TRAIN_IN_PYTHON, Region, export_region
 
 __all__ = ["Capture", "Region", "arguments", "capture"]
 

@@ -9,47 +9,75 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from rewriter.capture import Capture, Region
+from rewriter.frame import source_name
 from rewriter.sites import op_name
+from rewriter.tree import attribute
 
-__all__ = ["capture_dynamo", "user_inputs"]
+__all__ = ["Lifted", "capture_dynamo"]
 
 
 class LiftedModule(nn.Module):
     """The tree of modules that the lifted parameters come from."""
 
 
-def capture_dynamo(
-    module: fx.GraphModule, inputs: Sequence[Any]
-) -> tuple[Capture, list[int], fx.Graph]:
+@dataclass
+class Lifted:
+    """A Dynamo graph in normal form.
+
+    Args:
+        capture: its region's leaves are the user's inputs.
+        graph: of the only region.
+        positions: of the user's inputs among all that Dynamo passes.
+        placeholders: of the original graph, in order.
+        paths: dotted name of a lifted tensor → its position among all that Dynamo passes.
+    """
+
+    capture: Capture
+    graph: fx.Graph
+    positions: list[int]
+    placeholders: list[fx.Node]
+    paths: dict[str, int]
+
+    @property
+    def root(self) -> nn.Module:
+        """The tree of modules that the lifted parameters came from."""
+        return self.capture.root
+
+    def user_inputs(self, inputs: Sequence[Any]) -> list[Any]:
+        """The user's inputs among all that Dynamo passes."""
+        return [inputs[i] for i in self.positions]
+
+
+def capture_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> Lifted:
     """The normal form of a Dynamo graph.
 
     Args:
         module: as Dynamo passes it to a backend; not changed.
         inputs: as Dynamo passes them; lifted parameters are the live ones.
-
-    Returns:
-        The capture (its region's leaves are the user's inputs), the positions of the user's inputs
-        among `inputs`, and the graph.
     """
     root = LiftedModule()
     names: dict[fx.Node, str] = {}
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    positions = []
+    positions, paths = [], {}
     for i, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
-        path = _path(node)
+        path = _path(source_name(node))
         if path and isinstance(value, Tensor):
-            names[node] = path
+            names[node], paths[path] = path, i
         else:
             positions.append(i)
     linears = _linears(module.graph, names)
     for node, value in zip(placeholders, inputs, strict=True):
         if node in names:
             _register(root, names[node], value, linears)
+    for node in module.graph.nodes:  # constants and subgraphs that Dynamo keeps on its module
+        if node.op == "get_attr":
+            setattr(root, node.target, attribute(module, node.target))
     graph = fx.Graph()
     environment: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -75,21 +103,11 @@ def capture_dynamo(
             node.meta["val"] = node.meta["example_value"]
     leaves = [inputs[i] for i in positions]
     region = Region("", {False: graph}, {False: None}, None, leaves)
-    return Capture(root, "dynamo", [region]), positions, graph
+    return Lifted(Capture(root, "dynamo", [region]), graph, positions, placeholders, paths)
 
 
-def user_inputs(inputs: Sequence[Any], positions: Sequence[int]) -> list[Any]:
-    """The user's inputs among all that Dynamo passes."""
-    return [inputs[i] for i in positions]
-
-
-def _path(node: fx.Node) -> str:
-    """`fc.weight` of a placeholder lifted from `L['self']._modules['fc']._parameters['weight']`."""
-    argument = node.meta.get("grapharg")
-    source = getattr(argument, "source", None)
-    if source is None:
-        return ""
-    name = source.name if isinstance(source.name, str) else source.name()
+def _path(name: str) -> str:
+    """`fc.weight` of `L['self']._modules['fc']._parameters['weight']`; "" of other sources."""
     if not re.search(r"_(parameters|buffers)\['[^']+'\]$", name):
         return ""
     root = name.split("._", 1)[0]

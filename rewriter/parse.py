@@ -26,7 +26,7 @@ from torch import nn
 from rewriter.base import Pass
 from rewriter.errors import OptionError, RewriteError
 
-__all__ = ["built", "here", "parse_pass", "parse_sizes", "pass_names"]
+__all__ = ["built", "here", "nearest", "parse_pass", "parse_sizes", "pass_names"]
 
 
 def _passes() -> Mapping[str, type[Pass]]:
@@ -63,7 +63,7 @@ def parse_pass(text: str) -> Pass:
                 raise OptionError(f"{text!r}: write {key!r} as option=value")
             key, value = _first(cls, own), key
         if key not in own:
-            raise OptionError(f"{cls.__name__} has no option {key!r}{_nearest(key, list(own))}")
+            raise OptionError(f"{cls.__name__} has no option {key!r}{nearest(key, list(own))}")
         if key in options:
             raise OptionError(f"{text!r} gives {key} twice")
         options[key] = _value(f"{name}: {key}", value, hints[key])
@@ -89,7 +89,7 @@ def _pass(name: str) -> type[Pass]:
     if not dot:
         known = _passes()
         if name.lower() not in known:
-            raise OptionError(f"no pass is called {name!r}{_nearest(name.lower(), list(known))}")
+            raise OptionError(f"no pass is called {name!r}{nearest(name.lower(), list(known))}")
         return known[name.lower()]
     try:
         found = getattr(importlib.import_module(module), own)
@@ -113,7 +113,8 @@ def _required(field: Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """What may have been meant, to go on an error message."""
     near = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
 

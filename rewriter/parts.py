@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from rewriter.export import Region, export_region
 from rewriter.report import Island
 from rewriter.running import first_line, has_hooks, own_copy, quiet_run
 from rewriter.signature import Call
 from rewriter.sites import is_leaf
 from rewriter.structure import Unflattenable, flatten
 from rewriter.tree import join
+from rewriter.whole import Region, export_region
 
 __all__ = ["Parts", "capture_parts", "refusal"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from rewriter.dynamo import capture_dynamo, user_inputs
+from rewriter.dynamo import capture_dynamo
 from rewriter.engine import Engine, Options
 from rewriter.hosted import Program
 from rewriter.passes import Quadratic
@@ -23,15 +23,15 @@ class Backend:
         self.engines: list[Engine] = []
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        captured, positions, graph = capture_dynamo(module, inputs)
-        engine = Engine(captured, Options())
+        lifted = capture_dynamo(module, inputs)
+        engine = Engine(lifted.capture, Options())
         engine.original()
         engine.step = engine.run(Quadratic())  # type: ignore[attr-defined]
         self.engines.append(engine)
-        program = Program(graph, None)
+        program = Program(lifted.graph, None)
 
         def run(*arguments: Any) -> Any:
-            return program(captured.root, user_inputs(arguments, positions), "")
+            return program(lifted.root, lifted.user_inputs(arguments), "")
 
         return run
 

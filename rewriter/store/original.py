@@ -22,7 +22,9 @@ from rewriter.store.tensors import (
 )
 
 __all__ = [
+    "layer_before",
     "load_original",
+    "site_around",
 ]
 
 
@@ -142,7 +144,7 @@ def _again(
     for role, tensor in originals.items():
         dtype = recipe.dtypes.get(refs.get(role) or f"{fqn}.{role}", tensor.dtype)
         given[role] = tensor.detach().to(device=device, dtype=dtype)
-    layer = _layer_before(fqn, recipe, given)
+    layer = layer_before(fqn, recipe, given)
     transposed = installed.transposed
     for kind, rewrite in installed.chain:
         if not isinstance(rewrite, Pass) or (isinstance(kind, str) and "." in kind):
@@ -151,7 +153,7 @@ def _again(
                 f"{fqn}: its recipe needs {unknown}, which is not known here: name that class in "
                 "rewriter.load(..., layers=[...]), or rewrite again"
             )
-        site = _site_around(layer, fqn, kind, transposed)
+        site = site_around(layer, fqn, kind, transposed)
         try:
             with torch.enable_grad():
                 answer = rewrite.propose(site)
@@ -171,7 +173,7 @@ def _again(
     return state
 
 
-def _layer_before(fqn: str, recipe: Recipe, given: dict[str, Tensor]) -> nn.Module:
+def layer_before(fqn: str, recipe: Recipe, given: dict[str, Tensor]) -> nn.Module:
     """The original layer at a rewritten place, around these tensors."""
     shapes = {k: list(t.shape) for k, t in given.items()}
     if fqn in recipe.origins:
@@ -198,7 +200,7 @@ def _layer_before(fqn: str, recipe: Recipe, given: dict[str, Tensor]) -> nn.Modu
     return layer
 
 
-def _site_around(layer: nn.Module, fqn: str, kind: Any, transposed: bool) -> Site:
+def site_around(layer: nn.Module, fqn: str, kind: Any, transposed: bool) -> Site:
     """A site as the engine shows it to a pass: under its full name, which a pass may use."""
     holder = root = nn.Module()
     *owners, last = fqn.split(".")

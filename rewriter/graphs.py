@@ -1,0 +1,156 @@
+"""The ledgers of compiled graphs: which `torch.compile` they belong to, and what was found.
+
+A model whose code breaks is several graphs, and one that is called with new types or sizes is
+compiled again: each graph has a ledger of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rewriter.errors import RewriteError
+from rewriter.frame import Frame, backend_of
+from rewriter.report import Report, Step
+
+__all__ = ["Graph", "Sketch", "last_reports", "record", "report_of"]
+
+
+@dataclass
+class Graph:
+    """One compiled graph.
+
+    Args:
+        frame: whose code it is.
+        price: makes the ledger of what was compiled, when it is first asked for.
+        notes: what the ledger is to say beside that; it may grow.
+        steps: that come after the passes: memory plans, the lowering.
+    """
+
+    frame: Frame
+    price: Callable[[], Report]
+    notes: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    _report: Report | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def report(self) -> Report:
+        """The ledger, as complete as it is by now."""
+        with self._lock:
+            if self._report is None:
+                self._report = self.price()
+            report = self._report
+        report.capture.notes += [n for n in self.notes if n not in report.capture.notes]
+        for step in self.steps:
+            if not any(step is s for s in report.steps):
+                if step.name == "lowering":
+                    step.before = step.after = report.after
+                report.steps.append(step)
+        return report
+
+
+_lock = threading.Lock()
+_graphs: dict[int, list[Graph]] = {}
+_last: list[Graph] = []
+
+
+def record(graph: Graph) -> None:
+    """Files a graph under the `torch.compile` call that it belongs to."""
+    asked = graph.frame.asked
+    with _lock:
+        global _last
+        own = _graphs.get(id(asked)) if asked is not None else None
+        if own is None:
+            own = []
+            if asked is not None:
+                _graphs[id(asked)] = own
+                weakref.finalize(asked, _graphs.pop, id(asked), None)
+        if graph.frame.compilation:
+            graph.notes.append(
+                f"compilation {graph.frame.compilation + 1} of this code: it was called with other "
+                "types, sizes or modes before"
+            )
+        if graph.frame.broke:
+            graph.notes.append(f"the graph ends where Python goes on: {graph.frame.broke}")
+        own.append(graph)
+        _last = own
+
+
+def last_reports() -> list[Report]:
+    """The ledgers of the graphs of what was compiled last, in the order of their compilation.
+
+    Those of one `torch.compile` call; of a `backend` that was called by hand, its last graph.
+    """
+    return [graph.report() for graph in list(_last)]
+
+
+def report_of(compiled: Callable[..., Any]) -> list[Report]:
+    """The ledgers of the graphs behind what `torch.compile(..., backend="rewriter")` returned.
+
+    One for each graph that was compiled so far: several where the code breaks, or was compiled
+    again for other sizes; `report.capture.notes` says which. None before the first call.
+
+    Args:
+        compiled: a module or function from `torch.compile`, or a module after `module.compile()`.
+
+    Raises:
+        RewriteError: it was not compiled, or by another backend.
+    """
+    asked = backend_of(compiled)
+    if asked is None:
+        raise RewriteError("report_of needs what torch.compile(..., backend='rewriter') returned")
+    name = getattr(asked, "compiler_name", "")
+    if name != "rewriter":
+        raise RewriteError(f"report_of: this was compiled by {name or asked!r}, not by rewriter")
+    return [graph.report() for graph in list(_graphs.get(id(asked), ()))]
+
+
+class Sketch:
+    """A graph and the look of its inputs, without holding them: what pricing needs later."""
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        graph = fx.Graph()
+        environment: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(module.graph, environment)
+        graph.output(output)
+        for node, copied in environment.items():
+            if hasattr(node, "_dynamo_source"):
+                copied._dynamo_source = node._dynamo_source
+        self.module = fx.GraphModule(module, graph)
+        self.inputs = [_look(x) for x in inputs]
+
+    def examples(self) -> list[Any]:
+        """Inputs of the same look; parameters are the live ones, as long as they live."""
+        return [x() for x in self.inputs]
+
+
+def _look(value: Any) -> Callable[[], Any]:
+    if isinstance(value, torch.SymInt):
+        size = value.node.hint
+        return lambda: size
+    if not isinstance(value, Tensor):
+        return lambda: value
+    shape = [_hint(n) for n in value.shape]
+    stride = [_hint(n) for n in value.stride()]
+    dtype, device = value.dtype, value.device
+    live = weakref.ref(value) if isinstance(value, nn.Parameter) else None
+    trains = value.requires_grad
+
+    def made() -> Tensor:
+        own = None if live is None else live()
+        if own is not None:
+            return own
+        new = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        return new if live is None else nn.Parameter(new, trains)
+
+    return made
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
