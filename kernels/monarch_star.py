@@ -60,7 +60,7 @@ def star_factorise(weight: Tensor, grid: Grid, seed: int = 0) -> list[Tensor] | 
         c = w[:, 0] @ vectors  # [j, l, k]
         a = torch.linalg.solve(c[0], w[0])  # [i, k, k of x]
         d = torch.linalg.solve(c[:, None], w) @ torch.linalg.inv(a)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     d = d.diagonal(dim1=-2, dim2=-1).permute(2, 0, 1)  # [k, j, i]
     factors = [a.contiguous(), d.contiguous(), c.contiguous()]

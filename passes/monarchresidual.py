@@ -90,7 +90,7 @@ class MonarchResidualLinear(Layer):
     ) -> None:
         super().__init__()
         _check(residual, share)
-        own = {"device": device, "dtype": dtype}
+        own: dict[str, Any] = {"device": device, "dtype": dtype}
         monarch = MonarchLinear(in_features, out_features, nblocks, rank, bias, **own)
         self.in_features, self.out_features = in_features, out_features
         self.nblocks, self.rank = monarch.nblocks, monarch.rank
@@ -217,8 +217,11 @@ class MonarchResidual(Pass):
         out_features, in_features = weight.shape
         if refused := unusable(weight, bias):
             return refused
-        sides = self.nblocks if isinstance(self.nblocks, tuple) else (self.nblocks,) * 2
-        if self.nblocks != "sqrt" and (sides[0] > in_features or sides[1] > out_features):
+        blocks = self.nblocks
+        sides = (
+            (1, 1) if blocks == "sqrt" else blocks if isinstance(blocks, tuple) else (blocks,) * 2
+        )
+        if sides[0] > in_features or sides[1] > out_features:
             return Skip(
                 "nblocks {} is more than the {} -> {} features",
                 self.nblocks,

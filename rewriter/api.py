@@ -19,6 +19,7 @@ from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
 from rewriter.errors import OptionError, RewriteError, RewriteWarning
 from rewriter.hosted import RewrittenModule, original_class
+from rewriter.planner import MemoryBudget
 from rewriter.report import Report
 from rewriter.store import Recipe
 
@@ -36,7 +37,7 @@ def rewrite(
     max_error: float | None = None,
     where: Where = None,
     calibration: Any = None,
-    memory_budget: int | float | str | None = None,
+    memory_budget: int | float | str | MemoryBudget | None = None,
     device: str | Device | None = None,
     measure: bool = False,
     kernels: str = "auto",
@@ -65,7 +66,11 @@ def rewrite(
             activations passes may fit their layers to; Monarch then minimises the error of a
             layer's outputs instead of its weights'. Every fourth batch is held out: on it the
             report's output errors are measured. Padding by a 2-D `attention_mask` is left out.
-        memory_budget: not supported yet; anything but None is refused.
+        memory_budget: of a training step: bytes, "512MB", a fraction of what keeping everything
+            takes, or a `rewriter.MemoryBudget`. The result then trains by a plan that keeps,
+            recomputes, derives or packs what the backward needs, so that the peak of activations,
+            gradients and temporaries stays within it at the example's sizes; the gradients are the
+            same. The report has the plan as its step "memory plan".
         device: whose predicted seconds and joules the report shows: a `rewriter.Device`, the name
             of one ("h100"; `Device.names()` lists them), or "this" for this machine, which is
             measured for up to 20 seconds the first time. None predicts nothing.
@@ -87,8 +92,9 @@ def rewrite(
     """
     _check_model(model)
     settings = _settings(
-        passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels
-    )
+        passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels,
+        example_inputs,
+    )  # fmt: skip
     with torch.inference_mode(False):  # or the result could never train
         root = model if inplace else _copied(model)
         with _restored_on_error(root) if inplace else contextlib.nullcontext():
@@ -107,7 +113,7 @@ def explain(
     max_error: float | None = None,
     where: Where = None,
     calibration: Any = None,
-    memory_budget: int | float | str | None = None,
+    memory_budget: int | float | str | MemoryBudget | None = None,
     device: str | Device | None = None,
     measure: bool = False,
     kernels: str = "auto",
@@ -119,8 +125,9 @@ def explain(
     """
     _check_model(model)
     settings = _settings(
-        passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels
-    )
+        passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels,
+        example_inputs,
+    )  # fmt: skip
     with torch.inference_mode(False):
         return _run(_copied(model), passes, example_inputs, settings, False, model)
 
@@ -141,6 +148,8 @@ def _run(
     steps = [engine.original()]
     for rewrite in passes:  # no comprehension: warnings count the frames up to the user's line
         steps.append(engine.run(rewrite))
+    if options.memory is not None:
+        steps.append(engine.plan_memory(options.memory))
     report = engine.report(steps)
     engine.finish(report)
     return report
@@ -164,13 +173,15 @@ def _settings(
     device: Any,
     measure: Any,
     kernels: Any,
+    example_inputs: Any,
 ) -> Options:
     """The engine's options, or what is impossible about the arguments."""
     if not isinstance(passes, list | tuple | Pass):
         raise OptionError(f"passes must be a list of passes, not {passes!r}")
     check_passes(passes)
-    if memory_budget is not None:
-        raise OptionError("memory_budget is not supported yet: leave it out")
+    memory = None if memory_budget is None else MemoryBudget.of(memory_budget)
+    if memory is not None and example_inputs is None:
+        raise OptionError("memory_budget needs example_inputs: a plan is made for their sizes")
     if kernels != "auto":
         raise OptionError(f"kernels={kernels!r}: this version supports 'auto' only")
     if max_error is not None and not isinstance(max_error, numbers.Real):
@@ -187,7 +198,7 @@ def _settings(
             RewriteWarning,
             stacklevel=3,
         )
-    return Options(objective, max_error, where, found, bool(measure), batches)
+    return Options(objective, max_error, where, found, bool(measure), batches, memory)
 
 
 def _check_model(model: Any) -> None:

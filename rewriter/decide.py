@@ -18,6 +18,7 @@ from rewriter.batches import Calibration
 from rewriter.capture import Capture
 from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.errors import OptionError
+from rewriter.planner.budget import MemoryBudget
 from rewriter.sites import CONV, LINEAR, MLP, Site, is_leaf
 from rewriter.spellings import changes_input, op_name, operands, swaps
 from rewriter.timing import medians
@@ -49,6 +50,7 @@ class Options:
     device: Device | None = None
     measure: bool = False
     calibration: Calibration | None = None
+    memory: MemoryBudget | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in (None, *OBJECTIVES):

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -55,6 +55,10 @@ from rewriter.tree import is_hook_dict
 from rewriter.trial import at, goes_past, source_of, try_layer
 from rewriter.verify import boundary, check, relative_error, tolerance
 
+if TYPE_CHECKING:
+    from rewriter.planner import MemoryBudget
+    from rewriter.planner.training import PlannedTraining
+
 __all__ = ["Engine", "Options", "check_passes"]
 
 
@@ -74,6 +78,7 @@ class Engine:
         fakes: of the weights, for pricing.
         model: the user's own, unchanged, to measure against; None where it is rewritten in place.
         first_s: measured seconds of the original.
+        memory: what trains the model by a memory plan; None without a budget.
     """
 
     capture: Capture
@@ -87,6 +92,7 @@ class Engine:
     fakes: Fakes = field(default_factory=Fakes)
     model: nn.Module | None = None
     first_s: float | None = None
+    memory: PlannedTraining | None = None
 
     def original(self) -> Step:
         """Prices the model as it came; the first step of the report."""
@@ -187,6 +193,21 @@ class Engine:
             self._timeline(),
         )
 
+    def plan_memory(self, budget: MemoryBudget) -> Step:
+        """Plans what a training step keeps; the model then trains by that plan.
+
+        Raises:
+            OptionError: the budget cannot be met, or the model is not one train graph.
+        """
+        from rewriter.planner.install import plan_of
+
+        start = time.perf_counter()
+        self.capture.host()
+        self.memory = plan_of(self.capture, budget)
+        assert self.memory.plan is not None
+        self.memory.plan.seconds = time.perf_counter() - start
+        return self.memory.plan.to_step(self.cost.total)
+
     def report(self, steps: list[Step]) -> Report:
         """The ledger of these steps."""
         capture = self.capture
@@ -212,7 +233,8 @@ class Engine:
             self.capture.notes.append(why)
         self.capture.host(graph_only if why else ())
         state = self.capture.root.__dict__["_rewriter"]
-        state.report, state.recipe = report, recipe
+        state.report, state.recipe, state.memory = report, recipe, self.memory
+        recipe.memory = None if self.memory is None else self.memory.budget
 
     def _outputs(self) -> list[Any] | None:
         return self.capture.outputs()

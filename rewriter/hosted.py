@@ -39,6 +39,7 @@ from rewriter.structure import Structure
 from rewriter.watch import Watch
 
 if TYPE_CHECKING:
+    from rewriter.planner.training import PlannedTraining
     from rewriter.report import Report
 
 __all__ = ["Program", "RewrittenModule", "State", "host", "original_class", "unhost"]
@@ -67,14 +68,20 @@ class Program:
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, root: nn.Module, leaves: Sequence[Any], device: str) -> Any:
+        return self.built(self.results(root, leaves, device))
+
+    def built(self, results: Any) -> Any:
+        """The model's own output, of the flat results."""
+        return results if self.output is None else self.output.build(results)
+
+    def results(self, root: nn.Module, leaves: Sequence[Any], device: str) -> Any:
+        """Runs the graph: its flat results."""
         function = self._functions.get(device)
         if function is None:
             function = self._functions[device] = self._compile(device)
         if self.changes_modes:
-            results = _restoring_modes(function, root, leaves)
-        else:
-            results = function(root, *leaves)
-        return results if self.output is None else self.output.build(results)
+            return _restoring_modes(function, root, leaves)
+        return function(root, *leaves)
 
     def _compile(self, device: str) -> Callable[..., Any]:
         graph = self.graph
@@ -144,6 +151,7 @@ class State:
         report: the ledger (root only).
         recipe: what `save` writes (root only).
         warned: which differences of calls were warned of.
+        memory: runs training steps by a memory plan; None without a budget.
     """
 
     signature: Signature | None = None
@@ -154,6 +162,7 @@ class State:
     report: Report | None = None
     recipe: Any = None
     warned: set[str] = field(default_factory=set)
+    memory: PlannedTraining | None = None
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         program = self.programs.get(module.training)
@@ -177,6 +186,12 @@ class State:
         leaves = self.signature.bind(args, kwargs, module.training)
         if isinstance(leaves, str):
             return self._differs(module, forward, args, kwargs, leaves)
+        if self.memory is not None and module.training and torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                rows = self.signature.dims[True].shapes
+                results = self.memory(module, program, leaves, rows)
+                if results is not None:
+                    return program.built(results)
         device = leaves[0].device if leaves else None
         moved = device is not None and device.type != self.signature.device
         return program(module, leaves, str(device) if moved else "")

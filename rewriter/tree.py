@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["attribute", "find", "is_hook_dict", "join", "submodule"]
+__all__ = ["attribute", "find", "hooked", "is_hook_dict", "join", "submodule"]
 
 
 def join(prefix: str, name: str) -> str:
@@ -49,3 +49,12 @@ def is_hook_dict(name: str) -> bool:
     """Whether an attribute of a module holds hooks around its forward or backward; by torch's own
     names, since a model may well have an `attention_hooks` of another kind."""
     return name in _HOOKS
+
+
+def hooked(root: nn.Module) -> str | None:
+    """The first module below the root that has hooks; None where none has."""
+    name: str
+    for name, module in root.named_modules():
+        if name and any(getattr(module, h, None) for h in _HOOKS):
+            return name
+    return None

@@ -176,7 +176,7 @@ def test_all_problems_of_a_recipe_in_one_error() -> None:
         ({"max_error": "small"}, "max_error='small'"),
         ({"where": ["fc"]}, r"where=\['fc'\]: use a name pattern"),
         ({"where": "nothing.*"}, r"where='nothing.\*' matches none of its 3 sites: fc, out, head"),
-        ({"memory_budget": "1GB"}, "memory_budget is not supported yet"),
+        ({"memory_budget": "1 furlong"}, r"memory_budget=.1 furlong.: use bytes"),
         ({"device": "abacus"}, "unknown device"),
         ({"kernels": "triton"}, "kernels='triton'"),
     ],

@@ -7,17 +7,19 @@ import copy
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rewriter.base import Layer
-from rewriter.errors import StoreError
+from rewriter.errors import RewriteWarning, StoreError
 from rewriter.hosted import RewrittenModule
+from rewriter.planner import MemoryBudget
 from rewriter.report import Report
 from rewriter.store.names import (
     FORMAT,
@@ -32,6 +34,10 @@ from rewriter.store.names import (
 from rewriter.store.recipe import Installed, Recipe, example_from_json
 from rewriter.store.tensors import named_tensors, non_persistent, put_tensor, tensor_like
 from rewriter.tree import submodule
+
+if TYPE_CHECKING:
+    from rewriter.capture import Capture
+    from rewriter.planner.training import PlannedTraining
 
 __all__ = [
     "load",
@@ -96,6 +102,8 @@ def load(
         engine.place(built)
         recipe = Recipe.of(model)
         recipe.example = saved.example
+        if saved.memory is not None:
+            engine.memory = _planned(saved.memory, engine.capture)
         for entry in saved.layers:
             recipe.installed[entry.name] = entry.installed
             if entry.origin is not None:
@@ -131,6 +139,25 @@ class _Saved:
     example: Any
     report: Report
     weights: str
+    memory: MemoryBudget | None = None
+
+
+def _planned(budget: MemoryBudget, capture: Capture) -> PlannedTraining:
+    """Trains by a plan again, which is made at the first step."""
+    from rewriter.planner.training import PlannedTraining
+
+    if not capture.regions:
+        warnings.warn(
+            f"the model was saved with memory_budget ({budget}): pass example_inputs to load, so "
+            "that it trains by a plan again",
+            RewriteWarning,
+            stacklevel=3,
+        )
+    return PlannedTraining(budget)
+
+
+def _budget(data: Any) -> MemoryBudget | None:
+    return None if data is None else MemoryBudget(**{str(k): v for k, v in data.items()})
 
 
 def _read(path: pathlib.Path, extra: Sequence[type]) -> _Saved:
@@ -158,6 +185,7 @@ def _read(path: pathlib.Path, extra: Sequence[type]) -> _Saved:
             document["example"],
             Report.from_dict(document["report"]),
             weights.name,
+            _budget(document.get("memory")),
         )
         names = {e.name for e in saved.layers if e.same_as == e.name}
         if len({e.name for e in saved.layers}) < len(saved.layers):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rewriter.base import Layer
 from rewriter.errors import StoreError
 from rewriter.hosted import RewrittenModule
+from rewriter.planner.budget import MemoryBudget
 from rewriter.report import Report
 from rewriter.store.names import dtype_name, dtype_of
 from rewriter.store.tensors import named_tensors
@@ -61,12 +62,14 @@ class Recipe:
         example: the example call as JSON (shapes and constants); None where it has no JSON form.
         dtypes: of the original's tensors.
         origins: class and constructor arguments of the `Layer`s that the original had.
+        memory: the budget that its training steps are planned for.
     """
 
     installed: dict[str, Installed] = field(default_factory=dict)
     example: Any = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     origins: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
+    memory: MemoryBudget | None = None
 
     @classmethod
     def of(cls, root: nn.Module) -> Recipe:

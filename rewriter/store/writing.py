@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -54,6 +55,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "frozen": sorted(n for n, p in model.named_parameters() if not p.requires_grad),
         "non_persistent": sorted(non_persistent(model)),
         "example": recipe.example,
+        "memory": None if recipe.memory is None else dataclasses.asdict(recipe.memory),
         "report": report.to_dict(),
     }
     path = pathlib.Path(directory)

@@ -1,0 +1,462 @@
+"""A joint forward and backward graph as numbers: kernels, the memory they make, what they cost.
+
+`Joint.of(graph_module, …)` reads what AOTAutograd hands to a partitioner. Views are dissolved: a
+value is a piece of memory (a storage), a step is an operation that runs a kernel. All later work
+(solver, simulation) is on these numbers; `transform.py` carries a plan back to the graph.
+
+Sizes that are symbols count as what they were at capture.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.fx.node import map_aggregate
+
+from rewriter.cost.formulas import flop_formula, traffic
+from rewriter.cost.memory import tensors_in, traffic_bytes
+from rewriter.cost.roofline import vector_operations
+from rewriter.cost.work import Work, dtype_of, kind_of, shape_of
+from rewriter.sites import user_line
+
+__all__ = [
+    "Joint",
+    "Rates",
+    "Route",
+    "Step",
+    "Value",
+    "device_of",
+    "hint",
+    "is_backward",
+    "storages",
+]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a machine is, as far as a choice between memory and time needs it.
+
+    Args:
+        flops: matrix products, FLOP/s.
+        vector: elementwise operations/s.
+        bandwidth: bytes/s.
+        launch: seconds of an operation of no size.
+        fused: whether a compiler fuses elementwise operations into their readers, which makes
+            repeating them nearly free.
+    """
+
+    flops: float = 1.5e11
+    vector: float = 2e10
+    bandwidth: float = 1.2e10
+    launch: float = 4e-6
+    fused: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device, fused: bool = False) -> Rates:
+        """Typical ones: of two cores with AVX-512, or of a data-centre GPU in bf16."""
+        if device.type == "cpu":
+            return cls(fused=fused)
+        return cls(3e14, 2e13, 1.5e12, 5e-6, fused)
+
+    def seconds(self, work: Work) -> float:
+        moved = work.bytes_moved / self.bandwidth
+        if work.flops:
+            return max(work.flops / self.flops, moved) + self.launch
+        seconds = max(vector_operations(work) / self.vector, moved) + self.launch
+        return (
+            seconds * FUSED
+            if self.fused and work.kind in ("pointwise", "copy", "fill")
+            else seconds
+        )
+
+    def moving(self, nbytes: float) -> float:
+        """Seconds of one pass that reads or writes so much."""
+        return nbytes / self.bandwidth + self.launch
+
+
+FUSED = 0.02
+"""What a repeated elementwise operation costs where it is fused into its reader, of its own."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A piece of memory.
+
+    Args:
+        name: of the node that makes it.
+        nbytes: of its storage.
+        maker: index of the step that makes it; None where it is given.
+        given: "input" (parameters, buffers, inputs: the caller's own), "tangent", or "".
+        line: the user's line it comes from.
+        dtype, shape: of the tensor.
+        order: "contiguous" or "channels_last" where its memory is, else "".
+        node: of the graph, whose tensor is the whole of it; None where there is none.
+    """
+
+    name: str
+    nbytes: int
+    maker: int | None
+    given: str = ""
+    line: str = ""
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = ()
+    order: str = ""
+    node: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation.
+
+    Args:
+        name: of its node.
+        op: "aten.addmm".
+        inputs: values it reads.
+        outputs: values it makes.
+        seconds: predicted.
+        flops: counted.
+        backward: whether it is part of the backward.
+        fixed: why it must not run a second time; "" where it may.
+        line: the user's line it comes from.
+        node: of the graph.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    seconds: float
+    flops: int
+    backward: bool
+    fixed: str = ""
+    line: str = ""
+    node: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """Another way to make a value in the backward than to run its maker again.
+
+    Args:
+        value: what it makes.
+        inputs: what it reads.
+        seconds, flops: predicted, counted.
+        name: of the closed form.
+        inverse: whether it reads what was made of the value: then all that it reads has to be
+            kept, or two values could each wait for the other.
+        emit: makes the nodes, given a `Builder` and a function from old nodes to new ones.
+    """
+
+    value: int
+    inputs: tuple[int, ...]
+    seconds: float
+    flops: int
+    name: str
+    inverse: bool
+    emit: Callable[..., fx.Node]
+
+
+@dataclass
+class Joint:
+    """See the module's docstring.
+
+    Attributes:
+        values, steps: in the order of the graph.
+        results: values that the forward returns to the user.
+        updates: new contents of buffers, which live until the forward has ended.
+        gradients: values that the backward returns.
+        node_values: of every tensor node (by name): its values; several for an op with several
+            results.
+        backward_nodes: what runs in the backward, in order, steps and views alike.
+        rates: what the seconds were computed with.
+        dropped: values that the user's own checkpoint regions do not keep.
+        tangents: values.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    results: frozenset[int] = frozenset()
+    updates: frozenset[int] = frozenset()
+    gradients: frozenset[int] = frozenset()
+    node_values: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    backward_nodes: list[fx.Node] = field(default_factory=list)
+    rates: Rates = field(default_factory=Rates)
+    dropped: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, module: fx.GraphModule, num_fwd_outputs: int, rates: Rates | None = None) -> Joint:
+        """Reads a joint graph with `meta["val"]` on its nodes."""
+        joint = cls()
+        nodes = list(module.graph.nodes)
+        joint.rates = rates or Rates.of(device_of(nodes))
+        reader = _Reader(joint)
+        reader.overwritten = _overwritten(nodes)
+        backward = is_backward(nodes, num_fwd_outputs)
+        joint.backward_nodes = [n for n in nodes if n in backward]
+        for node in nodes:
+            if node.op == "output":
+                flat: list[Any] = []
+                map_aggregate(node.args[0], flat.append)
+                given = node.meta.get("desc") or ()
+                news = [n for n, d in zip(flat, given, strict=False) if _is_update(d)]
+                joint.results = reader.of_nodes(flat[:num_fwd_outputs])
+                joint.updates = reader.of_nodes(news)
+                joint.results -= joint.updates
+                joint.gradients = reader.of_nodes(flat[num_fwd_outputs:])
+            else:
+                reader.read(node, node in backward)
+        joint.dropped = frozenset(
+            v
+            for n in nodes
+            if n not in backward and _recomputed(n)
+            for v in joint.node_values.get(n.name, ())
+        )
+        return joint
+
+    @property
+    def tangents(self) -> frozenset[int]:
+        return frozenset(i for i, v in enumerate(self.values) if v.given == "tangent")
+
+    @cached_property
+    def needed(self) -> frozenset[int]:
+        """What the backward reads of what the forward makes."""
+        return frozenset(
+            v
+            for i in self.backward
+            for v in self.steps[i].inputs
+            if (maker := self.values[v].maker) is not None and not self.steps[maker].backward
+        )
+
+    @cached_property
+    def forward(self) -> list[int]:
+        return [i for i, s in enumerate(self.steps) if not s.backward]
+
+    @cached_property
+    def backward(self) -> list[int]:
+        return [i for i, s in enumerate(self.steps) if s.backward]
+
+
+def is_backward(nodes: Sequence[fx.Node], num_fwd_outputs: int) -> set[fx.Node]:
+    """All that is needed neither for what the forward returns nor for what it writes."""
+    tangents: set[fx.Node] = set()
+    for node in nodes:
+        if _is_tangent(node) or any(a in tangents for a in node.all_input_nodes):
+            tangents.add(node)
+    flat: list[Any] = []
+    map_aggregate(nodes[-1].args[0], flat.append)
+    needed = {n for n in flat[:num_fwd_outputs] if isinstance(n, fx.Node)}
+    needed |= {n for n in nodes if n not in tangents and _writes(n) and not _tagged_backward(n)}
+    # a size is passed on as a number, so that no tensor has to wait for being asked its size
+    needed |= {n for n in nodes if n not in tangents and _is_size(n)}
+    stack = list(needed)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in needed:
+                needed.add(source)
+                stack.append(source)
+    # what an operation of the forward returns, the forward can return
+    needed |= {n for n in nodes if n.target is operator.getitem and n.args[0] in needed}
+    given = ("placeholder", "output")
+    return {n for n in nodes if n.op not in given and (n in tangents or n not in needed)}
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
+
+
+def _writes(node: fx.Node) -> bool:
+    """It has an effect besides what it returns."""
+    return node.op == "call_function" and node.is_impure(impure_random=False)
+
+
+def _tagged_backward(node: fx.Node) -> bool:
+    return bool(node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward"))
+
+
+def _recomputed(node: fx.Node) -> bool:
+    """A checkpoint region of the user's, or a policy of theirs, has it run again."""
+    policy = getattr(node.meta.get("recompute"), "name", "")
+    return policy in ("MUST_RECOMPUTE", "PREFER_RECOMPUTE")
+
+
+def _is_update(description: object) -> bool:
+    return hasattr(description, "mutated_input")
+
+
+def _overwritten(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Inputs and buffers that the forward changes, such as running statistics, with their views:
+    AOTAutograd returns their new contents and writes them after the forward."""
+    outputs = nodes[-1].meta.get("desc") or ()
+    changed = [d.mutated_input for d in outputs if _is_update(d)]
+    found = {n for n in nodes if n.op == "placeholder" and n.meta.get("desc") in changed}
+    for node in nodes:
+        view = isinstance(node.target, OpOverload) and node.target.is_view
+        if view and found & set(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def device_of(nodes: Sequence[fx.Node]) -> torch.device:
+    for node in nodes:
+        for tensor in storages(node.meta.get("val")):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def storages(value: object) -> list[Tensor]:
+    """The strided tensors of a node's `val`."""
+    return [t for t in tensors_in(value) if t.layout is torch.strided]
+
+
+def hint(value: Any) -> int:
+    """A size as a number: of a symbol, what it was at capture."""
+    return int(optimization_hint(value, fallback=4096))
+
+
+class _Reader:
+    """Fills a Joint, node by node."""
+
+    def __init__(self, joint: Joint) -> None:
+        self.joint = joint
+        self.overwritten: set[fx.Node] = set()
+        self.known: dict[int, int] = {}  # storage → value
+        self.alive: list[object] = []  # so that no storage's address is used again
+
+    def of_nodes(self, nodes: Sequence[Any]) -> frozenset[int]:
+        names = [n.name for n in nodes if isinstance(n, fx.Node)]
+        return frozenset(v for n in names for v in self.joint.node_values.get(n, ()))
+
+    def read(self, node: fx.Node, backward: bool) -> None:
+        tensors = storages(node.meta.get("val"))
+        if not tensors and not self._acts(node):
+            return  # a size, a subgraph, a state
+        keys = [t.untyped_storage()._cdata for t in tensors]
+        self.alive.append(tensors)
+        sources = [v for n in node.all_input_nodes for v in self.joint.node_values.get(n.name, ())]
+        fresh = [(k, t) for k, t in zip(keys, tensors, strict=True) if k not in self.known]
+        runs = node.op == "call_function" and node.target is not operator.getitem
+        number = len(self.joint.steps) if runs else None
+        for key, tensor in fresh:
+            given = ""
+            if not runs:
+                given = "tangent" if _is_tangent(node) else "input"
+            self.known[key] = len(self.joint.values)
+            size = hint(tensor.untyped_storage().nbytes())
+            self.joint.values.append(
+                Value(
+                    node.name,
+                    size,
+                    number,
+                    given,
+                    user_line(node) or "",
+                    tensor.dtype,
+                    tuple(map(hint, tensor.shape)),
+                )
+            )
+        values = tuple(dict.fromkeys(self.known[k] for k in keys))
+        if isinstance(node.meta.get("val"), Tensor):
+            self._whole(node, values, node.meta["val"])
+        self.joint.node_values[node.name] = values
+        if not runs or (not fresh and not self._acts(node)):
+            return  # a view
+        made = tuple(dict.fromkeys(self.known[k] for k, _ in fresh))
+        work = self._work(node, tensors)
+        self.joint.steps.append(
+            Step(
+                node.name,
+                str(node.target).removesuffix(".default"),
+                tuple(dict.fromkeys(sources)),
+                made,
+                self.joint.rates.seconds(work),
+                work.flops,
+                backward,
+                _fixed(node) or self._late(node),
+                user_line(node) or "",
+                node,
+            )
+        )
+
+    def _late(self, node: fx.Node) -> str:
+        if self.overwritten & set(node.all_input_nodes):
+            return "it reads what the forward overwrites"
+        return ""
+
+    def _whole(self, node: fx.Node, values: tuple[int, ...], tensor: Tensor) -> None:
+        """The first node with a tensor in a storage made the storage: it is what is kept."""
+        (number,) = values
+        value = self.joint.values[number]
+        if value.node is None:
+            order = ""
+            if tensor.is_contiguous():
+                order = "contiguous"
+            elif tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+                order = "channels_last"
+            shape = tuple(map(hint, tensor.shape))
+            self.joint.values[number] = replace(
+                value, node=node, order=order, dtype=tensor.dtype, shape=shape
+            )
+
+    def _acts(self, node: fx.Node) -> bool:
+        """It writes into what it reads."""
+        return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+    def _work(self, node: fx.Node, made: list[Tensor]) -> Work:
+        func = node.target
+        if not isinstance(func, OpOverload):
+            size = sum(hint(t.numel()) * t.element_size() for t in made)
+            return Work(str(func), "other", "float32", 0, size, size)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+        kwargs = dict(kwargs)
+        read = tensors_in((args, list(kwargs.values())))
+        formula, _, _ = flop_formula(func)
+        out = node.meta.get("val")
+        flops = hint(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+        moved = traffic_bytes(func, traffic(func), read, made, args, kwargs, hint)
+        name = func._schema.name
+        kind = kind_of(name, torch.Tag.pointwise in func.tags, torch.Tag.reduction in func.tags)
+        first = made[0] if made else read[0] if read else None
+        shape = tuple(hint(s) for s in shape_of(kind, name, args, first, flops))
+        dtype, (came, went) = dtype_of(kind, read, made), map(hint, moved)
+        return Work(name, kind, dtype, flops, came, went, 0, shape)
+
+
+def _fixed(node: fx.Node) -> str:
+    func = node.target
+    if not isinstance(func, OpOverload):
+        return "a higher-order operator"
+    if func._schema.is_mutable:
+        return "it changes what it is given"
+    if torch.Tag.nondeterministic_seeded in func.tags and _random(node):
+        return "it is random"
+    if func.namespace in ("_c10d_functional", "c10d_functional", "_dtensor"):
+        return "it talks to other processes"
+    if node.meta.get("recompute") is not None:
+        from torch.utils.checkpoint import CheckpointPolicy
+
+        if node.meta["recompute"] == CheckpointPolicy.MUST_SAVE:
+            return "the user's checkpoint policy keeps it"
+    return ""
+
+
+def _random(node: fx.Node) -> bool:
+    """Attention is tagged as random, and is where it drops out something."""
+    func: Any = node.target
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            value = node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+            return bool(value != 0.0)
+        if argument.name == "train" and i < len(node.args):
+            return bool(node.args[i])
+    return True

@@ -1,0 +1,306 @@
+"""Which values to keep: least added time under a bound on the peak.
+
+Inside a part, keeping, packing, closed forms and repeating are binaries: s_v (value v is kept), c_p
+(packed in form p), a_t (made by route t), r_i (step i runs again). What the backward reads must be
+there, and so must what is read to make something again:
+
+    s_v + Σ c_p + Σ a_t + r_maker(v) ≥ 1      v read by the backward of this part
+    s_u + Σ c_p + Σ a_t + r_maker(u) ≥ r_i    u read by step i, of this part
+    s_u + Σ c_p                      ≥ a_t    u read by an inverse t (others: as for steps)
+    s_v + Σ c_p                      = 1      v read by later parts
+
+    minimise Σ seconds, given Σ bytes kept ≤ κ and Σ bytes made again ≤ ω
+
+for several κ and ω: a few plans for a part, between all kept and nothing kept. The simulation says
+what each takes while the part's backward runs, beyond what is kept. Over all parts, one plan is
+chosen for each (x_{j,a} binary), such that at no time more is alive than the budget:
+
+    Σ_{i<j} K_i + F_j ≤ B     in the forward,
+    Σ_{i≤j} K_i + W_j ≤ B     in the backward of part j.
+
+A sum over all that is saved, as elsewhere, says little of the peak: what is made again early and
+needed late is alive all the time between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from rewriter.planner.choices import Packing
+from rewriter.planner.joint import Joint, Route
+from rewriter.planner.parts import Part, Parts
+from rewriter.planner.simulate import Decisions
+
+__all__ = ["Choice", "assembled", "choose", "part_plans"]
+
+MB = float(1 << 20)
+LIMIT = 10.0
+"""Seconds for one programme. The limit on nodes comes first: plans must not depend on how busy the
+machine is."""
+
+
+@dataclass
+class Choice:
+    """One plan for a part.
+
+    Args:
+        kept, packed, routes: what becomes of the part's values; places in `Part.values`,
+            `Part.packings`, `Part.routes`, so that it serves parts alike.
+        seconds: added.
+        nbytes: kept.
+        forward, backward: most bytes alive in the part's forward and backward, beyond what the
+            parts before (in the backward: and this one) keep; by part, from the simulation.
+    """
+
+    kept: tuple[int, ...]
+    packed: tuple[int, ...]
+    routes: tuple[int, ...]
+    seconds: float
+    nbytes: int
+    forward: dict[int, int] = field(default_factory=dict)
+    backward: dict[int, int] = field(default_factory=dict)
+
+    def decisions(self, part: Part) -> tuple[set[int], list[Packing], list[Route]]:
+        return (
+            {part.values[i] for i in self.kept},
+            [part.packings[i] for i in self.packed],
+            [part.routes[i] for i in self.routes],
+        )
+
+
+class _Program:
+    """The integer programme of one part."""
+
+    def __init__(self, joint: Joint, parts: Parts, part: Part, exact_only: bool) -> None:
+        self.joint, self.part = joint, part
+        steps = [s for s in part.steps if set(joint.steps[s].outputs) & set(part.values)]
+        count = 0
+
+        def columns(number: int) -> list[int]:
+            nonlocal count
+            count += number
+            return list(range(count - number, count))
+
+        self.s = dict(zip(part.values, columns(len(part.values)), strict=True))
+        self.c = columns(len(part.packings))
+        self.a = columns(len(part.routes))
+        self.r = dict(zip(steps, columns(len(steps)), strict=True))
+        self.count = count
+        self.upper = np.ones(count)
+        for step, column in self.r.items():
+            if joint.steps[step].fixed:
+                self.upper[column] = 0
+        for value, column in self.s.items():
+            if value in joint.dropped and value not in part.exported:
+                self.upper[column] = 0
+            if joint.values[value].node is None:
+                self.upper[column] = 0
+        if exact_only:
+            for packing, column in zip(part.packings, self.c, strict=True):
+                self.upper[column] = packing.exact
+        self.rows: list[tuple[int, int, float]] = []
+        self.low: list[float] = []
+        self._rules()
+        self._prices()
+
+    def _holds(self, value: int, *, indirect: bool = False) -> list[tuple[int, float]]:
+        found = [(self.s[value], 1.0)]
+        for packing, column in zip(self.part.packings, self.c, strict=True):
+            if packing.value == value and not (indirect and packing.direct):
+                found.append((column, 1.0))
+        return found
+
+    def _there(self, value: int, *, indirect: bool = False) -> list[tuple[int, float]]:
+        found = self._holds(value, indirect=indirect)
+        for route, column in zip(self.part.routes, self.a, strict=True):
+            if route.value == value:
+                found.append((column, 1.0))
+        maker = self.joint.values[value].maker
+        assert maker is not None
+        found.append((self.r[maker], 1.0))
+        return found
+
+    def _at_least(self, bound: float, terms: list[tuple[int, float]]) -> None:
+        self.rows += [(len(self.low), column, factor) for column, factor in terms]
+        self.low.append(bound)
+
+    def _rules(self) -> None:
+        part, joint = self.part, self.joint
+        for value in part.needed:
+            self._at_least(1, self._there(value))
+        for value in part.exported:
+            self._at_least(1, self._holds(value, indirect=True))
+        for step, column in self.r.items():
+            for u in joint.steps[step].inputs:
+                if u in self.s:
+                    self._at_least(0, [(column, -1.0), *self._there(u, indirect=True)])
+        for route, column in zip(part.routes, self.a, strict=True):
+            for u in route.inputs:
+                if u in self.s:
+                    held = self._holds(u) if route.inverse else self._there(u, indirect=True)
+                    self._at_least(0, [(column, -1.0), *held])
+
+    def _prices(self) -> None:
+        joint, part = self.joint, self.part
+        size = {v: 0 if v in joint.results else joint.values[v].nbytes / MB for v in part.values}
+        self.kept, self.again, self.seconds = (np.zeros(self.count) for _ in range(3))
+        for value, column in self.s.items():
+            self.kept[column] = size[value]
+        for packing, column in zip(part.packings, self.c, strict=True):
+            self.kept[column] = packing.nbytes / MB
+            self.again[column] = size[packing.value]
+            self.seconds[column] = packing.seconds
+        for route, column in zip(part.routes, self.a, strict=True):
+            self.again[column] = size[route.value]
+            self.seconds[column] = route.seconds
+        for step, column in self.r.items():
+            made = [v for v in joint.steps[step].outputs if v in size]
+            self.again[column] = sum(size[v] for v in made)
+            self.seconds[column] = joint.steps[step].seconds
+
+    def solve(
+        self, objective: np.ndarray, kept: float = np.inf, again: float = np.inf
+    ) -> np.ndarray | None:
+        rows = list(self.rows)
+        low, high = list(self.low), [np.inf] * len(self.low)
+        for bound, prices in ((kept, self.kept), (again, self.again)):
+            if np.isfinite(bound):
+                rows += [(len(low), c, p) for c, p in enumerate(prices) if p]
+                low.append(-np.inf)
+                high.append(bound)
+        if not self.count:
+            return np.zeros(0)
+        constraints = []
+        if rows:
+            row, column, factor = (np.array(x) for x in zip(*rows, strict=True))
+            matrix = coo_array((factor, (row, column)), shape=(len(low), self.count)).tocsr()
+            constraints = [LinearConstraint(matrix, low, high)]
+        found = milp(
+            objective,
+            constraints=constraints,
+            bounds=Bounds(0, self.upper),
+            integrality=np.ones(self.count),
+            options={"node_limit": 200, "time_limit": LIMIT, "mip_rel_gap": 1e-3},
+        )
+        return None if found.x is None else found.x > 0.5
+
+    def choice(self, x: np.ndarray) -> Choice:
+        part = self.part
+        kept = tuple(i for i, v in enumerate(part.values) if x[self.s[v]])
+        return Choice(
+            kept,
+            tuple(i for i, column in enumerate(self.c) if x[column]),
+            tuple(i for i, column in enumerate(self.a) if x[column]),
+            float(self.seconds @ x),
+            int(round(float(self.kept @ x) * MB)),
+        )
+
+
+def part_plans(
+    joint: Joint, parts: Parts, part: Part, grid: int = 7, exact_only: bool = False
+) -> list[Choice]:
+    """A few plans for a part, from what takes no time to what keeps least.
+
+    Raises:
+        RuntimeError: there is none, which would be a flaw of this code.
+    """
+    program = _Program(joint, parts, part, exact_only)
+    # seconds and bytes on one scale, so that of equals the one that keeps less wins
+    room = max(float(program.kept.sum() + program.again.sum()), 1e-9)
+    time = program.seconds / max(float(program.seconds.max(initial=0)), 1e-9)
+    memory = (program.kept + program.again) / room
+    quick = program.solve(time + 1e-4 * memory)
+    small = program.solve(program.kept / room + 1e-4 * memory + 1e-5 * time)
+    if quick is None or small is None:
+        raise RuntimeError(f"no plan for part {part.index} of a joint graph")
+    most, least = float(program.kept @ quick), float(program.kept @ small)
+    found = {tuple(x.tolist()): x for x in (quick, small)}
+    widest = float(program.again @ small)
+    for again, number in ((np.inf, grid), (0.5 * widest, grid // 2)) if widest > 0 else ():
+        for share in np.linspace(0, 1, number + 1)[1 if again == np.inf else 0 : -1] ** 1.5:
+            kept = least + share * (most - least) + 1e-6
+            x = program.solve(time + 1e-4 * memory, kept, again)
+            if x is not None:
+                found.setdefault(tuple(x.tolist()), x)
+    return [program.choice(x) for x in found.values()]
+
+
+def choose(
+    choices: Sequence[Sequence[Choice]],
+    budget: float | None,
+    gap: float = 0.01,
+) -> tuple[list[int], float] | None:
+    """(a plan for each part, proven gap): least time within a budget; None where nothing fits.
+
+    Args:
+        choices: of each part.
+        budget: bytes; None for the least peak there is.
+        gap: relative, at which the search ends.
+    """
+    number = len(choices)
+    offsets = np.cumsum([0, *map(len, choices)])
+    binaries = int(offsets[-1])
+    count = binaries + number + 1  # Σ_{i≤j} K_i of each j, and the peak itself
+    peak = count - 1
+    rows: list[tuple[int, int, float]] = []
+    low: list[float] = []
+    high: list[float] = []
+
+    def rule(terms: list[tuple[int, float]], least: float, most: float) -> None:
+        rows.extend((len(low), c, f) for c, f in terms)
+        low.append(least)
+        high.append(most)
+
+    for j, own in enumerate(choices):
+        mine = range(int(offsets[j]), int(offsets[j + 1]))
+        before = [(binaries + j - 1, 1.0)] if j else []
+        rule([(c, 1.0) for c in mine], 1, 1)
+        kept = [(c, o.nbytes / MB) for c, o in zip(mine, own, strict=True)]
+        rule([(binaries + j, -1.0), *before, *kept], 0, 0)
+        ahead = [(c, o.forward[j] / MB) for c, o in zip(mine, own, strict=True)]
+        rule([*before, *ahead, (peak, -1.0)], -np.inf, 0)
+        back = [(c, o.backward[j] / MB) for c, o in zip(mine, own, strict=True)]
+        rule([(binaries + j, 1.0), *back, (peak, -1.0)], -np.inf, 0)
+    row, column, factor = (np.array(x) for x in zip(*rows, strict=True))
+    matrix = coo_array((factor, (row, column)), shape=(len(low), count)).tocsr()
+    cost = np.zeros(count)
+    if budget is None:
+        cost[peak] = 1
+    else:
+        scale = max((o.seconds for own in choices for o in own), default=0) or 1.0
+        total = sum(max(o.nbytes for o in own) for own in choices) or 1
+        for c, o in enumerate(o for own in choices for o in own):
+            cost[c] = o.seconds / scale + 1e-5 * o.nbytes / total
+    upper = np.concatenate([np.ones(binaries), np.full(number + 1, np.inf)])
+    if budget is not None:
+        upper[peak] = budget / MB
+    integral = np.concatenate([np.ones(binaries), np.zeros(number + 1)])
+    found = milp(
+        cost,
+        constraints=[LinearConstraint(matrix, low, high)],
+        bounds=Bounds(0, upper),
+        integrality=integral,
+        options={"node_limit": 50, "time_limit": LIMIT, "mip_rel_gap": gap},
+    )
+    if found.x is None:
+        return None
+    picks = [int(np.argmax(found.x[offsets[j] : offsets[j + 1]])) for j in range(number)]
+    return picks, float(found.mip_gap or 0.0)
+
+
+def assembled(parts: Parts, picks: Sequence[Choice]) -> Decisions:
+    """The decisions of one plan for each part."""
+    kept: set[int] = set()
+    packed: dict[int, Packing] = {}
+    routes: dict[int, Route] = {}
+    for part, pick in zip(parts.parts, picks, strict=True):
+        own, smaller, ways = pick.decisions(part)
+        kept |= own
+        packed.update((p.value, p) for p in smaller if p.value not in own)
+        routes.update((r.value, r) for r in ways if r.value not in own)
+    return Decisions(frozenset(kept), packed, routes)
