@@ -24,6 +24,7 @@ Training" (PLPᵀR), with the rank of a slice made explicit as in Block Tensor-T
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from rewriter.kernels import monarch_cpu
 from rewriter.kernels.common import register_autocast
 
 __all__ = [
+    "kernel_name",
     "monarch_dense",
     "monarch_linear",
     "monarch_linear_reference",
@@ -50,7 +53,8 @@ _LIB.define(
 )
 _LIB.define(
     "monarch_linear_backward(Tensor grad, Tensor x, Tensor mid, Tensor right, Tensor left,"
-    " bool interleaved, bool need_x, bool need_right, bool need_left) -> (Tensor, Tensor, Tensor)"
+    " bool interleaved, bool need_x, bool need_right, bool need_left, bool need_bias=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -320,6 +324,16 @@ def _backward(
     return dx, dright, dleft
 
 
+def _backward_all(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op: with the bias's gradient, where the last argument, `need_bias`, asks for it. (A
+    dispatcher leaves out what has its default.)"""
+    return *_backward(grad, *args[:8]), _bias_gradient(grad, args[8:] == (True,))
+
+
+def _bias_gradient(grad: Tensor, need: bool) -> Tensor:
+    return grad.sum_to_size(grad.shape[-1]) if need else grad.new_empty(0)
+
+
 def _backward_fake(
     grad: Tensor,
     x: Tensor,
@@ -330,11 +344,13 @@ def _backward_fake(
     need_x: bool,
     need_right: bool,
     need_left: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else 0),
         right.new_empty(right.shape if need_right else 0),
         left.new_empty(left.shape if need_left else 0),
+        grad.new_empty(grad.shape[-1] if need_bias else 0),
     )
 
 
@@ -355,18 +371,19 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple
         return None, None, None, None, None, None
     x, right, left, mid = ctx.saved_tensors
     need_x, need_right, need_left, need_bias, *_ = ctx.needs_input_grad
-    dbias = grad.sum_to_size(grad.shape[-1]) if ctx.needs_bias and need_bias else None
+    need_bias = need_bias and ctx.needs_bias
     if torch.is_grad_enabled():  # create_graph=True: gradients that are differentiable themselves
         dx, dright, dleft = _backward_reference(grad, x, right, left, ctx.interleaved)
+        dbias = grad.sum_to_size(grad.shape[-1]) if need_bias else None
     else:
-        dx, dright, dleft = torch.ops.rewriter.monarch_linear_backward(
-            grad, x, mid, right, left, ctx.interleaved, need_x, need_right, need_left
+        dx, dright, dleft, dbias = torch.ops.rewriter.monarch_linear_backward(
+            grad, x, mid, right, left, ctx.interleaved, need_x, need_right, need_left, need_bias
         )
     return (
         dx if need_x else None,
         dright if need_right else None,
         dleft if need_left else None,
-        dbias,
+        dbias if need_bias else None,
         None,
         None,
     )
@@ -459,13 +476,105 @@ def _forward_train_gpu(
     return y, mid
 
 
-def _backward_gpu(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_gpu(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = _fused(grad)
-    found = _backward(grad, *args) if kernels is None else kernels.monarch_backward(grad, *args)
-    dx, dright, dleft = found
-    return dx, dright, dleft
+    if kernels is None:
+        return _backward_all(grad, *args)
+    dx, dright, dleft = kernels.monarch_backward(grad, *args[:8])
+    return dx, dright, dleft, _bias_gradient(grad, args[8:] == (True,))
 
 
+# On a CPU ----------------------------------------------------------------------------------------
+
+
+def kernel_name(
+    tokens: int,
+    in_features: int,
+    right: Tensor,
+    left: Tensor,
+    out_features: int,
+    interleaved: bool = False,
+) -> str:
+    """What `monarch_linear` runs on such operands at this number of rows, for the report; where
+    the compiled kernels cannot run, with the reason."""
+    if right.is_cuda:
+        return "triton" if _fused(right) is not None else "torch.bmm"
+    if right.device.type != "cpu" or interleaved or not tokens:
+        return "torch.bmm"
+    shapes = tuple(right.shape), tuple(left.shape)
+    if not monarch_cpu.worth_compiling(tokens, *shapes, right.dtype):
+        return "torch.bmm"
+    if reason := monarch_cpu.refusal():
+        return f"torch.bmm ({reason})"
+    sizes = tokens, in_features, out_features, *shapes
+    found = monarch_cpu.pick_kernel("forward", *sizes, right.dtype, _TORCH)
+    return "fused C++" if found == "fused" else "torch.bmm"
+
+
+def _compiled(
+    which: str, x: Tensor, right: Tensor, left: Tensor, out: int, *others: Tensor | None
+) -> bool:
+    """Whether the kernels of `monarch_cpu` run these operands."""
+    if not monarch_cpu.serves(x, right, left, *others):
+        return False
+    rows, shapes = math.prod(x.shape[:-1]), (tuple(right.shape), tuple(left.shape))
+    found = monarch_cpu.pick_kernel(which, rows, x.shape[-1], out, *shapes, x.dtype, _TORCH)
+    return found == "fused"
+
+
+def _forward_cpu(
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
+) -> Tensor:
+    _check(x, right, left, bias, out_features)
+    if not interleaved and _compiled("forward", x, right, left, out_features, bias):
+        return monarch_cpu.forward(x, right, left, bias, out_features, store_mid=False)[0]
+    return _forward(x, right, left, bias, out_features, interleaved)
+
+
+def _forward_train_cpu(
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check(x, right, left, bias, out_features)
+    if not interleaved and _compiled("forward", x, right, left, out_features, bias):
+        y, mid = monarch_cpu.forward(x, right, left, bias, out_features, store_mid=True)
+        assert mid is not None
+        return y, mid
+    return _forward_train(x, right, left, bias, out_features, interleaved)
+
+
+def _backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    mid: Tensor,
+    right: Tensor,
+    left: Tensor,
+    interleaved: bool,
+    need_x: bool,
+    need_right: bool,
+    need_left: bool,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args, needs = (grad, x, mid, right, left), (need_x, need_right, need_left, need_bias)
+    if not interleaved and _compiled("backward", x, right, left, grad.shape[-1], grad, mid):
+        return monarch_cpu.backward(*args, *needs)
+    return _backward_all(*args, interleaved, *needs)
+
+
+_TORCH: dict[str, Callable[..., object]] = {"forward": _forward, "backward": _backward_all}
+
+_LIB.impl("monarch_linear", _forward_cpu, "CPU")
+_LIB.impl("monarch_linear_train", _forward_train_cpu, "CPU")
+_LIB.impl("monarch_linear_backward", _backward_cpu, "CPU")
 _LIB.impl("monarch_linear", _forward_gpu, "CUDA")
 _LIB.impl("monarch_linear_train", _forward_train_gpu, "CUDA")
 _LIB.impl("monarch_linear_backward", _backward_gpu, "CUDA")
@@ -473,7 +582,7 @@ _LIB.impl("monarch_linear", _forward, "CompositeExplicitAutograd")
 _LIB.impl("monarch_linear", _autograd, "Autograd")
 register_autocast(_LIB, "monarch_linear", casts=4)
 _LIB.impl("monarch_linear_train", _forward_train, "CompositeExplicitAutograd")
-_LIB.impl("monarch_linear_backward", _backward, "CompositeExplicitAutograd")
+_LIB.impl("monarch_linear_backward", _backward_all, "CompositeExplicitAutograd")
 torch.library.register_fake("rewriter::monarch_linear", _forward_fake, lib=_LIB)
 torch.library.register_fake("rewriter::monarch_linear_train", _forward_train_fake, lib=_LIB)
 torch.library.register_fake("rewriter::monarch_linear_backward", _backward_fake, lib=_LIB)
@@ -505,6 +614,7 @@ def monarch_linear_backward_flops(
     need_x: bool,
     need_right: bool,
     need_left: bool,
+    *args: Any,
     **kwargs: Any,
 ) -> int:
     """2·rows·K·L·rank·(ib·[dx]+ib·[dright]+ob·[dleft]+ob·[dmid]), from shapes."""

@@ -22,7 +22,7 @@ from rewriter.base import (
     unusable,
 )
 from rewriter.errors import OptionError
-from rewriter.kernels.monarch import monarch_dense, monarch_linear
+from rewriter.kernels.monarch import kernel_name, monarch_dense, monarch_linear
 from rewriter.kernels.monarch_project import monarch_fit, monarch_project
 from rewriter.sites import LINEAR, Kind, Site
 
@@ -234,7 +234,8 @@ class MonarchLinear(Layer):
         }
 
     def kernel(self, tokens: int) -> str:
-        return "triton" if self.right.is_cuda else "torch.bmm"
+        sizes = tokens, self.in_features, self.right, self.left, self.out_features
+        return kernel_name(*sizes, self.interleaved)
 
     def lr_scales(self) -> Mapping[str, float]:
         """(in_features / fan-in of the factor) / 2."""

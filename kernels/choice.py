@@ -1,0 +1,118 @@
+"""Which of several implementations runs: measured once per size, kept for this and later processes.
+
+A choice is asked for with a key of everything that it depends on but the machine (operation, sizes,
+dtype, threads). The first to ask measures; what it found is written to a JSON file that names this
+CPU and this version of torch, so that the next process chooses alike without measuring.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from rewriter.kernels.native import cache_folder, fingerprint
+
+__all__ = ["fastest", "forget", "rows_bucket"]
+
+Candidates = Mapping[str, Callable[[], object]]
+_MOST_ROWS = 2048
+_ROUNDS, _SECONDS = 7, 0.15
+_known: dict[str, str] = {}
+_read: set[Path] = set()
+_lock = threading.Lock()
+
+
+def rows_bucket(rows: int) -> int:
+    """Rows up to the next power of two, at most 2048, count as equal: measured at that many."""
+    return min(1 << max(rows - 1, 0).bit_length(), _MOST_ROWS)
+
+
+def fastest(key: str, version: str, candidates: Callable[[], Candidates]) -> str:
+    """The name of the candidate with the least time.
+
+    Args:
+        key: what the choice depends on, but for the machine.
+        version: of the implementations: choices among others do not count.
+        candidates: makes the calls to time, by name, on data of their own; called when nothing is
+            known of this key yet.
+    """
+    full = f"{version} {key}"
+    if full in _known:
+        return _known[full]
+    with _lock:  # one measurement at a time: two would disturb each other
+        _load()
+        if full not in _known:
+            with torch.inference_mode(False), torch.no_grad():
+                found = _measure(candidates())
+            _known[full] = found
+            _save(full, found)
+    return _known[full]
+
+
+def forget() -> None:
+    """Measures anew, in this process and later ones."""
+    with _lock:
+        _known.clear()
+        _path().unlink(missing_ok=True)
+        _read.add(_path())
+
+
+def _measure(candidates: Candidates) -> str:
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    best = dict.fromkeys(candidates, math.inf)
+    end = time.perf_counter() + _SECONDS
+    for trial in range(_ROUNDS):  # interleaved against drift; the first round warms up
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            if trial:
+                best[name] = min(best[name], time.perf_counter() - start)
+        if trial >= 2 and time.perf_counter() > end:
+            break
+    return min(best, key=best.__getitem__)
+
+
+def _path() -> Path:
+    return cache_folder() / f"choices-{fingerprint()}-torch-{torch.__version__}.json"
+
+
+def _load() -> None:
+    path = _path()
+    if path in _read:
+        return
+    _read.add(path)
+    for key, name in _stored(path).items():
+        _known.setdefault(key, name)
+
+
+def _stored(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or half a file of a system that crashed
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, str)}
+
+
+def _save(key: str, name: str) -> None:
+    """Beside what others have written meanwhile. Where nothing can be kept, the next process
+    measures again."""
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(dir=path.parent, suffix=".json")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({**_stored(path), key: name}, file, indent=0, sort_keys=True)
+        os.replace(made, path)
+    except OSError:
+        return
