@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter.base import Pass, Where
-from rewriter.cost import Cost, Device
+from rewriter.cost import Device
 from rewriter.dynamo import Lifted, capture_dynamo
 from rewriter.engine import Engine, Options, check_passes
 from rewriter.errors import OptionError, RewriteError, RewriteWarning
@@ -36,6 +36,7 @@ from rewriter.graphs import Graph, Sketch, record
 from rewriter.installing import Installation
 from rewriter.lowering import INNER, Flat, Inner, flattened, own_ops
 from rewriter.parse import nearest, parse_pass
+from rewriter.planner import MemoryBudget
 from rewriter.report import Report, Step
 
 __all__ = ["Backend", "backend", "rewriter_backend"]
@@ -62,7 +63,7 @@ def rewriter_backend(
 def backend(
     passes: Sequence[Pass | str] = (),
     *,
-    memory_budget: int | float | str | None = None,
+    memory_budget: int | float | str | MemoryBudget | None = None,
     objective: str | None = None,
     inner: str = "inductor",
     max_error: float | None = None,
@@ -77,7 +78,8 @@ def backend(
 
     Args:
         passes: as in `rewrite`; also as text, `"quantize:int8-dynamic"`.
-        memory_budget: of a training step, for the memory planner: bytes, "512MB", or a fraction.
+        memory_budget: of a training step, for the memory planner: bytes, "512MB", a fraction of
+            the default, or a `MemoryBudget`.
         objective, max_error, where, device: as in `rewrite`.
         inner: who compiles the rewritten graph: "inductor"; "aot_eager" (forward and backward
             traced and split, torch's own kernels); "eager" (the rewritten graph as it is).
@@ -134,9 +136,8 @@ class Backend:
         for name in ("install", "lossy"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r}: use True or False")
-        budget = self.memory_budget
-        if isinstance(budget, bool) or not isinstance(budget, int | float | str | None):
-            raise OptionError(f"memory_budget={budget!r}: use bytes, '512MB', or a fraction")
+        if self.memory_budget is not None:
+            MemoryBudget.of(self.memory_budget)
         if self.inductor is not None and not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor={self.inductor!r}: use a dict of Inductor's options")
         self._check_conflicts()
@@ -212,6 +213,7 @@ class _Compilation:
         self.backend, self.inner = asked, inner
         self.module, self.inputs = module, inputs
         self.frame = Frame.current(module)
+        self.name = self.frame.name
         self.training = torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in inputs
         )
@@ -231,6 +233,14 @@ class _Compilation:
                 "passes, or set torch._dynamo.config.optimize_ddp = False"
             )
         lifted = capture_dynamo(self.module, self.inputs)
+        for name, i in lifted.paths.items():
+            if self.inputs[i].is_inference():
+                raise RewriteError(
+                    f"{name} was made under torch.inference_mode, where torch counts no changes: "
+                    "what is derived from it could get stale unnoticed. Build or load the model "
+                    "outside of inference_mode"
+                )
+        self.modes = self._modes(lifted)
         self._set_modes(lifted)
         engine, report = self._rewritten(lifted, self.inputs)
         self.graph.price = lambda: report
@@ -256,14 +266,17 @@ class _Compilation:
         return self._rewritten(lifted, examples, passes=())[1]
 
     def _done(self, code: Callable[..., Any]) -> Callable[..., Any]:
-        record(self.graph)
+        record(self.graph, self.frame.asked)
+        # compiled code outlives the call: it must not keep the user's model and batch alive
+        self.frame = self.graph.frame = replace(self.frame, asked=None, scope={})
+        self.module, self.inputs = self.sketch.module, ()
         return code
 
     def _lowered(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         ours = own_ops(module)
         start = time.perf_counter()
         plans = len(self.graph.steps)
-        code = self.inner(module, inputs, lambda plan: self.graph.steps.append(plan.to_step()))
+        code = self.inner(module, inputs, lambda plan: self.graph.steps.append(plan.to_step))
         notes = [
             f"{'forward and backward' if self.training else 'forward'} by {self.inner.name}"
             + (f", {len(ours)} calls of {', '.join(sorted(set(ours)))}" if ours else "")
@@ -276,19 +289,22 @@ class _Compilation:
                 )
             )  # fmt: skip
         seconds = time.perf_counter() - start
-        empty = Cost()
-        self.graph.steps.append(Step("lowering", empty, empty, [], None, True, seconds, notes))
+        self.graph.steps.append(lambda c: Step("lowering", c, c, [], None, True, seconds, notes))
         return code
 
     # the passes
 
+    def _modes(self, lifted: Lifted) -> dict[str, bool]:
+        """By the name of a lifted tensor, the mode of the user's module that owns it."""
+        owners = {p: source_name(lifted.placeholders[i]) for p, i in lifted.paths.items()}
+        found = {p: self.frame.module(source) for p, source in owners.items()}
+        return {p: m.training for p, m in found.items() if m is not None}
+
     def _set_modes(self, lifted: Lifted) -> None:
         """Each module of the tree is in the mode of the user's own; Dynamo's is always train."""
         lifted.root.train(self.training)
-        for path, i in lifted.paths.items():
-            own = self.frame.module(source_name(lifted.placeholders[i]))
-            if own is not None:
-                lifted.root.get_submodule(path.rpartition(".")[0]).training = own.training
+        for path, mode in self.modes.items():
+            lifted.root.get_submodule(path.rpartition(".")[0]).training = mode
 
     def _rewritten(
         self, lifted: Lifted, inputs: Sequence[Any], passes: Sequence[Pass] | None = None
@@ -305,7 +321,7 @@ class _Compilation:
             steps = [engine.original()]
             steps += [engine.run(p) for p in chosen]
         report = engine.report(steps)
-        report.model = self.frame.name or report.model
+        report.model = self.name or report.model
         return engine, report
 
     def _trainable(self, lifted: Lifted, flat: Flat) -> list[str]:
@@ -336,10 +352,10 @@ class _Compilation:
         recipe, paths = engine.recipe, lifted.paths
         wanted = {name: t.detach() for name, t in flat.derived.items()}
         refs = [r for i in recipe.installed.values() for r in (i.weight_ref, i.bias_ref)]
-        watched = {r: paths[r] for r in refs if r is not None}
+        watched = [paths[r] for r in refs if r is not None]
         if any(kind == "mlp" for i in recipe.installed.values() for kind, _ in i.chain):
-            watched = dict(paths)  # such a pass sees more than its own weight
-        graph, limit = self.graph, self.backend.max_error
+            watched = list(paths.values())  # such a pass sees more than its own weight
+        limit = self.backend.max_error
 
         def derive(inputs: Sequence[Any]) -> Derived:
             try:
@@ -356,7 +372,7 @@ class _Compilation:
             own = kept if derived.run is code else range(len(inputs))
             return derived.run(*[inputs[i] for i in own], *derived.tensors)
 
-        graph.notes.append(
+        self.graph.notes.append(
             f"{len(watched)} parameters are watched: what was derived from them is derived again "
             "when they change"
         )
@@ -369,14 +385,13 @@ class _Compilation:
         self._set_modes(lifted)
         _, report = self._rewritten(lifted, inputs)
         flat = flattened(self.sketch.module, lifted, inputs)
-        other = Graph(self.frame, lambda: report, [f"rewritten anew for other weights: {why}"])
-        record(other)
-        code = torch.compile(
-            flat.module,
-            backend=Backend(
-                inner=self.inner.name, mode=self.inner.mode, inductor=self.inner.config
-            ),
-        )
+        why = f"rewritten anew for other weights: {why}"
+        self.graph.beside.append(Graph(self.frame, lambda: report, [why]))
+
+        def compile_it(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            return self.inner(module, inputs, lambda plan: None)
+
+        code = torch.compile(flat.module, backend=compile_it)
         tensors = [t.detach() for t in flat.derived.values()]
         kept = flat.kept
 

@@ -113,8 +113,9 @@ def _path(name: str) -> str:
     root = name.split("._", 1)[0]
     own = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", name)
     inside = re.match(r"L\['(\w+)'\]$", root)
-    # a model called under another name than `self` keeps that name, so that two do not collide
-    prefix = [] if inside and inside[1] == "self" else re.findall(r"\w+", root)[1:]
+    # A model called under another name than `self` keeps that name, so that two do not collide;
+    # `fn` is what Dynamo itself calls a module of torch's own classes.
+    prefix = [] if inside and inside[1] in ("self", "fn") else re.findall(r"\w+", root)[1:]
     return ".".join([*prefix, *own])
 
 

@@ -67,9 +67,10 @@ class Frame:
     @property
     def name(self) -> str:
         """The class of the module whose forward it is, else the function's own name."""
-        own = self.scope.get("L", {}).get("self")
-        if isinstance(own, nn.Module):
-            return original_class(own).__name__
+        for name in ("self", "fn"):
+            own = self.scope.get("L", {}).get(name)
+            if isinstance(own, nn.Module):
+                return original_class(own).__name__
         return self.code.partition(" ")[0]
 
     def module(self, source: str) -> nn.Module | None:

@@ -46,14 +46,12 @@ class Weights:
     """The derived tensors of one compiled graph, per set of parameters.
 
     Args:
-        watched: positions of the parameters that something was derived from, by name.
+        watched: positions of the parameters that something was derived from.
         derive: makes `Derived` of all that Dynamo passes.
     """
 
-    def __init__(
-        self, watched: Mapping[str, int], derive: Callable[[Sequence[Any]], Derived]
-    ) -> None:
-        self.positions, self.names = list(watched.values()), list(watched)
+    def __init__(self, watched: Sequence[int], derive: Callable[[Sequence[Any]], Derived]) -> None:
+        self.positions = list(watched)
         self.derive = derive
         self.times = 0
         self._sets: dict[tuple[int, ...], tuple[list[Stamp], Derived]] = {}
@@ -62,13 +60,6 @@ class Weights:
     def put(self, inputs: Sequence[Any], derived: Derived) -> None:
         """Remembers what these inputs gave."""
         own = [inputs[i] for i in self.positions]
-        for name, tensor in zip(self.names, own, strict=True):
-            if tensor.is_inference():
-                raise RewriteError(
-                    f"{name} was made under torch.inference_mode, where torch counts no changes: "
-                    "what is derived from it could get stale unnoticed. Build or load the model "
-                    "outside of inference_mode"
-                )
         stamps = [(weakref.ref(t), t._version, t.data_ptr()) for t in own]
         for key in [k for k, (old, _) in self._sets.items() if any(r() is None for r, _, _ in old)]:
             del self._sets[key]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.cost import Cost
 from rewriter.errors import RewriteError
 from rewriter.frame import Frame, backend_of
 from rewriter.report import Report, Step
@@ -30,13 +31,15 @@ class Graph:
         frame: whose code it is.
         price: makes the ledger of what was compiled, when it is first asked for.
         notes: what the ledger is to say beside that; it may grow.
-        steps: that come after the passes: memory plans, the lowering.
+        steps: that come after the passes (memory plans, the lowering), given the cost before.
+        beside: the same code, for weights that the passes took in another way.
     """
 
     frame: Frame
     price: Callable[[], Report]
     notes: list[str] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Callable[[Cost], Step]] = field(default_factory=list)
+    beside: list[Graph] = field(default_factory=list)
     _report: Report | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -47,11 +50,9 @@ class Graph:
                 self._report = self.price()
             report = self._report
         report.capture.notes += [n for n in self.notes if n not in report.capture.notes]
-        for step in self.steps:
-            if not any(step is s for s in report.steps):
-                if step.name == "lowering":
-                    step.before = step.after = report.after
-                report.steps.append(step)
+        with self._lock:
+            while self.steps:
+                report.steps.append(self.steps.pop(0)(report.after))
         return report
 
 
@@ -60,9 +61,8 @@ _graphs: dict[int, list[Graph]] = {}
 _last: list[Graph] = []
 
 
-def record(graph: Graph) -> None:
-    """Files a graph under the `torch.compile` call that it belongs to."""
-    asked = graph.frame.asked
+def record(graph: Graph, asked: Any) -> None:
+    """Files a graph under the backend object of the `torch.compile` call that it belongs to."""
     with _lock:
         global _last
         own = _graphs.get(id(asked)) if asked is not None else None
@@ -87,7 +87,7 @@ def last_reports() -> list[Report]:
 
     Those of one `torch.compile` call; of a `backend` that was called by hand, its last graph.
     """
-    return [graph.report() for graph in list(_last)]
+    return _reports(_last)
 
 
 def report_of(compiled: Callable[..., Any]) -> list[Report]:
@@ -108,7 +108,11 @@ def report_of(compiled: Callable[..., Any]) -> list[Report]:
     name = getattr(asked, "compiler_name", "")
     if name != "rewriter":
         raise RewriteError(f"report_of: this was compiled by {name or asked!r}, not by rewriter")
-    return [graph.report() for graph in list(_graphs.get(id(asked), ()))]
+    return _reports(_graphs.get(id(asked), ()))
+
+
+def _reports(graphs: Sequence[Graph]) -> list[Report]:
+    return [g.report() for graph in list(graphs) for g in (graph, *graph.beside)]
 
 
 class Sketch:

@@ -240,7 +240,7 @@ class Inner:
     name: str = "inductor"
     mode: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
-    memory_budget: int | float | str | None = None
+    memory_budget: Any = None
     lossy: bool = False
 
     def __call__(
