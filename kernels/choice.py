@@ -24,7 +24,7 @@ __all__ = ["fastest", "forget", "rows_bucket"]
 
 Candidates = Mapping[str, Callable[[], object]]
 _MOST_ROWS = 2048
-_ROUNDS, _SECONDS = 7, 0.15
+_ROUNDS, _SECONDS, _HOPELESS = 6, 0.15, 10
 _known: dict[str, str] = {}
 _read: set[Path] = set()
 _lock = threading.Lock()
@@ -68,17 +68,24 @@ def forget() -> None:
 def _measure(candidates: Candidates) -> str:
     if len(candidates) == 1:
         return next(iter(candidates))
-    best = dict.fromkeys(candidates, math.inf)
+    # The first call of each warms up; what is hopeless then (bfloat16 without instructions for it,
+    # seconds a call) is not called again.
+    first = {name: _seconds(call) for name, call in candidates.items()}
+    limit = max(_HOPELESS * min(first.values()), 0.5)
+    best = {name: math.inf for name, taken in first.items() if taken <= limit}
     end = time.perf_counter() + _SECONDS
-    for trial in range(_ROUNDS):  # interleaved against drift; the first round warms up
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            if trial:
-                best[name] = min(best[name], time.perf_counter() - start)
-        if trial >= 2 and time.perf_counter() > end:
+    for turn in range(_ROUNDS):  # interleaved against drift
+        for name in best:
+            best[name] = min(best[name], _seconds(candidates[name]))
+        if turn >= 1 and time.perf_counter() > end:
             break
     return min(best, key=best.__getitem__)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _path() -> Path:

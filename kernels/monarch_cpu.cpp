@@ -137,9 +137,10 @@ INLINE void multiply(vec (&acc)[M][NV], long n, const float* a, long am, long ak
   }
 }
 
-// A whole tile: acc from `init(m, j)`, multiplied, to `done(m, j, vector)`.
+// A whole tile: acc from `init(m, j)`, multiplied, to `done(m, j, vector)`. Inlined, its loop would
+// compete with the caller's variables for registers, and be a tenth slower.
 template <int M, int NV, class Init, class Done>
-INLINE void whole_tile(
+__attribute__((noinline)) void whole_tile(
     long n, const float* a, long am, long ak, const float* b, const Init& init, const Done& done) {
   vec acc[M][NV];
 #pragma GCC unroll 16
