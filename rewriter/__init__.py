@@ -3,7 +3,7 @@
 `optimized = rewrite(model, passes=[...], example_inputs=batch)`; `optimized.report` is the ledger.
 """
 
-from rewriter.api import explain, rewrite
+from rewriter.api import explain, plan_memory, rewrite
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip
 from rewriter.compiler import backend
 from rewriter.cost import Cost, Device
@@ -20,8 +20,9 @@ from rewriter.errors import (
 )
 from rewriter.graphs import last_reports, report_of
 from rewriter.hosted import RewrittenModule
-from rewriter.planner import MemoryBudget
 from rewriter.optim import param_groups, remap_optimizer
+from rewriter.packaging import Exported, export
+from rewriter.planner import MemoryBudget
 from rewriter.recover import Recovery, recover
 from rewriter.report import Report
 from rewriter.sites import ACTIVATION, CONV, LINEAR, MLP, Site
@@ -38,6 +39,7 @@ __all__ = [
     "CaptureError",
     "Cost",
     "Device",
+    "Exported",
     "Layer",
     "MemoryBudget",
     "OptionError",
@@ -57,10 +59,12 @@ __all__ = [
     "VerifyError",
     "backend",
     "explain",
+    "export",
     "last_reports",
     "load",
     "load_original",
     "param_groups",
+    "plan_memory",
     "recover",
     "remap_optimizer",
     "report_of",

@@ -7,7 +7,7 @@ import copy
 import numbers
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +23,10 @@ from rewriter.planner import MemoryBudget
 from rewriter.report import Report
 from rewriter.store import Recipe
 
-__all__ = ["explain", "prepare", "rewrite"]
+if TYPE_CHECKING:
+    from rewriter.planner import MemoryPlan
+
+__all__ = ["explain", "plan_memory", "prepare", "rewrite"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -130,6 +133,36 @@ def explain(
     )  # fmt: skip
     with torch.inference_mode(False):
         return _run(_copied(model), passes, example_inputs, settings, False, model)
+
+
+def plan_memory(model: nn.Module, example_inputs: Any, budget: Any = 1.0) -> MemoryPlan:
+    """min seconds(plan) over all plans with peak(plan) ≤ budget, and the whole curve of them.
+
+    Plans a training step of any model that can be captured as one graph, also on `meta`: traced on
+    fake tensors, nothing runs. `print` shows the decision on every value that the backward needs,
+    `plan.curve` all plans worth having, `plan.save("curve.png")` plots them.
+
+    Args:
+        model: any `nn.Module`, rewritten or not; not changed.
+        example_inputs: as of `rewrite`.
+        budget: as `rewrite(memory_budget=…)`; by default nothing but what costs no time.
+
+    Raises:
+        CaptureError: the example inputs do not run.
+        OptionError: no plan is within the budget, or the model is not one train graph.
+    """
+    from rewriter.planner.install import plan_of
+
+    _check_model(model)
+    wanted = MemoryBudget.of(budget)
+    if wanted.lossy:
+        raise OptionError("plan_memory runs nothing, so it cannot check a lossy plan: use rewrite")
+    with torch.inference_mode(False):
+        captured = capture(_copied(model), example_inputs)
+        captured.host()
+        plan = plan_of(captured, wanted).plan
+    assert plan is not None
+    return plan
 
 
 def _run(

@@ -206,7 +206,11 @@ class Engine:
         self.memory = plan_of(self.capture, budget)
         assert self.memory.plan is not None
         self.memory.plan.seconds = time.perf_counter() - start
-        return self.memory.plan.to_step(self.cost.total)
+        leaves = self.capture.regions[0].leaves or []
+        inputs = sum(t.untyped_storage().nbytes() for t in leaves)
+        step = self.memory.plan.to_step(self.cost.total, inputs)
+        self.cost.total = step.after
+        return step
 
     def report(self, steps: list[Step]) -> Report:
         """The ledger of these steps."""

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rewriter.errors import OptionError
@@ -16,7 +16,7 @@ from rewriter.planner.joint import Joint
 from rewriter.planner.simulate import Decisions, simulate
 
 if TYPE_CHECKING:
-    from rewriter.cost import Cost
+    from rewriter.cost import Cost, Training
     from rewriter.report import Step
 
 __all__ = ["CurvePoint", "MemoryPlan", "ValueDecision", "decide"]
@@ -181,8 +181,13 @@ class MemoryPlan:
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
 
-    def to_step(self, before: Cost | None = None) -> Step:
-        """The plan as a step of a report's ledger."""
+    def to_step(self, before: Cost | None = None, inputs: int = 0) -> Step:
+        """The plan as a step of a report's ledger.
+
+        Args:
+            before: cost of the model.
+            inputs: bytes of the example inputs, which a ledger's peaks hold and the plan's do not.
+        """
         from rewriter.cost import Cost
         from rewriter.report import Decision, Step
 
@@ -202,7 +207,23 @@ class MemoryPlan:
             notes.append(
                 f"relative error of the gradients on the example: {self.gradient_error:.2e}"
             )
-        return Step("memory plan", cost, cost, decisions, None, True, self.seconds, notes)
+        after = replace(cost, training=self._priced(cost.training, inputs))
+        return Step("memory plan", cost, after, decisions, None, True, self.seconds, notes)
+
+    def _priced(self, training: Training | None, inputs: int) -> Training | None:
+        """What a training step costs by this plan."""
+        if training is None:
+            return None
+        held, latency = training.weight_bytes + inputs + self.peak, training.latency_s
+        return replace(
+            training,
+            flops=training.flops + self.flops,
+            macs=training.macs + self.flops // 2,
+            saved_bytes=self.saved,
+            worst={"saved": self.saved, "workspace": max(self.peak + inputs - self.saved, 0)},
+            peaks={name: held + size for name, size in training.optimizers.items()},
+            latency_s=None if latency is None else latency * (1 + self.added),
+        )
 
 
 def decide(
@@ -282,9 +303,9 @@ def _values(joint: Joint, decisions: Decisions, again: set[int]) -> list[ValueDe
             action, reason = "closed form", decisions.routes[number].name
         else:
             action, reason = "recomputed", f"{step.seconds * 1e6:.0f} µs predicted"
-        rows.append(
-            ValueDecision(value.name, step.op, action, reason, value.nbytes, saved, value.line)
-        )
+        several = len(step.outputs) > 1
+        name = f"{value.name}[{step.outputs.index(number)}]" if several else value.name
+        rows.append(ValueDecision(name, step.op, action, reason, value.nbytes, saved, value.line))
     return rows
 
 

@@ -116,9 +116,7 @@ def trace(
     fakes = [_fake(mode, t, row, i) for i, (t, row) in enumerate(zip(leaves, rows, strict=True))]
     memo: dict[int, Any] = {}
     for tensor in (*root.parameters(), *root.buffers()):
-        memo[id(tensor)] = mode.from_tensor(tensor.detach(), static_shapes=True).requires_grad_(
-            tensor.requires_grad
-        )
+        memo[id(tensor)] = _weight(mode, tensor).requires_grad_(tensor.requires_grad)
         if isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = nn.Parameter(memo[id(tensor)], tensor.requires_grad)
     flat = _Flat(copy.deepcopy(root, memo), program).train()
@@ -134,11 +132,19 @@ def trace(
     return Traced(run, names, env, [list(f.shape) for f in fakes])
 
 
+def _weight(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    if not tensor.is_meta:
+        return mode.from_tensor(tensor.detach(), static_shapes=True)
+    with mode:  # a graph of operations on meta tensors would lack derivatives
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
 def _fake(mode: FakeTensorMode, tensor: Tensor, row: Sequence[int | str], number: int) -> Tensor:
     kinds = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DYNAMIC for s in row]
     context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
+    given = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
     return mode.from_tensor(
-        tensor, symbolic_context=context, source=ConstantSource(f"input_{number}")
+        given, symbolic_context=context, source=ConstantSource(f"input_{number}")
     )
 
 
