@@ -154,6 +154,7 @@ def test_monarch_speed(tmp_path: pathlib.Path) -> None:
     (layer,) = found["Layers"]
     assert layer["arithmetic ×"] == 2
     assert layer["forward, share"] == pytest.approx(layer["forward ×"] / 2)
+    found = tables(tmp_path, "monarch_speed_training")
     steps = [row["step"] for row in found["Training steps"]]
     assert steps == ["dense eager", "Monarch N = 4", "Monarch N = 4, bf16"]
 
