@@ -39,6 +39,7 @@ from rewriter.structure import Structure
 from rewriter.watch import Watch
 
 if TYPE_CHECKING:
+    from rewriter.planner.plan import MemoryPlan
     from rewriter.planner.training import PlannedTraining
     from rewriter.report import Report
 
@@ -239,6 +240,12 @@ class RewrittenModule(_Hosted):
     def report(self) -> Report:
         """The ledger: cost before and after every pass, every decision with its reason."""
         return cast("Report", self.__dict__["_rewriter"].report)
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """What training steps keep, and why; None without a `memory_budget`."""
+        memory = cast("State", self.__dict__["_rewriter"]).memory
+        return None if memory is None else memory.plan
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes safetensors and one JSON recipe; see `rewriter.save`."""
