@@ -142,7 +142,7 @@ def images(rows: int, size: int) -> Inputs:
 
 def mlp(quick: bool) -> tuple[nn.Module, Inputs]:
     """Blocks of a linear layer, a norm and a ReLU; the pass makes the linear layers quadratic."""
-    given, width, rows, depth = (32, 32, 2048, 4) if quick else (784, 512, 8192, 6)
+    given, width, rows, depth = (32, 32, 2048, 4) if quick else (784, 512, 4096, 16)
 
     def block(inputs: int) -> nn.Module:
         return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.ReLU())
@@ -171,7 +171,7 @@ CASES = {
     "minilm": Case(
         "MiniLM (real weights), 16 × 128 tokens", minilm, lambda m: m.body.encoder.layer
     ),
-    "vit": Case("ViT-S/16, 8 × 224²", vit, lambda m: m.body.vit.encoder.layer),
+    "vit": Case("ViT-S/16, 8 × 224²", vit, lambda m: m.body.vit.layers),
     "monarch": Case(
         "GPT-2-like, Monarch(nblocks=4), 4 × 256 tokens",
         gpt,
@@ -180,7 +180,7 @@ CASES = {
     ),
     "resnet": Case("ResNet-50 with BatchNorm, 4 × 224²", resnet, stages),
     "quadratic": Case(
-        "MLP of 6 quadratic blocks, 8192 rows of 512", mlp, lambda m: m.body[0], (Quadratic(),)
+        "MLP of 16 quadratic blocks, 4096 rows of 512", mlp, lambda m: m.body[0], (Quadratic(),)
     ),
 }
 
@@ -429,12 +429,13 @@ def min_cut(budget: float | None) -> Partition:
     return partition
 
 
-def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, float]:
-    """(largest absolute difference, cosine) of two sets of gradients."""
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, float, float]:
+    """(largest absolute difference, ‖a − b‖/‖a‖, cosine) of two sets of gradients."""
     assert a.keys() == b.keys()
     largest = max(float((a[n] - b[n]).abs().max()) for n in a)
     dot, one, two = (
         sum(float((x[n].double() * y[n].double()).sum()) for n in a)
         for x, y in ((a, b), (a, a), (b, b))
     )
-    return largest, dot / (one * two) ** 0.5
+    apart = sum(float((a[n] - b[n]).double().square().sum()) for n in a)
+    return largest, (apart / one) ** 0.5, dot / (one * two) ** 0.5

@@ -5,7 +5,7 @@ Parts, each kept under `--work` when it is done, model by model, so that a run m
 - `memory`: one training step watched by a dispatch mode, for the planner's budgets from 100 to
   10 %, PyTorch's default min-cut, its `activation_memory_budget`, and `torch.utils.checkpoint`
   around every block; with the gradients of each against those of the model as its user wrote it.
-- `times`: seconds of a step of a few of these, in turn in one process.
+- `times`: seconds of a step of a few of these, in turn in one process; where `memory` is done.
 - `planning`: seconds and memory that planning takes, in a process of its own.
 - `training`: 1,000 steps on real text, exact and with 8-bit activations.
 
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ from rewriter.planner.trace import Traced
 BUDGETS = tuple(x / 10 for x in range(10, 0, -1))
 TORCH_BUDGETS = tuple(x / 10 for x in range(9, 0, -1))
 LAYERS = (12, 96)
+UNDER = 0.75
+"""Share of what min-cut saves that a plan is to be within."""
+BOUND = MemoryBudget(1.0).gradient_error
 Record = dict[str, Any]
 
 # ---- memory ----------------------------------------------------------------------------------
@@ -59,16 +63,17 @@ class Steps:
         self.rig = rig
         self.eager = rig.measure()
         self.known: dict[str, Record] = {}
-        # the model as its user wrote it recomputes nothing
-        self.whole = self.eager.flops
+        self.kept = rig.measure(rig.trace(rig.planned(rig.frontier().default))).flops
 
-    def row(self, measured: Measured) -> Record:
-        largest, cosine = difference(self.eager.grads, measured.grads)
+    def row(self, measured: Measured, eager: bool = False) -> Record:
+        """Args: eager: it ran the user's own Python, whose backward may do more than a graph's."""
+        largest, relative, cosine = difference(self.eager.grads, measured.grads)
         return {
             "peak": measured.peak,
             "saved": measured.saved,
-            "flops": measured.flops - self.whole,
+            "flops": measured.flops - (self.eager.flops if eager else self.kept),
             "difference": largest,
+            "relative": relative,
             "cosine": cosine,
             "loss": abs(measured.loss - self.eager.loss),
         }
@@ -102,23 +107,44 @@ def least_saved(frontier: Frontier, seconds: float) -> Point:
     return min(found or frontier.points[:1], key=lambda p: (p.simulation.saved, p.seconds))
 
 
+def quickest(frontier: Frontier, saved: float) -> Point | None:
+    """The plan that adds least time among those that save no more than so many bytes."""
+    found = [p for p in frontier.found.values() if p.simulation.saved <= saved]
+    return min(found, key=lambda p: (p.seconds, p.peak), default=None)
+
+
 def lossy_plan(frontier: Frontier) -> Point:
-    """What `MemoryBudget(step_time=1.1, lossy=True)` asks for."""
+    """What `MemoryBudget(step_time=1.1, lossy=True)` asks for, before the gradients are checked."""
     return frontier.within(0.1 * sum(s.seconds for s in frontier.joint.steps))
+
+
+def lossy_row(steps: Steps) -> Record:
+    """What it gets: where the gradients are too far off, the form that loses most is left out."""
+    forms, declined = LOSSY, []
+    while True:
+        point = lossy_plan(steps.rig.frontier(forms))
+        row = steps.planned(point, forms)
+        packed = [p.kind for p in point.decisions.packed.values()]
+        row["packed"] = {kind: packed.count(kind) for kind in sorted(set(packed))}
+        row["forms"], row["declined"] = list(forms), declined
+        if row["relative"] <= BOUND or len(forms) == 1:
+            return row
+        declined = [row]
+        forms = forms[:1]
 
 
 def memory(key: str, quick: bool) -> Record:
     """Everything about a model that can be counted."""
     rig = Rig(CASES[key], quick)
-    steps = Steps(rig)
     start = time.perf_counter()
     frontier = rig.frontier()
     seconds = time.perf_counter() - start
+    steps = Steps(rig)
     total = sum(s.seconds for s in frontier.joint.steps)
     found: Record = {
         "model": rig.case.name,
         "gradients": rig.gradients(),
-        "eager": steps.row(steps.eager),
+        "eager": steps.row(steps.eager, eager=True),
         "kept": steps.planned(frontier.default),
         "seconds": seconds,
         "gap": frontier.gap,
@@ -132,8 +158,9 @@ def memory(key: str, quick: bool) -> Record:
         found["budgets"].append(row | steps.planned(point))
     added = rig.added(min_cut(None))
     found["min-cut"] = steps.of(min_cut(None)) | {"added": added / total}
-    quickest = least_saved(frontier, added)
-    found["at min-cut's time"] = steps.planned(quickest)
+    found["at min-cut's time"] = steps.planned(least_saved(frontier, added))
+    under = quickest(frontier, UNDER * found["min-cut"]["saved"])
+    found["under min-cut"] = None if under is None else steps.planned(under)
     found["torch"] = []
     for share in TORCH_BUDGETS[::4] if quick else TORCH_BUDGETS:
         row = {"budget": share} | steps.of(min_cut(share))
@@ -141,37 +168,40 @@ def memory(key: str, quick: bool) -> Record:
         row["ours"] = None if twin is None else steps.planned(twin)
         found["torch"].append(row)
     with rig.checkpointed():
-        found["checkpoint"] = steps.row(rig.measure())
+        found["checkpoint"] = steps.row(rig.measure(), eager=True)
     twin = frontier.choose(found["checkpoint"]["peak"])
     found["at checkpoint's peak"] = None if twin is None else steps.planned(twin)
-    lossy = rig.frontier(LOSSY)
-    found["lossy"] = steps.planned(lossy_plan(lossy), LOSSY)
-    found["lossy"]["packed"] = len(lossy_plan(lossy).decisions.packed)
+    found["lossy"] = lossy_row(steps)
     return found
 
 
 # ---- times -----------------------------------------------------------------------------------
 
 
-def times(key: str, quick: bool, seconds: float) -> Record:
-    """Milliseconds of a step of a few variants, and their ratios to the user's model, by round."""
+def times(key: str, quick: bool, seconds: float, counted: Record) -> Record:
+    """Milliseconds of a step of a few variants, and their ratios to the user's model, by round.
+
+    Args:
+        counted: what `memory` found of this model.
+    """
     rig = Rig(CASES[key], quick)
-    frontier, lossy = rig.frontier(), rig.frontier(LOSSY)
-    with rig.checkpointed():
-        checkpoint = rig.measure().peak
-    half = rig.measure(rig.trace(min_cut(0.5))).peak
+    forms = tuple(counted["lossy"]["forms"])
+    frontier, lossy = rig.frontier(), rig.frontier(forms)
+    checkpoint = counted["checkpoint"]["peak"]
+    half = next(row["peak"] for row in counted["torch"] if row["budget"] == 0.5)
+    cut = counted["min-cut"]["saved"]
     picks: dict[str, tuple[Point | None, tuple[str, ...]]] = {
         "ours, all kept": (frontier.default, ()),
         "ours at 60 %": (chosen(frontier, 0.6)[0], ()),
         "ours at 35 %": (chosen(frontier, 0.35)[0], ()),
-        "ours at min-cut's time": (least_saved(frontier, rig.added(min_cut(None))), ()),
+        "ours, 25 % under min-cut": (quickest(frontier, UNDER * cut), ()),
         "ours at torch 0.5's peak": (frontier.choose(half), ()),
         "ours at checkpoint's peak": (frontier.choose(checkpoint), ()),
-        "ours, lossy": (lossy_plan(lossy), LOSSY),
+        "ours, lossy": (lossy_plan(lossy), forms),
     }
     traced = {
-        name: rig.trace(rig.planned(point, forms))
-        for name, (point, forms) in picks.items()
+        name: rig.trace(rig.planned(point, lossy_forms))
+        for name, (point, lossy_forms) in picks.items()
         if point is not None
     }
     traced["min-cut"] = rig.trace(min_cut(None))
@@ -286,21 +316,22 @@ def training(kind: str, quick: bool) -> Record:
 # ---- all -------------------------------------------------------------------------------------
 
 
-def jobs(args: Any) -> Iterator[tuple[str, str, Callable[[], Record]]]:
+Kept = dict[str, dict[str, Record]]
+
+
+def jobs(args: Any, kept: Kept) -> Iterator[tuple[str, str, Callable[[], Record]]]:
     """(part, name, work) of all that was asked for."""
     keys = (args.only or ["gpt", "quadratic"]) if args.quick else list(CASES)
     for key in keys:
-        yield "memory", key, lambda key=key: memory(key, args.quick)  # type: ignore[misc]
+        yield "memory", key, partial(memory, key, args.quick)
     for key in keys:
-        yield "times", key, lambda key=key: times(key, args.quick, args.seconds)  # type: ignore[misc]
+        if key in kept["memory"]:
+            counted = kept["memory"][key]
+            yield "times", key, partial(times, key, args.quick, args.seconds, counted)
     for layers in (2,) if args.quick else LAYERS:
-        yield (
-            "planning",
-            str(layers),
-            lambda layers=layers: planning(layers, args.quick),  # type: ignore[misc]
-        )
+        yield "planning", str(layers), partial(planning, layers, args.quick)
     for kind in ("exact", "lossy"):
-        yield "training", kind, lambda kind=kind: training(kind, args.quick)  # type: ignore[misc]
+        yield "training", kind, partial(training, kind, args.quick)
 
 
 def main() -> None:
@@ -316,8 +347,8 @@ def main() -> None:
         print(json.dumps(plan_here(int(os.environ["PLANNER_BENCH_LAYERS"]))))
         return
     work = args.work or (None if args.quick else ROOT / "build" / "planner")
-    kept: dict[str, dict[str, Record]] = {p: {} for p in parts[:-1]}
-    for part, name, run in jobs(args):
+    kept: Kept = {p: {} for p in parts[:-1]}
+    for part, name, run in jobs(args, kept):
         path = None if work is None else work / f"{part}-{name}.json"
         wanted = not args.part or part in args.part
         wanted &= not args.only or name not in CASES or name in args.only
