@@ -129,7 +129,10 @@ def _pack_groups(x: Tensor, bits: int) -> Tensor:
         return x.new_empty(0, _width(bits), dtype=torch.uint8)
     quantize = _quantize_cpu if x.device.type == "cpu" else _quantize
     # Rounding to the nearest of x + (u − ½)s is stochastic rounding of x.
-    scale = _scales(quantize(groups, bits), bits)[:, :1]
+    rough = quantize(groups, bits)
+    # a group of equal values has no levels, whatever scale it is given
+    some = rough[:, : GROUP * bits // 8].amax(1, keepdim=True) > 0
+    scale = _scales(rough, bits)[:, :1] * some
     noise = (torch.rand(min(_ROWS, count), GROUP, generator=_noise) - 0.5).to(x.device)
     dithered, whole = torch.empty_like(groups), count // _ROWS * _ROWS
     if whole:

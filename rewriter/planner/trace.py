@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 from torch.fx.graph import _BoxedCodeGen
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rewriter.hosted import Program
 
@@ -92,6 +93,7 @@ class Traced:
         return self.run(*held, *leaves)
 
 
+@_disable_current_modes()  # who counts the operations of a step must not see those of a trace
 def trace(
     root: nn.Module,
     program: Program,
@@ -125,9 +127,12 @@ def trace(
     with contextlib.ExitStack() as stack, torch.enable_grad():
         stack.enter_context(mode)
         joint = aot_export_joint_with_descriptors(stack, flat, tuple(fakes))
-        run = aot_compile_joint_with_descriptors(
-            joint, partition_fn=partition, fw_compiler=_plain, bw_compiler=_plain
-        )
+        # What was saved is let go of as the backward reads it (donated buffers): that is in the
+        # peak, and why a graph cannot be retained.
+        with torch._functorch.config.patch(donated_buffer=True):
+            run = aot_compile_joint_with_descriptors(
+                joint, partition_fn=partition, fw_compiler=_plain, bw_compiler=_plain
+            )
     names = [*joint.params_spec, *joint.buffers_spec]
     return Traced(run, names, env, [list(f.shape) for f in fakes])
 

@@ -86,6 +86,9 @@ class _Rebuilt:
                 continue
             copied = self.build.copy(node, lambda n: self.first[n])
             self.first[node] = copied
+            if copied.op == "call_function" and copied.is_impure():
+                # or it would run a second time where all that it reads is saved
+                copied.meta["partitioner_tag"] = "must_be_in_forward"
             if node in packed:
                 packing = packed[node]
                 self.unpack[packing.value] = self.pack(packing, copied)

@@ -1,0 +1,485 @@
+"""Training within a budget: gradients are the model's own, and the peak is as planned."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pathlib
+import pickle
+import random
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from rewriter import MemoryBudget, explain, load, plan_memory, rewrite
+from rewriter.errors import OptionError, RewriteWarning
+from rewriter.passes import Monarch, Quadratic
+from rewriter.planner import MemoryPlan, parse_budget, partitioner
+from rewriter.planner.choices import packings, routes
+from rewriter.planner.joint import Joint
+from rewriter.planner.simulate import Decisions, simulate
+from rewriter.planner.trace import trace
+from rewriter.planner.training import PlannedTraining
+from rewriter.planner.transform import split
+
+TENTHS = [n / 10 for n in range(10, 0, -1)]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(rows, length, 3, 2, width // 2)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.drop(self.out(mixed.transpose(1, 2).reshape(rows, length, width)))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Pre-norm blocks with dropout; the head is tied to the embedding."""
+
+    def __init__(self, width: int = 32, depth: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.head = nn.Linear(width, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = self.head(self.blocks(self.embed(tokens)))
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+class Convolutions(nn.Module):
+    """Residual, BatchNorm, max-pooling, leaky and plain ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.a, self.norm_a = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.b, self.norm_b = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.pool, self.drop, self.head = nn.MaxPool2d(2), nn.Dropout(0.2), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.norm(self.stem(x))))
+        y = self.norm_b(self.b(F.leaky_relu(self.norm_a(self.a(x)))))
+        return self.head(self.drop(F.relu(x + y).mean((2, 3))))
+
+
+class PostNorm(nn.Module):
+    """x ← LN(x + MLP(x)), as BERT has it, with norms that have no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(24, 24) for _ in range(4))
+        self.norm = nn.LayerNorm(24, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.norm(x + torch.tanh(layer(x)))
+        return x
+
+
+def mlp() -> nn.Module:
+    hidden = [m for _ in range(4) for m in (nn.Linear(48, 48), nn.GELU())]
+    return nn.Sequential(nn.Linear(24, 48), nn.ReLU(), *hidden, nn.Linear(48, 8))
+
+
+def tokens(rows: int = 16, length: int = 32) -> Tensor:
+    return torch.randint(0, 50, (rows, length))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], list[Any]]] = {
+    "gpt": (GPT, tokens, []),
+    "convolutions": (Convolutions, lambda: torch.randn(16, 3, 12, 12), []),
+    "post-norm": (PostNorm, lambda: torch.randn(512, 24), []),
+    "monarch": (mlp, lambda: torch.randn(512, 24), [Monarch(nblocks=4)]),
+    "monarch, padded": (mlp, lambda: torch.randn(512, 24), [Monarch(nblocks=5)]),
+    "quadratic": (mlp, lambda: torch.randn(512, 24), [Quadratic()]),
+}
+
+
+class Tracker(TorchDispatchMode):
+    """Bytes of the storages that operations make, alive together."""
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.held = {t.untyped_storage()._cdata for t in held}
+        self.sizes: dict[int, int] = {}
+        self.refs: dict[int, Any] = {}
+
+    def free(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+        del self.refs[key]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.held and key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    self.refs[key] = weakref.ref(storage, lambda _, key=key: self.free(key))
+        return out
+
+
+Result = tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]
+
+
+def step(model: nn.Module, x: Tensor, grad: Tensor | None = None) -> Result:
+    """(result, gradients, buffers, measured peak) of one training step from a fixed seed."""
+    model.train()
+    state = {n: b.clone() for n, b in model.named_buffers()}
+    for p in model.parameters():
+        p.grad = None
+    torch.manual_seed(1)
+    with Tracker([*model.parameters(), *model.buffers(), x]) as tracker:
+        result = model(x)
+        if grad is None and result.dim():
+            grad = torch.linspace(-1, 1, result.numel()).view(result.shape)
+            result.backward(grad)
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    with torch.no_grad():
+        for n, b in model.named_buffers():
+            b.copy_(state[n])
+    return result.detach(), found, buffers, tracker.peak
+
+
+def same(found: Result, wanted: Result) -> None:
+    assert_close(found[0], wanted[0])
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        assert_close(found[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+    for name, buffer in wanted[2].items():
+        assert_close(found[2][name], buffer)
+
+
+def budgeted(model: nn.Module, budget: Any) -> MemoryPlan:
+    """Gives a hosted model another budget; the plan of its first step comes with that."""
+    state = vars(model)["_rewriter"]
+    state.memory = PlannedTraining(MemoryBudget.of(budget))
+    return state.memory
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_equal_and_the_peak_is_as_planned_at_every_budget(name: str) -> None:
+    torch.manual_seed(0)
+    make, inputs, passes = MODELS[name]
+    x = inputs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RewriteWarning)
+        model = rewrite(make(), passes, x)
+    wanted = step(model, x)
+    peaks, actions, feasible = [], set(), 0
+    for budget in TENTHS:
+        planned = budgeted(model, budget)
+        try:
+            found = step(model, x)
+        except OptionError as error:
+            least = int(re.search(r"smallest peak found is ([\d,]+) bytes", str(error))[1]
+                        .replace(",", ""))  # fmt: skip
+            planned = budgeted(model, least)
+            found = step(model, x)
+        else:
+            feasible += 1
+            assert planned.plan.peak <= budget * planned.plan.default_peak
+        plan = planned.plan
+        same(found, wanted)
+        assert plan.peak == pytest.approx(found[3], rel=0.01)
+        peaks.append(plan.peak)
+        actions |= {v.action for v in plan.values}
+    assert peaks == sorted(peaks, reverse=True)
+    assert feasible >= 2
+    assert "recomputed" in actions
+
+
+def test_a_smaller_budget_never_raises_the_peak() -> None:
+    x = tokens()
+    plan = plan_memory(GPT(), x)
+    curve = [(c.peak, c.added) for c in plan.curve]
+    assert [p for p, _ in curve] == sorted({p for p, _ in curve}, reverse=True)
+    assert [a for _, a in curve] == sorted(a for _, a in curve)
+    assert curve[0] == (plan.default_peak, 0.0)
+
+
+def traced(model: nn.Module, x: Tensor, choose: Callable[[Joint], Decisions]) -> Callable[..., Any]:
+    """The flat function of a hosted model's training step, by these decisions."""
+    state = vars(model)["_rewriter"]
+
+    def part(module: Any, _: Any, *, num_fwd_outputs: int, **rest: Any) -> Any:
+        joint = Joint.of(module, num_fwd_outputs)
+        return split(module, joint, choose(joint), num_fwd_outputs)
+
+    rows = state.signature.dims[True].shapes
+    return trace(model, state.programs[True], [x], rows, part)
+
+
+@pytest.mark.parametrize("name", ["gpt", "convolutions", "post-norm", "monarch"])
+def test_any_plan_gives_the_same_gradients(name: str) -> None:
+    """Random ways for every value; sums and signs cannot hide what a wrong one would do."""
+    torch.manual_seed(0)
+    make, inputs, passes = MODELS[name]
+    x = inputs()
+    model = rewrite(make(), passes, x).train()
+    wanted = step(model, x)
+    for seed in range(3):
+        generator = random.Random(seed)
+
+        def choose(joint: Joint, generator: random.Random = generator) -> Decisions:
+            smaller, ways = list(packings(joint)), list(routes(joint))
+            kept, packed, closed = set(), {}, {}
+            for v in sorted(joint.needed):
+                maker = joint.steps[joint.values[v].maker]
+                options = ["keep"] if maker.fixed else ["keep", "drop", "drop"]
+                options += ["pack"] * any(p.value == v and not p.direct for p in smaller)
+                options += ["route"] * 3 * any(r.value == v and not r.inverse for r in ways)
+                what = generator.choice(options)
+                if what == "pack":
+                    packed[v] = next(p for p in smaller if p.value == v and not p.direct)
+                elif what == "route":
+                    closed[v] = next(r for r in ways if r.value == v)
+                elif what == "keep":
+                    kept.add(v)
+            for made in joint.steps:
+                if made.fixed and not made.backward:
+                    kept |= {v for v in made.outputs if v not in packed and v not in closed}
+            return Decisions(frozenset(kept), packed, closed)
+
+        run, state = traced(model, x, choose), vars(model)["_rewriter"]
+        state.memory = lambda root, program, leaves, rows, run=run: run(root, leaves)
+        same(step(model, x), wanted)
+
+
+def test_one_plan_serves_other_sizes_and_freezing_gets_its_own() -> None:
+    torch.manual_seed(0)
+    model = rewrite(GPT(), [], tokens(), memory_budget=0.8).train()
+    plain = copy.deepcopy(model)
+    vars(plain)["_rewriter"].memory = None
+    memory = vars(model)["_rewriter"].memory
+    for x in (tokens(), tokens(7, 32), tokens(20, 31)):
+        same(step(model, x), step(plain, x))
+    assert [len(t) for t in memory._traces.values()] == [1]
+    for twin in (model, plain):
+        twin.blocks[0].requires_grad_(False)
+        twin.blocks[1].drop.eval()
+    x = tokens()
+    same(step(model, x), step(plain, x))
+    assert len(memory._traces) == 2
+    with torch.no_grad():
+        assert model(tokens()).grad_fn is None
+    model.eval(), plain.eval()
+    assert_close(model(x := tokens()), plain(x))
+
+
+def test_frozen_batch_norm_accumulation_and_optimizer_steps() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 12, 12)
+    model = rewrite(Convolutions(), [], x, memory_budget=0.9)
+    plain = copy.deepcopy(model)
+    vars(plain)["_rewriter"].memory = None
+    ends = []
+    for twin in (model, plain):
+        twin.train()
+        twin.norm_a.eval()
+        optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01)
+        torch.manual_seed(3)
+        for _ in range(2):
+            for part in x.chunk(2):
+                twin(part).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(twin.state_dict())
+    for name, value in ends[1].items():
+        assert_close(ends[0][name], value, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_autocast() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        model = rewrite(mlp(), [], x, memory_budget=0.8).train()
+        plain = copy.deepcopy(model)
+        vars(plain)["_rewriter"].memory = None
+        same(step(model, x), step(plain, x))
+
+
+def test_copies_and_saves_train_by_a_plan_of_the_same_budget(tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    x, original = torch.randn(512, 24), mlp()
+    model = rewrite(original, [Monarch(nblocks=4)], x, memory_budget=0.8)
+    wanted = step(model, x)
+    model.save(tmp_path / "saved")
+    with pytest.warns(RewriteWarning, match="pass example_inputs to load"):
+        load(tmp_path / "saved", original)
+    again = load(tmp_path / "saved", original, example_inputs=x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), again):
+        assert vars(twin)["_rewriter"].memory.budget == MemoryBudget(0.8)
+        same(step(twin, x), wanted)
+
+
+def test_hooks_are_run_without_the_plan() -> None:
+    x, seen = torch.randn(512, 24), []
+    model = rewrite(mlp(), [], x, memory_budget=0.9).train()
+    model[1].register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(RewriteWarning, match="has hooks|hook"):
+        model(x).sum().backward()
+    assert seen
+
+
+def test_the_plan_as_report_and_files(tmp_path: pathlib.Path) -> None:
+    x = torch.randn(512, 24)
+    report = explain(mlp(), [], x, memory_budget=0.8)
+    last = report.steps[-1]
+    assert last.name == "memory plan"
+    assert last.after.training.saved_bytes < last.before.training.saved_bytes
+    assert {d.action for d in last.decisions} >= {"kept", "recomputed"}
+    assert "memory plan" in str(report)
+    report.save(tmp_path / "report.html")
+    report.save(tmp_path / "report.json")
+    with torch.device("meta"):
+        plan = plan_memory(mlp(), torch.randn(512, 24), MemoryBudget(step_time=1.5))
+    assert plan.peak < plan.default_peak
+    assert plan.added <= 0.5
+    for name in ("plan.json", "plan.txt", "plan.png"):
+        plan.save(tmp_path / name)
+        assert (tmp_path / name).stat().st_size
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert MemoryPlan.from_dict(data) == plan
+    with pytest.raises(OptionError, match="use .json"):
+        plan.save(tmp_path / "plan.xls")
+
+
+def test_checkpoint_regions_are_respected_under_torch_compile() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def inner(x: Tensor) -> Tensor:
+        return second(torch.tanh(F.gelu(first(x))))
+
+    def model(x: Tensor) -> Tensor:
+        return checkpoint(inner, x, use_reentrant=False).sin().sum()
+
+    plans: list[MemoryPlan] = []
+    part = partitioner(1.0, on_plan=plans.append)
+    nop = aot_autograd(fw_compiler=lambda m, _: make_boxed_func(m.forward), partition_fn=part)
+    compiled = torch.compile(model, backend=nop)
+    x = torch.randn(8, 16, requires_grad=True)
+    model(x).backward()
+    wanted, x.grad = x.grad, None
+    compiled(x).backward()
+    assert_close(x.grad, wanted)
+    (plan,) = plans
+    inside = [v for v in plan.values if "gelu" in v.op or "tanh" in v.op]
+    assert inside
+    assert all(v.action == "recomputed" for v in inside)
+
+
+@pytest.mark.parametrize("option", ["create_graph", "retain_graph"])
+def test_double_backward_and_retained_graphs_are_refused(option: str) -> None:
+    x = torch.randn(512, 24)
+    model = rewrite(mlp(), [], x, memory_budget=1.0).train()
+    with pytest.raises(RuntimeError, match="create_graph=False and retain_graph=False"):
+        model(x).square().sum().backward(**{option: True})
+
+
+class Opaque(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Opaque.apply(self.fc(x))
+
+
+def test_models_that_cannot_be_planned() -> None:
+    x = torch.randn(4, 24)
+    with pytest.raises(OptionError, match="no parameter requires a gradient"):
+        rewrite(mlp().requires_grad_(False), [], x, memory_budget=0.5)
+    with pytest.raises(OptionError, match="needs example_inputs"):
+        rewrite(mlp(), [], memory_budget=0.5)
+    with pytest.raises(OptionError, match="whole model as one train graph"):
+        rewrite(Custom(), [], torch.randn(2, 4), memory_budget=0.5)
+    with pytest.raises(OptionError, match=r"smallest peak found is [\d,]+ bytes"):
+        rewrite(mlp(), [], x, memory_budget="1KB")
+    with pytest.raises(OptionError, match="cannot check a lossy plan"):
+        plan_memory(mlp(), x, MemoryBudget(0.5, lossy=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [(123, 123), ("512MB", 512 * 10**6), ("1.5 GiB", 3 << 29), ("64k", 64000), (0.5, 0.5),
+     (1.0, 1.0), (None, None)],
+)  # fmt: skip
+def test_budgets_in_every_form(given: Any, wanted: Any) -> None:
+    assert parse_budget(given) == wanted
+
+
+@pytest.mark.parametrize(
+    "given",
+    [-1, 0, 0.0, -0.5, float("nan"), float("inf"), True, 1, 1.5, "", "MB", "-5MB", "1 furlong"],
+)
+def test_impossible_budgets(given: Any) -> None:
+    with pytest.raises(OptionError, match="memory_budget="):
+        parse_budget(given)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"peak": 0.5, "step_time": 1.1}, {"step_time": 0.9}, {"step_time": float("nan")},
+     {"peak": 0.5, "gradient_error": 0}, {"peak": 0.5, "forms": ("int3",)},
+     {"peak": 0.5, "forms": ()}],
+)  # fmt: skip
+def test_impossible_options_of_a_budget(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="MemoryBudget"):
+        MemoryBudget(**options)
+
+
+def test_the_simulation_knows_the_default() -> None:
+    """What autograd keeps, and nothing on top."""
+    found = {}
+
+    def choose(joint: Joint) -> Decisions:
+        found["run"] = simulate(joint, Decisions.everything(joint))
+        return Decisions.everything(joint)
+
+    x = torch.randn(512, 24)
+    model = rewrite(mlp(), [], x).train()
+    traced(model, x, choose)
+    run = found["run"]
+    assert (run.seconds, run.flops, run.recomputed) == (0, 0, [])
+    assert run.saved == 512 * 4 * 48 * 9  # what ReLU returns, what GELU reads and returns
