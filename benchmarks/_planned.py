@@ -386,9 +386,11 @@ class Rig:
             nonlocal saved
             saved = watch.live - watch.base - 4
 
-        with Watch(held) as watch:
-            loss = self.step(model, note)
-        self.state.memory = None
+        try:
+            with Watch(held) as watch:
+                loss = self.step(model, note)
+        finally:
+            self.state.memory = None
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
         return Measured(watch.peak - watch.base, saved, watch.flops, float(loss), grads)

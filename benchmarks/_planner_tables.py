@@ -106,14 +106,18 @@ def peers(m: Record) -> Iterator[tuple[str, Record, Record | None]]:
 
 def peer_rows(m: Record) -> Iterator[Record]:
     for name, row, ours in peers(m):
+        failed = "error" in row
+        none = "–" if failed else "none so small"
         yield {
             "model": m["model"],
             "what": name,
-            "peak MB": megabytes(row["peak"]),
-            "saved MB": megabytes(row["saved"]),
-            "added GFLOP": giga(row["flops"]),
-            "largest gradient difference": row["difference"],
-            "ours: peak MB": "none so small" if ours is None else megabytes(ours["peak"]),
+            "peak MB": "fails" if failed else megabytes(row["peak"]),
+            "saved MB": "–" if failed else megabytes(row["saved"]),
+            "added GFLOP": "–" if failed else giga(row["flops"]),
+            "cosine of the gradients": row["error"] if failed else round(row["cosine"], 6),
+            "ours: peak MB": ("–" if failed else "none so small")
+            if ours is None
+            else megabytes(ours["peak"]),
             "ours: saved MB": "–" if ours is None else megabytes(ours["saved"]),
             "ours: added GFLOP": "–" if ours is None else giga(ours["flops"]),
         }
@@ -232,19 +236,20 @@ def promises(memory: list[Record]) -> Iterator[Figure]:
         for a, b in zip(m["budgets"], m["budgets"][1:], strict=False)
     )
     yield "smaller budgets with a higher peak", rising, "0"
-    torchs = sum(
-        b["peak"] > a["peak"]
-        for m in memory
-        for a, b in zip(m["torch"], m["torch"][1:], strict=False)
-    )
-    yield "the same, of PyTorch's budgets", torchs, "–"
+    torchs = [(a, b) for m in memory for a, b in zip(m["torch"], m["torch"][1:], strict=False)]
+    higher = sum(a.get("peak", math.inf) < b.get("peak", 0) for a, b in torchs)
+    yield "the same, of PyTorch's budgets", f"{higher} of {len(torchs)}", "–"
     lowest = [f"{100 * min(p for _, p, _ in m['curve']) / m['kept']['peak']:.0f}" for m in memory]
     yield "smallest feasible budgets, %", ", ".join(lowest), "–"
 
 
 def comparisons(memory: list[Record]) -> Iterator[Figure]:
     """Against PyTorch's options, in memory and FLOPs."""
-    points = [(r, r["ours"]) for m in memory for r in m["torch"]]
+    tried = [r for m in memory for r in m["torch"]]
+    points = [(r, r["ours"]) for r in tried if "error" not in r]
+    yield "PyTorch's budgets that fail", f"{len(tried) - len(points)} of {len(tried)}", "–"
+    wrong = sum(r["cosine"] < 0.999 for r, _ in points)
+    yield "PyTorch's budgets with wrong gradients (cosine below 0.999)", wrong, "–"
     yield "PyTorch's budgets compared at equal measured peak", len(points), "–"
     lost = [r for r, ours in points if ours is None]
     yield "of these, peaks that no plan of ours reaches", len(lost), "0"
@@ -334,8 +339,9 @@ def pareto_plots(kept: Kept, path: Path) -> None:
     for m, axes in zip(models, grid.flat, strict=False):
         points = sorted((flops / 1e9, peak / 1e6) for _, peak, flops in m["curve"])
         axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1, label="plans of the planner")
-        torchs = [(r["flops"] / 1e9, r["peak"] / 1e6) for r in m["torch"]]
-        axes.plot(*zip(*torchs, strict=True), "x", color="C1", label="activation_memory_budget")
+        torchs = [(r["flops"] / 1e9, r["peak"] / 1e6) for r in m["torch"] if "peak" in r]
+        xs, ys = [x for x, _ in torchs], [y for _, y in torchs]
+        axes.plot(xs, ys, "x", color="C1", label="activation_memory_budget")
         marks = (("eager", "s", "C7"), ("min-cut", "^", "C3"), ("checkpoint", "D", "C2"))
         for name, mark, color in marks:
             row = m[name]

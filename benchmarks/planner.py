@@ -85,6 +85,13 @@ class Steps:
             self.known[code] = self.row(self.rig.measure(traced))
         return dict(self.known[code])
 
+    def peer(self, partition: Partition) -> Record:
+        """The same of a partition that is not ours, and may fail."""
+        try:
+            return self.of(partition)
+        except RuntimeError as error:
+            return {"error": str(error).partition(":")[0].splitlines()[0]}
+
     def planned(self, point: Point, lossy: tuple[str, ...] = ()) -> Record:
         row = self.of(self.rig.planned(point, lossy))
         step = sum(s.seconds for s in self.rig.frontier().joint.steps)
@@ -163,8 +170,8 @@ def memory(key: str, quick: bool) -> Record:
     found["under min-cut"] = None if under is None else steps.planned(under)
     found["torch"] = []
     for share in TORCH_BUDGETS[::4] if quick else TORCH_BUDGETS:
-        row = {"budget": share} | steps.of(min_cut(share))
-        twin = frontier.choose(row["peak"])
+        row = {"budget": share} | steps.peer(min_cut(share))
+        twin = frontier.choose(row.get("peak", 0))
         row["ours"] = None if twin is None else steps.planned(twin)
         found["torch"].append(row)
     with rig.checkpointed():
@@ -188,14 +195,14 @@ def times(key: str, quick: bool, seconds: float, counted: Record) -> Record:
     forms = tuple(counted["lossy"]["forms"])
     frontier, lossy = rig.frontier(), rig.frontier(forms)
     checkpoint = counted["checkpoint"]["peak"]
-    half = next(row["peak"] for row in counted["torch"] if row["budget"] == 0.5)
+    half = next(row.get("peak") for row in counted["torch"] if row["budget"] == 0.5)
     cut = counted["min-cut"]["saved"]
     picks: dict[str, tuple[Point | None, tuple[str, ...]]] = {
         "ours, all kept": (frontier.default, ()),
         "ours at 60 %": (chosen(frontier, 0.6)[0], ()),
         "ours at 35 %": (chosen(frontier, 0.35)[0], ()),
         "ours, 25 % under min-cut": (quickest(frontier, UNDER * cut), ()),
-        "ours at torch 0.5's peak": (frontier.choose(half), ()),
+        "ours at torch 0.5's peak": (None if half is None else frontier.choose(half), ()),
         "ours at checkpoint's peak": (frontier.choose(checkpoint), ()),
         "ours, lossy": (lossy_plan(lossy), forms),
     }
@@ -205,7 +212,8 @@ def times(key: str, quick: bool, seconds: float, counted: Record) -> Record:
         if point is not None
     }
     traced["min-cut"] = rig.trace(min_cut(None))
-    traced["torch 0.5"] = rig.trace(min_cut(0.5))
+    if half is not None:
+        traced["torch 0.5"] = rig.trace(min_cut(0.5))
 
     def checkpointed() -> None:
         with rig.checkpointed():
