@@ -115,9 +115,7 @@ def peer_rows(m: Record) -> Iterator[Record]:
             "saved MB": "–" if failed else megabytes(row["saved"]),
             "added GFLOP": "–" if failed else giga(row["flops"]),
             "cosine of the gradients": row["error"] if failed else round(row["cosine"], 6),
-            "ours: peak MB": ("–" if failed else "none so small")
-            if ours is None
-            else megabytes(ours["peak"]),
+            "ours: peak MB": none if ours is None else megabytes(ours["peak"]),
             "ours: saved MB": "–" if ours is None else megabytes(ours["saved"]),
             "ours: added GFLOP": "–" if ours is None else giga(ours["flops"]),
         }
