@@ -97,10 +97,14 @@ def source_name(node: fx.Node) -> str:
 
 
 def innermost(backend: Any) -> Any:
-    """The backend inside of Dynamo's wrappers."""
-    while hasattr(backend, _ORIGINAL):
-        backend = getattr(backend, _ORIGINAL)
-    return backend
+    """The backend inside of Dynamo's wrappers, and of the optimizer of data parallelism."""
+    while True:
+        inside = getattr(backend, _ORIGINAL, None)
+        if inside is None:
+            inside = getattr(getattr(backend, "__self__", None), "backend_compile_fn", None)
+        if inside is None:
+            return backend
+        backend = inside
 
 
 def backend_of(compiled: Callable[..., Any]) -> Any:

@@ -116,7 +116,9 @@ def export(
                 f"{said[0] if said else ''}): use torch.compile(model, backend='rewriter')"
             ) from error
         if standalone:
-            program = program.run_decompositions(_written_out(_own_ops(program)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own copies
+                program = program.run_decompositions(_written_out(_own_ops(program)))
     done = Exported(program, report, None, _own_ops(program))
     if path is not None:
         done.package = _packaged(program, path, dict(inductor or {}))

@@ -86,7 +86,7 @@ def captured(front_end: str, model: nn.Module, x: Tensor) -> tuple[Capture, Call
     found: list[Capture] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        found.append(capture_dynamo(module, inputs)[0])
+        found.append(capture_dynamo(module, inputs).capture)
         return module.forward
 
     torch._dynamo.reset()

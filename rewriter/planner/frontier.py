@@ -9,11 +9,15 @@ import numpy as np
 
 from rewriter.planner.choices import packings, routes
 from rewriter.planner.joint import Joint
+from rewriter.planner.mincut import free_plans
 from rewriter.planner.parts import Parts, cuts, joined
 from rewriter.planner.simulate import Decisions, Simulation, simulate, trimmed
 from rewriter.planner.solve import Choice, assembled, choose, part_plans
 
 __all__ = ["Frontier", "Point"]
+
+_LARGE = 2500
+"""Steps of a forward above which fewer sizes of parts and fewer budgets are tried."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,15 @@ class Frontier:
         self.found: dict[tuple[int, float], Point] = {}
         if not joint.dropped:
             self._add(self.default.decisions)
+        for decisions in free_plans(joint):
+            self._add(decisions)
         borders = cuts(joint)
-        number = 1
+        large = len(joint.forward) > _LARGE
+        points, number = points // 2 if large else points, 1
         # checkpoints √n parts apart are what is best where all parts are alike (Chen et al. 2016)
         while number == 1 or number <= min(len(borders), 1.5 * len(borders) ** 0.5):
             self._solve(joined(borders, number) if number > 1 else borders, points)
-            number *= 2
+            number *= 4 if large else 2
         self.points = self._pareto()
 
     def choose(self, budget: float) -> Point | None:

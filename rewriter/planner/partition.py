@@ -25,7 +25,12 @@ OnPlan = Callable[[MemoryPlan], object]
 
 
 def partitioner(
-    budget: Any, *, on_plan: OnPlan | None = None, lossy: bool = False, fused: bool = False
+    budget: Any,
+    *,
+    on_plan: OnPlan | None = None,
+    lossy: bool = False,
+    fused: bool = False,
+    granted: int | None = None,
 ) -> Callable[..., tuple[fx.GraphModule, fx.GraphModule]]:
     """A `partition_fn` for `aot_autograd`.
 
@@ -34,6 +39,7 @@ def partitioner(
         on_plan: called with the plan of each graph.
         lossy: as of `MemoryBudget`, where `budget` is none.
         fused: the compiler fuses elementwise operations.
+        granted: as of `decide`: bytes that any graph may take, and then none is refused.
 
     Raises:
         OptionError: an impossible budget; when it is called, one that no plan meets.
@@ -52,7 +58,9 @@ def partitioner(
         rates = Rates.of(device_of(list(module.graph.nodes)), fused)
         joint = Joint.of(module, num_fwd_outputs, rates)
         frontier = Frontier(joint, wanted.lossy_forms)
-        decisions, plan = decide(joint, frontier, wanted, time.perf_counter() - start)
+        decisions, plan = decide(
+            joint, frontier, wanted, time.perf_counter() - start, granted
+        )
         parts = split(module, joint, decisions, num_fwd_outputs)
         if on_plan is not None:
             on_plan(plan)
@@ -97,7 +105,10 @@ class InductorPartitioner(CustomPartitionerFn):
 
     def __init__(self, budget: Any, *, on_plan: OnPlan | None = None, lossy: bool = False) -> None:
         self.partition = partitioner(budget, on_plan=on_plan, lossy=lossy, fused=True)
-        self.wanted = repr(budget), lossy
+        self.budget, self.lossy = budget, lossy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _pickled, (self.budget, self.lossy)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -106,7 +117,12 @@ class InductorPartitioner(CustomPartitionerFn):
 
     def uuid(self) -> Any:
         """The budget and the planner's own source."""
-        digest = hashlib.sha256(repr(self.wanted).encode())
+        digest = hashlib.sha256(repr((self.budget, self.lossy)).encode())
         for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
             digest.update(path.read_bytes())
         return digest.hexdigest()
+
+
+def _pickled(budget: Any, lossy: bool) -> InductorPartitioner:
+    """A copy, without whom to tell of the plan."""
+    return InductorPartitioner(budget, lossy=lossy)

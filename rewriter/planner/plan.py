@@ -227,9 +227,21 @@ class MemoryPlan:
 
 
 def decide(
-    joint: Joint, frontier: Frontier, budget: MemoryBudget, seconds: float
+    joint: Joint,
+    frontier: Frontier,
+    budget: MemoryBudget,
+    seconds: float,
+    granted: int | None = None,
 ) -> tuple[Decisions, MemoryPlan]:
     """The plan of a frontier that a budget asks for.
+
+    Args:
+        joint: the graph.
+        frontier: its plans.
+        budget: what is asked for.
+        seconds: that finding them took.
+        granted: bytes that the budget came to on the example inputs, where this is a graph of other
+            sizes: these it may take too, and where nothing fits it gets the smallest plan.
 
     Raises:
         OptionError: no plan is within the budget; says which peak the smallest has.
@@ -241,7 +253,9 @@ def decide(
     else:
         assert amount is not None
         bound = amount * frontier.default.peak if isinstance(amount, float) else amount
-        point = frontier.choose(bound)
+        point = frontier.choose(max(bound, granted or 0))
+        if point is None and granted is not None:
+            point = _smallest(frontier)
         if point is None:
             least = min(p.peak for p in frontier.points)
             share = least / max(frontier.default.peak, 1)

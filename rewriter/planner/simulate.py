@@ -199,18 +199,21 @@ class _Run:
         order = schedule(joint, decisions)
         last: dict[int, int] = {}
         made: dict[int, int] = {}
-        opened: dict[int, int] = {}  # packed values, and when they are unpacked
+        taken = set(decisions.packed) | set(decisions.routes)
+        passing: dict[int, int] = {}  # made a second time along with another value, and not read
         for place, event in enumerate(order):
             if event.what in ("unpack", "route"):
                 inputs: tuple[int, ...] = ()
                 if event.what == "route":
                     inputs = decisions.routes[event.number].inputs
-                else:
-                    opened[event.number] = place
                 outputs: tuple[int, ...] = (event.number,)
             else:
                 inputs = joint.steps[event.number].inputs
                 outputs = joint.steps[event.number].outputs
+                if event.what == "again":
+                    extra = [v for v in outputs if v in taken or v in decisions.kept]
+                    passing[place] = sum(sizes[v] for v in extra)
+                    outputs = tuple(v for v in outputs if v not in taken)
             for value in inputs:
                 last[value] = place
             for value in outputs:
@@ -230,9 +233,10 @@ class _Run:
         self.live = sum(sizes[v] for v in alive)
         self.live += sum(p.nbytes for p in decisions.packed.values())
         for place, (what, number, reader) in enumerate(order):
-            self.live += sum(sizes[v] for v in begins.get(place, ()))
+            self.live += sum(sizes[v] for v in begins.get(place, ())) + passing.get(place, 0)
             name = joint.values[number].name if what in ("unpack", "route") else ""
             self.note(f"{what} {name or joint.steps[number].name}", reader, True)
+            self.live -= passing.get(place, 0)
             if what == "unpack":
                 self.live -= decisions.packed[number].nbytes
             elif what == "route":

@@ -9,9 +9,10 @@ there, and so must what is read to make something again:
     s_u + Σ c_p                      ≥ a_t    u read by an inverse t (others: as for steps)
     s_v + Σ c_p                      = 1      v read by later parts
 
-    minimise Σ seconds, given Σ bytes kept ≤ κ and Σ bytes made again ≤ ω
+    minimise Σ seconds, given Σ bytes kept ≤ κ and Σ bytes that steps make again ≤ ω
 
-for several κ and ω: a few plans for a part, between all kept and nothing kept. The simulation says
+for several κ and ω: a few plans for a part, between all kept and nothing kept. What is unpacked or
+derived is there for a moment; what steps make again may be there all at once. The simulation says
 what each takes while the part's backward runs, beyond what is kept. Over all parts, one plan is
 chosen for each (x_{j,a} binary), such that at no time more is alive than the budget:
 
@@ -32,6 +33,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from rewriter.planner.choices import Packing
+from rewriter.planner.greedy import greedy_plans
 from rewriter.planner.joint import Joint, Route
 from rewriter.planner.parts import Part, Parts
 from rewriter.planner.simulate import Decisions
@@ -42,6 +44,8 @@ MB = float(1 << 20)
 LIMIT = 10.0
 """Seconds for one programme. The limit on nodes comes first: plans must not depend on how busy the
 machine is."""
+BINARIES = 1500
+"""Variables of one part's programme above which a greedy search takes its place."""
 
 
 @dataclass
@@ -153,10 +157,8 @@ class _Program:
             self.kept[column] = size[value]
         for packing, column in zip(part.packings, self.c, strict=True):
             self.kept[column] = packing.nbytes / MB
-            self.again[column] = size[packing.value]
             self.seconds[column] = packing.seconds
         for route, column in zip(part.routes, self.a, strict=True):
-            self.again[column] = size[route.value]
             self.seconds[column] = route.seconds
         for step, column in self.r.items():
             made = [v for v in joint.steps[step].outputs if v in size]
@@ -209,6 +211,11 @@ def part_plans(
     Raises:
         RuntimeError: there is none, which would be a flaw of this code.
     """
+    if len(part.values) + len(part.packings) + len(part.routes) + len(part.steps) > BINARIES:
+        return [
+            Choice(tuple(p.kept), tuple(p.packed), (), p.seconds, p.nbytes)
+            for p in greedy_plans(joint, part, exact_only)
+        ]
     program = _Program(joint, parts, part, exact_only)
     # seconds and bytes on one scale, so that of equals the one that keeps less wins
     room = max(float(program.kept.sum() + program.again.sum()), 1e-9)
@@ -221,7 +228,8 @@ def part_plans(
     most, least = float(program.kept @ quick), float(program.kept @ small)
     found = {tuple(x.tolist()): x for x in (quick, small)}
     widest = float(program.again @ small)
-    for again, number in ((np.inf, grid), (0.5 * widest, grid // 2)) if widest > 0 else ():
+    bounds = (np.inf, grid), (0.5 * widest, grid // 2), (0.15 * widest, grid // 2)
+    for again, number in bounds if widest > 0 else ():
         for share in np.linspace(0, 1, number + 1)[1 if again == np.inf else 0 : -1] ** 1.5:
             kept = least + share * (most - least) + 1e-6
             x = program.solve(time + 1e-4 * memory, kept, again)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import RewriteWarning
 from rewriter.hosted import Program
-from rewriter.planner.budget import MemoryBudget
+from rewriter.planner.budget import MemoryBudget, parse_budget
 from rewriter.planner.partition import partitioner
 from rewriter.planner.plan import MemoryPlan
 from rewriter.planner.trace import Traced, trace
@@ -78,7 +78,7 @@ class PlannedTraining:
         """The trace that serves a call; made where there is none yet.
 
         Raises:
-            OptionError: no plan meets the budget.
+            OptionError: no plan meets the budget on the first inputs.
         """
         key = (
             tuple(p.requires_grad for p in root.parameters()),
@@ -91,9 +91,17 @@ class PlannedTraining:
         for traced in known:
             if traced.serves(leaves):
                 return traced
-        part = partitioner(self.budget, on_plan=self._planned)
+        part = partitioner(self.budget, on_plan=self._planned, granted=self._granted())
         known.append(trace(root, program, leaves, rows, part))
         return known[-1]
+
+    def _granted(self) -> int | None:
+        """Bytes that the budget came to on the example inputs: a shorter last batch, or a pattern of
+        frozen parameters, is not refused in the middle of a training."""
+        if self.plan is None:
+            return None
+        amount = parse_budget(self.budget.peak)
+        return int(amount * self.plan.default_peak) if isinstance(amount, float) else amount or 0
 
     def _planned(self, plan: MemoryPlan) -> None:
         if self.plan is None:
