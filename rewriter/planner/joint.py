@@ -34,6 +34,7 @@ __all__ = [
     "Step",
     "Value",
     "device_of",
+    "fusible",
     "hint",
     "is_backward",
     "storages",
@@ -236,12 +237,50 @@ class Joint:
         )
 
     @cached_property
+    def inlined(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Values of elementwise operations that a fusing compiler computes inside of their readers:
+        in the forward, and in the backward. They take memory only where they are saved."""
+        if not self.rates.fused:
+            return frozenset(), frozenset()
+        readers: dict[int, list[Step]] = {}
+        for step in self.steps:
+            for value in step.inputs:
+                readers.setdefault(value, []).append(step)
+
+        def through(value: int, steps: list[Step]) -> bool:
+            maker = self.values[value].maker
+            return (
+                maker is not None
+                and fusible(self.steps[maker])
+                and bool(steps)
+                and all(fusible(s, reductions=True) for s in steps)
+            )
+
+        values = range(len(self.values))
+        return (
+            frozenset(
+                v for v in values
+                if through(v, [s for s in readers.get(v, ()) if not s.backward])
+            ),
+            frozenset(v for v in values if through(v, readers.get(v, []))),
+        )  # fmt: skip
+
+    @cached_property
     def forward(self) -> list[int]:
         return [i for i, s in enumerate(self.steps) if not s.backward]
 
     @cached_property
     def backward(self) -> list[int]:
         return [i for i, s in enumerate(self.steps) if s.backward]
+
+
+def fusible(step: Step, reductions: bool = False) -> bool:
+    """A fusing compiler computes it inside of its readers; a reduction, on the fly of its inputs."""
+    target = step.node.target if step.node is not None else None
+    if not isinstance(target, OpOverload):
+        return False
+    tags = target.tags
+    return torch.Tag.pointwise in tags or (reductions and torch.Tag.reduction in tags)
 
 
 def is_backward(nodes: Sequence[fx.Node], num_fwd_outputs: int) -> set[fx.Node]:

@@ -17,10 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import networkx as nx
-import torch
-from torch._ops import OpOverload
 
-from rewriter.planner.joint import Joint, Step
+from rewriter.planner.joint import Joint, fusible
 from rewriter.planner.simulate import Decisions
 
 __all__ = ["SHARES", "cheap", "cut", "free_plans"]
@@ -40,13 +38,8 @@ def cheap(joint: Joint, share: float) -> frozenset[int]:
         i
         for i in joint.forward
         if not (s := joint.steps[i]).fixed
-        and (s.seconds <= bound or (joint.rates.fused and _fusible(s)))
+        and (s.seconds <= bound or (joint.rates.fused and fusible(s)))
     )
-
-
-def _fusible(step: Step) -> bool:
-    target = step.node.target if step.node is not None else None
-    return isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
 
 
 def free_plans(joint: Joint) -> Iterator[Decisions]:

@@ -156,8 +156,14 @@ class _Run:
     def __init__(self, joint: Joint, decisions: Decisions, detail: bool) -> None:
         self.joint, self.decisions, self.detail = joint, decisions, detail
         self.sizes = [0 if v.given == "input" else v.nbytes for v in joint.values]
+        self.outer = decisions.kept | joint.results | joint.updates | joint.gradients
         self.result = Simulation(seconds=sum(p.seconds for p in decisions.packed.values()))
         self.live = 0
+
+    def _sizes(self, inlined: frozenset[int]) -> list[int]:
+        """Bytes of every value in memory."""
+        gone = inlined - self.outer - set(self.decisions.packed) - set(self.decisions.routes)
+        return [0 if i in gone else n for i, n in enumerate(self.sizes)] if gone else self.sizes
 
     def note(self, name: str, step: int, backward: bool) -> None:
         if self.live > self.result.peak:
@@ -166,7 +172,8 @@ class _Run:
             self.result.timeline.append(Moment(name, step, backward, self.live))
 
     def forward(self) -> None:
-        joint, sizes, packed = self.joint, self.sizes, self.decisions.packed
+        joint, packed = self.joint, self.decisions.packed
+        sizes = self._sizes(joint.inlined[0])
         order = joint.forward
         last: dict[int, int] = {}
         for place, number in enumerate(order):
@@ -195,7 +202,8 @@ class _Run:
         self.result.saved += sum(p.nbytes for p in packed.values())
 
     def backward(self) -> None:
-        joint, decisions, sizes = self.joint, self.decisions, self.sizes
+        joint, decisions = self.joint, self.decisions
+        sizes = self._sizes(joint.inlined[1])
         order = schedule(joint, decisions)
         last: dict[int, int] = {}
         made: dict[int, int] = {}
