@@ -65,7 +65,7 @@ class Capture:
         for region in self.regions:
             if region.hosted:
                 programs = {
-                    mode: Program(graph, region.outputs[mode])
+                    mode: Program(graph, region.outputs[mode]).ready()
                     for mode, graph in region.graphs.items()
                 }
                 own = tuple(n for n in graph_only if f"{n}.".startswith(_dotted(region.prefix)))

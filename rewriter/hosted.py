@@ -79,10 +79,15 @@ class Program:
         """Runs the graph: its flat results."""
         function = self._functions.get(device)
         if function is None:
-            function = self._functions[device] = self._compile(device)
+            function = self._compile(device)
         if self.changes_modes:
             return _restoring_modes(function, root, leaves)
         return function(root, *leaves)
+
+    def ready(self, device: str = "") -> Program:
+        """Generates the function now: torch.compile could not trace its generation."""
+        self._compile(device)
+        return self
 
     def _compile(self, device: str) -> Callable[..., Any]:
         graph = self.graph
@@ -96,7 +101,8 @@ class Program:
         linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
         namespace = dict(code.globals)
         exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 (fx's own codegen)
-        return cast(Callable[..., Any], namespace["forward"])
+        function = self._functions[device] = cast(Callable[..., Any], namespace["forward"])
+        return function
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # a finished graph never changes again
@@ -106,6 +112,7 @@ class Program:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(_restore(state["nodes"]), state["output"])  # type: ignore[misc]
+        self.ready()
 
 
 def _moved(argument: Any, device: str) -> Any:
@@ -231,6 +238,17 @@ class _Hosted(nn.Module):
         assert isinstance(reduced, tuple)
         root = isinstance(self, RewrittenModule)
         return (_rebuild, (original_class(self), root, _own_names(self)), *reduced[2:])
+
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        moved = super()._apply(fn, recurse)
+        state: State = self.__dict__["_rewriter"]
+        tensor = next(self.parameters(), None)
+        if state.signature is not None and tensor is not None:
+            if tensor.device.type != state.signature.device:
+                for program in state.programs.values():
+                    program.ready(str(tensor.device))
+        return moved
 
 
 class RewrittenModule(_Hosted):

@@ -347,3 +347,32 @@ def test_state_dict_hooks_change_no_call() -> None:
     optimized.register_state_dict_post_hook(lambda *_: None)
     optimized.inner.register_state_dict_pre_hook(lambda *_: None)
     optimized(X)  # a warning would be an error
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.fc(x)))
+
+
+@pytest.mark.parametrize("how", ["new", "copied", "pickled", "moved"])
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_compile_takes_a_model_that_never_ran_as_one_graph(how: str, training: bool) -> None:
+    """The functions of its graphs are there from the start: Dynamo cannot trace how they are
+    generated."""
+    model = rewrite(Plain(), [], X)
+    if how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+    elif how == "moved":
+        model = model.to("meta")
+    model.train(training)
+    torch._dynamo.reset()
+    x = X.to("meta") if how == "moved" else X
+    found = torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert found.shape == (4, 2)
+    assert found.device == x.device

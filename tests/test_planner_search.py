@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import fx
 
 from rewriter.planner import solve
+from rewriter.planner.choices import Packing
 from rewriter.planner.frontier import Frontier
 from rewriter.planner.greedy import greedy_plans
-from rewriter.planner.joint import Joint, Rates, Step, Value
+from rewriter.planner.joint import Joint, Rates, Route, Step, Value
 from rewriter.planner.mincut import cheap, cut
 from rewriter.planner.parts import Parts
-from rewriter.planner.simulate import Decisions, simulate
+from rewriter.planner.neighbours import legal, neighbours
+from rewriter.planner.simulate import Decisions, schedule, simulate, trimmed
 
 
 class Made:
@@ -197,3 +199,66 @@ def test_a_part_of_thousands_of_values_is_planned_greedily() -> None:
         assert not ways
         peaks.append(simulate(joint, Decisions(frozenset(kept))).peak)
     assert min(peaks) < 0.5 * simulate(joint, Decisions.everything(joint)).peak
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_small_graphs_are_planned_as_well_as_can_be(seed: int) -> None:
+    """Against every plan there is."""
+    joint = tangled(5, seed)
+    made = [v for i in joint.forward for v in joint.steps[i].outputs]
+    fixed = {v for i in joint.forward if joint.steps[i].fixed for v in joint.steps[i].outputs}
+    free = [v for v in made if v not in fixed]
+    best: list[tuple[float, int]] = []
+    plans = [
+        trimmed(joint, Decisions(frozenset(some) | fixed))
+        for size in range(len(free) + 1)
+        for some in itertools.combinations(free, size)
+    ]
+    runs = sorted((r.seconds, r.peak) for r in (simulate(joint, p) for p in set_of(plans)))
+    for seconds, peak in runs:
+        if not best or peak < best[-1][1]:
+            best.append((seconds, peak))
+    frontier = Frontier(joint)
+    assert frontier.points[-1].peak == best[-1][1]
+    for seconds, peak in best:
+        found = frontier.choose(peak)
+        assert found is not None
+        assert found.seconds <= 1.05 * seconds + 1e-9
+
+
+def set_of(plans: list[Decisions]) -> list[Decisions]:
+    return list({p.kept: p for p in plans}.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_neighbours_are_legal(seed: int) -> None:
+    joint = tangled(8, seed)
+    plan = Decisions.everything(joint)
+    for _ in range(3):
+        around = list(neighbours(joint, plan, [], []))
+        assert around
+        for other in around:
+            again = [n for what, n, _ in schedule(joint, other) if what == "again"]
+            assert not any(joint.steps[n].fixed for n in again)
+            assert other != plan
+        plan = around[len(around) // 2]
+
+
+def test_what_is_not_legal() -> None:
+    made = Made()
+    x = made.value(8, None, "input")
+    (a,) = made.step("bernoulli", (x,), (8,), 1.0, fixed="it is random")
+    (b,) = made.step("op", (a,), (8,), 1.0)
+    tangent = made.value(1, None, "tangent")
+    made.step("back", (b, tangent), (1,), 1.0, backward=True)
+    joint = made.joint
+    assert legal(joint, Decisions(frozenset({a})))
+    assert not legal(joint, Decisions(frozenset()))
+    sign = Packing(a, "sign", 1, 0.0, True, True)
+    assert not legal(joint, Decisions(frozenset(), {a: sign}))
+    assert legal(joint, Decisions(frozenset({b}), {a: sign}))
+    inverse = Route(a, (b,), 0.0, 0, "back from b", True, print)
+    assert legal(joint, Decisions(frozenset({b}), {}, {a: inverse}))
+    assert not legal(joint, Decisions(frozenset(), {}, {a: inverse}))
+    joint.dropped = frozenset({b})
+    assert not legal(joint, Decisions(frozenset({b})))

@@ -10,6 +10,7 @@ import numpy as np
 from rewriter.planner.choices import packings, routes
 from rewriter.planner.joint import Joint
 from rewriter.planner.mincut import free_plans
+from rewriter.planner.neighbours import neighbours
 from rewriter.planner.parts import Parts, cuts, joined
 from rewriter.planner.simulate import Decisions, Simulation, simulate, trimmed
 from rewriter.planner.solve import Choice, assembled, choose, part_plans
@@ -18,6 +19,8 @@ __all__ = ["Frontier", "Point"]
 
 _LARGE = 2500
 """Steps of a forward above which fewer sizes of parts and fewer budgets are tried."""
+_WORK = 150_000
+"""Steps simulated by the local search."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Frontier:
         while number == 1 or number <= min(len(borders), 1.5 * len(borders) ** 0.5):
             self._solve(joined(borders, number) if number > 1 else borders, points)
             number *= 4 if large else 2
+        self._improve()
         self.points = self._pareto()
 
     def choose(self, budget: float) -> Point | None:
@@ -83,6 +87,24 @@ class Frontier:
         point = Point(decisions, simulate(self.joint, decisions))
         self.found.setdefault((point.peak, point.seconds), point)
         return point
+
+    def _improve(self) -> None:
+        """Tries what is next to each plan worth having, until nothing new is worth having."""
+        left, seen = _WORK, set()
+        while left > 0:
+            new = [p for p in self._pareto() if id(p) not in seen]
+            if not new:
+                return
+            # the smallest first: the programmes see peaks least where most is made again
+            for point in reversed(new):
+                seen.add(id(point))
+                for decisions in neighbours(
+                    self.joint, point.decisions, self.packings, self.routes
+                ):
+                    self._add(decisions)
+                    left -= len(self.joint.steps)
+                if left <= 0:
+                    return
 
     def _pareto(self) -> list[Point]:
         best: list[Point] = []
