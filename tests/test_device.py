@@ -296,7 +296,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[li
     full = found()
     full = replace(full, tables={**full.tables, "int8_linear": full.tables["addmm/float32"]})
 
-    def instead() -> tuple[Measured, bool]:
+    def instead(known: Measured | None) -> tuple[Measured, bool]:
         calls[0] += 1
         return full, True
 
@@ -356,13 +356,20 @@ def test_a_cache_that_cannot_be_written_warns(
         Device.this_machine()
 
 
-def test_a_calibration_with_gaps_is_not_kept(
+def test_a_calibration_with_gaps_is_completed_by_the_next_process(
     tiny: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "calibrate", lambda: (found(), False))
-    with pytest.warns(RewriteWarning, match="too busy"):
+    given: list[Measured | None] = []
+
+    def gaps(known: Measured | None) -> tuple[Measured, bool]:
+        given.append(known)
+        return found(), len(given) == 2
+
+    monkeypatch.setattr(calibrate, "calibrate", gaps)
+    with pytest.warns(RewriteWarning, match="too busy .* next process measures the rest"):
         device = Device.this_machine()
-    assert not calibrate.cache_folder().exists()
+    assert again() == again() == device
+    assert given == [None, found()]
     # what has no table is priced by the formula
     odd = Work("aten::strange", "other", "float32", 0, 4096, 4096, shape=(1024,))
     assert device.time(odd) > 0
@@ -385,6 +392,31 @@ def test_every_probe_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         call, written = calibrate._made(make, *(axis[0] for axis in axes))
         call()
         assert written.is_floating_point()
+
+
+def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def probe(name: str) -> probes.Probe:
+        def make(size: int) -> probes.Call:
+            made.append(name)
+            return (lambda: None), torch.zeros(1)
+
+        return probes.Probe(name, ((1, 2),), make, float, 10.0)
+
+    first, second = probe("add"), probe("other")
+    monkeypatch.setattr(calibrate, "probes", lambda speed: [first])
+    monkeypatch.setattr(calibrate, "more_probes", lambda speed: [second])
+    monkeypatch.setattr(calibrate, "composites", lambda: [])
+    monkeypatch.setattr(calibrate, "_SECONDS", 0.0)
+    start, whole = calibrate.calibrate()
+    assert (set(start.tables), whole) == ({"add"}, False)
+    made.clear()
+    monkeypatch.setattr(calibrate, "_SECONDS", 60.0)
+    full, whole = calibrate.calibrate(start)
+    assert (list(full.tables), whole) == (["add", "other"], True)
+    assert full.tables["add"] == start.tables["add"]
+    assert set(made) == {"other"}
 
 
 def test_points_that_are_too_large_are_extrapolated() -> None:

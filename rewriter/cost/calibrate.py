@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from rewriter.errors import RewriteWarning
 
 __all__ = ["FORMAT", "cache_folder", "calibrate", "this_machine"]
 
-FORMAT = 5
+FORMAT = 6
 """Version of the procedure and of the file: another one is measured anew."""
 
 _SECONDS = 18.5  # after this long, tables that are still missing are left out
@@ -54,19 +55,21 @@ def this_machine(refresh: bool = False) -> Device:
     name = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(map(str, key.values())))
     path = cache_folder() / f"{name}.json"
     if refresh or path not in _known:
-        found = None if refresh else _read(path, key)
-        _known[path] = _device(_measure(path, key) if found is None else found, key)
+        found, whole = (None, False) if refresh else _read(path, key)
+        if found is None or not whole:
+            found = _measure(path, key, found)
+        _known[path] = _device(found, key)
     return _known[path]
 
 
-def _measure(path: Path, key: Mapping[str, Any]) -> Measured:
-    found, whole = calibrate()
-    if whole:
-        _write(path, {"key": key, **found.to_dict()})
-    else:
+def _measure(path: Path, key: Mapping[str, Any], known: Measured | None) -> Measured:
+    """What is not known yet; what there was no time for, the next process measures."""
+    found, whole = calibrate(known)
+    _write(path, {"key": key, "whole": whole, **found.to_dict()})
+    if not whole:
         _warn(
-            "this machine is too busy to be measured in the time allowed: some predicted times "
-            "are rough. It is measured again in the next process"
+            f"this machine is too busy to be measured in {_SECONDS:.0f} s: some predicted times "
+            "are rough. The next process measures the rest"
         )
     return found
 
@@ -126,15 +129,17 @@ def _cpu() -> tuple[str, dict[str, float]]:
 # the file
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> Measured | None:
+def _read(path: Path, key: Mapping[str, Any]) -> tuple[Measured | None, bool]:
+    """(what is kept, whether it is all there is to measure)."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         found = Measured.from_dict(data)
-        return found if data["key"] == key and set(found.tables) >= _NEEDED else None
+        good = data["key"] == key and set(found.tables) >= _NEEDED
+        return (found, bool(data["whole"])) if good else (None, False)
     except FileNotFoundError:
-        return None
+        return None, False
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return None  # damaged, or of another version: it is measured anew and written over
+        return None, False  # damaged, or of another version: measured anew and written over
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
@@ -202,8 +207,11 @@ class Clock:
         return sorted(clean)[len(clean) // 4] if clean else min(waited)[1]
 
 
-def calibrate() -> tuple[Measured, bool]:
+def calibrate(known: Measured | None = None) -> tuple[Measured, bool]:
     """Runs all probes with torch's present threads.
+
+    Args:
+        known: of an earlier process, which had no time for all of them: these are not run again.
 
     Returns:
         What was found, and whether there was time for all of it.
@@ -214,24 +222,27 @@ def calibrate() -> tuple[Measured, bool]:
         clock = Clock()
         x, y = torch.rand(512, 1024), torch.rand(1024, 1024)
         speed = 2.0 * 512 * 1024 * 1024 / clock.seconds(lambda: x @ y)
-        host, miss = _host(clock), _miss(clock)
-        tables, whole = _sweep(clock, speed, start + _SECONDS)
+        host, miss = (known.host, known.miss) if known else (_host(clock), _miss(clock))
+        old = known.tables if known else {}
+        tables, whole = _sweep(clock, speed, start + _SECONDS, old)
         taken = time.perf_counter() - start
         if whole and 2.2 * taken < _SECONDS:
             # A machine that others share is slow or fast for seconds on end, and a process's heap
             # settles: neither the first sweep nor the second is what a model will see.
-            again, _ = _sweep(clock, speed, math.inf)
+            again, _ = _sweep(clock, speed, math.inf, old)
             tables = {name: _middle(table, again[name]) for name, table in tables.items()}
-    found = Measured(tables, miss, host)
+    found = Measured({**old, **tables}, miss, host)
     for kind, axes, _ in composites():
         name = f"ratio/{kind}"
         if name in tables:
             tables[name] = _over_parts(found, kind, axes, tables[name].values)
-    return found, whole
+    return replace(found, tables={**old, **tables}), whole
 
 
-def _sweep(clock: Clock, speed: float, deadline: float) -> tuple[dict[str, Table], bool]:
-    """All probes once: seconds by table, and whether there was time for all of it."""
+def _sweep(
+    clock: Clock, speed: float, deadline: float, known: Mapping[str, Table]
+) -> tuple[dict[str, Table], bool]:
+    """All probes once that are not known: seconds by table, and whether there was time for all."""
     tables: dict[str, Table] = {}
     fills: list[tuple[str, Callable[[], Table]]] = []
     fills += [(probe.name, partial(_fill, clock, probe)) for probe in probes(speed)]
@@ -239,6 +250,7 @@ def _sweep(clock: Clock, speed: float, deadline: float) -> tuple[dict[str, Table
         (f"ratio/{kind}", partial(_layers, clock, axes, make)) for kind, axes, make in composites()
     ]
     fills += [(probe.name, partial(_fill, clock, probe)) for probe in more_probes(speed)]
+    fills = [(name, fill) for name, fill in fills if name not in known]
     for name, fill in fills:
         if name in _NEEDED or time.perf_counter() < deadline:
             tables[name] = fill()
