@@ -107,8 +107,9 @@ def train(model: nn.Module, steps: int, rows: int, context: int) -> tuple[list[f
     """(losses, seconds of a step, peak bytes of a forward and backward)."""
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3, fused=True)
     source, losses, seconds = batches(rows, context), [], []
+    batch = next(source)
     with Peak() as tracker:
-        model(next(source)).backward()
+        model(batch).backward()
     optimizer.zero_grad()
     for _ in range(steps):
         batch, start = next(source), time.perf_counter()

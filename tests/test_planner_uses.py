@@ -21,7 +21,11 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.testing import assert_close
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from rewriter import MemoryBudget, OptionError, plan_memory, rewrite
 from rewriter.errors import RewriteWarning, SignatureError
@@ -54,7 +58,8 @@ def trained(**options):
         optimizer.step()
     full = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
     memory = vars(model)["_rewriter"].memory
-    return [full(p.grad) for p in model.parameters()] + [full(p) for p in model.parameters()], memory
+    tensors = [t for p in model.parameters() for t in (p.grad, p)]
+    return [full(t) for t in tensors], memory
 
 plain, _ = trained()
 planned, memory = trained(memory_budget=0.85)
@@ -202,7 +207,7 @@ def mlp(depth: int = 4) -> nn.Sequential:
 def test_lossy_plans_within_a_bound() -> None:
     x = torch.randn(512, 64)
     least = plan_memory(mlp(), x).curve[-1].peak
-    peak = int(0.9 * least)
+    peak = int(0.95 * least)
     with pytest.raises(OptionError, match=f"smallest peak found is {least:,} bytes"):
         rewrite(mlp(), [], x, memory_budget=peak)
 
