@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 demo: .venv/.stamp
 	$(PY) examples/minilm.py $(ARGS)
 
-# Two workers of one thread each: most of a test is Python. Alone (`ARGS=tests/test_api.py`) too.
+# Two workers of one thread each, as most of a test is Python; `make test ARGS=tests/test_api.py`.
 test: .venv/.stamp
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal $(ARGS)
 

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from _harness import load_script
+from _tracker import Tracker
 from torch import Tensor, fx, nn
 from torch._functorch import config as functorch
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
@@ -38,7 +39,6 @@ from rewriter.planner.simulate import Decisions, simulate
 from rewriter.planner.trace import Traced
 from rewriter.planner.transform import split
 
-Tracker = load_script("benchmarks/memory.py").Tracker
 Inputs = tuple[Tensor, ...]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 LOSSY = ("bf16", "int8")
@@ -187,12 +187,12 @@ CASES = {
 # ---- the rig ---------------------------------------------------------------------------------
 
 
-class Watch(Tracker):  # type: ignore[misc, valid-type]
+class Watch(Tracker):
     """Bytes alive on top of what is given, and FLOPs, attention on the CPU included."""
 
     def __init__(self, held: Sequence[Tensor]) -> None:
-        super().__init__(held)
-        self.base, self.flops = self.live, 0
+        super().__init__(given=held)
+        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -384,7 +384,7 @@ class Rig:
 
         def note() -> None:
             nonlocal saved
-            saved = watch.live - watch.base - 4
+            saved = watch.live - 4
 
         try:
             with Watch(held) as watch:
@@ -393,7 +393,7 @@ class Rig:
             self.state.memory = None
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
-        return Measured(watch.peak - watch.base, saved, watch.flops, float(loss), grads)
+        return Measured(watch.peak, saved, watch.flops, float(loss), grads)
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +24,10 @@ from typing import Any
 
 import torch
 from _harness import arguments, command, load_script, parse, write_results
+from _tracker import Tracker
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rewriter import rewrite
@@ -156,38 +155,6 @@ QUICK = (CASES[3], CASES[8])
 
 
 # ---- witnesses -------------------------------------------------------------------------------
-
-
-class Tracker(TorchDispatchMode):
-    """Bytes of the storages that are alive together, from those given on."""
-
-    def __init__(self, held: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.sizes: dict[int, int] = {}
-        self.refs: dict[int, Any] = {}
-        self.add(list(held))
-
-    def add(self, values: Any) -> None:
-        for tensor in tree_leaves(values):
-            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self.sizes:
-                self.sizes[key] = storage.nbytes()
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                self.refs[key] = weakref.ref(storage, lambda _, key=key: self.free(key))
-
-    def free(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
-        del self.refs[key]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.add(out)
-        return out
 
 
 def stored(model: nn.Module) -> list[Tensor]:

@@ -98,14 +98,10 @@ class Steps:
         return row | {"predicted": point.peak, "added": point.seconds / step}
 
 
-def smallest(frontier: Frontier) -> Point:
-    return min(frontier.points, key=lambda p: p.peak)
-
-
 def chosen(frontier: Frontier, share: float) -> tuple[Point, bool]:
     """(the plan for this share of the default peak or else the smallest, whether it is within)."""
     point = frontier.choose(share * frontier.default.peak)
-    return (smallest(frontier), False) if point is None else (point, True)
+    return (frontier.smallest, False) if point is None else (point, True)
 
 
 def least_saved(frontier: Frontier, seconds: float) -> Point:
@@ -292,7 +288,8 @@ def training(kind: str, quick: bool) -> Record:
     """A training on real text: the model of `examples/train_monarch.py`, dense."""
     example = load_script("examples/train_monarch.py")
     if quick:
-        plan = example.QUICK
+        # as deep as the long form: of one layer the logits are most of the peak
+        plan = dataclasses.replace(example.QUICK, depth=3)
     else:
         plan = dataclasses.replace(
             example.Plan(), width=256, depth=3, context=128, batch=4, steps=1000, evaluate=50

@@ -77,16 +77,15 @@ class Program:
 
     def results(self, root: nn.Module, leaves: Sequence[Any], device: str) -> Any:
         """Runs the graph: its flat results."""
-        function = self._functions.get(device)
-        if function is None:
-            function = self._compile(device)
+        function = self.ready(device)._functions[device]
         if self.changes_modes:
             return _restoring_modes(function, root, leaves)
         return function(root, *leaves)
 
     def ready(self, device: str = "") -> Program:
-        """Generates the function now: torch.compile could not trace its generation."""
-        self._compile(device)
+        """With the function of this device, which torch.compile could not trace the making of."""
+        if device not in self._functions:
+            self._functions[device] = self._compile(device)
         return self
 
     def _compile(self, device: str) -> Callable[..., Any]:
@@ -101,8 +100,7 @@ class Program:
         linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
         namespace = dict(code.globals)
         exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 (fx's own codegen)
-        function = self._functions[device] = cast(Callable[..., Any], namespace["forward"])
-        return function
+        return cast(Callable[..., Any], namespace["forward"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # a finished graph never changes again
@@ -239,9 +237,8 @@ class _Hosted(nn.Module):
         root = isinstance(self, RewrittenModule)
         return (_rebuild, (original_class(self), root, _own_names(self)), *reduced[2:])
 
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        moved = super()._apply(fn, recurse)
+        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         state: State = self.__dict__["_rewriter"]
         tensor = next(self.parameters(), None)
         if state.signature is not None and tensor is not None:

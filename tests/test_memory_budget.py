@@ -9,19 +9,17 @@ import pickle
 import random
 import re
 import warnings
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from _tracker import Tracker
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from rewriter import MemoryBudget, explain, load, plan_memory, rewrite
@@ -119,34 +117,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], list[Any]
 }
 
 
-class Tracker(TorchDispatchMode):
-    """Bytes of the storages that operations make, alive together."""
-
-    def __init__(self, held: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.held = {t.untyped_storage()._cdata for t in held}
-        self.sizes: dict[int, int] = {}
-        self.refs: dict[int, Any] = {}
-
-    def free(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
-        del self.refs[key]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.held and key not in self.sizes:
-                    self.sizes[key] = storage.nbytes()
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    self.refs[key] = weakref.ref(storage, lambda _, key=key: self.free(key))
-        return out
-
-
 Result = tuple[Tensor, dict[str, Tensor], dict[str, Tensor], int]
 
 
@@ -157,7 +127,7 @@ def step(model: nn.Module, x: Tensor, grad: Tensor | None = None) -> Result:
     for p in model.parameters():
         p.grad = None
     torch.manual_seed(1)
-    with Tracker([*model.parameters(), *model.buffers(), x]) as tracker:
+    with Tracker(given=[*model.parameters(), *model.buffers(), x]) as tracker:
         result = model(x)
         if grad is None and result.dim():
             grad = torch.linspace(-1, 1, result.numel()).view(result.shape)

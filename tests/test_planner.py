@@ -1,25 +1,24 @@
-"""Plans of one joint graph: gradients stay bit for bit, peaks are what was predicted, to the byte.
+"""Plans of one joint graph: gradients stay bit for bit, and peaks are as predicted, to the byte.
 
-Each model is traced once and its plans run directly; tests/test_memory_budget.py goes the user's way.
+Each model is traced once and its plans run directly; tests/test_memory_budget.py goes the user's
+way.
 """
 
 from __future__ import annotations
 
 import random
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from _tracker import Tracker
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx.graph import _BoxedCodeGen
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from rewriter import MemoryBudget, OptionError, rewrite
 from rewriter.passes import Monarch, Quadratic
@@ -31,7 +30,6 @@ from rewriter.planner.simulate import Decisions, simulate, trimmed
 from rewriter.planner.trace import trace
 from rewriter.planner.transform import split
 from rewriter.running import modes
-
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -117,7 +115,10 @@ class Vit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch, self.norm = nn.Conv2d(3, 32, 4, 4), nn.LayerNorm(32)
-        self.cls, self.place = nn.Parameter(torch.randn(1, 1, 32)), nn.Parameter(torch.randn(17, 32))
+        self.cls, self.place = (
+            nn.Parameter(torch.randn(1, 1, 32)),
+            nn.Parameter(torch.randn(17, 32)),
+        )
         self.blocks, self.head = nn.Sequential(Block(32, False), Block(32, False)), nn.Linear(32, 9)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,33 +192,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Any], Tensor]] = {
 }
 
 
-class Tracker(TorchDispatchMode):
-    """Follows every storage that an operation makes until it is freed."""
-
-    def __init__(self, held: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.sizes = {t.untyped_storage()._cdata: 0 for t in held}
-        self.ends: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.sizes:
-                    self.sizes[key] = storage.nbytes()
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    self.ends[key] = weakref.ref(storage, lambda _, key=key: self._freed(key))
-        return made
-
-    def _freed(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
-        del self.ends[key]
-
-
 class Planned:
     """A model's joint graph, traced once; any plan of it can be run.
 
@@ -254,16 +228,15 @@ class Planned:
         fresh = [hasattr(d, "mutated_input") for d in output.meta["desc"][: self.results]]
         number = sum("tangents" in n.name for n in backward.graph.nodes if n.op == "placeholder")
         torch.manual_seed(0)
-        with Tracker(held) as tracker:
+        with Tracker(given=held) as tracker:
             made = forward.forward(list(held))
             buffers = [t.clone() for t, new in zip(made, fresh, strict=False) if new]
-            tracker.live -= sum(b.nbytes for b in buffers)  # of the test, not of the step
-            tracker.sizes |= {b.untyped_storage()._cdata: 0 for b in buffers}
+            tracker.ignore(buffers)  # of the test, not of the step
             kept = [t for t, new in zip(made, fresh, strict=False) if not new]
             saved = made[self.results :]
             tensors = [t for t in saved if isinstance(t, Tensor)]
             stores = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-            self.saved = sum(n for k, n in stores.items() if tracker.sizes[k])
+            self.saved = sum(n for k, n in stores.items() if k not in tracker.given)
             tangents = [torch.full_like(t, 0.5) for t in kept[:number]]
             arguments = [*(s for s in saved if not isinstance(s, Tensor)), *tensors, *tangents]
             del made, saved, tensors
@@ -330,7 +303,7 @@ def test_the_model_itself_trains_within_half(name: str) -> None:
     for net in (own, optimized):
         net.train()
         torch.manual_seed(1)
-        with Tracker([*net.parameters(), *net.buffers(), x]) as tracker:
+        with Tracker(given=[*net.parameters(), *net.buffers(), x]) as tracker:
             loss(net(x)).backward()
         peaks.append(tracker.peak)
         states.append(torch.get_rng_state())
@@ -454,7 +427,9 @@ def test_dropout_from_its_mask() -> None:
     ways = {r.value: r for r in routes(case.joint) if r.name == "dropout by its mask"}
     assert len(ways) == 4
     read = {u for r in ways.values() for u in r.inputs}
-    case.assert_same(trimmed(case.joint, Decisions((case.joint.needed | read) - set(ways), {}, ways)))
+    case.assert_same(
+        trimmed(case.joint, Decisions((case.joint.needed | read) - set(ways), {}, ways))
+    )
 
 
 def test_monarchs_intermediate_is_laid_out_as_the_kernel_has_it() -> None:

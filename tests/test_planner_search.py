@@ -17,8 +17,8 @@ from rewriter.planner.frontier import Frontier
 from rewriter.planner.greedy import greedy_plans
 from rewriter.planner.joint import Joint, Rates, Route, Step, Value
 from rewriter.planner.mincut import cheap, cut
-from rewriter.planner.parts import Parts
 from rewriter.planner.neighbours import legal, neighbours
+from rewriter.planner.parts import Parts
 from rewriter.planner.simulate import Decisions, schedule, simulate, trimmed
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _tracker import Tracker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,37 +21,6 @@ from rewriter.errors import VerifyError
 from rewriter.passes import Monarch, Quadratic, Quantize, TopK
 
 aten = torch.ops.aten
-
-
-class Allocations(TorchDispatchMode):
-    """Peak of the storages that are alive together, from those given on."""
-
-    def __init__(self, held: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.sizes: dict[int, int] = {}
-        self.refs: dict[int, Any] = {}
-        self.add(held)
-
-    def add(self, values: Any) -> None:
-        for tensor in tree_leaves(values):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.sizes:
-                    self.sizes[key] = storage.nbytes()
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    self.refs[key] = weakref.ref(storage, lambda _, key=key: self.free(key))
-
-    def free(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
-        del self.refs[key]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.add(out)
-        return out
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -80,7 +48,7 @@ def real_peak(model: nn.Module, inputs: Sequence[Tensor], name: str) -> int:
     optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
     train(model, inputs, optimizer)
     states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
-    with Allocations([*model.parameters(), *model.buffers(), *inputs, *states]) as real:
+    with Tracker([*model.parameters(), *model.buffers(), *inputs, *states]) as real:
         train(model, inputs, optimizer)
     return real.peak
 
@@ -216,7 +184,7 @@ def test_random_networks_cost_what_they_cost(
     assert training.peaks[optimizer] == real_peak(gm, [x], optimizer)
     gm.eval()
     inference = propagate(gm, gm.graph, [x])
-    with Allocations([*gm.parameters(), *gm.buffers(), x]) as real, torch.no_grad():
+    with Tracker([*gm.parameters(), *gm.buffers(), x]) as real, torch.no_grad():
         gm(x)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         gm(x)

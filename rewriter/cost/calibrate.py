@@ -13,7 +13,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -223,20 +222,21 @@ def calibrate(known: Measured | None = None) -> tuple[Measured, bool]:
         x, y = torch.rand(512, 1024), torch.rand(1024, 1024)
         speed = 2.0 * 512 * 1024 * 1024 / clock.seconds(lambda: x @ y)
         host, miss = (known.host, known.miss) if known else (_host(clock), _miss(clock))
-        old = known.tables if known else {}
-        tables, whole = _sweep(clock, speed, start + _SECONDS, old)
+        tables = dict(known.tables) if known else {}
+        new, whole = _sweep(clock, speed, start + _SECONDS, tables)
         taken = time.perf_counter() - start
         if whole and 2.2 * taken < _SECONDS:
             # A machine that others share is slow or fast for seconds on end, and a process's heap
             # settles: neither the first sweep nor the second is what a model will see.
-            again, _ = _sweep(clock, speed, math.inf, old)
-            tables = {name: _middle(table, again[name]) for name, table in tables.items()}
-    found = Measured({**old, **tables}, miss, host)
+            again, _ = _sweep(clock, speed, math.inf, tables)
+            new = {name: _middle(table, again[name]) for name, table in new.items()}
+    tables |= new
+    found = Measured(tables, miss, host)
     for kind, axes, _ in composites():
         name = f"ratio/{kind}"
-        if name in tables:
+        if name in new:
             tables[name] = _over_parts(found, kind, axes, tables[name].values)
-    return replace(found, tables={**old, **tables}), whole
+    return found, whole
 
 
 def _sweep(

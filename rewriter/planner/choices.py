@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import fx
@@ -20,7 +21,7 @@ from rewriter.kernels.pack import packed_bytes
 from rewriter.planner.builder import Builder
 from rewriter.planner.joint import Joint, Route, Step, Value
 
-__all__ = ["LOSSY", "Packing", "packings", "routes"]
+__all__ = ["LOSSY", "Packing", "by_value", "packings", "routes"]
 
 aten = torch.ops.aten
 LOSSY = ("bf16", "int8", "int4")
@@ -47,6 +48,17 @@ class Packing:
     seconds: float
     exact: bool = True
     direct: bool = False
+
+
+Choice = TypeVar("Choice", Packing, Route)
+
+
+def by_value(choices: Iterable[Choice]) -> dict[int, list[Choice]]:
+    """The choices there are for each value."""
+    found: dict[int, list[Choice]] = {}
+    for choice in choices:
+        found.setdefault(choice.value, []).append(choice)
+    return found
 
 
 def packings(joint: Joint, lossy: tuple[str, ...] = ()) -> Iterator[Packing]:

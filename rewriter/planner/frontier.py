@@ -78,6 +78,11 @@ class Frontier:
         """The fastest plan whose peak is within the budget; None where none is."""
         return next((p for p in self.points if p.peak <= budget), None)
 
+    @property
+    def smallest(self) -> Point:
+        """The plan with the least peak."""
+        return self.points[-1]
+
     def within(self, seconds: float) -> Point:
         """The smallest plan that adds no more than so many seconds."""
         return [p for p in self.points if p.seconds <= seconds or p is self.points[0]][-1]

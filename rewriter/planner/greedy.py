@@ -4,10 +4,10 @@ From all kept, what gives most bytes per second is dropped first:
 
     argmax (bytes(v) + bytes(u) − bytes that must be kept instead) / Σ seconds of what runs again
 
-over every kept value v alone, and together with the largest kept value u that it is made from: where
-u is read by v's maker only, dropping either is dear and dropping both is not. Steps that have to run
-again for one another form a chain, whose values may all be alive at once; a bound on the bytes of a
-chain, from all of the part down to 1/64 of it, gives plans with small peaks.
+over every kept value v alone, and together with the largest kept value u that it is made from:
+where u is read by v's maker only, dropping either is dear and dropping both is not. Steps that have
+to run again for one another form a chain, whose values may all be alive at once; a bound on the
+bytes of a chain, from all of the part down to 1/64 of it, gives plans with small peaks.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Picked:
     nbytes: int
 
 
-def greedy_plans(joint: Joint, part: Part, exact_only: bool = False) -> list[Picked]:
+def greedy_plans(joint: Joint, part: Part) -> list[Picked]:
     """Plans of a part, from the fastest to the smallest for each bound on chains. Deterministic."""
     found: dict[tuple[object, ...], Picked] = {}
     for bound in _BOUNDS:
-        for picked in _Search(joint, part, bound, exact_only).plans():
+        for picked in _Search(joint, part, bound).plans():
             found.setdefault((picked.kept, picked.packed), picked)
     return list(found.values())
 
@@ -64,7 +64,7 @@ class _Move:
 
 
 class _Search:
-    def __init__(self, joint: Joint, part: Part, bound: float, exact_only: bool) -> None:
+    def __init__(self, joint: Joint, part: Part, bound: float) -> None:
         self.joint, self.part = joint, part
         self.place = {v: i for i, v in enumerate(part.values)}
         self.size = {
@@ -81,7 +81,7 @@ class _Search:
                 self.readers.setdefault(value, []).append(step)
         self.forms: dict[int, list[int]] = {}
         for i, packing in enumerate(part.packings):
-            if (packing.exact or not exact_only) and not packing.direct:
+            if not packing.direct:
                 self.forms.setdefault(packing.value, []).append(i)
         wanted = part.exported | part.needed
         self.kept = {v for v in wanted if v in part.exported or self._may_keep(v)}

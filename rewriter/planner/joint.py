@@ -275,7 +275,8 @@ class Joint:
 
 
 def fusible(step: Step, reductions: bool = False) -> bool:
-    """A fusing compiler computes it inside of its readers; a reduction, on the fly of its inputs."""
+    """A fusing compiler computes it inside of its readers (and, with `reductions`, its inputs
+    inside of it)."""
     target = step.node.target if step.node is not None else None
     if not isinstance(target, OpOverload):
         return False

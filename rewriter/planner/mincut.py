@@ -55,12 +55,9 @@ def cut(joint: Joint, steps: frozenset[int]) -> frozenset[int] | None:
 
     What the user's own checkpoint regions drop is made again at any price.
     """
-    again = {
-        i
-        for i in joint.forward
-        if not joint.steps[i].fixed
-        and (i in steps or (joint.steps[i].outputs and joint.dropped.issuperset(joint.steps[i].outputs)))
-    }  # fmt: skip
+    made = {i: set(joint.steps[i].outputs) for i in joint.forward}
+    must = {i for i, values in made.items() if values and values <= joint.dropped}
+    again = {i for i in steps | must if not joint.steps[i].fixed}
     graph = nx.DiGraph()
     seen: set[int] = set()
     stack = sorted(joint.needed)

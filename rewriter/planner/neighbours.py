@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rewriter.planner.choices import Packing
+from rewriter.planner.choices import Packing, by_value
 from rewriter.planner.joint import Joint, Route
 from rewriter.planner.simulate import Decisions, schedule
 
@@ -29,12 +29,7 @@ def neighbours(
         for v in joint.steps[number].outputs
     }
     touched = sorted(plan.kept | set(plan.packed) | set(plan.routes) | again)
-    forms: dict[int, list[Packing]] = {}
-    for packing in packings:
-        forms.setdefault(packing.value, []).append(packing)
-    ways: dict[int, list[Route]] = {}
-    for route in routes:
-        ways.setdefault(route.value, []).append(route)
+    forms, ways = by_value(packings), by_value(routes)
     for value in touched:
         if joint.values[value].maker is None or value in joint.results:
             continue

@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -58,9 +59,7 @@ def partitioner(
         rates = Rates.of(device_of(list(module.graph.nodes)), fused)
         joint = Joint.of(module, num_fwd_outputs, rates)
         frontier = Frontier(joint, wanted.lossy_forms)
-        decisions, plan = decide(
-            joint, frontier, wanted, time.perf_counter() - start, granted
-        )
+        decisions, plan = decide(joint, frontier, wanted, time.perf_counter() - start, granted)
         parts = split(module, joint, decisions, num_fwd_outputs)
         if on_plan is not None:
             on_plan(plan)
@@ -108,7 +107,8 @@ class InductorPartitioner(CustomPartitionerFn):
         self.budget, self.lossy = budget, lossy
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _pickled, (self.budget, self.lossy)
+        # a copy has nobody to tell of its plan
+        return partial(InductorPartitioner, lossy=self.lossy), (self.budget,)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -121,8 +121,3 @@ class InductorPartitioner(CustomPartitionerFn):
         for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
             digest.update(path.read_bytes())
         return digest.hexdigest()
-
-
-def _pickled(budget: Any, lossy: bool) -> InductorPartitioner:
-    """A copy, without whom to tell of the plan."""
-    return InductorPartitioner(budget, lossy=lossy)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rewriter.planner.choices import Packing
+from rewriter.planner.choices import Packing, by_value
 from rewriter.planner.joint import Joint, Route
 
 __all__ = ["Part", "Parts", "cuts", "joined"]
@@ -102,12 +102,7 @@ class Parts:
         self.of_value = {v: self.of_step[s] for s in order for v in joint.steps[s].outputs}
         self.of_backward = self._backward()
         readers = self._readers()
-        by_value: dict[int, list[Packing]] = {}
-        for packing in packings:
-            by_value.setdefault(packing.value, []).append(packing)
-        routes_to: dict[int, list[Route]] = {}
-        for route in routes:
-            routes_to.setdefault(route.value, []).append(route)
+        forms, routes_to = by_value(packings), by_value(routes)
         wanted = self._wanted(routes_to)
         self.parts = []
         for i, group in enumerate(groups):
@@ -125,7 +120,7 @@ class Parts:
                 values,
                 exported,
                 frozenset(v for v in values if v in joint.needed),
-                [p for v in values for p in by_value.get(v, ())],
+                [p for v in values for p in forms.get(v, ())],
                 own,
             )
             part.signature = self._signature(part)

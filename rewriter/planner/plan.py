@@ -255,14 +255,14 @@ def decide(
         bound = amount * frontier.default.peak if isinstance(amount, float) else amount
         point = frontier.choose(max(bound, granted or 0))
         if point is None and granted is not None:
-            point = _smallest(frontier)
+            point = frontier.smallest
         if point is None:
-            least = min(p.peak for p in frontier.points)
+            least = frontier.smallest.peak
             share = least / max(frontier.default.peak, 1)
             raise OptionError(
                 f"memory_budget: {budget} is not enough for a training step at this batch: the "
                 f"smallest peak found is {least:,} bytes ({share:.0%} of {frontier.default.peak:,} "
-                f"with everything kept), during {_smallest(frontier).simulation.at}. Use at least "
+                f"with everything kept), during {frontier.smallest.simulation.at}. Use at least "
                 "that, a smaller batch, or lossy=True"
             )
     assert point is not None
@@ -290,10 +290,6 @@ def decide(
         opaque=sorted({s.op for s in joint.steps if s.fixed.startswith("a higher-order")}),
     )
     return point.decisions, plan
-
-
-def _smallest(frontier: Frontier) -> Point:
-    return min(frontier.points, key=lambda p: p.peak)
 
 
 def _values(joint: Joint, decisions: Decisions, again: set[int]) -> list[ValueDecision]:

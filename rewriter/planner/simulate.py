@@ -156,13 +156,15 @@ class _Run:
     def __init__(self, joint: Joint, decisions: Decisions, detail: bool) -> None:
         self.joint, self.decisions, self.detail = joint, decisions, detail
         self.sizes = [0 if v.given == "input" else v.nbytes for v in joint.values]
-        self.outer = decisions.kept | joint.results | joint.updates | joint.gradients
+        # what a fusing compiler has to write to memory all the same
+        self.written = decisions.kept | joint.results | joint.updates | joint.gradients
+        self.written |= set(decisions.packed) | set(decisions.routes)
         self.result = Simulation(seconds=sum(p.seconds for p in decisions.packed.values()))
         self.live = 0
 
     def _sizes(self, inlined: frozenset[int]) -> list[int]:
         """Bytes of every value in memory."""
-        gone = inlined - self.outer - set(self.decisions.packed) - set(self.decisions.routes)
+        gone = inlined - self.written
         return [0 if i in gone else n for i, n in enumerate(self.sizes)] if gone else self.sizes
 
     def note(self, name: str, step: int, backward: bool) -> None:

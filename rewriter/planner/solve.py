@@ -80,7 +80,7 @@ class Choice:
 class _Program:
     """The integer programme of one part."""
 
-    def __init__(self, joint: Joint, parts: Parts, part: Part, exact_only: bool) -> None:
+    def __init__(self, joint: Joint, parts: Parts, part: Part) -> None:
         self.joint, self.part = joint, part
         steps = [s for s in part.steps if set(joint.steps[s].outputs) & set(part.values)]
         count = 0
@@ -104,9 +104,6 @@ class _Program:
                 self.upper[column] = 0
             if joint.values[value].node is None:
                 self.upper[column] = 0
-        if exact_only:
-            for packing, column in zip(part.packings, self.c, strict=True):
-                self.upper[column] = packing.exact
         self.rows: list[tuple[int, int, float]] = []
         self.low: list[float] = []
         self._rules()
@@ -203,9 +200,7 @@ class _Program:
         )
 
 
-def part_plans(
-    joint: Joint, parts: Parts, part: Part, grid: int = 7, exact_only: bool = False
-) -> list[Choice]:
+def part_plans(joint: Joint, parts: Parts, part: Part, grid: int = 7) -> list[Choice]:
     """A few plans for a part, from what takes no time to what keeps least.
 
     Raises:
@@ -214,9 +209,9 @@ def part_plans(
     if len(part.values) + len(part.packings) + len(part.routes) + len(part.steps) > BINARIES:
         return [
             Choice(tuple(p.kept), tuple(p.packed), (), p.seconds, p.nbytes)
-            for p in greedy_plans(joint, part, exact_only)
+            for p in greedy_plans(joint, part)
         ]
-    program = _Program(joint, parts, part, exact_only)
+    program = _Program(joint, parts, part)
     # seconds and bytes on one scale, so that of equals the one that keeps less wins
     room = max(float(program.kept.sum() + program.again.sum()), 1e-9)
     time = program.seconds / max(float(program.seconds.max(initial=0)), 1e-9)

@@ -96,8 +96,8 @@ class PlannedTraining:
         return known[-1]
 
     def _granted(self) -> int | None:
-        """Bytes that the budget came to on the example inputs: a shorter last batch, or a pattern of
-        frozen parameters, is not refused in the middle of a training."""
+        """Bytes that the budget came to on the example inputs: a shorter last batch, or a pattern
+        of frozen parameters, is not refused in the middle of a training."""
         if self.plan is None:
             return None
         amount = parse_budget(self.budget.peak)
