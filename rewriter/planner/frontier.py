@@ -12,7 +12,7 @@ from rewriter.planner.joint import Joint
 from rewriter.planner.mincut import free_plans
 from rewriter.planner.neighbours import neighbours
 from rewriter.planner.parts import Parts, cuts, joined
-from rewriter.planner.simulate import Decisions, Simulation, simulate, trimmed
+from rewriter.planner.simulate import Decisions, Event, Simulation, schedule, simulate, trimmed
 from rewriter.planner.solve import Choice, assembled, choose, part_plans
 
 __all__ = ["Frontier", "Point"]
@@ -87,9 +87,11 @@ class Frontier:
         """The smallest plan that adds no more than so many seconds."""
         return [p for p in self.points if p.seconds <= seconds or p is self.points[0]][-1]
 
-    def _add(self, decisions: Decisions) -> Point:
-        decisions = trimmed(self.joint, decisions)
-        point = Point(decisions, simulate(self.joint, decisions))
+    def _add(self, decisions: Decisions, order: Sequence[Event] | None = None) -> Point:
+        joint = self.joint
+        order = schedule(joint, decisions) if order is None else order
+        decisions = trimmed(joint, decisions, order)
+        point = Point(decisions, simulate(joint, decisions, order=order))
         self.found.setdefault((point.peak, point.seconds), point)
         return point
 
@@ -103,10 +105,9 @@ class Frontier:
             # the smallest first: the programmes see peaks least where most is made again
             for point in reversed(new):
                 seen.add(id(point))
-                for decisions in neighbours(
-                    self.joint, point.decisions, self.packings, self.routes
-                ):
-                    self._add(decisions)
+                near = neighbours(self.joint, point.decisions, self.packings, self.routes)
+                for decisions, order in near:
+                    self._add(decisions, order)
                     left -= len(self.joint.steps)
                 if left <= 0:
                     return
@@ -150,9 +151,8 @@ class Frontier:
 
     def _measure(self, parts: Parts, picks: Sequence[Choice]) -> None:
         """Notes of each part's choice what is alive during the part, beyond what is kept."""
-        decisions = assembled(parts, picks)
-        run = simulate(self.joint, trimmed(self.joint, decisions), detail=True)
-        self._add(decisions)
+        point = self._add(assembled(parts, picks))
+        run = simulate(self.joint, point.decisions, detail=True)
         kept = np.cumsum([0, *(p.nbytes for p in picks)])
         for pick, part in zip(picks, parts.parts, strict=True):
             pick.forward.setdefault(part.index, 0)

@@ -222,9 +222,19 @@ class Joint:
         )
         return joint
 
-    @property
+    @cached_property
     def tangents(self) -> frozenset[int]:
         return frozenset(i for i, v in enumerate(self.values) if v.given == "tangent")
+
+    @cached_property
+    def given(self) -> frozenset[int]:
+        """Inputs and tangents."""
+        return frozenset(i for i, v in enumerate(self.values) if v.given)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of every value; of what the caller holds, 0."""
+        return tuple(0 if v.given == "input" else v.nbytes for v in self.values)
 
     @cached_property
     def needed(self) -> frozenset[int]:
@@ -268,6 +278,15 @@ class Joint:
     @cached_property
     def forward(self) -> list[int]:
         return [i for i, s in enumerate(self.steps) if not s.backward]
+
+    @cached_property
+    def forward_ends(self) -> list[tuple[int, int]]:
+        """(value, index into `forward` of the last step that makes or reads it)."""
+        last: dict[int, int] = {}
+        for place, number in enumerate(self.forward):
+            step = self.steps[number]
+            last.update((v, place) for v in (*step.inputs, *step.outputs))
+        return list(last.items())
 
     @cached_property
     def backward(self) -> list[int]:

@@ -12,16 +12,16 @@ from collections.abc import Iterator, Sequence
 
 from rewriter.planner.choices import Packing, by_value
 from rewriter.planner.joint import Joint, Route
-from rewriter.planner.simulate import Decisions, schedule
+from rewriter.planner.simulate import Decisions, Event, schedule
 
 __all__ = ["legal", "neighbours"]
 
 
 def neighbours(
     joint: Joint, plan: Decisions, packings: Sequence[Packing], routes: Sequence[Route]
-) -> Iterator[Decisions]:
+) -> Iterator[tuple[Decisions, list[Event]]]:
     """Legal plans in which one value is kept, packed, derived or made again instead, alone or along
-    with what it is made from."""
+    with what it is made from; each with its schedule."""
     again = {
         v
         for what, number, _ in schedule(joint, plan)
@@ -34,8 +34,11 @@ def neighbours(
         if joint.values[value].maker is None or value in joint.results:
             continue
         for wanted in _others(joint, plan, value, forms.get(value, []), ways.get(value, [])):
-            if legal(joint, wanted):
-                yield wanted
+            if not _holds(joint, wanted):
+                continue
+            order = schedule(joint, wanted)
+            if _runs(joint, wanted, order):
+                yield wanted, order
 
 
 def _others(
@@ -75,13 +78,22 @@ def _without(plan: Decisions, value: int) -> Decisions:
 def legal(joint: Joint, plan: Decisions) -> bool:
     """Nothing runs twice that must not, nothing is made from what cannot serve for it, nothing is
     kept that the user's checkpoint regions drop or that no node returns."""
+    return _holds(joint, plan) and _runs(joint, plan, schedule(joint, plan))
+
+
+def _holds(joint: Joint, plan: Decisions) -> bool:
+    """What is kept may be, and serves what is derived from it."""
     held = plan.kept | set(plan.packed)
     if any(v in joint.dropped or joint.values[v].node is None for v in held):
         return False
-    for route in plan.routes.values():
-        if route.inverse and not all(_serves(joint, plan, u) for u in route.inputs):
-            return False
-    for what, number, _ in schedule(joint, plan):
+    inverses = [r for r in plan.routes.values() if r.inverse]
+    return all(_serves(joint, plan, u) for r in inverses for u in r.inputs)
+
+
+def _runs(joint: Joint, plan: Decisions, order: Sequence[Event]) -> bool:
+    """What runs again may, and reads nothing of which only the sign is left."""
+    direct = {v for v, p in plan.packed.items() if p.direct}
+    for what, number, _ in order:
         if what == "again":
             if joint.steps[number].fixed:
                 return False
@@ -90,7 +102,7 @@ def legal(joint: Joint, plan: Decisions) -> bool:
             inputs = plan.routes[number].inputs
         else:
             continue
-        if any(u in plan.packed and plan.packed[u].direct for u in inputs):
+        if direct and not direct.isdisjoint(inputs):
             return False
     return True
 

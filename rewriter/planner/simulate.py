@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,10 +34,18 @@ class Decisions:
         return cls(joint.needed)
 
 
-def trimmed(joint: Joint, decisions: Decisions) -> Decisions:
-    """Without what nothing reads."""
+def trimmed(
+    joint: Joint, decisions: Decisions, order: Sequence[Event] | None = None
+) -> Decisions:
+    """Without what nothing reads; the backward's order stays the same.
+
+    Args:
+        joint: the graph.
+        decisions: the plan.
+        order: its `schedule`, where that is known.
+    """
     read: set[int] = set()
-    for what, number, _ in schedule(joint, decisions):
+    for what, number, _ in schedule(joint, decisions) if order is None else order:
         if what == "unpack":
             read.add(number)
         elif what == "route":
@@ -105,8 +113,8 @@ class Simulation:
 def schedule(joint: Joint, decisions: Decisions) -> list[Event]:
     """The backward in order: what is missing is made right before its first reader."""
     order: list[Event] = []
-    present = set(decisions.kept)
-    present |= {i for i, v in enumerate(joint.values) if v.given}
+    present = set(decisions.kept | joint.given)
+    taken = set(decisions.packed) | set(decisions.routes)
 
     def need(values: tuple[int, ...], reader: int) -> None:
         stack = list(reversed(values))
@@ -130,130 +138,140 @@ def schedule(joint: Joint, decisions: Decisions) -> list[Event]:
                 present.add(value)
                 order.append(Event("route", value, reader))
             else:
-                taken = set(decisions.packed) | set(decisions.routes)
                 present.update(v for v in joint.steps[maker].outputs if v not in taken)
                 present.add(value)
                 order.append(Event("again", maker, reader))
 
     for number in joint.backward:
-        need(joint.steps[number].inputs, number)
+        if not present.issuperset(joint.steps[number].inputs):
+            need(joint.steps[number].inputs, number)
         present.update(joint.steps[number].outputs)
         order.append(Event("step", number, number))
     return order
 
 
-def simulate(joint: Joint, decisions: Decisions, detail: bool = False) -> Simulation:
+def simulate(
+    joint: Joint,
+    decisions: Decisions,
+    detail: bool = False,
+    order: Sequence[Event] | None = None,
+) -> Simulation:
     """Runs the numbers: each value from the step that makes it to the last that reads it; saved
     values until the backward's last use; results, gradients and tangents to the end, as their
-    holder has them."""
+    holder has them.
+
+    Args:
+        joint: the graph.
+        decisions: the plan.
+        detail: with a timeline.
+        order: the plan's `schedule`, where that is known.
+    """
     run = _Run(joint, decisions, detail)
     run.forward()
-    run.backward()
+    run.backward(schedule(joint, decisions) if order is None else order)
     return run.result
 
 
 class _Run:
+    """Thousands of plans are simulated for one answer: names are made only where one is wanted."""
+
     def __init__(self, joint: Joint, decisions: Decisions, detail: bool) -> None:
         self.joint, self.decisions, self.detail = joint, decisions, detail
-        self.sizes = [0 if v.given == "input" else v.nbytes for v in joint.values]
         # what a fusing compiler has to write to memory all the same
         self.written = decisions.kept | joint.results | joint.updates | joint.gradients
         self.written |= set(decisions.packed) | set(decisions.routes)
         self.result = Simulation(seconds=sum(p.seconds for p in decisions.packed.values()))
         self.live = 0
 
-    def _sizes(self, inlined: frozenset[int]) -> list[int]:
+    def _sizes(self, inlined: frozenset[int]) -> Sequence[int]:
         """Bytes of every value in memory."""
-        gone = inlined - self.written
-        return [0 if i in gone else n for i, n in enumerate(self.sizes)] if gone else self.sizes
+        gone, sizes = inlined - self.written, self.joint.sizes
+        return [0 if i in gone else n for i, n in enumerate(sizes)] if gone else sizes
 
-    def note(self, name: str, step: int, backward: bool) -> None:
-        if self.live > self.result.peak:
-            self.result.peak, self.result.at = self.live, name
-        if self.detail:
-            self.result.timeline.append(Moment(name, step, backward, self.live))
+    def note(self, what: str, number: int, step: int, backward: bool) -> None:
+        """A moment: something happens to a value ("pack", "unpack", "route") or a step runs."""
+        joint, result = self.joint, self.result
+        if self.live > result.peak or self.detail:
+            of_value = what in ("pack", "unpack", "route")
+            name = joint.values[number].name if of_value else joint.steps[number].name
+            name = f"{what} {name}" if what else name
+            if self.live > result.peak:
+                result.peak, result.at = self.live, name
+            if self.detail:
+                result.timeline.append(Moment(name, step, backward, self.live))
 
     def forward(self) -> None:
         joint, packed = self.joint, self.decisions.packed
         sizes = self._sizes(joint.inlined[0])
         order = joint.forward
-        last: dict[int, int] = {}
-        for place, number in enumerate(order):
-            for value in (*joint.steps[number].inputs, *joint.steps[number].outputs):
-                last[value] = place
         held = self.decisions.kept | joint.results | joint.updates
         ends: dict[int, list[int]] = {}
-        for value, place in last.items():
+        for value, place in joint.forward_ends:
             if value not in held:
                 ends.setdefault(place, []).append(value)
         for place, number in enumerate(order):
-            step = joint.steps[number]
-            self.live += sum(sizes[v] for v in step.outputs)
-            self.note(step.name, number, False)
+            outputs = joint.steps[number].outputs
+            for v in outputs:
+                self.live += sizes[v]
+            self.note("", number, number, False)
             # packed as soon as it is made; the original lives on to its last use
-            small = [v for v in step.outputs if v in packed]
+            small = [v for v in outputs if v in packed] if packed else ()
             gone = ends.get(place, ())
-            self.live -= sum(sizes[v] for v in gone if v not in small)
+            for v in gone:
+                self.live -= 0 if v in small else sizes[v]
             for value in small:
                 self.live += packed[value].nbytes
-                self.note(f"pack {joint.values[value].name}", number, False)
-            self.live -= sum(sizes[v] for v in gone if v in small)
+                self.note("pack", value, number, False)
+            for v in small:
+                self.live -= sizes[v] if v in gone else 0
         self.result.forward_peak = self.result.peak
-        saved = {v for v in self.decisions.kept if joint.values[v].given != "input"}
-        self.result.saved = sum(sizes[v] for v in saved)
+        self.result.saved = sum(sizes[v] for v in self.decisions.kept)
         self.result.saved += sum(p.nbytes for p in packed.values())
 
-    def backward(self) -> None:
-        joint, decisions = self.joint, self.decisions
+    def backward(self, order: Sequence[Event]) -> None:
+        joint, decisions, result = self.joint, self.decisions, self.result
         sizes = self._sizes(joint.inlined[1])
-        order = schedule(joint, decisions)
-        last: dict[int, int] = {}
-        made: dict[int, int] = {}
-        taken = set(decisions.packed) | set(decisions.routes)
-        passing: dict[int, int] = {}  # made a second time along with another value, and not read
-        for place, event in enumerate(order):
-            if event.what in ("unpack", "route"):
+        kept, packed, routes = decisions.kept, decisions.packed, decisions.routes
+        taken = set(packed) | set(routes)
+        last = [-1] * len(joint.values)
+        made: set[int] = set()
+        # bytes by place: what begins to live, what does for this moment only, what ends
+        begins, passing, ends = ([0] * len(order) for _ in range(3))
+        for place, (what, number, _) in enumerate(order):
+            outputs: Sequence[int] = (number,)
+            if what == "unpack":
                 inputs: tuple[int, ...] = ()
-                if event.what == "route":
-                    inputs = decisions.routes[event.number].inputs
-                outputs: tuple[int, ...] = (event.number,)
+                ends[place] += packed[number].nbytes
+            elif what == "route":
+                route = routes[number]
+                inputs = route.inputs
+                result.seconds += route.seconds
+                result.flops += route.flops
             else:
-                inputs = joint.steps[event.number].inputs
-                outputs = joint.steps[event.number].outputs
-                if event.what == "again":
-                    extra = [v for v in outputs if v in taken or v in decisions.kept]
-                    passing[place] = sum(sizes[v] for v in extra)
-                    outputs = tuple(v for v in outputs if v not in taken)
+                step = joint.steps[number]
+                inputs, outputs = step.inputs, step.outputs
+                if what == "again":
+                    # made a second time along with another value, and not read
+                    passing[place] = sum(sizes[v] for v in outputs if v in taken or v in kept)
+                    outputs = [v for v in outputs if v not in taken]
+                    result.seconds += step.seconds
+                    result.flops += step.flops
+                    result.recomputed.append(number)
             for value in inputs:
                 last[value] = place
             for value in outputs:
-                if value not in decisions.kept:
-                    made.setdefault(value, place)
-                last[value] = max(last.get(value, 0), place)
-        begins: dict[int, list[int]] = {}
-        ends: dict[int, list[int]] = {}
-        for value, place in made.items():
-            begins.setdefault(place, []).append(value)
+                if value not in kept and value not in made:
+                    made.add(value)
+                    begins[place] += sizes[value]
+                last[value] = place
         # held through the whole backward, by the caller or by autograd
         held = joint.results | joint.gradients | joint.tangents
-        for value, place in last.items():
-            if value not in held:
-                ends.setdefault(place, []).append(value)
-        alive = (decisions.kept | joint.results | joint.tangents) - set(made)
-        self.live = sum(sizes[v] for v in alive)
-        self.live += sum(p.nbytes for p in decisions.packed.values())
+        for value, place in enumerate(last):
+            if place >= 0 and value not in held:
+                ends[place] += sizes[value]
+        self.live = sum(sizes[v] for v in (kept | joint.results | joint.tangents) - made)
+        self.live += sum(p.nbytes for p in packed.values())
         for place, (what, number, reader) in enumerate(order):
-            self.live += sum(sizes[v] for v in begins.get(place, ())) + passing.get(place, 0)
-            name = joint.values[number].name if what in ("unpack", "route") else ""
-            self.note(f"{what} {name or joint.steps[number].name}", reader, True)
-            self.live -= passing.get(place, 0)
-            if what == "unpack":
-                self.live -= decisions.packed[number].nbytes
-            elif what == "route":
-                self.result.seconds += decisions.routes[number].seconds
-                self.result.flops += decisions.routes[number].flops
-            elif what == "again":
-                self.result.seconds += joint.steps[number].seconds
-                self.result.flops += joint.steps[number].flops
-                self.result.recomputed.append(number)
-            self.live -= sum(sizes[v] for v in ends.get(place, ()))
+            self.live += begins[place] + passing[place]
+            self.note(what, number, reader, True)
+            self.live -= passing[place] + ends[place]
