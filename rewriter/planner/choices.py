@@ -63,7 +63,7 @@ def by_value(choices: Iterable[Choice]) -> dict[int, list[Choice]]:
 
 def packings(joint: Joint, lossy: tuple[str, ...] = ()) -> Iterator[Packing]:
     """All that make a value smaller."""
-    signs = _signs_only(joint)
+    signs, numbers = _signs_only(joint), _from_numbers(joint)
     for i, value in enumerate(joint.values):
         maker = value.maker
         if maker is None or joint.steps[maker].backward or value.node is None:
@@ -80,6 +80,8 @@ def packings(joint: Joint, lossy: tuple[str, ...] = ()) -> Iterator[Packing]:
         elif value.dtype.is_floating_point:
             if i in signs:
                 yield Packing(i, "sign", bits, slow, direct=True)
+            if i not in numbers:
+                continue
             # two passes to find the ranges and to round, one to come back
             passes = moving(value.nbytes) + moving(2 * value.nbytes) + moving(2 * value.nbytes)
             if "bf16" in lossy and value.dtype == torch.float32:
@@ -110,6 +112,19 @@ def _signs_only(joint: Joint) -> set[int]:
                 (good if j == place and plain else bad).update(values)
         bad.update(v for v in step.inputs if v not in good)
     return good - bad
+
+
+def _from_numbers(joint: Joint) -> set[int]:
+    """Values computed from parameters or from inputs that are floats. Others are masks: additive
+    ones hold -inf, or numbers as large, beside which a group's other values are lost."""
+    found = {
+        i for i, v in enumerate(joint.values) if v.given == "input" and v.dtype.is_floating_point
+    }
+    for number in joint.forward:
+        step = joint.steps[number]
+        if found.intersection(step.inputs):
+            found.update(v for v in step.outputs if joint.values[v].dtype.is_floating_point)
+    return found
 
 
 def _pooled(step: Step) -> bool:

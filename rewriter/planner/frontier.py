@@ -19,7 +19,7 @@ __all__ = ["Frontier", "Point"]
 
 _LARGE = 2500
 """Steps of a forward above which fewer sizes of parts and fewer budgets are tried."""
-_WORK = 150_000
+_WORK = 300_000
 """Steps simulated by the local search."""
 
 
