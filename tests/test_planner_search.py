@@ -191,7 +191,7 @@ def test_a_part_of_thousands_of_values_is_planned_greedily() -> None:
     parts = Parts(joint, [], [], [])
     (whole,) = parts.parts
     assert len(whole.values) + len(whole.steps) > solve.BINARIES
-    choices = solve.part_plans(joint, parts, whole)
+    choices, _ = solve.part_plans(joint, parts, whole)
     peaks = []
     for choice in choices:
         kept, packed, ways = choice.decisions(whole)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rewriter.planner.chain import choose
 from rewriter.planner.choices import packings, routes
 from rewriter.planner.joint import Joint
 from rewriter.planner.mincut import free_plans
 from rewriter.planner.neighbours import neighbours
 from rewriter.planner.parts import Parts, cuts, joined
 from rewriter.planner.simulate import Decisions, Event, Simulation, schedule, simulate, trimmed
-from rewriter.planner.solve import Choice, assembled, choose, part_plans
+from rewriter.planner.solve import Choice, assembled, part_plans
 
 __all__ = ["Frontier", "Point"]
 
@@ -51,7 +52,7 @@ class Frontier:
         points: budgets to solve for, between the least and the most.
     """
 
-    def __init__(self, joint: Joint, lossy: tuple[str, ...] = (), points: int = 16) -> None:
+    def __init__(self, joint: Joint, lossy: tuple[str, ...] = (), points: int = 48) -> None:
         self.joint = joint
         self.gap = 0.0
         self.packings = list(packings(joint, lossy))
@@ -126,7 +127,8 @@ class Frontier:
         choices: list[list[Choice]] = []
         for part in parts.parts:
             if part.signature not in known:
-                known[part.signature] = part_plans(joint, parts, part)
+                known[part.signature], gap = part_plans(joint, parts, part)
+                self.gap = max(self.gap, gap)
             choices.append(
                 [
                     Choice(c.kept, c.packed, c.routes, c.seconds, c.nbytes)

@@ -263,7 +263,7 @@ def decide(
                 f"memory_budget: {budget} is not enough for a training step at this batch: the "
                 f"smallest peak found is {least:,} bytes ({share:.0%} of {frontier.default.peak:,} "
                 f"with everything kept), during {frontier.smallest.simulation.at}. Use at least "
-                "that, a smaller batch, or lossy=True"
+                f"that{'' if budget.lossy else ', lossy=True,'} or a smaller batch"
             )
     assert point is not None
     run = simulate(joint, point.decisions, detail=True)

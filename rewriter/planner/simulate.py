@@ -34,9 +34,7 @@ class Decisions:
         return cls(joint.needed)
 
 
-def trimmed(
-    joint: Joint, decisions: Decisions, order: Sequence[Event] | None = None
-) -> Decisions:
+def trimmed(joint: Joint, decisions: Decisions, order: Sequence[Event] | None = None) -> Decisions:
     """Without what nothing reads; the backward's order stays the same.
 
     Args:

@@ -13,14 +13,8 @@ there, and so must what is read to make something again:
 
 for several κ and ω: a few plans for a part, between all kept and nothing kept. What is unpacked or
 derived is there for a moment; what steps make again may be there all at once. The simulation says
-what each takes while the part's backward runs, beyond what is kept. Over all parts, one plan is
-chosen for each (x_{j,a} binary), such that at no time more is alive than the budget:
-
-    Σ_{i<j} K_i + F_j ≤ B     in the forward,
-    Σ_{i≤j} K_i + W_j ≤ B     in the backward of part j.
-
-A sum over all that is saved, as elsewhere, says little of the peak: what is made again early and
-needed late is alive all the time between.
+what each takes while the part's backward runs, beyond what is kept. `chain.py` then takes one plan
+for each part.
 """
 
 from __future__ import annotations
@@ -38,7 +32,7 @@ from rewriter.planner.joint import Joint, Route
 from rewriter.planner.parts import Part, Parts
 from rewriter.planner.simulate import Decisions
 
-__all__ = ["Choice", "assembled", "choose", "part_plans"]
+__all__ = ["Choice", "assembled", "part_plans"]
 
 MB = float(1 << 20)
 LIMIT = 10.0
@@ -106,6 +100,7 @@ class _Program:
                 self.upper[column] = 0
         self.rows: list[tuple[int, int, float]] = []
         self.low: list[float] = []
+        self.gap = 0.0
         self._rules()
         self._prices()
 
@@ -186,7 +181,10 @@ class _Program:
             integrality=np.ones(self.count),
             options={"node_limit": 200, "time_limit": LIMIT, "mip_rel_gap": 1e-3},
         )
-        return None if found.x is None else found.x > 0.5
+        if found.x is None:
+            return None
+        self.gap = max(self.gap, float(found.mip_gap or 0.0))
+        return found.x > 0.5
 
     def choice(self, x: np.ndarray) -> Choice:
         part = self.part
@@ -200,8 +198,11 @@ class _Program:
         )
 
 
-def part_plans(joint: Joint, parts: Parts, part: Part, grid: int = 7) -> list[Choice]:
-    """A few plans for a part, from what takes no time to what keeps least.
+def part_plans(
+    joint: Joint, parts: Parts, part: Part, grid: int = 12
+) -> tuple[list[Choice], float]:
+    """(a few plans for a part, from what takes no time to what keeps least; the largest relative
+    gap of its programmes, proven by the solver).
 
     Raises:
         RuntimeError: there is none, which would be a flaw of this code.
@@ -210,7 +211,7 @@ def part_plans(joint: Joint, parts: Parts, part: Part, grid: int = 7) -> list[Ch
         return [
             Choice(tuple(p.kept), tuple(p.packed), (), p.seconds, p.nbytes)
             for p in greedy_plans(joint, part)
-        ]
+        ], 0.0
     program = _Program(joint, parts, part)
     # seconds and bytes on one scale, so that of equals the one that keeps less wins
     room = max(float(program.kept.sum() + program.again.sum()), 1e-9)
@@ -230,70 +231,7 @@ def part_plans(joint: Joint, parts: Parts, part: Part, grid: int = 7) -> list[Ch
             x = program.solve(time + 1e-4 * memory, kept, again)
             if x is not None:
                 found.setdefault(tuple(x.tolist()), x)
-    return [program.choice(x) for x in found.values()]
-
-
-def choose(
-    choices: Sequence[Sequence[Choice]],
-    budget: float | None,
-    gap: float = 0.01,
-) -> tuple[list[int], float] | None:
-    """(a plan for each part, proven gap): least time within a budget; None where nothing fits.
-
-    Args:
-        choices: of each part.
-        budget: bytes; None for the least peak there is.
-        gap: relative, at which the search ends.
-    """
-    number = len(choices)
-    offsets = np.cumsum([0, *map(len, choices)])
-    binaries = int(offsets[-1])
-    count = binaries + number + 1  # Σ_{i≤j} K_i of each j, and the peak itself
-    peak = count - 1
-    rows: list[tuple[int, int, float]] = []
-    low: list[float] = []
-    high: list[float] = []
-
-    def rule(terms: list[tuple[int, float]], least: float, most: float) -> None:
-        rows.extend((len(low), c, f) for c, f in terms)
-        low.append(least)
-        high.append(most)
-
-    for j, own in enumerate(choices):
-        mine = range(int(offsets[j]), int(offsets[j + 1]))
-        before = [(binaries + j - 1, 1.0)] if j else []
-        rule([(c, 1.0) for c in mine], 1, 1)
-        kept = [(c, o.nbytes / MB) for c, o in zip(mine, own, strict=True)]
-        rule([(binaries + j, -1.0), *before, *kept], 0, 0)
-        ahead = [(c, o.forward[j] / MB) for c, o in zip(mine, own, strict=True)]
-        rule([*before, *ahead, (peak, -1.0)], -np.inf, 0)
-        back = [(c, o.backward[j] / MB) for c, o in zip(mine, own, strict=True)]
-        rule([(binaries + j, 1.0), *back, (peak, -1.0)], -np.inf, 0)
-    row, column, factor = (np.array(x) for x in zip(*rows, strict=True))
-    matrix = coo_array((factor, (row, column)), shape=(len(low), count)).tocsr()
-    cost = np.zeros(count)
-    if budget is None:
-        cost[peak] = 1
-    else:
-        scale = max((o.seconds for own in choices for o in own), default=0) or 1.0
-        total = sum(max(o.nbytes for o in own) for own in choices) or 1
-        for c, o in enumerate(o for own in choices for o in own):
-            cost[c] = o.seconds / scale + 1e-5 * o.nbytes / total
-    upper = np.concatenate([np.ones(binaries), np.full(number + 1, np.inf)])
-    if budget is not None:
-        upper[peak] = budget / MB
-    integral = np.concatenate([np.ones(binaries), np.zeros(number + 1)])
-    found = milp(
-        cost,
-        constraints=[LinearConstraint(matrix, low, high)],
-        bounds=Bounds(0, upper),
-        integrality=integral,
-        options={"node_limit": 50, "time_limit": LIMIT, "mip_rel_gap": gap},
-    )
-    if found.x is None:
-        return None
-    picks = [int(np.argmax(found.x[offsets[j] : offsets[j + 1]])) for j in range(number)]
-    return picks, float(found.mip_gap or 0.0)
+    return [program.choice(x) for x in found.values()], program.gap
 
 
 def assembled(parts: Parts, picks: Sequence[Choice]) -> Decisions:

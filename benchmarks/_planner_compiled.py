@@ -1,0 +1,141 @@
+"""The planner inside Inductor, beside Inductor's own partitioner: what a step saves, its peak, its
+time. There elementwise operations are fused into their readers, so that repeating them is nearly
+free, for PyTorch's partitioner as for the planner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from _harness import interleaved, quartiles
+from _planned import Partition, Rig, difference, min_cut
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch.profiler import ProfilerActivity, profile
+
+from rewriter.planner.frontier import Frontier, Point
+from rewriter.planner.joint import Joint, Rates, device_of
+from rewriter.planner.transform import split
+
+Record = dict[str, Any]
+Pick = Callable[[Frontier], Point | None]
+UNDER = 0.75
+"""Share of what min-cut saves that a plan is to be within."""
+
+
+class Noted(CustomPartitionerFn):
+    """A partitioner of whose forward it is noted what it saves.
+
+    Attributes:
+        saved: bytes, of what the forward makes and returns for the backward alone.
+    """
+
+    def __init__(self, partition: Partition) -> None:
+        self.partition = partition
+        self.saved = 0
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        forward, backward = self.partition(gm, joint_inputs, **kwargs)
+        nodes = list(forward.graph.nodes)
+        number = kwargs["num_fwd_outputs"]
+        given = [n for n in nodes if n.op == "placeholder"] + list(nodes[-1].args[0][:number])
+        known = {s._cdata for n in given for s in _storage(n)}
+        saved = {s._cdata: s.nbytes() for n in nodes[-1].args[0][number:] for s in _storage(n)}
+        self.saved += sum(size for key, size in saved.items() if key not in known)
+        return forward, backward
+
+    def uuid(self) -> None:
+        """Nothing of this comes from a cache."""
+
+
+def _storage(node: object) -> list[torch.UntypedStorage]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return [value.untyped_storage()] if isinstance(value, Tensor) else []
+
+
+def planned(pick: Pick, notes: Record) -> Partition:
+    """A partition by a plan that `pick` takes; what was predicted of it goes into `notes`."""
+
+    def partition(
+        module: fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **_: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        rates = Rates.of(device_of(list(module.graph.nodes)), fused=True)
+        joint = Joint.of(module, num_fwd_outputs, rates)
+        frontier = Frontier(joint)
+        point = pick(frontier) or frontier.smallest
+        step = sum(s.seconds for s in joint.steps)
+        notes["predicted peak"], notes["added"] = point.peak, point.seconds / step
+        return split(module, joint, point.decisions, num_fwd_outputs)
+
+    return partition
+
+
+def peak_of(step: Callable[[], object]) -> int:
+    """Most bytes allocated during a step, beyond what there was, as the profiler records them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    inner = found.profiler
+    assert inner is not None
+    events = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def compiled(rig: Rig, quick: bool, seconds: float) -> Record:
+    """A step of a model compiled with several partitioners, in turn in one process."""
+    cut = 0
+
+    def under(frontier: Frontier) -> Point | None:
+        found = [p for p in frontier.found.values() if p.simulation.saved <= UNDER * cut]
+        return min(found, key=lambda p: (p.seconds, p.peak), default=None)
+
+    def share(part: float) -> Pick:
+        return lambda frontier: frontier.choose(part * frontier.default.peak)
+
+    picks: dict[str, Pick | float | None] = {
+        "min-cut": None,
+        "torch 0.5": 0.5,
+        "ours, no added time": lambda frontier: frontier.within(0),
+        "ours, 25 % under min-cut": under,
+        "ours at 60 %": share(0.6),
+        "ours at 35 %": share(0.35),
+    }
+    exact: dict[str, Tensor] = {}
+    rows: dict[str, Record] = {}
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name, pick in picks.items():
+        notes: Record = {}
+        noted = Noted(planned(pick, notes) if callable(pick) else min_cut(pick))
+        torch._dynamo.reset()
+        options = {"custom_partitioner_fn": noted}
+        calls[name] = partial(rig.step, torch.compile(rig.plain, options=options))
+        start = time.perf_counter()
+        calls[name]()
+        taken = time.perf_counter() - start
+        grads = {n: p.grad for n, p in rig.plain.named_parameters() if p.grad is not None}
+        exact = exact or grads
+        cut = cut or noted.saved
+        rig.plain.zero_grad(set_to_none=True)
+        rows[name] = notes | {
+            "saved": noted.saved,
+            "peak": peak_of(calls[name]),
+            "compile s": taken,
+            "relative": difference(exact, grads)[1],
+        }
+    start = time.perf_counter()
+    for call in calls.values():
+        call()
+    once = time.perf_counter() - start
+    found = interleaved(calls, 2 if quick else max(5, min(20, round(seconds / once))), 0)
+    for name, values in found.items():
+        ratios = [a / b for a, b in zip(values, found["min-cut"], strict=True)]
+        rows[name] |= {"ms": quartiles(values)[1] * 1e3, "ratio": quartiles(ratios)}
+    return {"model": rig.case.name, "rounds": len(found["min-cut"]), "rows": rows}
