@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter.base import Pass, Where
@@ -30,7 +31,7 @@ from rewriter.cost import Device
 from rewriter.dynamo import Lifted, capture_dynamo
 from rewriter.engine import Engine, Options, check_passes
 from rewriter.errors import OptionError, RewriteError, RewriteWarning
-from rewriter.frame import Frame, source_name
+from rewriter.frame import Frame, guard_mode, source_name
 from rewriter.frozen import Derived, Refused, Weights, again
 from rewriter.graphs import Graph, Sketch, record
 from rewriter.installing import Installation
@@ -38,6 +39,7 @@ from rewriter.lowering import INNER, Flat, Inner, flattened, own_ops
 from rewriter.parse import nearest, parse_pass
 from rewriter.planner import MemoryBudget
 from rewriter.report import Report, Step
+from rewriter.store import Recipe
 
 __all__ = ["Backend", "backend", "rewriter_backend"]
 
@@ -136,13 +138,27 @@ class Backend:
         for name in ("install", "lossy"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r}: use True or False")
+        limit = self.max_error
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
+            raise OptionError(f"max_error={limit!r}: use a number, or None")
+        if not (self.mode is None or isinstance(self.mode, str)):
+            raise OptionError(f"mode={self.mode!r}: use the name of one of torch.compile's modes")
         if self.memory_budget is not None:
-            MemoryBudget.of(self.memory_budget)
+            budget = MemoryBudget.of(self.memory_budget)
+            if budget.lossy and budget.gradient_error != MemoryBudget.gradient_error:
+                raise OptionError(
+                    f"memory_budget: gradient_error={budget.gradient_error:g} cannot be checked "
+                    "inside torch.compile, where there are no numbers to measure it on: leave it "
+                    "out, or call rewriter.rewrite(memory_budget=…), which measures it"
+                )
         if self.inductor is not None and not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor={self.inductor!r}: use a dict of Inductor's options")
-        self._check_conflicts()
+        strange = [name for name in self.inductor or {} if not isinstance(name, str)]
+        if strange:
+            raise OptionError(f"inductor: the names of Inductor's options are text, not {strange}")
         found = None if self.device is None else Device.get(self.device)
         self._options = Options(self.objective, self.max_error, self.where, found)
+        self._check_conflicts()
         self._inner = self._compiler(self.mode)
 
     def _check_conflicts(self) -> None:
@@ -159,25 +175,47 @@ class Backend:
             and self.memory_budget is None,
             "install=True installs what passes make, and there are none": self.install
             and not self.passes,
-        }
+            "lossy=True, and memory_budget is a MemoryBudget, which says lossy itself": self.lossy
+            and isinstance(self.memory_budget, MemoryBudget)
+            and not self.memory_budget.lossy,
+            "memory_budget and inductor={'custom_partitioner_fn': …} both split the graph":
+            self.memory_budget is not None and "custom_partitioner_fn" in (self.inductor or {}),
+            "where, objective and max_error choose what passes do, and there are none":
+            not self.passes and (self.where, self.objective, self.max_error) != (None, None, None),
+        }  # fmt: skip
         found = [text for text, holds in problems.items() if holds]
         if found:
             raise OptionError(f"conflicting options: {'; '.join(found)}")
 
     def _compiler(self, mode: str | None) -> Inner:
-        config = {k.replace("-", "_"): v for k, v in (self.inductor or {}).items()}
+        config: dict[str, Any] = {}
+        for name, value in (self.inductor or {}).items():
+            plain = name.replace("-", "_")
+            if config.setdefault(plain, value) != value:
+                raise OptionError(f"conflicting options: inductor says {plain} twice")
         if config or mode not in (None, "default"):
-            from torch._inductor import config as known
-            from torch._inductor import list_mode_options
-
-            modes = [*list_mode_options(), "default"]
-            if mode is not None and mode not in modes:
-                raise OptionError(f"mode={mode!r} is unknown{nearest(mode, modes)}")
-            every = list(known.get_config_copy())
-            for name in config:
-                if name not in every:
-                    raise OptionError(f"Inductor has no option {name!r}{nearest(name, every)}")
+            self._check_inductor(config, mode)
         return Inner(self.inner, mode, config, self.memory_budget, self.lossy)
+
+    def _check_inductor(self, config: Mapping[str, Any], mode: str | None) -> None:
+        from torch._inductor import config as known
+        from torch._inductor import list_mode_options
+
+        modes = [*list_mode_options(), "default"]
+        if mode is not None and mode not in modes:
+            raise OptionError(f"mode={mode!r} is unknown{nearest(mode, modes)}")
+        set_by_mode = {} if mode in (None, "default") else list_mode_options(mode)
+        every = known.get_config_copy()
+        for name, value in config.items():
+            if name not in every:
+                raise OptionError(f"Inductor has no option {name!r}{nearest(name, [*every])}")
+            if isinstance(every[name], bool) and not isinstance(value, bool):
+                raise OptionError(f"inductor={{{name!r}: {value!r}}}: use True or False")
+            if set_by_mode.get(name, value) != value:
+                raise OptionError(
+                    f"conflicting options: mode={mode!r} sets {name} to {set_by_mode[name]!r}, and "
+                    f"inductor to {value!r}"
+                )
 
     def __call__(
         self,
@@ -214,7 +252,9 @@ class _Compilation:
         self.module, self.inputs = module, inputs
         self.frame = Frame.current(module)
         self.name = self.frame.name
-        self.training = torch.is_grad_enabled() and any(
+        self.partial = self.frame.partial
+        self.names = self.frame.names(source_name(n) for n in module.graph.nodes)
+        self.training = (torch.is_grad_enabled() or _switches_gradients_on(module)) and any(
             isinstance(t, Tensor) and t.requires_grad for t in inputs
         )
         self.sketch = Sketch(module, inputs)
@@ -232,7 +272,8 @@ class _Compilation:
                 "graph into buckets. Call rewriter.rewrite before wrapping and compile without "
                 "passes, or set torch._dynamo.config.optimize_ddp = False"
             )
-        lifted = capture_dynamo(self.module, self.inputs)
+        _refuse_transforms(self.module)
+        lifted = capture_dynamo(self.module, self.inputs, self.names)
         for name, i in lifted.paths.items():
             if self.inputs[i].is_inference():
                 raise RewriteError(
@@ -240,6 +281,8 @@ class _Compilation:
                     "what is derived from it could get stale unnoticed. Build or load the model "
                     "outside of inference_mode"
                 )
+        for i in lifted.paths.values():
+            guard_mode(lifted.placeholders[i])
         self.modes = self._modes(lifted)
         self._set_modes(lifted)
         engine, report = self._rewritten(lifted, self.inputs)
@@ -253,7 +296,8 @@ class _Compilation:
             if not self.backend.install:
                 raise RewriteError(_REPLACES.format(self._names(installed), ", ".join(changed[:4])))
             self.graph.notes.append("the first call runs uncompiled and installs the new layers")
-            return self._done(Installation(lifted, engine.recipe, self.frame).run)
+            ready = Installation(lifted, engine.recipe, self.frame, self._rewritten_for)
+            return self._done(ready.run)
         code = self._lowered(flat.module, flat.arguments(self.inputs))
         return self._done(self._fed(engine, lifted, flat, code))
 
@@ -261,14 +305,24 @@ class _Compilation:
 
     def _priced(self) -> Report:
         """The ledger of a graph that no pass has seen."""
+        _refuse_transforms(self.sketch.module)
         examples = self.sketch.examples()
-        lifted = capture_dynamo(self.sketch.module, examples)
+        lifted = capture_dynamo(self.sketch.module, examples, self.names)
         return self._rewritten(lifted, examples, passes=())[1]
 
     def _done(self, code: Callable[..., Any]) -> Callable[..., Any]:
+        limit = torch._dynamo.config.recompile_limit
+        if self.frame.compilation + 1 >= limit:
+            note = (
+                f"compiled {self.frame.compilation + 1} times, which is Dynamo's limit "
+                "(torch._dynamo.config.recompile_limit): for other types, sizes or modes this code "
+                "runs as it was written, without passes. Compile with dynamic=True, or raise it"
+            )
+            self.graph.notes.append(note)
+            warnings.warn(f"{self.name}: {note}", RewriteWarning, stacklevel=2)
         record(self.graph, self.frame.asked)
         # compiled code outlives the call: it must not keep the user's model and batch alive
-        self.frame = self.graph.frame = replace(self.frame, asked=None, scope={})
+        self.frame = self.graph.frame = replace(self.frame, asked=None, scope={}, root=None)
         self.module, self.inputs = self.sketch.module, ()
         return code
 
@@ -311,18 +365,36 @@ class _Compilation:
     ) -> tuple[Engine, Report]:
         chosen = self.backend.passes if passes is None else passes
         options = self.backend._options
-        partial = bool(self.frame.broke) or "resume_in" in self.frame.code
-        if partial:  # a name may well be in another part of the code
+        if self.partial:  # a name may well be in another part of the code
             chosen = [replace(p, where=_predicate(p.where)) for p in chosen]
             options = replace(options, where=_predicate(options.where))
+            self._check_names()
         engine = _Engine(lifted.capture, options)
         engine.training = self.training
-        with _plain(quiet=partial or (self.backend.install and self.frame.compilation > 0)):
+        with _plain(quiet=self.partial or (self.backend.install and self.frame.compilation > 0)):
             steps = [engine.original()]
             steps += [engine.run(p) for p in chosen]
         report = engine.report(steps)
         report.model = self.name or report.model
         return engine, report
+
+    def _check_names(self) -> None:
+        """A pattern that no part of the compiled module can match is a slip of the pen.
+
+        Raises:
+            OptionError: naming the nearest.
+        """
+        root = self.frame.root
+        if root is None:
+            return
+        every = [name for name, module in root.named_modules() if name]
+        every += [name for name, _ in root.named_parameters()]
+        for where in (self.backend.where, *(p.where for p in self.backend.passes)):
+            if isinstance(where, str) and not fnmatch.filter(every, where):
+                raise OptionError(
+                    f"where={where!r} matches no module of {type(root).__name__}"
+                    f"{nearest(where, every)}"
+                )
 
     def _trainable(self, lifted: Lifted, flat: Flat) -> list[str]:
         """The trainable parameters that the rewritten graph lost or made."""
@@ -378,10 +450,16 @@ class _Compilation:
         )
         return _untraced(run)
 
+    def _rewritten_for(self, inputs: Sequence[Any]) -> tuple[Lifted, Recipe]:
+        """The same graph for other parameters of the same shapes."""
+        lifted = capture_dynamo(self.sketch.module, inputs, self.names)
+        self._set_modes(lifted)
+        return lifted, self._rewritten(lifted, inputs)[0].recipe
+
     def _anew(self, inputs: Sequence[Any], why: str) -> Derived:
         """For weights that the passes take in another way: the graph is rewritten from the start,
         and compiled by the inner compiler alone."""
-        lifted = capture_dynamo(self.sketch.module, inputs)
+        lifted = capture_dynamo(self.sketch.module, inputs, self.names)
         self._set_modes(lifted)
         _, report = self._rewritten(lifted, inputs)
         flat = flattened(self.sketch.module, lifted, inputs)
@@ -400,6 +478,22 @@ class _Compilation:
             return code(*[everything[i] for i in kept], *everything[count:])
 
         return Derived(run, tensors)
+
+
+def _refuse_transforms(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        if "functorch" in str(getattr(node.target, "__module__", "")):
+            raise RewriteError(
+                "the compiled code uses torch.func.grad (or another of its derivatives), whose "
+                "graphs no pass or ledger reads: call rewriter.rewrite on the model first, and "
+                "compile without passes"
+            )
+
+
+def _switches_gradients_on(module: fx.GraphModule) -> bool:
+    """The code says `torch.enable_grad` itself, whatever it is called under."""
+    switch = torch._C._set_grad_enabled
+    return any(n.target is switch and n.args[:1] == (True,) for n in module.graph.nodes)
 
 
 class _Engine(Engine):
@@ -443,6 +537,7 @@ def _predicate(where: Where) -> Where:
 def _plain(quiet: bool) -> Iterator[None]:
     """Passes compute in full precision and with ordinary tensors, whatever the caller's modes."""
     with (
+        temporarily_clear_interpreter_stack(),  # of torch.func, whose tensors have no storage
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),

@@ -8,16 +8,17 @@ every pass sees the normal form.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from rewriter.capture import Capture, Region
-from rewriter.frame import source_name
+from rewriter.errors import RewriteError
+from rewriter.frame import owner_of, source_name, source_steps
 from rewriter.sites import op_name
-from rewriter.tree import attribute
+from rewriter.tree import attribute, join
 
 __all__ = ["Lifted", "capture_dynamo"]
 
@@ -54,42 +55,57 @@ class Lifted:
         return [inputs[i] for i in self.positions]
 
 
-def capture_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> Lifted:
+def capture_dynamo(
+    module: fx.GraphModule, inputs: Sequence[Any], names: Mapping[str, str] | None = None
+) -> Lifted:
     """The normal form of a Dynamo graph.
 
     Args:
         module: as Dynamo passes it to a backend; not changed.
         inputs: as Dynamo passes them; lifted parameters are the live ones.
+        names: of the modules that own parameters, by the parameter's source (`Frame.names`);
+            others are named by where the code found them.
+
+    Raises:
+        RewriteError: the graph calls modules or holds parameters of its own, as none of Dynamo's.
     """
     root = LiftedModule()
-    names: dict[fx.Node, str] = {}
+    lifted: dict[fx.Node, str] = {}
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for node in module.graph.nodes:
+        held = attribute(module, str(node.target)) if node.op == "get_attr" else None
+        if node.op == "call_module" or isinstance(held, nn.Parameter):
+            raise RewriteError(
+                f"{node.name} reads {node.target} of the graph's own module: this is no graph of "
+                "Dynamo's. Give the module to rewriter.rewrite, or to torch.compile"
+            )
     positions, paths = [], {}
+    naming = _Naming(names or {})
     for i, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
-        path = _path(source_name(node))
+        path = naming.path(source_name(node))
         if path and isinstance(value, Tensor):
-            names[node], paths[path] = path, i
+            lifted[node], paths[path] = path, i
         else:
             positions.append(i)
-    linears = _linears(module.graph, names)
+    linears = _linears(module.graph, lifted)
     for node, value in zip(placeholders, inputs, strict=True):
-        if node in names:
-            _register(root, names[node], value, linears)
+        if node in lifted:
+            _register(root, lifted[node], value, linears)
     for node in module.graph.nodes:  # constants and subgraphs that Dynamo keeps on its module
         if node.op == "get_attr":
             setattr(root, node.target, attribute(module, node.target))
     graph = fx.Graph()
     environment: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
-        if node in names:
+        if node in lifted:
             continue
         if node.op == "output":
             graph.output(fx.node.map_arg(node.args[0], lambda n: environment[n]))
             continue
         for source in node.all_input_nodes:
-            if source in names and source not in environment:
-                environment[source] = graph.create_node("get_attr", names[source])
-        owner = _called(node, names, linears)
+            if source in lifted and source not in environment:
+                environment[source] = graph.create_node("get_attr", lifted[source])
+        owner = _called(node, lifted, linears)
         if owner is None:
             environment[node] = graph.node_copy(node, lambda n: environment[n])
         else:
@@ -106,17 +122,42 @@ def capture_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> Lifted:
     return Lifted(Capture(root, "dynamo", [region]), graph, positions, placeholders, paths)
 
 
-def _path(name: str) -> str:
-    """`fc.weight` of `L['self']._modules['fc']._parameters['weight']`; "" of other sources."""
-    if not re.search(r"_(parameters|buffers)\['[^']+'\]$", name):
-        return ""
-    root = name.split("._", 1)[0]
-    own = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", name)
-    inside = re.match(r"L\['(\w+)'\]$", root)
-    # A model called under another name than `self` keeps that name, so that two do not collide;
-    # `fn` is what Dynamo itself calls a module of torch's own classes.
-    prefix = [] if inside and inside[1] in ("self", "fn") else re.findall(r"\w+", root)[1:]
-    return ".".join([*prefix, *own])
+class _Naming:
+    """Dotted names for lifted tensors, no two the same."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names
+        self.owners: dict[str, str] = {}  # the expression of a module → its name
+        self.taken: set[str] = set()
+
+    def path(self, source: str) -> str:
+        """`fc.weight` of `L['self']._modules['fc']._parameters['weight']`; "" of other sources."""
+        owner, steps = owner_of(source), source_steps(source)
+        if not owner:
+            return ""
+        if owner not in self.owners:
+            name = self.names.get(source)
+            name = _dotted(steps[:-2]) if name is None else name
+            name = re.sub(r'["\\\n]', "_", name)  # which no generated code could say
+            while name in self.taken:
+                name = f"_{name}"
+            self.taken.add(name)
+            self.owners[owner] = name
+        return join(self.owners[owner], str(steps[-1][1]))
+
+
+def _dotted(steps: Sequence[tuple[str, Any]]) -> str:
+    """`block.0.fc` of `L['self']._modules['block']._modules['0'].fc`."""
+    found = []
+    # A model called under another name than `self` keeps that name; `fn` is what Dynamo itself
+    # calls a module of torch's own classes.
+    inside = steps[1:]
+    if steps[0][1] == "L" and inside and inside[0][1] in ("self", "fn"):
+        inside = inside[1:]
+    for kind, name in inside:
+        if (kind, name) != ("attr", "_modules"):
+            found.append(str(name).replace(".", "_") or "_")
+    return ".".join(found)
 
 
 def _linears(graph: fx.Graph, names: dict[fx.Node, str]) -> dict[str, list[str]]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, UntypedStorage, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rewriter.cost import Cost
 from rewriter.errors import RewriteError
-from rewriter.frame import Frame, backend_of
+from rewriter.frame import Frame, backend_of, whose
 from rewriter.report import Report, Step
 
 __all__ = ["Graph", "Sketch", "last_reports", "record", "report_of"]
@@ -56,8 +57,21 @@ class Graph:
         return report
 
 
+@dataclass
+class _Compiled:
+    """What was compiled for one `torch.compile` call.
+
+    Args:
+        asked: its backend object, weakly.
+        graphs: in the order of their compilation.
+    """
+
+    asked: weakref.ref[Any]
+    graphs: list[Graph] = field(default_factory=list)
+
+
 _lock = threading.Lock()
-_graphs: dict[int, list[Graph]] = {}
+_compiled: dict[int, _Compiled] = {}
 _last: list[Graph] = []
 
 
@@ -65,12 +79,12 @@ def record(graph: Graph, asked: Any) -> None:
     """Files a graph under the backend object of the `torch.compile` call that it belongs to."""
     with _lock:
         global _last
-        own = _graphs.get(id(asked)) if asked is not None else None
-        if own is None:
-            own = []
-            if asked is not None:
-                _graphs[id(asked)] = own
-                weakref.finalize(asked, _graphs.pop, id(asked), None)
+        own: list[Graph] = []
+        if asked is not None:
+            if id(asked) not in _compiled:
+                _compiled[id(asked)] = _Compiled(weakref.ref(asked))
+                weakref.finalize(asked, _compiled.pop, id(asked), None)
+            own = _compiled[id(asked)].graphs
         if graph.frame.compilation:
             graph.notes.append(
                 f"compilation {graph.frame.compilation + 1} of this code: it was called with other "
@@ -108,7 +122,12 @@ def report_of(compiled: Callable[..., Any]) -> list[Report]:
     name = getattr(asked, "compiler_name", "")
     if name != "rewriter":
         raise RewriteError(f"report_of: this was compiled by {name or asked!r}, not by rewriter")
-    return _reports(_graphs.get(id(asked), ()))
+    with _lock:
+        own = _compiled.get(id(asked))
+        # Dynamo gives code to every call of torch.compile with equal options that it fits
+        others = [c for c in _compiled.values() if c is not own and c.asked() == asked]
+    shared = [g for c in others for g in c.graphs if g.frame.of == whose(compiled)]
+    return _reports([*(own.graphs if own else ()), *shared])
 
 
 def _reports(graphs: Sequence[Graph]) -> list[Report]:
@@ -130,7 +149,7 @@ class Sketch:
         self.inputs = [_look(x) for x in inputs]
 
     def examples(self) -> list[Any]:
-        """Inputs of the same look; parameters are the live ones, as long as they live."""
+        """Inputs of the same look; parameters have their memory, as long as they live."""
         return [x() for x in self.inputs]
 
 
@@ -143,15 +162,19 @@ def _look(value: Any) -> Callable[[], Any]:
     shape = [_hint(n) for n in value.shape]
     stride = [_hint(n) for n in value.stride()]
     dtype, device = value.dtype, value.device
-    live = weakref.ref(value) if isinstance(value, nn.Parameter) else None
-    trains = value.requires_grad
+    trains, offset = value.requires_grad, _hint(value.storage_offset())
+    # no weakref: torch.utils.swap_tensors refuses a tensor that has one
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    held = isinstance(value, nn.Parameter) and not wrapped
+    memory = StorageWeakRef(value.untyped_storage()) if held else None
 
     def made() -> Tensor:
-        own = None if live is None else live()
-        if own is not None:
-            return own
-        new = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        return new if live is None else nn.Parameter(new, trains)
+        live = None if memory is None else UntypedStorage._new_with_weak_ptr(memory.cdata)
+        if live is None:
+            new = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        else:
+            new = torch.empty(0, dtype=dtype, device=device).set_(live, offset, shape, stride)
+        return nn.Parameter(new, trains) if held else new
 
     return made
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewriter.base import Layer
@@ -100,7 +102,8 @@ class _Flattening:
         for identity, (name, tensor) in tensors.items():
             if identity in self.live:
                 continue
-            new = self.graph.placeholder(f"derived_{name}".replace(".", "_"))
+            plain = re.sub(r"\W", "_", name)  # the name of an argument in generated code
+            new = self.graph.placeholder(f"derived_{len(self.fresh)}_{plain}")
             _keep_source(new, None)
             new.meta["example_value"] = _fake(self.fake_mode, tensor)
             new.meta["tensor_dict"] = dict(kind)
@@ -168,7 +171,7 @@ class _Flattening:
                 return fx.node.map_arg(step.args[0], lambda n: inner[n])
             else:
                 if step.op == "get_attr":  # a constant of the layer's code
-                    name = f"{node.target}_{step.target}".replace(".", "_")
+                    name = re.sub(r"\W", "_", f"{node.target}_{step.target}")
                     setattr(self.holder, name, attribute(body, step.target))
                     inner[step] = new = self.graph.get_attr(name)
                 else:
@@ -309,12 +312,21 @@ class Inner:
 
 
 def own_ops(module: fx.GraphModule) -> list[str]:
-    """Names of the calls of our ops in a graph."""
+    """Names of the calls of our ops in a graph and in the graphs that it calls."""
+    graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
     return [
         str(node.target)
-        for node in module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "rewriter"
+        for graph in graphs
+        for node in graph.nodes
+        if isinstance(node.target, OpOverload | OpOverloadPacket)
+        and _namespace(node.target) == "rewriter"
     ]
+
+
+def _namespace(target: OpOverload | OpOverloadPacket) -> str:
+    if isinstance(target, OpOverload):
+        return target.namespace
+    return target._qualified_op_name.partition("::")[0]
 
 
 @functools.cache

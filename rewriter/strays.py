@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 
 from rewriter.base import Layer
 from rewriter.capture import Capture
@@ -75,6 +76,8 @@ def _product(node: fx.Node) -> fx.Node | None:
         following = [u for n in front for u in n.users if u not in seen and u.op != "output"]
         for user in following:
             if user.op != "call_module" and op_name(user) in _PRODUCTS:
+                return user
+            if isinstance(user.target, HigherOrderOperator):  # which has a graph of its own
                 return user
         seen.update(following)
         front = following

@@ -18,7 +18,17 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.testing import assert_close
 
 import rewriter
-from rewriter import LINEAR, OptionError, Pass, Replacement, RewriteError, Skip, rewrite
+from rewriter import (
+    LINEAR,
+    MemoryBudget,
+    OptionError,
+    Pass,
+    Replacement,
+    RewriteError,
+    RewriteWarning,
+    Skip,
+    rewrite,
+)
 from rewriter.passes import Monarch, Quadratic, Quantize, TopK
 
 # torch's own imports warn
@@ -158,6 +168,9 @@ def test_layers_are_in_the_mode_of_the_module_not_of_the_graph() -> None:
         found = fast(x)
         assert_close(found, model[1](model[0](x) + 100))
     assert [d.site for d in rewriter.report_of(fast)[0].replaced] == ["0", "1"]
+    model.eval()
+    with torch.no_grad():
+        assert_close(fast(x), model(x))
 
 
 # weights that change
@@ -224,8 +237,8 @@ def test_blocks_of_one_shape_share_their_code() -> None:
             for i, block in enumerate(blocks):
                 want = same[i](x)
                 assert_close(block(x), want, rtol=1e-4, atol=1e-5)
-    counts = [len(rewriter.report_of(block)) for block in blocks]
-    assert sum(counts) == 1
+    reports = [report for block in blocks for report in rewriter.report_of(block)]
+    assert len(set(map(id, reports))) == 1
 
 
 def test_weights_made_under_inference_mode_are_refused() -> None:
@@ -553,6 +566,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "inner": ({"inner": "inducter"}, "did you mean 'inductor'"),
     "objective": ({"objective": "speed"}, "objective='speed'"),
     "max_error": ({"max_error": -1}, "max_error=-1"),
+    "max_error type": ({"max_error": "x"}, "max_error='x'"),
+    "max_error alone": ({"max_error": 0.1}, "conflicting.*there are none"),
+    "where alone": ({"where": "up"}, "conflicting.*there are none"),
     "where": ({"where": 3}, "where=3"),
     "device": ({"device": 3}, "device=3"),
     "install": ({"install": "yes", "passes": [Monarch()]}, "install='yes'"),
@@ -565,8 +581,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "inductor, inner": ({"inductor": {"x": 1}, "inner": "eager"}, "conflicting.*inner is 'eager'"),
     "budget, inner": ({"memory_budget": 0.5, "inner": "eager"}, "conflicting.*splits nothing"),
     "lossy": ({"lossy": True}, "conflicting.*no memory_budget"),
+    "lossy twice": (
+        {"lossy": True, "memory_budget": MemoryBudget(0.5)}, "conflicting.*says lossy itself"
+    ),
+    "gradient error": (
+        {"memory_budget": MemoryBudget(0.5, lossy=True, gradient_error=1e-3)}, "cannot be checked"
+    ),
+    "two partitioners": (
+        {"memory_budget": 0.5, "inductor": {"custom_partitioner_fn": min}}, "both split the graph"
+    ),
+    "mode type": ({"mode": 3}, "mode=3"),
+    "inductor names": ({"inductor": {1: 2}}, r"not \[1\]"),
+    "inductor value": ({"inductor": {"max_autotune": "yes"}}, "use True or False"),
+    "inductor twice": (
+        {"inductor": {"max-autotune": True, "max_autotune": False}}, "max_autotune twice"
+    ),
+    "mode, inductor": (
+        {"mode": "max-autotune", "inductor": {"max_autotune": False}}, "sets max_autotune to True"
+    ),
     "install alone": ({"install": True}, "conflicting.*there are none"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -592,7 +626,7 @@ def test_where_and_objective_decide_as_in_rewrite() -> None:
         assert torch.equal(fast(x), model(x))
     (report,) = rewriter.report_of(fast)
     assert {d.site: d.action for d in report.decisions} == {"up": "declined", "down": "skipped"}
-    with pytest.raises(BackendCompilerFailed, match="where='upp' matches none"), torch.no_grad():
+    with pytest.raises(BackendCompilerFailed, match="where='upp' matches no"), torch.no_grad():
         compiled(net(), INT8, inner="eager", where="upp")(x)
 
 
@@ -646,6 +680,13 @@ def test_checkpointed_code_is_kept_as_it_is() -> None:
         found = gradients(fast, x, model)
     for name, grad in gradients(model, x, model).items():
         assert_close(found[name], grad)
+    fast = compiled(model.requires_grad_(False), INT8, inner="aot_eager")
+    with pytest.warns(RewriteWarning, match="nothing to do"):
+        assert_close(fast(x), model(x))
+    (report,) = rewriter.report_of(fast)
+    skipped = {d.site: d.reason for d in report.decisions}
+    assert set(skipped) == {"up.weight", "down.weight"}
+    assert "goes into tag_activation_checkpoint" in skipped["up.weight"]
 
 
 class Counted(Net):

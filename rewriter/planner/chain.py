@@ -1,4 +1,4 @@
-"""One plan for each part of a chain of parts: least added time, at no moment more alive than a budget.
+"""One plan for each part of a chain: least added time, at no moment more alive than a budget.
 
 With K_j the bytes that part j's plan keeps, F_j and W_j what is alive in its forward and backward
 beyond what is kept,
@@ -79,4 +79,5 @@ def _worth_having(kept: NDArray[np.int64], cost: NDArray[np.float64]) -> NDArray
     order = np.lexsort((kept, cost))
     least = np.minimum.accumulate(kept[order])
     first = np.append(True, least[1:] < least[:-1])
-    return order[first]
+    found: NDArray[np.int64] = order[first]
+    return found

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from rewriter.capture import Capture
 from rewriter.errors import OptionError
 from rewriter.planner.budget import MemoryBudget
-from rewriter.planner.plan import MemoryPlan
 from rewriter.planner.training import PlannedTraining
 from rewriter.running import modes, own_copy, quiet_run
 
@@ -50,17 +49,12 @@ def plan_of(capture: Capture, budget: MemoryBudget) -> PlannedTraining:
             planned.traced(root, program, leaves, rows)
         plan = planned.plan
         assert plan is not None
-        if not planned.budget.lossy or capture.on_meta or not _loses(plan):
+        if not planned.budget.lossy or capture.on_meta or not plan.lossy:
             return planned
         plan.gradient_error = gradient_error(capture, planned)
         if plan.gradient_error <= budget.gradient_error:
             return planned
         planned = PlannedTraining(_milder(planned.budget, plan.gradient_error))
-
-
-def _loses(plan: MemoryPlan) -> bool:
-    return any(v.reason in ("as bf16", "as int8", "as int4") or "norm" in v.reason
-               for v in plan.values)  # fmt: skip
 
 
 def _milder(budget: MemoryBudget, error: float) -> MemoryBudget:

@@ -110,6 +110,12 @@ class MemoryPlan:
         own["timeline"] = [(n, b) for n, b in own["timeline"]]
         return cls(**own)
 
+    @property
+    def lossy(self) -> bool:
+        """Some value loses digits."""
+        forms = ("as bf16", "as int8", "as int4")
+        return any(v.reason in forms or "norm" in v.reason for v in self.values)
+
     def counts(self) -> dict[str, int]:
         """How many values were kept, recomputed, …"""
         found: dict[str, int] = {}
@@ -207,8 +213,14 @@ class MemoryPlan:
             notes.append(
                 f"relative error of the gradients on the example: {self.gradient_error:.2e}"
             )
+        elif self.lossy:
+            notes.append(
+                "the error of the gradients is not known: inside torch.compile there are no "
+                "numbers to measure it on, as rewrite(memory_budget=…) does"
+            )
         after = replace(cost, training=self._priced(cost.training, inputs))
-        return Step("memory plan", cost, after, decisions, None, True, self.seconds, notes)
+        exact = not self.lossy
+        return Step("memory plan", cost, after, decisions, None, exact, self.seconds, notes)
 
     def _priced(self, training: Training | None, inputs: int) -> Training | None:
         """What a training step costs by this plan."""

@@ -184,7 +184,8 @@ class _Program:
         if found.x is None:
             return None
         self.gap = max(self.gap, float(found.mip_gap or 0.0))
-        return found.x > 0.5
+        picked: np.ndarray = found.x > 0.5
+        return picked
 
     def choice(self, x: np.ndarray) -> Choice:
         part = self.part
