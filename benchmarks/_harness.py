@@ -63,7 +63,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has; it may add its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a short look; writes no results")
-    parser.add_argument("--threads", type=int, default=cores())
+    # as many as OMP_NUM_THREADS says, where several benchmarks share the cores
+    threads = int(os.environ.get("OMP_NUM_THREADS", cores()))
+    parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument(
         "--out", type=Path, help="folder for the results (default: benchmarks/results)"
     )

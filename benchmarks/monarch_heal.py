@@ -22,7 +22,7 @@ def main() -> None:
     curves: list[dict[str, Any]] = []
     for nblocks, minutes in ((4, 0.01),) if args.quick else RUNS:
         model, tokenizer = data.load_minilm()
-        small: dict[str, Any] = {"limit": 64} if args.quick else {}
+        small = example.QUICK if args.quick else {}
         start = time.process_time()
         made, scores, run = example.heal(
             model.eval(), tokenizer, nblocks, 60 * minutes, progress=False, **small

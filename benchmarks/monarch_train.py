@@ -129,7 +129,7 @@ def timed(plan: Any, rounds: int) -> dict[str, list[float]]:
     runs[ENDS] = example.Training(made(MONARCH, plan, 0), plan)
     runs[ENDS].step(x, y, 1.0)
     before, switches = (runs[ENDS].model, runs[ENDS].optimizer), []
-    for _ in range(3):
+    for _ in range(min(rounds, 3)):
         runs[ENDS].model, runs[ENDS].optimizer = before
         start = time.perf_counter()
         runs[ENDS].densify(x)
@@ -395,7 +395,7 @@ def main() -> None:
     if args.work is not None:
         args.work.mkdir(parents=True, exist_ok=True)
     text = example.split(example.corpus())
-    times = {} if args.part == "rates" else kept_times(plan, 3 if args.quick else ROUNDS, args.work)
+    times = {} if args.part == "rates" else kept_times(plan, 1 if args.quick else ROUNDS, args.work)
     if args.part == "times":
         return
     rates = rate_trials(args.models if args.part == "rates" else MODELS, plan, text, args.work)

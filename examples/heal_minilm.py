@@ -27,6 +27,8 @@ from rewriter import Recovery, recover, rewrite
 from rewriter.passes import Monarch
 
 Batch = dict[str, Tensor]
+QUICK: dict[str, Any] = {"limit": 32, "where": "encoder.layer.0.attention.*"}
+"""What makes `heal` short: few texts, and the attention of one layer."""
 
 
 def texts() -> tuple[list[str], list[str]]:
@@ -71,6 +73,7 @@ def heal(
     every: int = 100,
     progress: bool = True,
     limit: int | None = None,
+    where: str = "encoder.*",
 ) -> tuple[nn.Module, dict[str, float], Recovery]:
     """(healed model, scores by stage, the curve)."""
     shuffle = random.Random(0)
@@ -80,7 +83,7 @@ def heal(
     sentences, words = sentences[: limit or 12000], words[: limit or 12000]
     calibration = batches(tokenizer, sentences[:300] + words[:4000], 64, shuffle)
     example = dict(tokenizer(["A text.", "Another one."], return_tensors="pt", padding=True))
-    passes = [Monarch(nblocks, where="encoder.*")]
+    passes = [Monarch(nblocks, where=where)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain = rewrite(model, passes, example)
@@ -118,7 +121,7 @@ def main() -> None:
     model, tokenizer = load_minilm()
     model.eval()
     start = time.process_time()
-    small: dict[str, Any] = {"steps": 3, "limit": 64} if args.quick else {}
+    small: dict[str, Any] = {"steps": 3, **QUICK} if args.quick else {}
     healed, scores, curve = heal(model, tokenizer, args.nblocks, 60 * args.minutes, **small)
     for row in curve.curve:
         print(f"  step {row['step']:5d}  {row['seconds']:6.0f} s  loss {row['held-out loss']:.4f}")

@@ -164,7 +164,7 @@ def test_monarch_project(tmp_path: pathlib.Path) -> None:
     found = tables(tmp_path, "monarch_project")
     weights, activations = found["MiniLM, every linear layer of the encoder"]
     assert activations["held-out output error"] < 0.9 * weights["held-out output error"] < 0.9
-    assert weights["WordSim-353"] == pytest.approx(0.575, abs=0.01)
+    assert weights["WordSim-353"] == pytest.approx(0.7002, abs=0.002)  # one layer of six
     assert 0 < found["One large matrix"][0]["error"] < 1
 
 
