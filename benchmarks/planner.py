@@ -6,6 +6,8 @@ Parts, each kept under `--work` when it is done, model by model, so that a run m
   10 %, PyTorch's default min-cut, its `activation_memory_budget`, and `torch.utils.checkpoint`
   around every block; with the gradients of each against those of the model as its user wrote it.
 - `times`: seconds of a step of a few of these, in turn in one process; where `memory` is done.
+- `compiled`: the same inside Inductor, whose own partitioner is the base: what is saved, the peak
+  as the profiler records it, the time.
 - `planning`: seconds and memory that planning takes, in a process of its own.
 - `training`: 1,000 steps on real text, exact and with 8-bit activations.
 
@@ -39,6 +41,7 @@ from _harness import (
     write_results,
 )
 from _planned import CASES, LOSSY, Measured, Partition, Rig, difference, min_cut
+from _planner_compiled import UNDER, compiled
 from _planner_tables import curves_plot, pareto_plots, tables
 
 from rewriter import MemoryBudget, rewrite
@@ -48,8 +51,7 @@ from rewriter.planner.trace import Traced
 BUDGETS = tuple(x / 10 for x in range(10, 0, -1))
 TORCH_BUDGETS = tuple(x / 10 for x in range(9, 0, -1))
 LAYERS = (12, 96)
-UNDER = 0.75
-"""Share of what min-cut saves that a plan is to be within."""
+COMPILED = ("minilm", "gpt", "quadratic")
 BOUND = MemoryBudget(1.0).gradient_error
 Record = dict[str, Any]
 
@@ -130,7 +132,8 @@ def lossy_row(steps: Steps) -> Record:
         packed = [p.kind for p in point.decisions.packed.values()]
         row["packed"] = {kind: packed.count(kind) for kind in sorted(set(packed))}
         row["forms"], row["declined"] = list(forms), declined
-        if row["relative"] <= BOUND or len(forms) == 1:
+        row["refused"] = row["relative"] > BOUND  # as `rewrite` then does
+        if not row["refused"] or len(forms) == 1:
             return row
         declined = [row]
         forms = forms[:1]
@@ -200,7 +203,7 @@ def times(key: str, quick: bool, seconds: float, counted: Record) -> Record:
         "ours, 25 % under min-cut": (quickest(frontier, UNDER * cut), ()),
         "ours at torch 0.5's peak": (None if half is None else frontier.choose(half), ()),
         "ours at checkpoint's peak": (frontier.choose(checkpoint), ()),
-        "ours, lossy": (lossy_plan(lossy), forms),
+        "ours, lossy": (None if counted["lossy"]["refused"] else lossy_plan(lossy), forms),
     }
     traced = {
         name: rig.trace(rig.planned(point, lossy_forms))
@@ -238,6 +241,10 @@ def times(key: str, quick: bool, seconds: float, counted: Record) -> Record:
         "ms": {name: quartiles(values)[1] * 1e3 for name, values in found.items()},
         "ratio": ratios,
     }
+
+
+def inside_inductor(key: str, quick: bool, seconds: float) -> Record:
+    return compiled(Rig(CASES[key], quick), quick, seconds)
 
 
 # ---- planning --------------------------------------------------------------------------------
@@ -333,6 +340,8 @@ def jobs(args: Any, kept: Kept) -> Iterator[tuple[str, str, Callable[[], Record]
         if key in kept["memory"]:
             counted = kept["memory"][key]
             yield "times", key, partial(times, key, args.quick, args.seconds, counted)
+    for key in ("gpt",) if args.quick else COMPILED:
+        yield "compiled", key, partial(inside_inductor, key, args.quick, args.seconds)
     for layers in (2,) if args.quick else LAYERS:
         yield "planning", str(layers), partial(planning, layers, args.quick)
     for kind in ("exact", "lossy"):
@@ -341,7 +350,7 @@ def jobs(args: Any, kept: Kept) -> Iterator[tuple[str, str, Callable[[], Record]
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parts = ("memory", "times", "planning", "training", "plan-here")
+    parts = ("memory", "times", "compiled", "planning", "training", "plan-here")
     parser.add_argument("--part", nargs="*", choices=parts, help="default: all")
     parser.add_argument("--only", nargs="*", choices=list(CASES), help="models; default: all")
     parser.add_argument("--work", type=Path, help="where finished parts are kept (build/planner)")

@@ -258,6 +258,10 @@ def test_planner(tmp_path: pathlib.Path) -> None:
     timed = {row["what"]: row["time over eager"] for row in found["Step times over eager"]}
     assert timed["eager"] == 1
     assert {"checkpoint", "min-cut", "ours at 35 %", "ours, lossy"} < set(timed)
+    cut, ours = found["Inside Inductor"]
+    assert ours["over min-cut's"] <= 0.75
+    assert ours["off min-cut's gradients"] < 1e-5
+    assert ours["peak MB"] < cut["peak MB"]
     assert found["Planning"][0]["layers"] == 2
     exact, packed = found["Training"]
     assert packed["validation loss"] == pytest.approx(exact["validation loss"], rel=0.01)

@@ -26,7 +26,7 @@ from rewriter import MemoryBudget, explain, load, plan_memory, rewrite
 from rewriter.errors import OptionError, RewriteWarning
 from rewriter.passes import Monarch, Quadratic
 from rewriter.planner import MemoryPlan, parse_budget, partitioner
-from rewriter.planner.choices import packings, routes
+from rewriter.planner.choices import LOSSY, packings, routes
 from rewriter.planner.joint import Joint
 from rewriter.planner.simulate import Decisions, simulate
 from rewriter.planner.trace import trace
@@ -437,6 +437,38 @@ def test_impossible_budgets(given: Any) -> None:
 def test_impossible_options_of_a_budget(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="MemoryBudget"):
         MemoryBudget(**options)
+
+
+class Causal(nn.Module):
+    """Attention with a mask of 0 and -inf, which its backward reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        mixed = F.scaled_dot_product_attention(*heads.unbind(0), attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_masks_lose_nothing() -> None:
+    """Among numbers as large as those of an additive mask a group's others would be lost."""
+    made: dict[str, set[bool]] = {}
+
+    def choose(joint: Joint) -> Decisions:
+        for packing in packings(joint, LOSSY):
+            maker = joint.values[packing.value].maker
+            assert maker is not None
+            made.setdefault(joint.steps[maker].op, set()).add(packing.exact)
+        assert any(s.op == "aten.where.self" for s in joint.steps)
+        return Decisions.everything(joint)
+
+    x = torch.randn(4, 128, 64)
+    traced(rewrite(Causal(), [], x).train(), x, choose)
+    assert False in made["aten.addmm"]
+    assert False not in made.get("aten.where.self", set())
 
 
 def test_the_simulation_knows_the_default() -> None:

@@ -242,29 +242,6 @@ def test_a_lossy_model_trains() -> None:
     assert not torch.equal(mine, theirs)
 
 
-class Causal(nn.Module):
-    """Attention with a mask of 0 and -inf, which its backward reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        mixed = F.scaled_dot_product_attention(*heads.unbind(0), attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-def test_masks_lose_nothing() -> None:
-    x = torch.randn(4, 128, 64)
-    wish = MemoryBudget(step_time=1.3, lossy=True, gradient_error=0.5, forms=("int8",))
-    model = rewrite(nn.Sequential(*[Causal() for _ in range(4)]), [], x, memory_budget=wish)
-    plan = vars(model)["_rewriter"].memory.plan
-    assert any(v.reason == "as int8" for v in plan.values)
-    assert plan.gradient_error < 0.05
-
-
 # ---- calls -------------------------------------------------------------------------------------
 
 

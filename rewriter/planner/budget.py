@@ -29,7 +29,8 @@ class MemoryBudget:
         step_time: the least peak at no more than so many times the step's predicted time, ≥ 1.
         lossy: values may lose digits while they wait for the backward (8-bit integers per group of
             128, bfloat16); a gradient's error is measured on the example inputs.
-        gradient_error: with `lossy`, the largest ‖g − g′‖/‖g‖ over all gradients.
+        gradient_error: with `lossy`, the largest ‖g − g′‖/‖g‖ over all gradients. At the default
+            of 0.04 their cosine is above 0.999.
         forms: with `lossy`, which of "bf16", "int8" and "int4".
 
     Raises:
@@ -39,7 +40,7 @@ class MemoryBudget:
     peak: int | float | str | None = None
     step_time: float | None = None
     lossy: bool = False
-    gradient_error: float = 0.05
+    gradient_error: float = 0.04
     forms: tuple[str, ...] = ("bf16", "int8")
 
     def __post_init__(self) -> None:
