@@ -353,7 +353,6 @@ def time_figures(times: list[Record]) -> Iterator[Figure]:
     yield from each("ours, lossy", "≤ 1.1")
     for ours, theirs in (
         ("ours at checkpoint's peak", "checkpoint"),
-        ("ours at torch 0.5's peak", "torch 0.5"),
         ("ours, 25 % under min-cut", "min-cut"),
     ):
         pairs = [

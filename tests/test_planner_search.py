@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from rewriter.planner import solve
+from rewriter.planner import chain, solve
+from rewriter.planner.chain import choose
 from rewriter.planner.choices import Packing
 from rewriter.planner.frontier import Frontier
 from rewriter.planner.greedy import greedy_plans
@@ -20,6 +22,7 @@ from rewriter.planner.mincut import cheap, cut
 from rewriter.planner.neighbours import legal, neighbours
 from rewriter.planner.parts import Parts
 from rewriter.planner.simulate import Decisions, schedule, simulate, trimmed
+from rewriter.planner.solve import Choice
 
 
 class Made:
@@ -199,6 +202,56 @@ def test_a_part_of_thousands_of_values_is_planned_greedily() -> None:
         assert not ways
         peaks.append(simulate(joint, Decisions(frozenset(kept))).peak)
     assert min(peaks) < 0.5 * simulate(joint, Decisions.everything(joint)).peak
+
+
+def some_choices(chance: random.Random, parts: int, plans: int) -> list[list[Choice]]:
+    return [
+        [
+            Choice(
+                (), (), (), chance.randrange(5) / 4, chance.randrange(6) << 20,
+                {j: chance.randrange(9) << 20}, {j: chance.randrange(9) << 20},
+            )
+            for _ in range(plans)
+        ]
+        for j in range(parts)
+    ]  # fmt: skip
+
+
+def cost(choices: list[list[Choice]], picks: Sequence[int]) -> tuple[int, float]:
+    """(peak, seconds) of one plan for each part."""
+    kept = peak = 0
+    for j, pick in enumerate(picks):
+        own = choices[j][pick]
+        peak = max(peak, kept + own.forward[j])
+        kept += own.nbytes
+        peak = max(peak, kept + own.backward[j])
+    return peak, sum(choices[j][pick].seconds for j, pick in enumerate(picks))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_best_plan_for_every_part(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all ways to take one for each."""
+    choices = some_choices(random.Random(seed), 5, 4)
+    every = [cost(choices, picks) for picks in itertools.product(range(4), repeat=5)]
+    least = choose(choices, None)
+    assert least is not None
+    smallest = min(peak for peak, _ in every)
+    assert cost(choices, least[0])[0] == smallest
+    assert choose(choices, smallest - 1) is None
+    for budget in range(smallest, max(peak for peak, _ in every) + 1, 1 << 20):
+        found = choose(choices, budget)
+        assert found is not None
+        peak, seconds = cost(choices, found[0])
+        assert peak <= budget
+        assert seconds == min(s for p, s in every if p <= budget)
+        assert found[1] == 0
+    monkeypatch.setattr(chain, "_LABELS", 3)
+    rough = choose(choices, smallest + (8 << 20))
+    exact = min(s for p, s in every if p <= smallest + (8 << 20))
+    assert rough is not None  # the way that keeps least is always carried on
+    peak, seconds = cost(choices, rough[0])
+    assert peak <= smallest + (8 << 20)
+    assert seconds * (1 - rough[1]) <= exact + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -32,7 +32,7 @@ _LABELS = 4096
 def choose(
     choices: Sequence[Sequence[Choice]], budget: float | None
 ) -> tuple[list[int], float] | None:
-    """(a plan for each part, by how much of the largest cost it may miss the best): least time
+    """(a plan for each part, the part of its cost by which it may miss the best): least time
     within a budget; None where nothing fits.
 
     Args:
@@ -71,7 +71,7 @@ def choose(
     for labels, plans in reversed(trail):
         picks.append(int(plans[place]))
         place = int(labels[place])
-    return picks[::-1], missed / float(cost[-1]) if missed else 0.0
+    return picks[::-1], min(missed / float(cost[0]), 1.0) if cost[0] else 0.0
 
 
 def _worth_having(kept: NDArray[np.int64], cost: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """What may become of a value besides being kept, or made again by its maker.
 
 - `routes`: closed forms. Dropout's output from its mask, Monarch's intermediate from the layer's
-  input, a norm's input from its output, an activation's sign from its output.
+  input, a norm's input from its output, an activation's sign from its output, batch norm's output
+  without its running statistics.
 - `packings`: smaller forms. Masks and values of which only the sign is read as bits, indices of a
   pooling as 32-bit integers: exact. With `lossy`, bfloat16, and 8 or 4 bits per group.
 """
@@ -236,8 +237,30 @@ def _layer_norm(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterato
     yield Route(x, numbers, seconds, 0, "a norm's input from its output", True, emit)
 
 
+def _batch_norm(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterator[Route]:
+    """out = (x − mean) · rstd · γ + β with the batch's own statistics, made again from x; the
+    running ones, which may be updated only once, are left alone."""
+    source, weight, bias, _, _, training, momentum, eps = node.args
+    x, made = _value(joint, source), [_made(joint, step, i) for i in range(3)]
+    if x is None or not training or any(m is None for m in made):
+        return
+    out, *statistics = (m for m in made if m is not None)
+
+    def emit(build: Builder, get: Get) -> fx.Node:
+        given = [get(a) if isinstance(a, fx.Node) else a for a in (source, weight, bias)]
+        norm = aten._native_batch_norm_legit.no_stats
+        return build(operator.getitem, build(norm, *given, True, momentum, eps), 0)
+
+    read = [v for a in (weight, bias) if isinstance(a, fx.Node) for v in joint.node_values[a.name]]
+    yield Route(
+        out[0], (x, *read), step.seconds, 0, "batch norm without its running statistics", False,
+        emit, sum(value.nbytes for _, value in statistics),
+    )  # fmt: skip
+
+
 _ROUTES: dict[str, Callable[[Joint, Step, fx.Node, bool], Iterator[Route]]] = {
     "aten.native_dropout": _dropout,
     "rewriter.monarch_linear_train": _monarch,
     "aten.native_layer_norm": _layer_norm,
+    "aten._native_batch_norm_legit_functional": _batch_norm,
 }

@@ -154,6 +154,7 @@ class Route:
         inverse: whether it reads what was made of the value: then all that it reads has to be
             kept, or two values could each wait for the other.
         emit: makes the nodes, given a `Builder` and a function from old nodes to new ones.
+        workspace: bytes beside the value, while it is made.
     """
 
     value: int
@@ -163,6 +164,7 @@ class Route:
     name: str
     inverse: bool
     emit: Callable[..., fx.Node]
+    workspace: int = 0
 
 
 @dataclass

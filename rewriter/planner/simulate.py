@@ -242,7 +242,7 @@ class _Run:
                 ends[place] += packed[number].nbytes
             elif what == "route":
                 route = routes[number]
-                inputs = route.inputs
+                inputs, passing[place] = route.inputs, route.workspace
                 result.seconds += route.seconds
                 result.flops += route.flops
             else:
