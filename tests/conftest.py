@@ -8,6 +8,11 @@ import textwrap
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
+
+# an example may be the first to need what all of a file share, on a machine that is busy
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

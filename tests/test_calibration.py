@@ -124,7 +124,7 @@ def test_nothing_is_left_behind() -> None:
 # what is made of it
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(4, 20), st.integers(4, 20), st.integers(1, 3), st.integers(1, 3), st.booleans())
 def test_a_fit_is_never_worse_than_the_projection(inputs, outputs, k, l, interleaved):
     weight = torch.randn(outputs, inputs, dtype=torch.float64)

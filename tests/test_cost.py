@@ -484,7 +484,7 @@ COSTS = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(a=COSTS, b=COSTS)
 def test_sum_of_costs(a: Cost, b: Cost) -> None:
     total = a + b

@@ -262,7 +262,7 @@ def test_monarch_refuses(at, value, words):
         int8_monarch_linear(*monarch_problem(), "per_row")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 70), st.integers(-3, 3))
 def test_error_of_any_problem_is_within_half_a_step(seed, rows, k, power):
     x, q, scale, _ = problem(rows, k, 4, seed)

@@ -82,7 +82,7 @@ def test_layout_of_factors_is_as_documented(interleaved):
         assert_close(dense[row, k * ib + i], want)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 17),
     st.integers(1, 17),
@@ -376,7 +376,7 @@ def test_random_init_matches_the_scale_of_nn_linear(sizes):
     assert 0.9 * bound < layer.bias.abs().max().item() <= bound
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 30), st.integers(2, 30), st.integers(2, 6))
 def test_no_pair_of_blocks_is_disconnected(in_features, out_features, n):
     n = min(n, in_features, out_features)

@@ -79,7 +79,7 @@ def check(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, grad: Ten
 
 
 @compiled
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 70),
     st.integers(1, 70),

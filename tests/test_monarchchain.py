@@ -44,7 +44,7 @@ def _seed() -> None:
 # The class ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 3000), st.integers(2, 4))
 def test_grids_hold_the_size_and_little_more(size: int, order: int) -> None:
     grid = chain_grid(size, order)
@@ -83,7 +83,7 @@ def test_projection_is_exact_in_the_class(sizes: tuple[int, int, int]) -> None:
     assert 0 < (chain_project(other, layer.grid, chain_grid(sizes[1], sizes[2]))[1] or 0) < 1
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(2, 6), st.integers(2, 6), st.booleans())
 def test_mmstar_is_factorised_exactly(outer: int, inner: int, complex_: bool) -> None:
     grid, n = (outer, inner), outer * inner

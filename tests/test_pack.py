@@ -21,7 +21,7 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float =
     return x.to(dtype)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SHAPES, st.sampled_from(FLOATS), st.integers(0, 99))
 def test_signs_come_back(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
     x = values(shape, dtype, seed)
@@ -32,7 +32,7 @@ def test_signs_come_back(shape: tuple[int, ...], dtype: torch.dtype, seed: int) 
     assert torch.equal(pack_bits(x > 0), bits)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SHAPES, st.sampled_from(FLOATS), st.sampled_from([8, 4]), st.integers(0, 99))
 def test_groups_come_back_within_a_level(
     shape: tuple[int, ...], dtype: torch.dtype, bits: int, seed: int
@@ -98,7 +98,7 @@ def test_other_widths_are_refused() -> None:
         pack_groups(torch.zeros(4), 3)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(SHAPES, st.booleans())
 def test_fakes_match_what_runs(shape: tuple[int, ...], flipped: bool) -> None:
     x = values(shape, torch.float32, 0)

@@ -78,7 +78,7 @@ def derivable(joint: Joint, kept: set[int], steps: frozenset[int]) -> set[int]:
     return there
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(0, 10**6))
 def test_a_cut_keeps_the_least_there_is(seed: int) -> None:
     joint, steps = small_graph(seed)

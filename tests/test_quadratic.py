@@ -58,7 +58,7 @@ def test_any_leading_shape(lead):
     check_against_reference(tensors(*lead))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 6), st.integers(1, 9), st.integers(1, 9), st.booleans())
 def test_equals_reference_of_any_size(rows, n, out, has_bias):
     check_against_reference(tensors(rows, n=n, out=out)[: 5 if has_bias else 4])

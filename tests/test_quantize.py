@@ -185,7 +185,7 @@ def test_random_init_is_right_in_scale():
         assert 0.45 < layer(x).std() < 0.7
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 20), st.integers(-8, 3))
 def test_weights_on_the_grid_are_kept_exactly(seed, n, k, power):
     g = torch.Generator().manual_seed(seed)

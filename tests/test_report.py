@@ -388,7 +388,7 @@ def test_format(shown: str, expected: str) -> None:
     assert shown == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 10**18))
 def test_count_is_right_to_three_digits(n: int) -> None:
     number, _, unit = fmt.count(n).partition(" ")

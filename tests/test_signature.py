@@ -72,7 +72,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(values)
 def test_flatten_then_build_is_the_identity(value: Any) -> None:
     leaves: list[Any] = []

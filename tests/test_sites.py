@@ -647,7 +647,7 @@ class Chain(nn.Module):
         return x
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_an_exact_pass_keeps_any_chain_of_spellings(data: st.DataObject) -> None:
     steps = data.draw(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=3))

@@ -374,7 +374,7 @@ def test_deepcopy_pickle_and_state_dict(model: str, tmp_path: pathlib.Path) -> N
     assert_same(other, optimized)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=2, max_size=4),
     nblocks=st.integers(1, 5),

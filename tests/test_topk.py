@@ -92,7 +92,7 @@ def test_any_leading_shape(lead):
     check_against_reference(*tensors(*lead), 2)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 6), st.integers(1, 9), st.integers(1, 9), st.data())
 def test_equals_reference_of_any_size(rows, n, out, data):
     k = data.draw(st.integers(1, n))
@@ -106,7 +106,7 @@ def test_non_contiguous():
     check_against_reference(h.detach()[:, :1].expand(6, 3, 6).requires_grad_(), weight, bias, 2)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 5), st.integers(1, 12), st.data())
 def test_keeps_exactly_the_k_largest_even_when_tied(rows, n, data):
     k = data.draw(st.integers(1, n))

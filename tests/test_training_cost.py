@@ -163,7 +163,7 @@ class Net(nn.Module):
         return (x.square().mean(), x) if self.loss else x
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=6),
     batch=st.integers(1, 5),
