@@ -73,12 +73,13 @@ class MemoryPlan:
         added: predicted seconds added, over the predicted seconds of a step.
         flops: added.
         gap: how far from the best the solver's answers may be (relative, largest of all).
-        seconds: that planning took.
+        seconds: that planning took, with the trace of forward and backward.
         values: the decisions.
         curve: all plans worth having, from the fastest to the smallest.
         timeline: (operation, bytes alive), in order.
         gradient_error: measured, of a lossy plan.
         opaque: operations that are taken as they are: custom ones without a derivative to look at.
+        solving: of the seconds, those after the trace.
     """
 
     budget: str
@@ -96,6 +97,7 @@ class MemoryPlan:
     timeline: list[tuple[str, int]] = field(default_factory=list)
     gradient_error: float | None = None
     opaque: list[str] = field(default_factory=list)
+    solving: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -300,6 +302,7 @@ def decide(
         ],
         _thinned([(m.name, m.nbytes) for m in run.timeline]),
         opaque=sorted({s.op for s in joint.steps if s.fixed.startswith("a higher-order")}),
+        solving=seconds,
     )
     return point.decisions, plan
 
