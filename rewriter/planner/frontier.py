@@ -99,7 +99,7 @@ class Frontier:
     def _improve(self) -> None:
         """Tries what is next to each plan worth having, until nothing new is worth having."""
         left, seen = _WORK, set()
-        while left > 0:
+        while True:
             new = [p for p in self._pareto() if id(p) not in seen]
             if not new:
                 return
@@ -107,11 +107,12 @@ class Frontier:
             for point in reversed(new):
                 seen.add(id(point))
                 near = neighbours(self.joint, point.decisions, self.packings, self.routes)
-                for decisions, order in near:
-                    self._add(decisions, order)
+                for found in near:
                     left -= len(self.joint.steps)
-                if left <= 0:
-                    return
+                    if left <= 0:
+                        return
+                    if found is not None:
+                        self._add(*found)
 
     def _pareto(self) -> list[Point]:
         best: list[Point] = []

@@ -19,9 +19,9 @@ __all__ = ["legal", "neighbours"]
 
 def neighbours(
     joint: Joint, plan: Decisions, packings: Sequence[Packing], routes: Sequence[Route]
-) -> Iterator[tuple[Decisions, list[Event]]]:
+) -> Iterator[tuple[Decisions, list[Event]] | None]:
     """Legal plans in which one value is kept, packed, derived or made again instead, alone or along
-    with what it is made from; each with its schedule."""
+    with what it is made from, each with its schedule; None for one that is not legal after all."""
     again = {
         v
         for what, number, _ in schedule(joint, plan)
@@ -37,8 +37,7 @@ def neighbours(
             if not _holds(joint, wanted):
                 continue
             order = schedule(joint, wanted)
-            if _runs(joint, wanted, order):
-                yield wanted, order
+            yield (wanted, order) if _runs(joint, wanted, order) else None
 
 
 def _others(
