@@ -93,8 +93,9 @@ def inductor_partitioner(
 ) -> InductorPartitioner:
     """The planner for `torch.compile(…, options={"custom_partitioner_fn": …})`.
 
-    Inductor fuses elementwise operations, so that repeating them is nearly free, and the peak is
-    an upper bound: what it fuses away is never there.
+    Inductor fuses elementwise operations, so that repeating them is nearly free. It also orders
+    operations itself: the peak is a prediction there, and not a promise as of
+    `rewrite(memory_budget=…)`.
     """
     return InductorPartitioner(budget, on_plan=on_plan, lossy=lossy)
 
