@@ -17,7 +17,8 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.profiler import ProfilerActivity, profile
 
 from rewriter.planner.frontier import Frontier, Point
-from rewriter.planner.joint import Joint, Rates, device_of
+from rewriter.planner.joint import Joint, device_of
+from rewriter.planner.pricing import Pricing
 from rewriter.planner.transform import split
 
 Record = dict[str, Any]
@@ -64,8 +65,8 @@ def planned(pick: Pick, notes: Record) -> Partition:
     def partition(
         module: fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        rates = Rates.of(device_of(list(module.graph.nodes)), fused=True)
-        joint = Joint.of(module, num_fwd_outputs, rates)
+        pricing = Pricing.of(device_of(list(module.graph.nodes)), fused=True)
+        joint = Joint.of(module, num_fwd_outputs, pricing)
         frontier = Frontier(joint)
         point = pick(frontier) or frontier.smallest
         step = sum(s.seconds for s in joint.steps)

@@ -135,7 +135,9 @@ def explain(
         return _run(_copied(model), passes, example_inputs, settings, False, model)
 
 
-def plan_memory(model: nn.Module, example_inputs: Any, budget: Any = 1.0) -> MemoryPlan:
+def plan_memory(
+    model: nn.Module, example_inputs: Any, budget: Any = 1.0, device: Any = None
+) -> MemoryPlan:
     """min seconds(plan) over all plans with peak(plan) ≤ budget, and the whole curve of them.
 
     Plans a training step of any model that can be captured as one graph, also on `meta`: traced on
@@ -146,6 +148,7 @@ def plan_memory(model: nn.Module, example_inputs: Any, budget: Any = 1.0) -> Mem
         model: any `nn.Module`, rewritten or not; not changed.
         example_inputs: as of `rewrite`.
         budget: as `rewrite(memory_budget=…)`; by default nothing but what costs no time.
+        device: as of `rewrite`: whose times the plan goes by.
 
     Raises:
         CaptureError: the example inputs do not run.
@@ -155,12 +158,13 @@ def plan_memory(model: nn.Module, example_inputs: Any, budget: Any = 1.0) -> Mem
 
     _check_model(model)
     wanted = MemoryBudget.of(budget)
+    found = None if device is None else Device.get(device)
     if wanted.lossy:
         raise OptionError("plan_memory runs nothing, so it cannot check a lossy plan: use rewrite")
     with torch.inference_mode(False):
         captured = capture(_copied(model), example_inputs)
         captured.host()
-        plan = plan_of(captured, wanted).plan
+        plan = plan_of(captured, wanted, found).plan
     assert plan is not None
     return plan
 

@@ -195,7 +195,8 @@ class Backend:
                 raise OptionError(f"conflicting options: inductor says {plain} twice")
         if config or mode not in (None, "default"):
             self._check_inductor(config, mode)
-        return Inner(self.inner, mode, config, self.memory_budget, self.lossy)
+        device = self._options.device
+        return Inner(self.inner, mode, config, self.memory_budget, self.lossy, device)
 
     def _check_inductor(self, config: Mapping[str, Any], mode: str | None) -> None:
         from torch._inductor import config as known

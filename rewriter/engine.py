@@ -203,7 +203,7 @@ class Engine:
 
         start = time.perf_counter()
         self.capture.host()
-        self.memory = plan_of(self.capture, budget)
+        self.memory = plan_of(self.capture, budget, self.options.device)
         assert self.memory.plan is not None
         self.memory.plan.seconds = time.perf_counter() - start
         leaves = self.capture.regions[0].leaves or []

@@ -23,6 +23,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewriter.base import Layer
+from rewriter.cost import Device
 from rewriter.dynamo import Lifted
 from rewriter.errors import OptionError, RewriteError
 from rewriter.tree import attribute, find, is_hook_dict
@@ -238,6 +239,7 @@ class Inner:
         config: Inductor's own options.
         memory_budget: for the memory planner; None leaves the partition to the compiler.
         lossy: whether the planner may compress.
+        device: whose times the planner goes by.
     """
 
     name: str = "inductor"
@@ -245,6 +247,7 @@ class Inner:
     config: Mapping[str, Any] = field(default_factory=dict)
     memory_budget: Any = None
     lossy: bool = False
+    device: Device | None = None
 
     def __call__(
         self, module: fx.GraphModule, inputs: Sequence[Any], on_plan: Callable[[Any], None]
@@ -273,7 +276,9 @@ class Inner:
         if self.memory_budget is not None:
             from rewriter.planner import partitioner
 
-            partition = partitioner(self.memory_budget, on_plan=on_plan, lossy=self.lossy)
+            partition = partitioner(
+                self.memory_budget, on_plan=on_plan, lossy=self.lossy, device=self.device
+            )
         compiler = aot_autograd(
             fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
         )
@@ -291,7 +296,7 @@ class Inner:
             from rewriter.planner import inductor_partitioner
 
             patches["custom_partitioner_fn"] = inductor_partitioner(
-                self.memory_budget, on_plan=on_plan, lossy=self.lossy
+                self.memory_budget, on_plan=on_plan, lossy=self.lossy, device=self.device
             )
         compile_it: Any = functools.partial(compile_fx, config_patches=patches)
         compiler_config: Any = torch.compiler.config

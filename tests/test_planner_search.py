@@ -17,7 +17,8 @@ from rewriter.planner.chain import choose
 from rewriter.planner.choices import Packing
 from rewriter.planner.frontier import Frontier
 from rewriter.planner.greedy import greedy_plans
-from rewriter.planner.joint import Joint, Rates, Route, Step, Value
+from rewriter.planner.joint import Joint, Route, Step, Value
+from rewriter.planner.pricing import Pricing
 from rewriter.planner.mincut import cheap, cut
 from rewriter.planner.neighbours import legal, neighbours
 from rewriter.planner.parts import Parts
@@ -124,7 +125,7 @@ def test_what_is_cheap() -> None:
     assert cheap(joint, 1e-3) == {1}
     joint.steps[0].node.op = "call_function"  # type: ignore[union-attr]
     joint.steps[0].node.target = torch.ops.aten.relu.default  # type: ignore[union-attr]
-    joint.rates = Rates(fused=True)
+    joint.pricing = Pricing.of(torch.device("cpu"), fused=True)
     assert cheap(joint, 1e-3) == {0, 1}
 
 

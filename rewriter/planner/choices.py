@@ -71,7 +71,7 @@ def packings(joint: Joint, lossy: tuple[str, ...] = ()) -> Iterator[Packing]:
             continue
         if not value.order or value.nbytes < _SMALL:
             continue
-        moving = joint.rates.moving
+        moving = joint.pricing.moving
         numel = math.prod(value.shape)
         bits, slow = packed_bytes(numel, 1), moving(2 * value.nbytes + numel)
         if value.dtype == torch.bool:
@@ -194,9 +194,10 @@ def _monarch(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterator[R
         return
     assert isinstance(source, fx.Node)
     factor: fx.Node = right
-    blocks, _, size = right.meta["val"].shape
+    blocks, rank, size = right.meta["val"].shape
     features = source.meta["val"].shape[-1]
-    fold = 2 * math.prod(mid[1].shape) * size
+    columns = math.prod(mid[1].shape) // (blocks * rank)
+    fold = 2 * blocks * rank * columns * size
 
     def emit(build: Builder, get: Get) -> fx.Node:
         rows = get(source)
@@ -206,7 +207,7 @@ def _monarch(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterator[R
         rows = build(aten.permute.default, rows, [1, 2, 0])
         return build(aten.bmm.default, get(factor), rows)
 
-    seconds = joint.rates.launch + fold / joint.rates.flops
+    seconds = joint.pricing.products(blocks, rank, columns, size)
     yield Route(mid[0], (x, *joint.node_values[right.name]), seconds, fold, "mid", False, emit)
 
 
@@ -233,7 +234,7 @@ def _layer_norm(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterato
         z = build(aten.div.Tensor, z, scale)
         return build(aten.add.Tensor, z, get(mean))
 
-    seconds = joint.rates.moving(6 * joint.values[x].nbytes)
+    seconds = joint.pricing.moving(6 * joint.values[x].nbytes)
     yield Route(x, numbers, seconds, 0, "a norm's input from its output", True, emit)
 
 

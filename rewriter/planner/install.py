@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.capture import Capture
+from rewriter.cost import Device
 from rewriter.errors import OptionError
 from rewriter.planner.budget import MemoryBudget
 from rewriter.planner.training import PlannedTraining
@@ -19,7 +20,9 @@ from rewriter.running import modes, own_copy, quiet_run
 __all__ = ["plan_of"]
 
 
-def plan_of(capture: Capture, budget: MemoryBudget) -> PlannedTraining:
+def plan_of(
+    capture: Capture, budget: MemoryBudget, device: Device | None = None
+) -> PlannedTraining:
     """Plans the training step of a hosted model on its example inputs.
 
     Raises:
@@ -43,7 +46,7 @@ def plan_of(capture: Capture, budget: MemoryBudget) -> PlannedTraining:
         )
     leaves = capture.regions[0].leaves or []
     rows = state.signature.dims[True].shapes
-    planned = PlannedTraining(budget)
+    planned = PlannedTraining(budget, device)
     while True:
         with modes(root, training=True):
             planned.traced(root, program, leaves, rows)
@@ -54,7 +57,7 @@ def plan_of(capture: Capture, budget: MemoryBudget) -> PlannedTraining:
         plan.gradient_error = gradient_error(capture, planned)
         if plan.gradient_error <= budget.gradient_error:
             return planned
-        planned = PlannedTraining(_milder(planned.budget, plan.gradient_error))
+        planned = PlannedTraining(_milder(planned.budget, plan.gradient_error), device)
 
 
 def _milder(budget: MemoryBudget, error: float) -> MemoryBudget:

@@ -23,13 +23,12 @@ from torch.fx.node import map_aggregate
 
 from rewriter.cost.formulas import flop_formula, traffic
 from rewriter.cost.memory import tensors_in, traffic_bytes
-from rewriter.cost.roofline import vector_operations
 from rewriter.cost.work import Work, dtype_of, kind_of, shape_of
+from rewriter.planner.pricing import Pricing
 from rewriter.sites import user_line
 
 __all__ = [
     "Joint",
-    "Rates",
     "Route",
     "Step",
     "Value",
@@ -39,52 +38,6 @@ __all__ = [
     "is_backward",
     "storages",
 ]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a machine is, as far as a choice between memory and time needs it.
-
-    Args:
-        flops: matrix products, FLOP/s.
-        vector: elementwise operations/s.
-        bandwidth: bytes/s.
-        launch: seconds of an operation of no size.
-        fused: whether a compiler fuses elementwise operations into their readers, which makes
-            repeating them nearly free.
-    """
-
-    flops: float = 1.5e11
-    vector: float = 2e10
-    bandwidth: float = 1.2e10
-    launch: float = 4e-6
-    fused: bool = False
-
-    @classmethod
-    def of(cls, device: torch.device, fused: bool = False) -> Rates:
-        """Typical ones: of two cores with AVX-512, or of a data-centre GPU in bf16."""
-        if device.type == "cpu":
-            return cls(fused=fused)
-        return cls(3e14, 2e13, 1.5e12, 5e-6, fused)
-
-    def seconds(self, work: Work) -> float:
-        moved = work.bytes_moved / self.bandwidth
-        if work.flops:
-            return max(work.flops / self.flops, moved) + self.launch
-        seconds = max(vector_operations(work) / self.vector, moved) + self.launch
-        return (
-            seconds * FUSED
-            if self.fused and work.kind in ("pointwise", "copy", "fill")
-            else seconds
-        )
-
-    def moving(self, nbytes: float) -> float:
-        """Seconds of one pass that reads or writes so much."""
-        return nbytes / self.bandwidth + self.launch
-
-
-FUSED = 0.02
-"""What a repeated elementwise operation costs where it is fused into its reader, of its own."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +132,7 @@ class Joint:
         node_values: of every tensor node (by name): its values; several for an op with several
             results.
         backward_nodes: what runs in the backward, in order, steps and views alike.
-        rates: what the seconds were computed with.
+        pricing: what the seconds were computed with.
         dropped: values that the user's own checkpoint regions do not keep.
         tangents: values.
     """
@@ -191,15 +144,17 @@ class Joint:
     gradients: frozenset[int] = frozenset()
     node_values: dict[str, tuple[int, ...]] = field(default_factory=dict)
     backward_nodes: list[fx.Node] = field(default_factory=list)
-    rates: Rates = field(default_factory=Rates)
+    pricing: Pricing = field(default_factory=lambda: Pricing.of(torch.device("cpu")))
     dropped: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, module: fx.GraphModule, num_fwd_outputs: int, rates: Rates | None = None) -> Joint:
+    def of(
+        cls, module: fx.GraphModule, num_fwd_outputs: int, pricing: Pricing | None = None
+    ) -> Joint:
         """Reads a joint graph with `meta["val"]` on its nodes."""
         joint = cls()
         nodes = list(module.graph.nodes)
-        joint.rates = rates or Rates.of(device_of(nodes))
+        joint.pricing = pricing or Pricing.of(device_of(nodes))
         reader = _Reader(joint)
         reader.overwritten = _overwritten(nodes)
         backward = is_backward(nodes, num_fwd_outputs)
@@ -252,7 +207,7 @@ class Joint:
     def inlined(self) -> tuple[frozenset[int], frozenset[int]]:
         """Values of elementwise operations that a fusing compiler computes inside of their readers:
         in the forward, and in the backward. They take memory only where they are saved."""
-        if not self.rates.fused:
+        if not self.pricing.fused:
             return frozenset(), frozenset()
         readers: dict[int, list[Step]] = {}
         for step in self.steps:
@@ -393,6 +348,7 @@ class _Reader:
         self.joint = joint
         self.overwritten: set[fx.Node] = set()
         self.known: dict[int, int] = {}  # storage → value
+        self.weights = 0  # bytes of all that the caller holds: weights, most of all
         self.alive: list[object] = []  # so that no storage's address is used again
 
     def of_nodes(self, nodes: Sequence[Any]) -> frozenset[int]:
@@ -415,6 +371,7 @@ class _Reader:
                 given = "tangent" if _is_tangent(node) else "input"
             self.known[key] = len(self.joint.values)
             size = hint(tensor.untyped_storage().nbytes())
+            self.weights += size if given == "input" else 0
             self.joint.values.append(
                 Value(
                     node.name,
@@ -440,7 +397,7 @@ class _Reader:
                 str(node.target).removesuffix(".default"),
                 tuple(dict.fromkeys(sources)),
                 made,
-                self.joint.rates.seconds(work),
+                self.joint.pricing.seconds(work, self.weights),
                 work.flops,
                 backward,
                 _fixed(node) or self._late(node),
@@ -487,10 +444,15 @@ class _Reader:
         moved = traffic_bytes(func, traffic(func), read, made, args, kwargs, hint)
         name = func._schema.name
         kind = kind_of(name, torch.Tag.pointwise in func.tags, torch.Tag.reduction in func.tags)
+        weights = sum(hint(t.untyped_storage().nbytes()) for t in read if self._given(t))
         first = made[0] if made else read[0] if read else None
         shape = tuple(hint(s) for s in shape_of(kind, name, args, first, flops))
         dtype, (came, went) = dtype_of(kind, read, made), map(hint, moved)
-        return Work(name, kind, dtype, flops, came, went, 0, shape)
+        return Work(name, kind, dtype, flops, came, went, min(weights, came), shape)
+
+    def _given(self, tensor: Tensor) -> bool:
+        number = self.known.get(tensor.untyped_storage()._cdata)
+        return number is not None and self.joint.values[number].given == "input"
 
 
 def _fixed(node: fx.Node) -> str:

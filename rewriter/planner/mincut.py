@@ -38,7 +38,7 @@ def cheap(joint: Joint, share: float) -> frozenset[int]:
         i
         for i in joint.forward
         if not (s := joint.steps[i]).fixed
-        and (s.seconds <= bound or (joint.rates.fused and fusible(s)))
+        and (s.seconds <= bound or (joint.pricing.fused and fusible(s)))
     )
 
 

@@ -13,11 +13,13 @@ from torch import fx
 from torch._functorch.partitioners import cleanup_recompute_tags, has_recomputable_ops
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
+from rewriter.cost import Device
 from rewriter.errors import OptionError
 from rewriter.planner.budget import MemoryBudget
 from rewriter.planner.frontier import Frontier
-from rewriter.planner.joint import Joint, Rates, device_of
+from rewriter.planner.joint import Joint, device_of
 from rewriter.planner.plan import MemoryPlan, decide
+from rewriter.planner.pricing import Pricing
 from rewriter.planner.transform import split
 
 __all__ = ["InductorPartitioner", "inductor_partitioner", "partitioner"]
@@ -32,6 +34,7 @@ def partitioner(
     lossy: bool = False,
     fused: bool = False,
     granted: int | None = None,
+    device: Device | None = None,
 ) -> Callable[..., tuple[fx.GraphModule, fx.GraphModule]]:
     """A `partition_fn` for `aot_autograd`.
 
@@ -41,6 +44,7 @@ def partitioner(
         lossy: as of `MemoryBudget`, where `budget` is none.
         fused: the compiler fuses elementwise operations.
         granted: as of `decide`: bytes that any graph may take, and then none is refused.
+        device: whose times a plan goes by; by default a datasheet's (`Pricing.of`).
 
     Raises:
         OptionError: an impossible budget; when it is called, one that no plan meets.
@@ -56,8 +60,8 @@ def partitioner(
         refuse(module)
         if has_recomputable_ops(module):
             module = cleanup_recompute_tags(module, is_default_partition=False)
-        rates = Rates.of(device_of(list(module.graph.nodes)), fused)
-        joint = Joint.of(module, num_fwd_outputs, rates)
+        pricing = Pricing.of(device_of(list(module.graph.nodes)), device, fused)
+        joint = Joint.of(module, num_fwd_outputs, pricing)
         frontier = Frontier(joint, wanted.lossy_forms)
         decisions, plan = decide(joint, frontier, wanted, time.perf_counter() - start, granted)
         parts = split(module, joint, decisions, num_fwd_outputs)
@@ -89,7 +93,11 @@ def refuse(module: fx.GraphModule) -> None:
 
 
 def inductor_partitioner(
-    budget: Any, *, on_plan: OnPlan | None = None, lossy: bool = False
+    budget: Any,
+    *,
+    on_plan: OnPlan | None = None,
+    lossy: bool = False,
+    device: Device | None = None,
 ) -> InductorPartitioner:
     """The planner for `torch.compile(…, options={"custom_partitioner_fn": …})`.
 
@@ -97,19 +105,29 @@ def inductor_partitioner(
     operations itself: the peak is a prediction there, and not a promise as of
     `rewrite(memory_budget=…)`.
     """
-    return InductorPartitioner(budget, on_plan=on_plan, lossy=lossy)
+    return InductorPartitioner(budget, on_plan=on_plan, lossy=lossy, device=device)
 
 
 class InductorPartitioner(CustomPartitionerFn):
     """See `inductor_partitioner`."""
 
-    def __init__(self, budget: Any, *, on_plan: OnPlan | None = None, lossy: bool = False) -> None:
-        self.partition = partitioner(budget, on_plan=on_plan, lossy=lossy, fused=True)
-        self.budget, self.lossy = budget, lossy
+    def __init__(
+        self,
+        budget: Any,
+        *,
+        on_plan: OnPlan | None = None,
+        lossy: bool = False,
+        device: Device | None = None,
+    ) -> None:
+        self.partition = partitioner(
+            budget, on_plan=on_plan, lossy=lossy, fused=True, device=device
+        )
+        self.budget, self.lossy, self.device = budget, lossy, device
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy has nobody to tell of its plan
-        return partial(InductorPartitioner, lossy=self.lossy), (self.budget,)
+        copied = partial(InductorPartitioner, lossy=self.lossy, device=self.device)
+        return copied, (self.budget,)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -117,8 +135,10 @@ class InductorPartitioner(CustomPartitionerFn):
         return self.partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> Any:
-        """The budget and the planner's own source."""
-        digest = hashlib.sha256(repr((self.budget, self.lossy)).encode())
+        """The budget, the device with all its figures, and the planner's own source."""
+        measured = None if self.device is None else self.device.measured
+        given = (self.budget, self.lossy, self.device, measured)
+        digest = hashlib.sha256(repr(given).encode())
         for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
             digest.update(path.read_bytes())
         return digest.hexdigest()

@@ -80,6 +80,7 @@ class MemoryPlan:
         gradient_error: measured, of a lossy plan.
         opaque: operations that are taken as they are: custom ones without a derivative to look at.
         solving: of the seconds, those after the trace.
+        device: whose times were predicted.
     """
 
     budget: str
@@ -98,6 +99,7 @@ class MemoryPlan:
     gradient_error: float | None = None
     opaque: list[str] = field(default_factory=list)
     solving: float = 0.0
+    device: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -128,11 +130,12 @@ class MemoryPlan:
     def summary(self) -> str:
         """One sentence."""
         counts = ", ".join(f"{n} {action}" for action, n in sorted(self.counts().items()))
+        on = f" for {self.device}" if self.device else ""
         return (
             f"peak {_mb(self.peak)} of {_mb(self.default_peak)} "
             f"({self.peak / max(self.default_peak, 1):.0%}), "
             f"saved {_mb(self.saved)} of {_mb(self.default_saved)}, "
-            f"{self.added:.1%} more time predicted; values: {counts or 'none'}"
+            f"{self.added:.1%} more time predicted{on}; values: {counts or 'none'}"
         )
 
     def __str__(self) -> str:
@@ -303,6 +306,7 @@ def decide(
         _thinned([(m.name, m.nbytes) for m in run.timeline]),
         opaque=sorted({s.op for s in joint.steps if s.fixed.startswith("a higher-order")}),
         solving=seconds,
+        device=joint.pricing.device.name,
     )
     return point.decisions, plan
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.cost import Device
 from rewriter.errors import RewriteWarning
 from rewriter.hosted import Program
 from rewriter.planner.budget import MemoryBudget, parse_budget
@@ -28,26 +29,27 @@ class PlannedTraining:
 
     Args:
         budget: what the user asked for.
+        device: whose times the plan goes by; by default a datasheet's.
 
     Attributes:
         plan: of the example inputs.
     """
 
-    def __init__(self, budget: MemoryBudget) -> None:
-        self.budget = budget
+    def __init__(self, budget: MemoryBudget, device: Device | None = None) -> None:
+        self.budget, self.device = budget, device
         self.plan: MemoryPlan | None = None
         self._traces: dict[Any, list[Traced]] = {}
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"budget": self.budget, "plan": self.plan}
+        return {"budget": self.budget, "device": self.device, "plan": self.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["budget"])  # type: ignore[misc]
+        self.__init__(state["budget"], state["device"])  # type: ignore[misc]
         self.plan = state["plan"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedTraining:
-        own = PlannedTraining(self.budget)
+        own = PlannedTraining(self.budget, self.device)
         own.plan = self.plan
         return own
 
@@ -91,7 +93,9 @@ class PlannedTraining:
         for traced in known:
             if traced.serves(leaves):
                 return traced
-        part = partitioner(self.budget, on_plan=self._planned, granted=self._granted())
+        part = partitioner(
+            self.budget, on_plan=self._planned, granted=self._granted(), device=self.device
+        )
         known.append(trace(root, program, leaves, rows, part))
         return known[-1]
 
