@@ -34,7 +34,7 @@ from rewriter.passes import Monarch, Quadratic
 from rewriter.planner import trace as planner_trace
 from rewriter.planner.choices import routes
 from rewriter.planner.frontier import Frontier, Point
-from rewriter.planner.joint import Joint
+from rewriter.planner.reading import read_joint
 from rewriter.planner.simulate import Decisions, simulate
 from rewriter.planner.trace import Traced
 from rewriter.planner.transform import split
@@ -314,7 +314,7 @@ class Rig:
             def partition(
                 module: fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **_: Any
             ) -> tuple[fx.GraphModule, fx.GraphModule]:
-                joint = Joint.of(module, num_fwd_outputs)
+                joint = read_joint(module, num_fwd_outputs)
                 found = self._frontiers[lossy] = Frontier(joint, lossy)
                 return split(module, joint, found.default.decisions, num_fwd_outputs)
 
@@ -328,7 +328,7 @@ class Rig:
         def partition(
             module: fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **_: Any
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
-            joint = Joint.of(module, num_fwd_outputs)
+            joint = read_joint(module, num_fwd_outputs)
             own, made = list(routes(joint, bool(lossy))), point.decisions
             closed = {v: own[ways[id(route)]] for v, route in made.routes.items()}
             decisions = Decisions(made.kept, made.packed, closed)
@@ -344,7 +344,7 @@ class Rig:
         def watched(
             module: fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **_: Any
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
-            joint = Joint.of(module, num_fwd_outputs)
+            joint = read_joint(module, num_fwd_outputs)
             parts = partition(module, inputs, num_fwd_outputs=num_fwd_outputs)
             (output,) = (n for n in parts[0].graph.nodes if n.op == "output")
             saved = [n for n in output.args[0][num_fwd_outputs:] if isinstance(n, fx.Node)]

@@ -17,8 +17,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.profiler import ProfilerActivity, profile
 
 from rewriter.planner.frontier import Frontier, Point
-from rewriter.planner.joint import Joint, device_of
-from rewriter.planner.pricing import Pricing
+from rewriter.planner.reading import read_joint
 from rewriter.planner.transform import split
 
 Record = dict[str, Any]
@@ -65,8 +64,7 @@ def planned(pick: Pick, notes: Record) -> Partition:
     def partition(
         module: fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        pricing = Pricing.of(device_of(list(module.graph.nodes)), fused=True)
-        joint = Joint.of(module, num_fwd_outputs, pricing)
+        joint = read_joint(module, num_fwd_outputs, fused=True)
         frontier = Frontier(joint)
         point = pick(frontier) or frontier.smallest
         step = sum(s.seconds for s in joint.steps)
@@ -114,11 +112,13 @@ def compiled(rig: Rig, quick: bool, seconds: float) -> Record:
     exact: dict[str, Tensor] = {}
     rows: dict[str, Record] = {}
     calls: dict[str, Callable[[], Tensor]] = {}
+    torch._dynamo.reset()
     for name, pick in picks.items():
         notes: Record = {}
         noted = Noted(planned(pick, notes) if callable(pick) else min_cut(pick))
-        torch._dynamo.reset()
-        options = {"custom_partitioner_fn": noted}
+        # each has a backend of its own, by which Dynamo tells their code apart; nothing of them is
+        # kept on disk, where they could not be told apart
+        options: Record = {"custom_partitioner_fn": noted, "force_disable_caches": True}
         calls[name] = partial(rig.step, torch.compile(rig.plain, options=options))
         start = time.perf_counter()
         calls[name]()

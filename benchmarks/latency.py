@@ -8,9 +8,7 @@ taken in turns in one process.
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from _harness import arguments, command, load_script, parse, write_results
+from _harness import arguments, command, keep_the_heap, load_script, parse, write_results
 from torch import Tensor, nn
 
 from rewriter import rewrite
@@ -334,17 +332,6 @@ def signs(cases: Sequence[Case]) -> tuple[int, int]:
             clear += 1
             right += (truth > 1) == (guess > 1)
     return right, clear
-
-
-def keep_the_heap() -> None:
-    """Begins this script anew with a C heap that keeps what is freed.
-
-    glibc gives memory back when the top of its heap is free, and gets it again page by page: up to
-    a third of a forward, at moments that depend on all that the process did before.
-    """
-    kept = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
-    if any(os.environ.get(name) != value for name, value in kept.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **kept})
 
 
 def main() -> None:

@@ -32,10 +32,12 @@ from typing import Any
 
 import torch
 from _harness import (
+    KEPT_HEAP,
     ROOT,
     arguments,
     command,
     interleaved,
+    keep_the_heap,
     load_script,
     parse,
     quartiles,
@@ -249,7 +251,8 @@ def inside_inductor(key: str, quick: bool, seconds: float) -> Record:
 
 def planning(layers: int, quick: bool) -> Record:
     """Seconds that planning takes, and the memory of a process that does nothing else."""
-    environment = {**os.environ, "PLANNER_BENCH_LAYERS": str(layers)}
+    own = {name: value for name, value in os.environ.items() if name not in KEPT_HEAP}
+    environment = {**own, "PLANNER_BENCH_LAYERS": str(layers)}
     arguments = [sys.executable, __file__, "--part", "plan-here", *(["--quick"] if quick else [])]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
     record: Record = json.loads(done.stdout.splitlines()[-1])
@@ -354,7 +357,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where finished parts are kept (build/planner)")
     parser.add_argument("--fresh", action="store_true", help="runs again what is kept")
     parser.add_argument("--seconds", type=float, default=80.0, help="of timed steps, per model")
+    parser.add_argument("--default-heap", action="store_true", help="leave malloc as it is")
     args = parse(parser)
+    if not args.default_heap and not args.quick and args.part != ["plan-here"]:
+        keep_the_heap()
     if args.part == ["plan-here"]:
         print(json.dumps(plan_here(int(os.environ["PLANNER_BENCH_LAYERS"]))))
         return

@@ -28,6 +28,7 @@ from rewriter.passes import Monarch, Quadratic
 from rewriter.planner import MemoryPlan, parse_budget, partitioner
 from rewriter.planner.choices import LOSSY, packings, routes
 from rewriter.planner.joint import Joint
+from rewriter.planner.reading import read_joint
 from rewriter.planner.simulate import Decisions, simulate
 from rewriter.planner.trace import trace
 from rewriter.planner.training import PlannedTraining
@@ -202,7 +203,7 @@ def traced(model: nn.Module, x: Tensor, choose: Callable[[Joint], Decisions]) ->
     state = vars(model)["_rewriter"]
 
     def part(module: Any, _: Any, *, num_fwd_outputs: int, **rest: Any) -> Any:
-        joint = Joint.of(module, num_fwd_outputs)
+        joint = read_joint(module, num_fwd_outputs)
         return split(module, joint, choose(joint), num_fwd_outputs)
 
     rows = state.signature.dims[True].shapes

@@ -26,6 +26,7 @@ from rewriter.planner.choices import packings, routes
 from rewriter.planner.frontier import Frontier
 from rewriter.planner.joint import Joint
 from rewriter.planner.plan import decide
+from rewriter.planner.reading import read_joint
 from rewriter.planner.simulate import Decisions, simulate, trimmed
 from rewriter.planner.trace import trace
 from rewriter.planner.transform import split
@@ -205,7 +206,7 @@ class Planned:
 
         def partition(gm: Any, _: Any, *, num_fwd_outputs: int, **__: Any) -> Any:
             self.module, self.results = gm, num_fwd_outputs
-            self.joint = Joint.of(gm, num_fwd_outputs)
+            self.joint = read_joint(gm, num_fwd_outputs)
             return split(gm, self.joint, Decisions.everything(self.joint), num_fwd_outputs)
 
         with modes(self.model, training=True):

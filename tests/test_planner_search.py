@@ -18,10 +18,10 @@ from rewriter.planner.choices import Packing
 from rewriter.planner.frontier import Frontier
 from rewriter.planner.greedy import greedy_plans
 from rewriter.planner.joint import Joint, Route, Step, Value
-from rewriter.planner.pricing import Pricing
 from rewriter.planner.mincut import cheap, cut
 from rewriter.planner.neighbours import legal, neighbours
 from rewriter.planner.parts import Parts
+from rewriter.planner.pricing import Pricing
 from rewriter.planner.simulate import Decisions, schedule, simulate, trimmed
 from rewriter.planner.solve import Choice
 

@@ -17,9 +17,8 @@ from rewriter.cost import Device
 from rewriter.errors import OptionError
 from rewriter.planner.budget import MemoryBudget
 from rewriter.planner.frontier import Frontier
-from rewriter.planner.joint import Joint, device_of
 from rewriter.planner.plan import MemoryPlan, decide
-from rewriter.planner.pricing import Pricing
+from rewriter.planner.reading import read_joint
 from rewriter.planner.transform import split
 
 __all__ = ["InductorPartitioner", "inductor_partitioner", "partitioner"]
@@ -60,8 +59,7 @@ def partitioner(
         refuse(module)
         if has_recomputable_ops(module):
             module = cleanup_recompute_tags(module, is_default_partition=False)
-        pricing = Pricing.of(device_of(list(module.graph.nodes)), device, fused)
-        joint = Joint.of(module, num_fwd_outputs, pricing)
+        joint = read_joint(module, num_fwd_outputs, device, fused)
         frontier = Frontier(joint, wanted.lossy_forms)
         decisions, plan = decide(joint, frontier, wanted, time.perf_counter() - start, granted)
         parts = split(module, joint, decisions, num_fwd_outputs)

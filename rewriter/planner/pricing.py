@@ -30,7 +30,9 @@ class Pricing:
     fused: bool = False
 
     @classmethod
-    def of(cls, runs_on: torch.device, device: Device | None = None, fused: bool = False) -> Pricing:
+    def of(
+        cls, runs_on: torch.device, device: Device | None = None, fused: bool = False
+    ) -> Pricing:
         """Args: device: the one to price for; by default the datasheet of a typical one."""
         typical = "laptop-CPU" if runs_on.type == "cpu" else "A100-80GB"
         found = device or Device.get(typical)
