@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from rewriter.kernels import pack_cpu
+
 __all__ = ["GROUP", "pack_bits", "pack_groups", "packed_bytes", "unpack_bits", "unpack_groups"]
 
 GROUP = 128
@@ -123,6 +125,11 @@ longer than all the rest."""
 def _pack_groups(x: Tensor, bits: int) -> Tensor:
     if bits not in (4, 8):
         raise ValueError(f"pack_groups: bits must be 4 or 8, not {bits}")
+    if bits == 8 and x.numel() and _compiled(x.device):
+        q = x.new_empty(-(-x.numel() // GROUP), _width(bits), dtype=torch.uint8)
+        seed = torch.randint(1 << 31, (1,), generator=_noise)
+        pack_cpu.pack(x.detach().contiguous().float(), q, int(seed))
+        return q
     groups = _padded(x.detach().contiguous(), GROUP).float().view(-1, GROUP)
     count = len(groups)
     if not count:
@@ -149,6 +156,11 @@ def _pack_groups(x: Tensor, bits: int) -> Tensor:
     return quantize(dithered, bits)
 
 
+def _compiled(device: torch.device) -> bool:
+    """Whether the kernels of `pack_cpu.cpp` run there."""
+    return device.type == "cpu" and pack_cpu.refusal() is None
+
+
 def _scales(q: Tensor, bits: int) -> Tensor:
     """[groups, 2] float32: s and lo."""
     tail = q[:, GROUP * bits // 8 :].contiguous()
@@ -158,6 +170,9 @@ def _scales(q: Tensor, bits: int) -> Tensor:
 def _quantize_cpu(groups: Tensor, bits: int) -> Tensor:
     name = "embedding_bag_byte_prepack" if bits == 8 else "embedding_bag_4bit_prepack"
     q: Tensor = getattr(torch.ops.quantized, name)(groups)
+    lo, hi = torch.aminmax(groups, dim=1)
+    # FBGEMM passes over NaN; an offset that is none says so
+    q.view(torch.float32 if bits == 8 else torch.float16)[:, -1] += lo * 0 + hi * 0
     return q
 
 
@@ -177,6 +192,10 @@ def _quantize(groups: Tensor, bits: int) -> Tensor:
 def _unpack_groups(q: Tensor, size: Sequence[int], dtype: torch.dtype, bits: int) -> Tensor:
     if not len(q):
         return q.new_empty(size, dtype=dtype)
+    if bits == 8 and _compiled(q.device):
+        x = q.new_empty(size, dtype=torch.float32)
+        pack_cpu.unpack(q.contiguous(), x)
+        return x.to(dtype)
     if q.device.type == "cpu":
         name = "embedding_bag_byte_unpack" if bits == 8 else "embedding_bag_4bit_unpack"
         x = getattr(torch.ops.quantized, name)(q)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rewriter.kernels import pack
+from rewriter.kernels import pack, pack_cpu
 from rewriter.kernels.pack import GROUP, pack_bits, pack_groups, packed_bytes, unpack_bits
 from rewriter.kernels.pack import unpack_groups as unpack
 
@@ -72,6 +72,66 @@ def test_constant_groups_and_the_last_short_one_are_exact() -> None:
     x = torch.cat([torch.full((GROUP,), 3.5), torch.zeros(GROUP), torch.full((5,), -2.0)])
     for bits in (8, 4):
         assert torch.equal(unpack(pack_groups(x, bits), x.shape, x.dtype, bits), x)
+
+
+@pytest.fixture(params=["compiled", "FBGEMM"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way to 8 bits that a CPU has."""
+    if request.param == "FBGEMM":
+        monkeypatch.setattr(pack_cpu, "refusal", lambda: "not here")
+    elif (why := pack_cpu.refusal()) is not None:
+        pytest.skip(why)
+    return str(request.param)
+
+
+def test_both_ways_write_one_format(way: str) -> None:
+    x = values((37, 91), torch.float32, 3)
+    q = pack_groups(x)
+    groups = pack._padded(x, GROUP).view(-1, GROUP)
+    lo, hi = torch.aminmax(groups, dim=1)
+    scale = pack._scales(q, 8)
+    level = (hi - lo) / 255
+    torch.testing.assert_close(scale[:, 0], level, rtol=0.01, atol=0)  # noise widens FBGEMM's
+    assert ((scale[:, 1] - lo).abs() <= level).all()
+    torch.testing.assert_close(pack._dequantize(q, 8).flatten()[: x.numel()].view(x.shape),
+                               unpack(q, x.shape, x.dtype, 8))  # fmt: skip
+
+
+def test_what_is_not_finite_spoils_its_own_group_alone(way: str) -> None:
+    x = values((5 * GROUP,), torch.float32, 4)
+    x[GROUP], x[3 * GROUP + 7] = float("nan"), float("inf")
+    good = unpack(pack_groups(x), x.shape, x.dtype, 8).view(5, GROUP).isfinite().all(1)
+    assert good.tolist() == [True, False, True, False, True]
+
+
+def test_threads_change_nothing() -> None:
+    if (why := pack_cpu.refusal()) is not None:
+        pytest.skip(why)
+    x, found, before = values((600, GROUP), torch.float32, 5), [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            q = torch.empty(600, GROUP + 8, dtype=torch.uint8)
+            pack_cpu.pack(x, q, 11)
+            found.append(q)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    other = torch.empty_like(q)
+    pack_cpu.pack(x, other, 12)
+    assert not torch.equal(other, q)
+
+
+def test_noise_is_uniform() -> None:
+    if (why := pack_cpu.refusal()) is not None:
+        pytest.skip(why)
+    x = torch.full((4000, GROUP), 100.25)
+    x[:, 0], x[:, 1] = 0.0, 255.0  # levels are whole numbers: a quarter goes up
+    up = unpack(pack_groups(x), x.shape, x.dtype, 8)[:, 2:] > 100.5
+    share = up.float().mean()
+    assert abs(float(share) - 0.25) < 4 * (0.25 * 0.75 / up.numel()) ** 0.5
+    by_place = up.float().mean(0)
+    assert float((by_place - 0.25).abs().max()) < 5 * (0.25 * 0.75 / len(x)) ** 0.5
 
 
 @pytest.mark.parametrize("bits", [8, 4])
