@@ -96,16 +96,12 @@ def compiled(rig: Rig, quick: bool, seconds: float) -> Record:
         found = [p for p in frontier.found.values() if p.simulation.saved <= UNDER * cut]
         return min(found, key=lambda p: (p.seconds, p.peak), default=None)
 
-    def share(part: float) -> Pick:
-        return lambda frontier: frontier.choose(part * frontier.default.peak)
-
     picks: dict[str, Pick | float | None] = {
         "min-cut": None,
         "torch 0.5": 0.5,
         "ours, no added time": lambda frontier: frontier.within(0),
         "ours, 25 % under min-cut": under,
-        "ours at 60 %": share(0.6),
-        "ours at 35 %": share(0.35),
+        "ours at 60 %": lambda frontier: frontier.choose(0.6 * frontier.default.peak),
     }
     if quick:
         picks = {name: picks[name] for name in ("min-cut", "ours, 25 % under min-cut")}

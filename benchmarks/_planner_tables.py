@@ -13,25 +13,27 @@ Kept = Mapping[str, Mapping[str, Record]]
 NOTES = (
     "A peak is the most that a training step (forward, loss, backward) has alive on top of "
     "weights, buffers and inputs, gradients included, as a dispatch mode sees it; saved is what "
-    "is alive between forward and backward, the loss left out. Added GFLOP: of a step, over those"
-    " with everything kept (of checkpoint: over eager's), attention on the CPU counted. Budgets "
-    "are shares of the peak with everything kept; where none of the plans is within, the smallest"
-    " stands there. 'torch b' is PyTorch's partitioner with `activation_memory_budget=b`, 'min-"
-    "cut' the same with its default; all partitions run by the same runtime, with plain kernels "
-    "and no fusion. 'checkpoint' is `torch.utils.checkpoint` around every block of the user's "
-    "model, in eager. 'ours at X' is the plan whose budget is X's measured peak; Beside min-cut "
-    "stands the plan that saves least among those whose predicted time is no more than that "
-    "predicted for min-cut's choice; '25 % under min-cut' is the fastest plan that saves so much "
-    "less. Times: medians over rounds of the ratio to eager, all in turn in one process. Inside"
-    " Inductor the partitioners stand in its `custom_partitioner_fn`, elementwise operations are "
+    "is alive between forward and backward, the loss left out. Added GFLOP: of a step, over "
+    "those with everything kept (of checkpoint: over eager's), attention on the CPU counted. "
+    "Budgets are shares of the peak with everything kept; where none of the plans is within, "
+    "the smallest stands there. 'torch b' is PyTorch's partitioner with "
+    "`activation_memory_budget=b`, 'min-cut' the same with its default; all partitions run by "
+    "the same runtime, with plain kernels and no fusion. 'checkpoint' is "
+    "`torch.utils.checkpoint` around every block of the user's model, in eager. 'ours at X' is "
+    "the plan whose budget is X's measured peak; Beside min-cut stands the plan that saves "
+    "least among those whose predicted time is no more than that predicted for min-cut's "
+    "choice; '25 % under min-cut' is the fastest plan that saves so much less. Times: medians "
+    "over rounds of the ratio to eager, all in turn in one process, under a C heap that keeps "
+    "what is freed, as jemalloc does (`--default-heap` leaves it). 'torch with fewer FLOPs' is "
+    "the first of PyTorch's budgets whose peak the planner meets with more FLOPs. Inside "
+    "Inductor the partitioners stand in its `custom_partitioner_fn`, elementwise operations are "
     "fused for both, saved is what the forward returns for the backward alone, and the peak is "
-    "what the profiler sees allocated. Lossy is"
-    " `MemoryBudget(step_time=1.1, lossy=True)`. Dropout is on where the model has it, with the "
-    "same seed for all. Planning: reading the joint graph, plans and simulation, a GPT 64 "
-    "wide; the trace of AOTAutograd, with open sizes, comes before; the memory is of the "
-    "whole process with PyTorch in it. Training: a byte-level GPT on the "
-    "Wikipedia excerpt that gensim ships, 1,000 steps, same seed and batches. Plots: planner.png,"
-    " planner_training.png."
+    "what the profiler sees allocated. Lossy is `MemoryBudget(step_time=1.1, lossy=True)`. "
+    "Dropout is on where the model has it, with the same seed for all. Planning: reading the "
+    "joint graph, plans and simulation, a GPT 64 wide; the trace of AOTAutograd, with open "
+    "sizes, comes before; the memory is of the whole process with PyTorch in it. Training: a "
+    "byte-level GPT on the Wikipedia excerpt that gensim ships, 1,000 steps, same seed and "
+    "batches. Plots: planner.png, planner_training.png."
 )
 
 
@@ -358,6 +360,7 @@ def time_figures(times: list[Record]) -> Iterator[Figure]:
     for ours, theirs in (
         ("ours at checkpoint's peak", "checkpoint"),
         ("ours, 25 % under min-cut", "min-cut"),
+        ("ours with more FLOPs", "torch with fewer FLOPs"),
     ):
         pairs = [
             (t["model"], t["ratio"][ours][1] / t["ratio"][theirs][1])

@@ -211,6 +211,13 @@ def times(key: str, quick: bool, seconds: float, counted: Record) -> Record:
         if point is not None
     }
     traced["min-cut"] = rig.trace(min_cut(None))
+    # where PyTorch recomputes fewer FLOPs than the planner, which goes by seconds
+    dearer = [r for r in counted["torch"] if r.get("ours") and r["ours"]["flops"] > r["flops"]]
+    for row in dearer[:1]:
+        traced["torch with fewer FLOPs"] = rig.trace(min_cut(row["budget"]))
+        twin = frontier.choose(row["peak"])
+        assert twin is not None
+        traced["ours with more FLOPs"] = rig.trace(rig.planned(twin))
 
     def checkpointed() -> None:
         with rig.checkpointed():
