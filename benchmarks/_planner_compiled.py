@@ -13,6 +13,7 @@ import torch
 from _harness import interleaved, quartiles
 from _planned import Partition, Rig, difference, min_cut
 from torch import Tensor, fx
+from torch._functorch import config as functorch
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.profiler import ProfilerActivity, profile
 
@@ -114,10 +115,11 @@ def compiled(rig: Rig, quick: bool, seconds: float) -> Record:
         noted = Noted(planned(pick, notes) if callable(pick) else min_cut(pick))
         # each has a backend of its own, by which Dynamo tells their code apart; nothing of them is
         # kept on disk, where they could not be told apart
-        options: Record = {"custom_partitioner_fn": noted, "force_disable_caches": True}
+        options: Record = {"custom_partitioner_fn": noted, "fx_graph_cache": False}
         calls[name] = partial(rig.step, torch.compile(rig.plain, options=options))
         start = time.perf_counter()
-        calls[name]()
+        with functorch.patch(enable_autograd_cache=False):
+            calls[name]()
         taken = time.perf_counter() - start
         grads = {n: p.grad for n, p in rig.plain.named_parameters() if p.grad is not None}
         exact = exact or grads

@@ -39,7 +39,7 @@ from rewriter import rewrite
 from rewriter.passes import Monarch, Quantize
 
 data = load_script("examples/_data.py")
-PARTS = ("equality", "speed", "training", "compile", "shapes")
+PARTS = ("equality", "speed", "training", "neighbours", "compile", "shapes")
 Batch = dict[str, Tensor]
 Subject = tuple[Callable[[], nn.Module], Callable[[int, int], Batch]]
 
@@ -267,6 +267,63 @@ def training(quick: bool, inner: str, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
+REDUCTIONS = "norm mean sum softmax amax var".split()
+
+
+def neighbours(quick: bool, inner: str) -> list[dict[str, Any]]:
+    """What fusing elementwise neighbours (activation, residual) into our operations could save at
+    most: the time of Inductor's kernels that hold nothing else."""
+    from torch.profiler import ProfilerActivity, profile
+
+    name = "BERT tiny" if quick else "MiniLM"
+    build, make = (QUICK if quick else SUBJECTS)[name]
+    width, depth, *sizes = (64, 1, 2, 8) if quick else (768, 3, 4, 256)
+    options: dict[str, Any] = {"inner": inner}
+    if inner == "inductor":
+        options["inductor"] = {"cpp.enable_kernel_profile": True}
+    cases: dict[str, tuple[nn.Module, Batch, list[Any], bool]] = {
+        f"{name}, Monarch, 4 blocks, forward": (
+            build(), inputs_of(name, make), [Monarch(nblocks=4)], False,
+        ),
+        "GPT-2-like, Monarch, 4 blocks, step": (
+            gpt2(width, depth), tokens(4000)(*sizes), [Monarch(nblocks=4, init="random")], True,
+        ),
+    }  # fmt: skip
+    rows = []
+    for label, (model, batch, passes, trains) in cases.items():
+        torch._dynamo.reset()
+        made = rewrite(model, passes, batch).train(trains)
+        run = torch.compile(made, backend=rewriter.backend(**options))
+
+        def call(run: Any = run, batch: Batch = batch, trains: bool = trains) -> None:
+            with torch.set_grad_enabled(trains):
+                result = run(**batch).last_hidden_state
+            if trains:
+                result.square().mean().backward()
+
+        call()
+        call()
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            for _ in range(5):
+                call()
+        events = found.key_averages()
+        total = sum(e.self_cpu_time_total for e in events)
+        ours = sum(e.cpu_time_total for e in events if e.key.startswith("rewriter::"))
+        fused = {e.key: e.self_cpu_time_total for e in events if "cpp_fused" in e.key}
+        alone = sum(t for k, t in fused.items() if not any(r in k for r in REDUCTIONS))
+        rows.append(
+            {
+                "what": label,
+                "ms": total / 5e3,
+                "our operations %": 100 * ours / total,
+                "elementwise kernels %": 100 * alone / total,
+                "those with a reduction %": 100 * (sum(fused.values()) - alone) / total,
+                "× at most, were they free": total / (total - alone),
+            }
+        )
+    return rows
+
+
 CHILD = "--compile-once"
 
 
@@ -364,6 +421,7 @@ def main() -> None:
         "equality": ("Equality", lambda: equality(subjects, inner)),
         "speed": ("Speed of a forward", lambda: speed(subjects, inner, rounds)),
         "training": ("A training step", lambda: training(quick, inner, rounds)),
+        "neighbours": ("Elementwise neighbours", lambda: neighbours(quick, inner)),
         "compile": ("Seconds to the first result", lambda: compile_times(quick, args.threads)),
         "shapes": ("Twenty shapes", lambda: shapes(quick, inner)),
     }
@@ -383,7 +441,9 @@ def main() -> None:
         notes="Both sides of every speed ratio run interleaved in one process, warmed up; forwards "
         "under inference_mode. Differences are relative to the largest value; gradients' to the "
         "norm of all. A cold compilation starts with an empty cache, a warm one is a new process "
-        "with the same cache. Monarch starts from random factors: only its time is looked at.",
+        "with the same cache. Elementwise neighbours: shares of the profiler's time; kernels that "
+        "hold elementwise operations alone are all that an epilogue of our operations could take "
+        "over. Monarch starts from random factors: only its time is looked at.",
         out=args.out,
     )
 
