@@ -208,8 +208,11 @@ def test_healing_runs() -> None:
 def test_backend(tmp_path: pathlib.Path) -> None:
     """What the backend compiles is what `rewrite` and torch.compile give, over many shapes."""
     run("benchmarks/backend.py", "--quick", "--out", str(tmp_path), "--part", "equality",
-        "--part", "speed", "--part", "training", "--part", "shapes")  # fmt: skip
+        "--part", "speed", "--part", "training", "--part", "neighbours",
+        "--part", "shapes")  # fmt: skip
     found = tables(tmp_path, "backend")
+    for row in found["Elementwise neighbours"]:
+        assert 0 < row["our operations %"] < 100
     (row,) = found["Equality"]
     assert row["no pass: off rewrite + compile"] < 1e-5
     assert row["int8: off rewrite + compile"] < 1e-5

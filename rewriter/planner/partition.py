@@ -133,10 +133,11 @@ class InductorPartitioner(CustomPartitionerFn):
         return self.partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> Any:
-        """The budget, the device with all its figures, and the planner's own source."""
+        """The budget, the device with all its figures, and the source of planner and cost model."""
         measured = None if self.device is None else self.device.measured
         given = (self.budget, self.lossy, self.device, measured)
         digest = hashlib.sha256(repr(given).encode())
-        for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        rooms = pathlib.Path(__file__).parents[1]
+        for path in sorted((*rooms.glob("planner/*.py"), *rooms.glob("cost/*.py"))):
             digest.update(path.read_bytes())
         return digest.hexdigest()

@@ -45,7 +45,7 @@ class PlannedTraining:
         return {"budget": self.budget, "device": self.device, "plan": self.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["budget"], state["device"])  # type: ignore[misc]
+        self.__init__(state["budget"], state.get("device"))  # type: ignore[misc]
         self.plan = state["plan"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedTraining:
