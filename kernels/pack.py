@@ -192,6 +192,9 @@ def _quantize(groups: Tensor, bits: int) -> Tensor:
 def _unpack_groups(q: Tensor, size: Sequence[int], dtype: torch.dtype, bits: int) -> Tensor:
     if not len(q):
         return q.new_empty(size, dtype=dtype)
+    want = -(-math.prod(size) // GROUP), _width(bits)
+    if q.shape != want or q.dtype != torch.uint8:
+        raise ValueError(f"unpack_groups: {list(size)} needs uint8 {list(want)}, not {q.shape}")
     if bits == 8 and _compiled(q.device):
         x = q.new_empty(size, dtype=torch.float32)
         pack_cpu.unpack(q.contiguous(), x)

@@ -122,6 +122,24 @@ def test_threads_change_nothing() -> None:
     assert not torch.equal(other, q)
 
 
+def test_defaults_for_new_tensors_do_not_reach_the_check() -> None:
+    if (why := pack_cpu.refusal()) is not None:
+        pytest.skip(why)
+    try:
+        torch.set_default_dtype(torch.float64)
+        pack_cpu.refusal.cache_clear()
+        assert pack_cpu.refusal() is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    q = pack_groups(torch.rand(300))
+    for size, bits in (([600], 8), ([300], 4), ([128], 8)):
+        with pytest.raises(ValueError, match="unpack_groups: "):
+            unpack(q, size, torch.float32, bits)
+
+
 def test_noise_is_uniform() -> None:
     if (why := pack_cpu.refusal()) is not None:
         pytest.skip(why)

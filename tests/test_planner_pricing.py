@@ -6,16 +6,21 @@ import copy
 import math
 import pickle
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from functorch.compile import aot_module, default_partition, make_boxed_func
+from torch import Tensor, fx, nn
 
 from rewriter import OptionError, plan_memory, rewrite
 from rewriter.cost import Device
 from rewriter.cost.work import Work
+from rewriter.passes import Quadratic
+from rewriter.planner.joint import Joint
 from rewriter.planner.partition import inductor_partitioner
 from rewriter.planner.pricing import FUSED, Pricing
+from rewriter.planner.reading import read_joint
 
 LAPTOP = Device.get("laptop")
 ADD = Work("aten::add", "pointwise", "float32", 0, 8 << 20, 4 << 20, shape=(1 << 20,))
@@ -85,7 +90,9 @@ def test_fused_operations_cost_next_to_nothing() -> None:
         "aten::mm", "matmul", "float32", 2 << 30, 3 << 22, 1 << 22, shape=(1, 1024, 1024, 1024)
     )
     assert fused.seconds(product) == plain.seconds(product)
-    assert math.isclose(plain.products(1, 1024, 1024, 1024), plain.seconds(product), rel_tol=0.05)
+    assert math.isclose(
+        plain.products(1, 1024, 1024, 1024, torch.float32), plain.seconds(product), rel_tol=0.05
+    )
 
 
 def test_another_device_is_another_key_of_inductors_cache() -> None:
@@ -94,3 +101,20 @@ def test_another_device_is_another_key_of_inductors_cache() -> None:
     )
     assert len({plain.uuid(), other.uuid(), slow.uuid()}) == 3
     assert pickle.loads(pickle.dumps(slow)).uuid() == slow.uuid()
+
+
+def test_a_backward_is_priced_as_the_products_it_has() -> None:
+    model = rewrite(nn.Sequential(nn.Linear(1024, 1024)).train(), [Quadratic()], torch.rand(4096, 1024))
+    found: list[Joint] = []
+
+    def partition(module: fx.GraphModule, inputs: object, **given: Any) -> Any:
+        found.append(read_joint(module, given["num_fwd_outputs"]))
+        return default_partition(module, inputs, **given)
+
+    def boxed(graph: fx.GraphModule, _: object) -> Any:
+        return make_boxed_func(graph.forward)
+
+    aot_module(model, boxed, partition_fn=partition)(torch.rand(4096, 1024)).sum().backward()
+    own = [s for s in found[0].steps if "quadratic" in s.op]
+    forward, backward = (max(s.seconds for s in own if s.backward is b) for b in (False, True))
+    assert backward > 1.5 * forward

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import fx
 
+from rewriter.kernels import pack_cpu
 from rewriter.kernels.pack import packed_bytes
 from rewriter.planner.builder import Builder
 from rewriter.planner.joint import Joint, Route, Step, Value
@@ -65,7 +66,6 @@ def by_value(choices: Iterable[Choice]) -> dict[int, list[Choice]]:
 def packings(joint: Joint, lossy: tuple[str, ...] = ()) -> Iterator[Packing]:
     """All that make a value smaller."""
     signs, numbers = _signs_only(joint), _from_numbers(joint)
-    on_cpu = joint.pricing.device.kind == "cpu"
     for i, value in enumerate(joint.values):
         maker = value.maker
         if maker is None or joint.steps[maker].backward or value.node is None:
@@ -91,7 +91,9 @@ def packings(joint: Joint, lossy: tuple[str, ...] = ()) -> Iterator[Packing]:
             if "bf16" in lossy and value.dtype == torch.float32:
                 yield Packing(i, "bf16", numel * 2, moving(3 * value.nbytes), False)
             if "int8" in lossy:
-                yield Packing(i, "int8", eight, 2 * once if on_cpu else passes, False)
+                at_once = value.node.meta["val"].device.type == "cpu" and pack_cpu.refusal() is None
+                at_once &= value.dtype == torch.float32
+                yield Packing(i, "int8", eight, 2 * once if at_once else passes, False)
             if "int4" in lossy:
                 yield Packing(i, "int4", packed_bytes(numel, 4), passes, False)
 
@@ -210,7 +212,7 @@ def _monarch(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterator[R
         rows = build(aten.permute.default, rows, [1, 2, 0])
         return build(aten.bmm.default, get(factor), rows)
 
-    seconds = joint.pricing.products(blocks, rank, columns, size)
+    seconds = joint.pricing.products(blocks, rank, columns, size, mid[1].dtype)
     yield Route(mid[0], (x, *joint.node_values[right.name]), seconds, fold, "mid", False, emit)
 
 

@@ -60,11 +60,11 @@ class Pricing:
             Work("aten::clone", "copy", "float32", 0, read, nbytes - read, shape=shape)
         )
 
-    def products(self, batch: int, m: int, n: int, k: int) -> float:
-        """Of so many products [m, k] @ [k, n] in float32."""
-        sizes = (batch, m, n, k)
-        read, written = 4 * batch * k * (m + n), 4 * batch * m * n
+    def products(self, batch: int, m: int, n: int, k: int, dtype: torch.dtype) -> float:
+        """Of so many products [m, k] @ [k, n]."""
+        sizes, name = (batch, m, n, k), str(dtype).removeprefix("torch.")
+        read, written = (dtype.itemsize * batch * s for s in (k * (m + n), m * n))
         flops = 2 * math.prod(sizes)
         return self.device.time(
-            Work("aten::bmm", "matmul", "float32", flops, read, written, shape=sizes)
+            Work("aten::bmm", "matmul", name, flops, read, written, shape=sizes)
         )

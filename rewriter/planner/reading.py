@@ -198,7 +198,7 @@ class _Reader:
         if not runs or (not fresh and not self._acts(node)):
             return  # a view
         made = tuple(dict.fromkeys(self.known[k] for k, _ in fresh))
-        work = self._work(node, tensors)
+        work = self._work(node, tensors, backward)
         self.joint.steps.append(
             Step(
                 node.name,
@@ -238,11 +238,11 @@ class _Reader:
         """It writes into what it reads."""
         return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
-    def _work(self, node: fx.Node, made: list[Tensor]) -> Work:
+    def _work(self, node: fx.Node, made: list[Tensor], backward: bool) -> Work:
         func = node.target
         if not isinstance(func, OpOverload):
             size = sum(_hint(t.numel()) * t.element_size() for t in made)
-            return Work(str(func), "other", "float32", 0, size, size)
+            return Work(str(func), "other", "float32", 0, size, size, backward=backward)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         kwargs = dict(kwargs)
         read = tensors_in((args, list(kwargs.values())))
@@ -256,7 +256,8 @@ class _Reader:
         first = made[0] if made else read[0] if read else None
         shape = tuple(_hint(s) for s in shape_of(kind, name, args, first, flops))
         dtype, (came, went) = dtype_of(kind, read, made), map(_hint, moved)
-        return Work(name, kind, dtype, flops, came, went, min(weights, came), shape)
+        weights = min(weights, came)
+        return Work(name, kind, dtype, flops, came, went, weights, shape, backward=backward)
 
     def _given(self, tensor: Tensor) -> bool:
         number = self.known.get(tensor.untyped_storage()._cdata)
