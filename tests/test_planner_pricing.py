@@ -104,7 +104,8 @@ def test_another_device_is_another_key_of_inductors_cache() -> None:
 
 
 def test_a_backward_is_priced_as_the_products_it_has() -> None:
-    model = rewrite(nn.Sequential(nn.Linear(1024, 1024)).train(), [Quadratic()], torch.rand(4096, 1024))
+    dense, x = nn.Sequential(nn.Linear(1024, 1024)).train(), torch.rand(4096, 1024)
+    model = rewrite(dense, [Quadratic()], x)
     found: list[Joint] = []
 
     def partition(module: fx.GraphModule, inputs: object, **given: Any) -> Any:
@@ -114,7 +115,7 @@ def test_a_backward_is_priced_as_the_products_it_has() -> None:
     def boxed(graph: fx.GraphModule, _: object) -> Any:
         return make_boxed_func(graph.forward)
 
-    aot_module(model, boxed, partition_fn=partition)(torch.rand(4096, 1024)).sum().backward()
+    aot_module(model, boxed, partition_fn=partition)(x).sum().backward()
     own = [s for s in found[0].steps if "quadratic" in s.op]
     forward, backward = (max(s.seconds for s in own if s.backward is b) for b in (False, True))
     assert backward > 1.5 * forward
