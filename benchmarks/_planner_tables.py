@@ -138,6 +138,7 @@ def lossy_row(m: Record, t: Record | None) -> Record:
         "peak MB": megabytes(row["peak"]),
         "eager peak MB": megabytes(m["eager"]["peak"]),
         "off %": round(off(row), 4),
+        "predicted time %": round(100 * row["added"], 2),
         "values packed": ", ".join(f"{n} {k}" for k, n in row["packed"].items()) or "none",
         "relative error of the gradients": row["relative"],
         "cosine": round(row["cosine"], 6),
