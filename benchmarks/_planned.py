@@ -431,6 +431,12 @@ def min_cut(budget: float | None) -> Partition:
     return partition
 
 
+def quickest(frontier: Frontier, saved: float) -> Point | None:
+    """The plan that adds least time among those that save no more than so many bytes."""
+    found = [p for p in frontier.found.values() if p.simulation.saved <= saved]
+    return min(found, key=lambda p: (p.seconds, p.peak), default=None)
+
+
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, float, float]:
     """(largest absolute difference, ‖a − b‖/‖a‖, cosine) of two sets of gradients."""
     assert a.keys() == b.keys()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from _harness import interleaved, quartiles
-from _planned import Partition, Rig, difference, min_cut
+from _planned import Partition, Rig, difference, min_cut, quickest
 from torch import Tensor, fx
 from torch._functorch import config as functorch
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -92,16 +92,11 @@ def peak_of(step: Callable[[], object]) -> int:
 def compiled(rig: Rig, quick: bool, seconds: float) -> Record:
     """A step of a model compiled with several partitioners, in turn in one process."""
     cut = 0
-
-    def under(frontier: Frontier) -> Point | None:
-        found = [p for p in frontier.found.values() if p.simulation.saved <= UNDER * cut]
-        return min(found, key=lambda p: (p.seconds, p.peak), default=None)
-
     picks: dict[str, Pick | float | None] = {
         "min-cut": None,
         "torch 0.5": 0.5,
         "ours, no added time": lambda frontier: frontier.within(0),
-        "ours, 25 % under min-cut": under,
+        "ours, 25 % under min-cut": lambda frontier: quickest(frontier, UNDER * cut),
         "ours at 60 %": lambda frontier: frontier.choose(0.6 * frontier.default.peak),
     }
     if quick:

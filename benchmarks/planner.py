@@ -43,7 +43,7 @@ from _harness import (
     quartiles,
     write_results,
 )
-from _planned import CASES, LOSSY, Measured, Partition, Rig, difference, min_cut
+from _planned import CASES, LOSSY, Measured, Partition, Rig, difference, min_cut, quickest
 from _planner_compiled import UNDER, compiled
 from _planner_tables import curves_plot, pareto_plots, tables
 
@@ -113,12 +113,6 @@ def least_saved(frontier: Frontier, seconds: float) -> Point:
     """The plan that saves least among those that add no more than so many seconds."""
     found = [p for p in frontier.found.values() if p.seconds <= seconds * 1.0001]
     return min(found or frontier.points[:1], key=lambda p: (p.simulation.saved, p.seconds))
-
-
-def quickest(frontier: Frontier, saved: float) -> Point | None:
-    """The plan that adds least time among those that save no more than so many bytes."""
-    found = [p for p in frontier.found.values() if p.simulation.saved <= saved]
-    return min(found, key=lambda p: (p.seconds, p.peak), default=None)
 
 
 def lossy_plan(frontier: Frontier) -> Point:

@@ -75,13 +75,16 @@ def test_constant_groups_and_the_last_short_one_are_exact() -> None:
         assert torch.equal(unpack(pack_groups(x, bits), x.shape, x.dtype, bits), x)
 
 
-@pytest.fixture(params=["compiled", "FBGEMM"])
+needs_kernel = pytest.mark.skipif(
+    pack_cpu.refusal() is not None, reason=f"no compiled kernel: {pack_cpu.refusal()}"
+)
+
+
+@pytest.fixture(params=[pytest.param("compiled", marks=needs_kernel), "FBGEMM"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way to 8 bits that a CPU has."""
     if request.param == "FBGEMM":
         monkeypatch.setattr(pack_cpu, "refusal", lambda: "not here")
-    elif (why := pack_cpu.refusal()) is not None:
-        pytest.skip(why)
     return str(request.param)
 
 
@@ -105,9 +108,8 @@ def test_what_is_not_finite_spoils_its_own_group_alone(way: str) -> None:
     assert good.tolist() == [True, False, True, False, True]
 
 
+@needs_kernel
 def test_threads_change_nothing() -> None:
-    if (why := pack_cpu.refusal()) is not None:
-        pytest.skip(why)
     x, found, before = values((600, GROUP), torch.float32, 5), [], torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -123,9 +125,8 @@ def test_threads_change_nothing() -> None:
     assert not torch.equal(other, q)
 
 
+@needs_kernel
 def test_the_check_makes_no_tensors() -> None:
-    if (why := pack_cpu.refusal()) is not None:
-        pytest.skip(why)
     pack_cpu.refusal.cache_clear()
     with FakeTensorMode():  # as where a plan is made
         assert pack_cpu.refusal() is None
@@ -138,9 +139,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
             unpack(q, size, torch.float32, bits)
 
 
+@needs_kernel
 def test_noise_is_uniform() -> None:
-    if (why := pack_cpu.refusal()) is not None:
-        pytest.skip(why)
     x = torch.full((4000, GROUP), 100.25)
     x[:, 0], x[:, 1] = 0.0, 255.0  # levels are whole numbers: a quarter goes up
     up = unpack(pack_groups(x), x.shape, x.dtype, 8)[:, 2:] > 100.5

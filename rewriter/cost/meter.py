@@ -24,7 +24,7 @@ from rewriter.cost.fakes import fake_result
 from rewriter.cost.formulas import Traffic, flop_formula, is_free, traffic
 from rewriter.cost.memory import Memory, storage_key, tensors_in, touched, traffic_bytes
 from rewriter.cost.symbolic import Size, largest, least
-from rewriter.cost.work import Work, dtype_of, grouped, kind_of, shape_of
+from rewriter.cost.work import Work, dtype_of, grouped, work_of
 from rewriter.sites import user_line
 
 __all__ = ["GraphCost", "Meter", "Tally"]
@@ -177,24 +177,10 @@ class Meter(TorchDispatchMode):
         now.launches += 1
         now.bytes_read += bytes_read
         now.bytes_written += bytes_written
-        name = func._schema.name
-        family = kind_of(name, torch.Tag.pointwise in func.tags, torch.Tag.reduction in func.tags)
-        first = written[0] if written else read[0] if read else None
-        sizes = shape_of(family, name, args, first, flops)
         weights = {id(t): t for t in read if storage_key(t) in self.run.weights}
         held: Any = least(sum((touched(t, number) for t in weights.values()), 0), bytes_read)
-        measured: Any = flops, bytes_read, bytes_written
-        now.work.append(
-            Work(
-                name,
-                family,
-                dtype_of(family, read, written),
-                *measured,
-                weight_bytes=held,
-                shape=tuple(number(s) for s in sizes),  # type: ignore[misc]
-                backward=self.backward,
-            )
-        )
+        figures = flops, bytes_read, bytes_written
+        now.work.append(work_of(func, args, read, written, figures, held, number, self.backward))
 
     def count_flops(self, func: OpOverload, args: Any, kwargs: Any, out: object) -> Size:
         formula, by_torch, multiplies = flop_formula(func)

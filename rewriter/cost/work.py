@@ -12,11 +12,13 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from rewriter.errors import StoreError
 
-__all__ = ["KINDS", "Work", "dtype_of", "grouped", "kind_of", "shape_of"]
+__all__ = ["KINDS", "Work", "dtype_of", "grouped", "work_of"]
 
 KINDS = (
     "matmul conv attention rnn fft norm softmax pointwise reduce copy gather pool sort fill "
@@ -152,6 +154,34 @@ _OURS = {
     "topk_linear_train": "topk",
     "topk_linear_backward": "topk",
 }
+
+
+def work_of(
+    func: OpOverload,
+    args: Any,
+    read: list[Tensor],
+    written: list[Tensor],
+    figures: tuple[Any, Any, Any],
+    weights: Any,
+    number: Callable[[Any], Any],
+    backward: bool,
+) -> Work:
+    """One run of an operation of the dispatcher.
+
+    Args:
+        func, args: what runs, on what.
+        read, written: its tensors.
+        figures: FLOPs, bytes read, bytes written.
+        weights: the part of the bytes read that is parameters and buffers.
+        number: reads a size.
+        backward: whether it belongs to a backward pass.
+    """
+    name = func._schema.name
+    kind = kind_of(name, torch.Tag.pointwise in func.tags, torch.Tag.reduction in func.tags)
+    first = written[0] if written else read[0] if read else None
+    shape = tuple(number(s) for s in shape_of(kind, name, args, first, figures[0]))
+    dtype = dtype_of(kind, read, written)
+    return Work(name, kind, dtype, *figures, weights, shape, backward=backward)
 
 
 @cache

@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from rewriter.cost import Device
 from rewriter.cost.formulas import flop_formula, traffic
 from rewriter.cost.memory import tensors_in, traffic_bytes
-from rewriter.cost.work import Work, dtype_of, kind_of, shape_of
+from rewriter.cost.work import Work, work_of
 from rewriter.planner.joint import Joint, Step, Value
 from rewriter.planner.pricing import Pricing
 from rewriter.sites import user_line
@@ -250,14 +250,10 @@ class _Reader:
         out = node.meta.get("val")
         flops = _hint(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
         moved = traffic_bytes(func, traffic(func), read, made, args, kwargs, _hint)
-        name = func._schema.name
-        kind = kind_of(name, torch.Tag.pointwise in func.tags, torch.Tag.reduction in func.tags)
-        weights = sum(_hint(t.untyped_storage().nbytes()) for t in read if self._given(t))
-        first = made[0] if made else read[0] if read else None
-        shape = tuple(_hint(s) for s in shape_of(kind, name, args, first, flops))
-        dtype, (came, went) = dtype_of(kind, read, made), map(_hint, moved)
-        weights = min(weights, came)
-        return Work(name, kind, dtype, flops, came, went, weights, shape, backward=backward)
+        came, went = map(_hint, moved)
+        held = sum(_hint(t.untyped_storage().nbytes()) for t in read if self._given(t))
+        figures, weights = (flops, came, went), min(held, came)
+        return work_of(func, args, read, made, figures, weights, _hint, backward)
 
     def _given(self, tensor: Tensor) -> bool:
         number = self.known.get(tensor.untyped_storage()._cdata)
