@@ -2,7 +2,7 @@
 its joint graph and watches what that takes.
 
 All partitions, the planner's and PyTorch's, go through the same tracing and the same runtime
-(`rewriter.planner.trace`), so that they differ in nothing but what they keep.
+(`rewriter.planner.apply.trace`), so that they differ in nothing but what they keep.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from torch.utils.checkpoint import checkpoint
 
 from rewriter import rewrite
 from rewriter.base import Pass
+from rewriter.capture.hosted import unhost
 from rewriter.cost.formulas import flop_formula
-from rewriter.hosted import unhost
 from rewriter.passes import Monarch, Quadratic
-from rewriter.planner import trace as planner_trace
-from rewriter.planner.choices import routes
-from rewriter.planner.frontier import Frontier, Point
-from rewriter.planner.reading import read_joint
-from rewriter.planner.simulate import Decisions, simulate
-from rewriter.planner.trace import Traced
-from rewriter.planner.transform import split
+from rewriter.planner.apply import trace as planner_trace
+from rewriter.planner.apply.trace import Traced
+from rewriter.planner.apply.transform import split
+from rewriter.planner.joint.reading import read_joint
+from rewriter.planner.search.choices import routes
+from rewriter.planner.search.frontier import Frontier, Point
+from rewriter.planner.search.simulate import Decisions, simulate
 
 Inputs = tuple[Tensor, ...]
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
@@ -266,7 +266,7 @@ class Rig:
     # partitions
 
     def trace(self, partition: Partition) -> Traced:
-        """The runtime of `rewriter.planner.trace.trace`; the joint graph is traced only once."""
+        """As `rewriter.planner.apply.trace.trace`; the joint graph is traced only once."""
         copied = copy.copy(self.joint)
         state, captured = copy.copy(copied._aot_state), copy.copy(copied._aot_graph_capture)
         state.fw_metadata = copy.copy(self.metadata)  # a compilation writes into it

@@ -17,9 +17,9 @@ from torch._functorch import config as functorch
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.profiler import ProfilerActivity, profile
 
-from rewriter.planner.frontier import Frontier, Point
-from rewriter.planner.reading import read_joint
-from rewriter.planner.transform import split
+from rewriter.planner.apply.transform import split
+from rewriter.planner.joint.reading import read_joint
+from rewriter.planner.search.frontier import Frontier, Point
 
 Record = dict[str, Any]
 Pick = Callable[[Frontier], Point | None]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rewriter import rewrite
 from rewriter.cost import Cost, Device, propagate
-from rewriter.cost.waiting import Waiting
+from rewriter.cost.machine.waiting import Waiting
 from rewriter.passes import Monarch, Quadratic, Quantize, TopK
 
 data = load_script("examples/_data.py")

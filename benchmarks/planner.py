@@ -48,8 +48,8 @@ from _planner_compiled import UNDER, compiled
 from _planner_tables import curves_plot, pareto_plots, tables
 
 from rewriter import MemoryBudget, rewrite
-from rewriter.planner.frontier import Frontier, Point
-from rewriter.planner.trace import Traced
+from rewriter.planner.apply.trace import Traced
+from rewriter.planner.search.frontier import Frontier, Point
 
 BUDGETS = tuple(x / 10 for x in range(10, 0, -1))
 TORCH_BUDGETS = tuple(x / 10 for x in range(9, 0, -1))

@@ -5,7 +5,10 @@
 
 from rewriter.api import explain, plan_memory, rewrite
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip
+from rewriter.capture.hosted import RewrittenModule
 from rewriter.compiler import backend
+from rewriter.compiler.ledgers import last_reports, report_of
+from rewriter.compiler.packaging import Exported, export
 from rewriter.cost import Cost, Device
 from rewriter.errors import (
     CalibrationError,
@@ -18,15 +21,13 @@ from rewriter.errors import (
     StoreError,
     VerifyError,
 )
-from rewriter.graphs import last_reports, report_of
-from rewriter.hosted import RewrittenModule
-from rewriter.optim import param_groups, remap_optimizer
-from rewriter.packaging import Exported, export
 from rewriter.planner import MemoryBudget
-from rewriter.recover import Recovery, recover
 from rewriter.report import Report
 from rewriter.sites import ACTIVATION, CONV, LINEAR, MLP, Site
 from rewriter.store import load, load_original, save
+from rewriter.store.old_names import find_moved
+from rewriter.training.optimizers import param_groups, remap_optimizer
+from rewriter.training.recovery import Recovery, recover
 
 __version__ = "0.1.0"
 
@@ -71,3 +72,5 @@ __all__ = [
     "rewrite",
     "save",
 ]
+
+find_moved()

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from rewriter.base import Pass, Where
-from rewriter.batches import Calibration
 from rewriter.capture import capture
+from rewriter.capture.hosted import RewrittenModule, original_class
 from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
+from rewriter.engine.batches import Calibration
 from rewriter.errors import OptionError, RewriteError, RewriteWarning
-from rewriter.hosted import RewrittenModule, original_class
 from rewriter.planner import MemoryBudget
 from rewriter.report import Report
 from rewriter.store import Recipe
@@ -154,7 +154,7 @@ def plan_memory(
         CaptureError: the example inputs do not run.
         OptionError: no plan is within the budget, or the model is not one train graph.
     """
-    from rewriter.planner.install import plan_of
+    from rewriter.planner.apply.install import plan_of
 
     _check_model(model)
     wanted = MemoryBudget.of(budget)

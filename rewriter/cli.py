@@ -97,7 +97,7 @@ def _add_report(commands: Any) -> None:
 def _report(args: argparse.Namespace) -> None:
     from rewriter.api import explain
     from rewriter.cost import Device
-    from rewriter.parse import built, here, parse_pass, parse_sizes
+    from rewriter.recipe.parse import built, here, parse_pass, parse_sizes
 
     # all that can be wrong is looked at before the long work
     files = {n: p for n in _SUFFIX if (p := getattr(args, n)) is not None}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from rewriter.base import Layer, Moments
+from rewriter.modules.tree import attribute, join, submodule
 from rewriter.spellings import (
     ACTIVATION,
     CONV,
@@ -27,7 +28,6 @@ from rewriter.spellings import (
     swaps,
     user_line,
 )
-from rewriter.tree import attribute, join, submodule
 
 __all__ = [
     "ACTIVATION",

@@ -224,7 +224,7 @@ def user_line(node: Node) -> str:
         path = pathlib.PurePath(file).parts
         if "torch" in path and "site-packages" in path:
             continue
-        if pathlib.Path(file).parent == _HERE or path[-2:] in _LAYER_FILES:
+        if _HERE in pathlib.Path(file).parents or path[-2:] in _LAYER_FILES:
             continue
         if "site-packages" in path:
             return f"{'/'.join(path[path.index('site-packages') + 1 :])}:{line}"

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import rewriter
 from rewriter import MemoryBudget, RewriteWarning, rewrite
-from rewriter.lowering import own_ops
+from rewriter.compiler.inner import own_ops
 from rewriter.passes import Monarch, Quadratic, Quantize, TopK
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -238,7 +238,7 @@ def test_writes_that_torch_does_not_count(change: Callable[[nn.Module, Tensor], 
 
 
 def test_weights_that_are_no_numbers_are_derived_once() -> None:
-    from rewriter.frozen import Derived, Weights
+    from rewriter.compiler.derived import Derived, Weights
 
     weight = nn.Parameter(torch.full((4, 4), float("nan")))
     weights = Weights([0], lambda inputs: Derived(lambda: None, []))

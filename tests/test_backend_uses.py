@@ -231,7 +231,7 @@ def test_a_standalone_package_runs_without_this_one(tmp_path: pathlib.Path) -> N
 @pytest.mark.parametrize("text", ["quantize", "topk:k=8", "quadratic"])
 def test_every_op_can_be_written_out(text: str, tmp_path: pathlib.Path) -> None:
     made = rewriter.export(net(), [text], X, standalone=True)
-    want = rewrite(net(), [rewriter.parse.parse_pass(text)])(X).detach()
+    want = rewrite(net(), [rewriter.recipe.parse.parse_pass(text)])(X).detach()
     assert made.stands_alone
     assert_close(made.program.module()(X), want, rtol=1e-4, atol=1e-5)
 

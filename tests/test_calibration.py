@@ -14,9 +14,9 @@ from torch.testing import assert_close
 from rewriter import LINEAR, Site, explain, rewrite
 from rewriter.api import prepare
 from rewriter.base import Moments
-from rewriter.batches import Calibration
-from rewriter.calibration import gather
 from rewriter.engine import Engine
+from rewriter.engine.batches import Calibration
+from rewriter.engine.calibration import gather
 from rewriter.errors import CalibrationError, RewriteWarning
 from rewriter.kernels.monarch import monarch_dense
 from rewriter.kernels.monarch_project import monarch_fit, monarch_project

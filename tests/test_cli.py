@@ -10,8 +10,8 @@ import pytest
 
 from rewriter import OptionError, Report
 from rewriter.cli import main
-from rewriter.parse import parse_pass
 from rewriter.passes import Densify, Monarch, Quantize, TopK
+from rewriter.recipe.parse import parse_pass
 
 FACTORY = """
 import torch

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import rewriter.passes  # noqa: F401  registers the ops that the probes call
-from rewriter.cost import Cost, Training, calibrate, probes
-from rewriter.cost.datasheets import ALIASES, DATASHEETS
-from rewriter.cost.device import Device, Level
-from rewriter.cost.measured import Measured
-from rewriter.cost.roofline import Table, gemm_efficiency, gemms, parts
+from rewriter.cost import Cost, Training
+from rewriter.cost.machine import calibrate, probes
+from rewriter.cost.machine.datasheets import ALIASES, DATASHEETS
+from rewriter.cost.machine.device import Device, Level
+from rewriter.cost.machine.measured import Measured
+from rewriter.cost.machine.roofline import Table, gemm_efficiency, gemms, parts
 from rewriter.cost.work import Work
 from rewriter.errors import OptionError, RewriteWarning
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from rewriter.dynamo import capture_dynamo
+from rewriter.capture.hosted import Program
+from rewriter.compiler.dynamo import capture_dynamo
 from rewriter.engine import Engine, Options
-from rewriter.hosted import Program
 from rewriter.passes import Quadratic
 from rewriter.passes.quadratic import QuadraticLinear
 

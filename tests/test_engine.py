@@ -19,13 +19,13 @@ from torch.testing import assert_close
 from rewriter import ACTIVATION, CONV, LINEAR, MLP, Pass, Phase, Replacement, Site, Skip, rewrite
 from rewriter.api import prepare
 from rewriter.capture import Capture, capture
-from rewriter.decide import timed
+from rewriter.engine.decide import timed
+from rewriter.engine.verify import Boundary, boundary, check
 from rewriter.errors import OptionError, PassError, RewriteWarning, VerifyError
 from rewriter.passes import Densify, Monarch, Quadratic, Quantize, TopK
 from rewriter.passes.monarch import MonarchLinear
 from rewriter.passes.quadratic import QuadraticLinear
-from rewriter.text import graph_text
-from rewriter.verify import Boundary, boundary, check
+from rewriter.report.graph_text import graph_text
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from rewriter.base import Pass
 from rewriter.capture import Capture, capture
-from rewriter.dynamo import capture_dynamo
+from rewriter.capture.hosted import Program
+from rewriter.compiler.dynamo import capture_dynamo
 from rewriter.engine import Engine, Options
-from rewriter.hosted import Program
 from rewriter.passes import Monarch, Quadratic, TopK
-from rewriter.text import graph_text
+from rewriter.report.graph_text import graph_text
 
 FRONT_ENDS = ["symbolic", "export", "dynamo"]
 Golden = Callable[[str, str], None]

@@ -26,13 +26,13 @@ from rewriter import MemoryBudget, explain, load, plan_memory, rewrite
 from rewriter.errors import OptionError, RewriteWarning
 from rewriter.passes import Monarch, Quadratic
 from rewriter.planner import MemoryPlan, parse_budget, partitioner
-from rewriter.planner.choices import LOSSY, packings, routes
-from rewriter.planner.joint import Joint
-from rewriter.planner.reading import read_joint
-from rewriter.planner.simulate import Decisions, simulate
-from rewriter.planner.trace import trace
-from rewriter.planner.training import PlannedTraining
-from rewriter.planner.transform import split
+from rewriter.planner.apply.trace import trace
+from rewriter.planner.apply.training import PlannedTraining
+from rewriter.planner.apply.transform import split
+from rewriter.planner.joint.joint import Joint
+from rewriter.planner.joint.reading import read_joint
+from rewriter.planner.search.choices import LOSSY, packings, routes
+from rewriter.planner.search.simulate import Decisions, simulate
 
 TENTHS = [n / 10 for n in range(10, 0, -1)]
 

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.fx.graph import _BoxedCodeGen
 
 from rewriter import MemoryBudget, OptionError, rewrite
+from rewriter.modules.running import modes
 from rewriter.passes import Monarch, Quadratic
-from rewriter.planner.choices import packings, routes
-from rewriter.planner.frontier import Frontier
-from rewriter.planner.joint import Joint
-from rewriter.planner.plan import decide
-from rewriter.planner.reading import read_joint
-from rewriter.planner.simulate import Decisions, simulate, trimmed
-from rewriter.planner.trace import trace
-from rewriter.planner.transform import split
-from rewriter.running import modes
+from rewriter.planner.apply.trace import trace
+from rewriter.planner.apply.transform import split
+from rewriter.planner.joint.joint import Joint
+from rewriter.planner.joint.reading import read_joint
+from rewriter.planner.search.choices import packings, routes
+from rewriter.planner.search.frontier import Frontier
+from rewriter.planner.search.plan import decide
+from rewriter.planner.search.simulate import Decisions, simulate, trimmed
 
 
 @pytest.fixture(autouse=True, scope="module")

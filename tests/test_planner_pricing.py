@@ -17,10 +17,10 @@ from rewriter import OptionError, plan_memory, rewrite
 from rewriter.cost import Device
 from rewriter.cost.work import Work
 from rewriter.passes import Quadratic
-from rewriter.planner.joint import Joint
-from rewriter.planner.partition import inductor_partitioner
-from rewriter.planner.pricing import FUSED, Pricing
-from rewriter.planner.reading import read_joint
+from rewriter.planner.apply.partition import inductor_partitioner
+from rewriter.planner.joint.joint import Joint
+from rewriter.planner.joint.pricing import FUSED, Pricing
+from rewriter.planner.joint.reading import read_joint
 
 LAPTOP = Device.get("laptop")
 ADD = Work("aten::add", "pointwise", "float32", 0, 8 << 20, 4 << 20, shape=(1 << 20,))

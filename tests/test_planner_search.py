@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from rewriter.planner import chain, solve
-from rewriter.planner.chain import choose
-from rewriter.planner.choices import Packing
-from rewriter.planner.frontier import Frontier
-from rewriter.planner.greedy import greedy_plans
-from rewriter.planner.joint import Joint, Route, Step, Value
-from rewriter.planner.mincut import cheap, cut
-from rewriter.planner.neighbours import legal, neighbours
-from rewriter.planner.parts import Parts
-from rewriter.planner.pricing import Pricing
-from rewriter.planner.simulate import Decisions, schedule, simulate, trimmed
-from rewriter.planner.solve import Choice
+from rewriter.planner.joint.joint import Joint, Route, Step, Value
+from rewriter.planner.joint.pricing import Pricing
+from rewriter.planner.search import chain, solve
+from rewriter.planner.search.chain import choose
+from rewriter.planner.search.choices import Packing
+from rewriter.planner.search.frontier import Frontier
+from rewriter.planner.search.greedy import greedy_plans
+from rewriter.planner.search.mincut import cheap, cut
+from rewriter.planner.search.neighbours import legal, neighbours
+from rewriter.planner.search.segments import Parts
+from rewriter.planner.search.simulate import Decisions, schedule, simulate, trimmed
+from rewriter.planner.search.solve import Choice
 
 
 class Made:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rewriter import OptionError, RewriteError, recover, rewrite
 from rewriter.passes import Monarch
-from rewriter.recover import _outputs_distance
+from rewriter.training.recovery import _outputs_distance
 
 
 class Net(nn.Module):

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewriter.signature import Call, Dims, Signature
-from rewriter.structure import Unflattenable, flatten, same
+from rewriter.capture.signature import Call, Dims, Signature
+from rewriter.modules.structure import Unflattenable, flatten, same
 
 
 class Pair(NamedTuple):

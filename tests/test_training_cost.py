@@ -346,7 +346,7 @@ def test_linear_backward_counts_what_is_asked_for(mask: tuple[bool, bool, bool])
 
 def test_every_op_with_flops_is_of_a_kind_that_multiplies() -> None:
     from rewriter.cost.formulas import _EXTRA
-    from rewriter.cost.roofline import MATRIX
+    from rewriter.cost.machine.roofline import MATRIX
     from rewriter.cost.work import kind_of
 
     plain = {"aten::_cdist_backward", "aten::_trilinear"}  # sums of products element by element

@@ -1,8 +1,8 @@
 """What models cost: `Cost`, and `propagate` and `model_cost` that read it off a graph."""
 
 from rewriter.cost.cost import Cost, Training, storage_cost
-from rewriter.cost.device import Device, Level
 from rewriter.cost.interpret import Fakes, Region, model_cost, propagate
+from rewriter.cost.machine.device import Device, Level
 from rewriter.cost.meter import GraphCost
 from rewriter.cost.scaling import (
     LAWS,

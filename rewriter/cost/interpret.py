@@ -29,8 +29,8 @@ from rewriter.cost.meter import GraphCost, Meter, Tally
 from rewriter.cost.symbolic import Size, condition, largest, number
 from rewriter.cost.work import Work, grouped
 from rewriter.errors import VerifyError
+from rewriter.modules.tree import attribute, is_hook_dict
 from rewriter.sites import user_line
-from rewriter.tree import attribute, is_hook_dict
 
 __all__ = ["Fakes", "GraphCost", "Region", "Run", "model_cost", "propagate", "run_graphs"]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rewriter.cost.cost import Cost
-from rewriter.cost.device import Device
 from rewriter.cost.interpret import label
+from rewriter.cost.machine.device import Device
 from rewriter.cost.meter import GraphCost
 from rewriter.cost.work import Work
 from rewriter.errors import OptionError

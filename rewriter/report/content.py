@@ -285,7 +285,7 @@ def device_of(report: Report) -> Device | None:
     """
     if report.predictor is not None or not report.device or calibrated(report):
         return report.predictor
-    from rewriter.cost.datasheets import DATASHEETS
+    from rewriter.cost.machine.datasheets import DATASHEETS
 
     return DATASHEETS.get(report.device)
 

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from rewriter.base import Layer, Pass, Replacement
 from rewriter.errors import StoreError
-from rewriter.sites import LINEAR, MLP, Site
-from rewriter.store.recipe import Recipe, recipe_of
-from rewriter.store.tensors import (
+from rewriter.modules.tensors import (
     is_constant,
     named_tensors,
     non_persistent,
     put_tensor,
     tensor_like,
 )
+from rewriter.recipe.recipe import Recipe, recipe_of
+from rewriter.sites import LINEAR, MLP, Site
 
 __all__ = [
     "layer_before",

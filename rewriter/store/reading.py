@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rewriter.base import Layer
+from rewriter.capture.hosted import RewrittenModule
 from rewriter.errors import RewriteWarning, StoreError
-from rewriter.hosted import RewrittenModule
+from rewriter.modules.tensors import named_tensors, non_persistent, put_tensor, tensor_like
+from rewriter.modules.tree import submodule
 from rewriter.planner import MemoryBudget
-from rewriter.report import Report
-from rewriter.store.names import (
+from rewriter.recipe.names import (
     FORMAT,
     RECIPE,
     allowed_class,
@@ -31,13 +32,12 @@ from rewriter.store.names import (
     known_class,
     pass_of,
 )
-from rewriter.store.recipe import Installed, Recipe, example_from_json
-from rewriter.store.tensors import named_tensors, non_persistent, put_tensor, tensor_like
-from rewriter.tree import submodule
+from rewriter.recipe.recipe import Installed, Recipe, example_from_json
+from rewriter.report import Report
 
 if TYPE_CHECKING:
     from rewriter.capture import Capture
-    from rewriter.planner.training import PlannedTraining
+    from rewriter.planner.apply.training import PlannedTraining
 
 __all__ = [
     "load",
@@ -144,7 +144,7 @@ class _Saved:
 
 def _planned(budget: MemoryBudget, capture: Capture) -> PlannedTraining:
     """Trains by a plan again, which is made at the first step."""
-    from rewriter.planner.training import PlannedTraining
+    from rewriter.planner.apply.training import PlannedTraining
 
     if not capture.regions:
         warnings.warn(

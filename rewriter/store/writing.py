@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rewriter.base import Layer
+from rewriter.capture.hosted import original_class
 from rewriter.errors import StoreError
-from rewriter.hosted import original_class
-from rewriter.store.names import (
+from rewriter.modules.tensors import non_persistent, unique_tensors
+from rewriter.recipe.names import (
     FORMAT,
     RECIPE,
     class_name,
@@ -26,8 +27,7 @@ from rewriter.store.names import (
     kind_path,
     pass_spec,
 )
-from rewriter.store.recipe import Recipe, recipe_of
-from rewriter.store.tensors import non_persistent, unique_tensors
+from rewriter.recipe.recipe import Recipe, recipe_of
 
 __all__ = [
     "save",

@@ -1,0 +1,422 @@
+"""The first rung of capture: `torch.export` of a module, in eval and in train mode, in normal form.
+
+What the trace takes for granted is either checked at every call (sizes here, by `Dims`; types and
+arguments by `Signature`; attributes and hooks by `Watch`) or refused here, with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from rewriter.capture.hosted import Program
+from rewriter.capture.rehost import rehost, size_rules
+from rewriter.capture.replay import Record, Replayed, replayed
+from rewriter.capture.signature import Call, Dims, Signature
+from rewriter.cost import model_cost
+from rewriter.errors import CaptureError, RewriteError, VerifyError
+from rewriter.modules.running import (
+    difference,
+    first_line,
+    modes,
+    own_copy,
+    quiet_run,
+    random_state,
+    run_flat,
+    set_random_state,
+    without_hooks,
+)
+from rewriter.modules.structure import Structure, Unflattenable, flatten
+
+__all__ = ["TRAIN_IN_PYTHON", "Region", "export_region"]
+
+TRAIN_IN_PYTHON = "train mode runs the original Python forward over the rewritten layers"
+
+
+@dataclass
+class Region:
+    """A part of the model that lives in graphs.
+
+    Args:
+        prefix: dotted name of the module the graphs live on; "" for the root.
+        graphs: per mode (False: eval, True: train).
+        outputs: per mode, how flat results become the original output.
+        signature: of the captured call; None for symbolic tracing.
+        leaves: the flat example inputs; None without them.
+        hosted: whether the module runs the graph; a lone leaf inside an island is only described
+            by its graph, and is called by Python.
+        train_reason: why there is no graph for train mode.
+        calls: how often one forward of the model runs it.
+        alike: train mode was found to make the same torch calls as eval mode: its graph is a copy.
+    """
+
+    prefix: str
+    graphs: dict[bool, fx.Graph]
+    outputs: dict[bool, Structure | None]
+    signature: Signature | None
+    leaves: list[Tensor] | None
+    hosted: bool = True
+    train_reason: str = ""
+    calls: int = 1
+    alike: bool = False
+
+
+def export_region(module: nn.Module, prefix: str, call: Call, seconds: float) -> Region | str:
+    """The region of `module`, or why it cannot be captured whole."""
+    try:
+        signature, leaves = Signature.of(type(module).forward.__get__(module), call)
+    except Unflattenable as error:
+        return str(error)
+    if not leaves:
+        return "it is called without tensors"
+    deadline = time.perf_counter() + seconds
+    region = Region(prefix, {}, {}, signature, leaves)
+    reason = _export(module, region, False, deadline)
+    if reason:
+        return reason
+    if region.alike:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(region.graphs[False], {}))
+        region.graphs[True], region.outputs[True] = graph, region.outputs[False]
+        _widen(module, region, (False, True))
+        return region
+    _widen(module, region, (False,))
+    reason = _export(module, region, True, deadline)
+    if reason:
+        region.train_reason = f"{TRAIN_IN_PYTHON}: {reason}"
+    else:
+        _widen(module, region, (True,))
+    return region
+
+
+class _Result:
+    """Where the traced forward leaves its output's structure, and what its replay in train mode
+    found (export undoes attribute writes)."""
+
+    structure: Structure | None = None
+    replayed: Replayed | None = None
+
+
+class _Flat(nn.Module):
+    """Takes and returns flat tensors, so that no class of the model's needs to be a pytree."""
+
+    def __init__(self, module: nn.Module, signature: Signature, observer: _Observer) -> None:
+        super().__init__()
+        self.module = module
+        self.signature = signature
+        self.observer = observer
+        self.result = _Result()
+
+    def forward(self, *leaves: Tensor) -> list[Any]:
+        results: list[Any] = []
+
+        def call() -> Any:
+            args, kwargs = self.signature.arguments(leaves)
+            return self.module(*args, **kwargs)
+
+        with self.observer:
+            self.result.structure = flatten(call(), results, objects=True)
+        if self.observer.record is not None:
+            self.result.replayed = replayed(
+                self.module, call, self.observer.record, results, self.result.structure
+            )
+        return results
+
+
+_HOOKS = frozenset({
+    torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook,
+})  # fmt: skip
+_LAYOUT = frozenset({torch.Tensor.is_contiguous, torch.Tensor.stride, torch.Tensor.data_ptr})
+_VALUES = frozenset({
+    torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__int__,
+    torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.numpy,
+})  # fmt: skip
+
+
+class _Observer(TorchFunctionMode):
+    """Sees every torch call of the model's Python code while it is traced.
+
+    It stops a trace that takes too long, refuses one that turns the value of a plain tensor
+    attribute into a number, and notes whether the code asks how its tensors lie in memory. With a
+    record, it keeps the calls.
+    """
+
+    def __init__(self, module: nn.Module, deadline: float, record: Record | None = None) -> None:
+        super().__init__()
+        self.deadline = deadline
+        self.record = record
+        self.layout = False
+        self.attributes = {
+            id(v): f"{name}.{k}".lstrip(".")
+            for name, m in module.named_modules()
+            for k, v in vars(m).items()
+            if isinstance(v, Tensor)
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.perf_counter() > self.deadline:
+            raise CaptureError("tracing took longer than its time limit")
+        if func in _HOOKS:
+            raise CaptureError("its forward hooks gradients, which a graph would lose")
+        if func in _LAYOUT:
+            self.layout = True
+        elif func in _VALUES and args and id(args[0]) in self.attributes:
+            name = self.attributes[id(args[0])]
+            raise CaptureError(f"its forward reads the value of {name}, which a graph would fix")
+        if self.record is None:
+            return func(*args, **(kwargs or {}))
+        return self.record.call(func, args, kwargs or {})
+
+
+def _export(module: nn.Module, region: Region, training: bool, deadline: float) -> str:
+    """Adds one mode's graph to the region; returns why there is none."""
+    signature, leaves = region.signature, region.leaves
+    assert signature is not None
+    assert leaves is not None
+    examples = _distinct(leaves)
+    rows = _two_rows(examples)
+    try:
+        try:
+            traced = _traced(module, signature, rows, leaves, training, deadline)
+            # a size that the model fixes is fixed as it was given, not as the two rows
+            again = rows is not examples and any(s and s[0] == 1 for s in traced.dims.shapes)
+        except Exception:
+            if rows is examples:
+                raise
+            again = True  # two rows may not be what the model takes
+        if again:
+            traced = _traced(module, signature, examples, leaves, training, deadline)
+    except RewriteError as error:
+        return first_line(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    if traced.layout and not all(t.is_contiguous() for t in leaves):
+        return "its forward depends on how its tensors lie in memory, and the example is strided"
+    for name, constant in traced.constants.items():
+        module.register_buffer(name, constant, persistent=False)
+    try:
+        model_cost(module, [("", traced.graph, leaves)], training=training)
+    except VerifyError as error:
+        return first_line(error)
+    signature.contiguous |= traced.layout
+    signature.dims[training] = traced.dims
+    region.graphs[training], region.outputs[training] = traced.graph, traced.output
+    region.alike |= traced.alike
+    return ""
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """One mode's graph, the constants it reads, and what is known about it."""
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    output: Structure
+    layout: bool
+    dims: Dims
+    alike: bool
+
+
+def _traced(
+    module: nn.Module,
+    signature: Signature,
+    examples: list[Tensor],
+    leaves: list[Tensor],
+    training: bool,
+    deadline: float,
+    replay: bool = True,
+) -> _Traced:
+    """The trace of one mode; that of eval mode tells whether train mode has the same."""
+    record = Record() if replay and not training else None
+    observer = _Observer(module, deadline, record)
+    flat = _Flat(module, signature, observer)
+    before = random_state()
+    try:
+        with (
+            modes(module, training),
+            without_hooks(module),
+            _quietly(),
+            _own_backward_refused(),
+            torch.enable_grad(),
+        ):
+            program = torch.export.export(
+                flat, tuple(examples), dynamic_shapes=(_dynamic(examples),), strict=False
+            )
+        if random_state() != before:
+            raise CaptureError(
+                "its forward draws from Python's or NumPy's random numbers, which a graph would fix"
+            )
+    finally:
+        set_random_state(before)
+    found = flat.result.replayed
+    if found is not None and not found.clean:
+        return _traced(module, signature, examples, leaves, training, deadline, replay=False)
+    graph, constants = rehost(program, module, signature.names, "module")
+    structure = flat.result.structure
+    assert structure is not None
+    alike = found is not None and found.alike
+    dims = size_rules(program, leaves)
+    return _Traced(graph, constants, structure, observer.layout, dims, alike)
+
+
+@contextlib.contextmanager
+def _own_backward_refused() -> Iterator[None]:
+    """A trace sees what a forward computes, not how its backward was defined or what it keeps: a
+    `torch.autograd.Function` or activation checkpointing would silently be replaced."""
+    thread = threading.get_ident()
+    apply: Any = vars(torch.autograd.Function)["apply"]
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    enter = hooks.__enter__
+
+    def refuse(reason: str) -> None:
+        if threading.get_ident() == thread:
+            raise CaptureError(reason)
+
+    def own_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ == "torch.utils.checkpoint":
+            refuse("it checkpoints activations, which a graph would keep")
+        elif not cls.__module__.startswith("torch."):
+            refuse(f"{cls.__name__} has a backward of its own, which a graph would lose")
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    def own_enter(self: Any) -> Any:
+        refuse("it checkpoints or hooks saved tensors, which a graph would keep as they are")
+        return enter(self)
+
+    torch.autograd.Function.apply = classmethod(own_apply)  # type: ignore[method-assign, assignment]
+    hooks.__enter__ = own_enter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """A failed trace logs its whole graph; here it is one rung that did not hold, and the reason
+    goes into the report."""
+    disabled = logging.root.manager.disable
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+# sizes
+
+
+def _distinct(leaves: list[Tensor]) -> list[Tensor]:
+    """A tensor given twice is traced as two, or the graph would read one for both."""
+    seen: set[int] = set()
+    distinct = []
+    for leaf in leaves:
+        distinct.append(leaf.clone() if id(leaf) in seen else leaf)
+        seen.add(id(leaf))
+    return distinct
+
+
+def _two_rows(leaves: list[Tensor]) -> list[Tensor]:
+    """Export fixes sizes of 1, so a batch of one is traced as a batch of two (and checked as a
+    batch of one)."""
+    batched = [t for t in leaves if t.dim()]
+    if not batched or any(t.shape[0] != 1 for t in batched):
+        return leaves
+    return [torch.cat([t, t]).detach().requires_grad_(t.requires_grad) if t.dim() else t
+            for t in leaves]  # fmt: skip
+
+
+def _dynamic(leaves: list[Tensor]) -> tuple[Any, ...]:
+    """Which dimensions may vary: the batch, and the length of sequences. Image sizes and feature
+    widths stay fixed: as symbols they make tracing of a vision model many times slower."""
+    auto = torch.export.Dim.AUTO
+    dims = []
+    for leaf in leaves:
+        count = 1 if leaf.is_floating_point() and leaf.dim() > 3 else 2
+        dims.append({d: auto for d in range(min(count, leaf.dim()))})
+    return tuple(dims)
+
+
+def _widen(module: nn.Module, region: Region, trainings: tuple[bool, ...]) -> None:
+    """Export assumes that a varying size is at least 2. Where the graph is found to agree with the
+    model on size 1 as well, it may serve it: alone, and together with the other sizes of 1.
+
+    Args:
+        module: the model.
+        region: with the graphs and dims of `trainings`.
+        trainings: the modes that share one graph.
+    """
+    assert region.signature is not None
+    assert region.leaves is not None
+    dims = region.signature.dims[trainings[0]]
+    region.signature.dims.update(dict.fromkeys(trainings, dims))
+    on_meta = any(p.is_meta for p in module.parameters())
+    widened: set[str] = set()
+    for dim in (0, 1):
+        symbols = {(s[dim], leaf.shape[dim])
+                   for s, leaf in zip(dims.shapes, region.leaves, strict=True)
+                   if len(s) > dim}  # fmt: skip
+        narrow = {str(s): n for s, n in symbols if isinstance(s, str) and dims.ranges[s][0] == 2}
+        if not narrow:
+            continue
+        for s in narrow:
+            dims.ranges[s] = (1, dims.ranges[s][1])
+        if on_meta:  # no values to compare: of size 1 nothing is known but the example itself
+            fits = dims.difference(region.leaves, region.signature.names) is None
+            agrees = fits and set(narrow.values()) == {1}
+        else:
+            agrees = _agrees_on_one(module, region, set(narrow), trainings) and (
+                not widened or _agrees_on_one(module, region, {*narrow, *widened}, trainings)
+            )
+        if agrees:
+            widened |= set(narrow)
+        else:
+            for s in narrow:
+                dims.ranges[s] = (2, dims.ranges[s][1])
+
+
+def _agrees_on_one(
+    module: nn.Module, region: Region, symbols: set[str], trainings: tuple[bool, ...]
+) -> bool:
+    signature = region.signature
+    assert signature is not None
+    assert region.leaves is not None
+    dims = signature.dims[trainings[0]]
+    leaves = list(region.leaves)
+    for i, sizes in enumerate(dims.shapes):
+        for d, size in enumerate(sizes):
+            if size in symbols:
+                leaves[i] = leaves[i].narrow(d, 0, 1)
+    if dims.difference(leaves, signature.names) is not None:
+        return False
+    program = Program(region.graphs[trainings[0]], region.outputs[trainings[0]])
+    actual: list[Any] = []
+    try:
+        with quiet_run(module, trainings[0]):
+            own, _ = own_copy(leaves, {})
+            flatten(program(module, own, ""), actual, objects=True)
+        for training in trainings:
+            expected = run_flat(module, *signature.arguments(leaves), training=training)
+            if difference(actual, expected) is not None:
+                return False
+    except Exception:  # either side refuses size 1: the graph keeps to 2 and above
+        return False
+    return True

@@ -1,0 +1,390 @@
+"""Capture: a model becomes graphs on its own module tree, whole where it can, by parts where not.
+
+The ladder (tried in order, recorded in the report): `torch.export` of the whole model in eval and
+in train mode; else of its largest submodules that can be, what stays Python being an island with
+its reason; without example inputs `torch.fx.symbolic_trace`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+
+from rewriter.capture.exporting import TRAIN_IN_PYTHON, Region, export_region
+from rewriter.capture.guards import Watch
+from rewriter.capture.hosted import Program, State, host, unhost
+from rewriter.capture.rehost import CONSTANT
+from rewriter.capture.signature import Call
+from rewriter.capture.submodules import capture_parts, refusal
+from rewriter.errors import CaptureError
+from rewriter.modules.running import (
+    difference,
+    first_line,
+    modes,
+    own_copy,
+    quiet_run,
+    run_flat,
+    written,
+)
+from rewriter.modules.structure import flatten
+from rewriter.report import Island
+from rewriter.sites import is_leaf
+
+__all__ = ["Capture", "Region", "arguments", "capture"]
+
+
+@dataclass
+class Capture:
+    """Everything known about the model under rewrite."""
+
+    root: nn.Module
+    rung: str
+    regions: list[Region]
+    call: Call | None = None
+    example: tuple[Any, Any] | None = None
+    """(args, kwargs) of the example call."""
+    islands: list[Island] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    strict: bool = False
+
+    def host(self, graph_only: tuple[str, ...] = ()) -> None:
+        """Lets every region's module run its graphs, as they are now.
+
+        Args:
+            graph_only: rewritten places that the Python forward does not go through.
+        """
+        for region in self.regions:
+            if region.hosted:
+                programs = {
+                    mode: Program(graph, region.outputs[mode]).ready()
+                    for mode, graph in region.graphs.items()
+                }
+                own = tuple(n for n in graph_only if f"{n}.".startswith(_dotted(region.prefix)))
+                module = self.root.get_submodule(region.prefix)
+                watch = Watch(module, region.graphs.values())
+                state = State(region.signature, programs, self.strict, own, watch)
+                host(module, state, root=not region.prefix)
+        if not any(r.hosted and not r.prefix for r in self.regions):
+            host(self.root, State(strict=False), root=True)
+
+    def take_parts(
+        self, example: tuple[Any, Any], reason: str, writes: Mapping[str, str], seconds: float
+    ) -> None:
+        """Goes down to the second rung."""
+        parts = capture_parts(self.root, *example, reason, writes, seconds)
+        self.rung, self.regions, self.islands = "parts", parts.regions, parts.islands
+        self.notes += parts.notes
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether the model has no values, so that a run of it shows no more than types."""
+        return any(p.is_meta for p in self.root.parameters())
+
+    def outputs(self) -> list[Any] | None:
+        """The flat outputs on the example inputs; None without those. On meta they are read off
+        the graph, as it was last propagated, and nothing runs."""
+        if self.example is None:
+            return None
+        types = self._result_types() if self.on_meta else None
+        return run_flat(self.root, *self.example) if types is None else types
+
+    def _result_types(self) -> list[Any] | None:
+        """The values that the graph of the whole model gives its results."""
+        graph = next((r.graphs[False] for r in self.regions if not r.prefix and r.hosted), None)
+        if graph is None:
+            return None
+        results = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
+        assert isinstance(results, tuple)
+        return [r.meta["val"] if isinstance(r, fx.Node) else r for r in results]
+
+    def graphs(self) -> Iterator[tuple[Region, bool, fx.Graph]]:
+        for region in self.regions:
+            for mode, graph in region.graphs.items():
+                yield region, mode, graph
+
+
+def _dotted(prefix: str) -> str:
+    return f"{prefix}." if prefix else ""
+
+
+def capture(
+    root: nn.Module, example_inputs: Any, *, seconds: float = 60.0, strict: bool = False
+) -> Capture:
+    """Captures `root` in place: its modules run graphs afterwards (`Capture.host`).
+
+    Args:
+        root: the engine's own copy of the model.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; None
+            traces symbolically.
+        seconds: time limit of one rung; past it the next one is tried.
+        strict: raise on calls with another signature.
+
+    Raises:
+        CaptureError: no example inputs and the model cannot be traced; the example inputs are
+            empty, on another device than the model, or the model itself fails on them.
+    """
+    start = time.perf_counter()
+    for module in root.modules():  # a model that was rewritten before is captured anew
+        state = vars(module).get("_rewriter")
+        if isinstance(state, State) and not state.graph_only:
+            unhost(module)
+    if example_inputs is None:
+        result = _symbolic(root)
+    else:
+        args, kwargs = arguments(example_inputs)
+        _check_inputs(root, args, kwargs)
+        args, kwargs, moved = _usable(root, args, kwargs)
+        call = _bind(root, args, kwargs)
+        expected, writes = _expected(root, args, kwargs)
+        region: Region | str = refusal(root, writes) or export_region(root, "", call, seconds)
+        if isinstance(region, Region):
+            result = Capture(root, "export", [region], call)
+            if region.train_reason:
+                result.notes.append(region.train_reason)
+        else:
+            result = Capture(root, "parts", [], call)
+            result.take_parts((args, kwargs), region, writes, seconds)
+        if moved:
+            result.notes.append("the model is on meta: example inputs were moved there")
+        result.strict = strict
+        result.example = (args, kwargs)
+        result.host()
+        _check_outputs(result, expected, writes, seconds)
+        if not (result.on_meta and all(r.alike for r in result.regions if r.hosted)):
+            _check_train(result)
+    _drop_constants(result)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+# example inputs
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword) arguments of a call with one batch."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    raise CaptureError(
+        f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, a tuple of "
+        "positional arguments, or a mapping of keyword arguments"
+    )
+
+
+def _check_inputs(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    leaves: list[Any] = []
+    flatten([list(args), dict(kwargs)], leaves, objects=True, opaque=True)
+    if not leaves:
+        raise CaptureError("example_inputs holds no tensor: pass one real batch of the model")
+    parameter = next((p for p in root.parameters()), None)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.numel() == 0:
+            raise CaptureError(
+                f"example_inputs holds an empty tensor of shape {tuple(leaf.shape)}: pass a batch "
+                "with at least one row"
+            )
+        if (
+            isinstance(leaf, Tensor)
+            and leaf.dim()
+            and parameter is not None
+            and parameter.device.type not in ("meta", leaf.device.type)
+        ):
+            raise CaptureError(
+                f"example_inputs are on {leaf.device}, the model is on {parameter.device}: move "
+                f"one of them, e.g. batch.to({str(parameter.device)!r})"
+            )
+
+
+def _usable(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """The example on meta where the model is there (and whether that moved it), and without
+    inference tensors, which autograd cannot save."""
+    leaves: list[Any] = []
+    structure = flatten([list(args), dict(kwargs)], leaves, objects=True, opaque=True)
+    on_meta = any(p.is_meta for p in root.parameters())
+    inference = [isinstance(t, Tensor) and t.is_inference() for t in leaves]
+    if not on_meta and not any(inference):
+        return args, kwargs, False
+    moved = [
+        t.to("meta") if on_meta else t.clone() if was else t
+        for t, was in zip(leaves, inference, strict=True)
+    ]
+    own_args, own_kwargs = structure.build(moved)
+    return tuple(own_args), own_kwargs, on_meta and any(not t.is_meta for t in leaves)
+
+
+def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    try:
+        return Call.of(type(module).forward.__get__(module), args, kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"example_inputs do not fit {type(module).__name__}.forward: {error}"
+        ) from None
+
+
+def _expected(root: nn.Module, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, str]]:
+    try:
+        return _observed(root, args, kwargs, training=False)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(root).__name__} itself fails on example_inputs, before any rewrite: "
+            f"{type(error).__name__}: {first_line(error)}. {_remedy(root, error)}"
+        ) from error
+
+
+def _remedy(root: nn.Module, error: Exception) -> str:
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return (
+            "On meta tensors have no values: choose an implementation whose Python code does not "
+            "ask for them (for experts of transformers: experts_implementation='grouped_mm'), or "
+            "give the model data"
+        )
+    return "Check their names, dtypes, shapes and device"
+
+
+# what was captured must compute what the model computes
+
+
+def _observed(
+    root: nn.Module, args: Any, kwargs: Any, *, training: bool
+) -> tuple[list[Any], dict[str, str]]:
+    """One call: its flat results, then its inputs as it leaves them; and which modules' forward
+    writes an attribute."""
+    leaves: list[Any] = []
+    with quiet_run(root, training):
+        changes = written(root)
+        own = own_copy(args, kwargs)
+        flatten(root(*own[0], **own[1]), leaves, objects=True, opaque=True)
+        flatten([*own], leaves, objects=True, opaque=True)
+        writes = changes()
+        return [t.clone() if isinstance(t, Tensor) else t for t in leaves], writes
+
+
+def _check_outputs(
+    result: Capture, expected: list[Any], writes: Mapping[str, str], seconds: float
+) -> None:
+    """The captured model must compute what the model computes, or its graphs are dropped."""
+    assert result.example is not None
+    types = result.outputs() if result.on_meta and result.rung == "export" else None
+    try:
+        if types is None:
+            actual, _ = _observed(result.root, *result.example, training=False)
+        else:  # no values: that the types agree is all that a run would show
+            actual, expected = types, expected[: len(types)]
+        reason = difference(actual, expected)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    if not reason:
+        return
+    reason = f"the captured graph does not reproduce the model's outputs: {reason}"
+    for module in result.root.modules():
+        unhost(module)
+    again = result.rung == "parts"
+    result.take_parts(result.example, reason, writes, 0.0 if again else seconds)
+    result.host()
+    if not again:
+        _check_outputs(result, expected, writes, seconds)
+
+
+def _check_train(result: Capture) -> None:
+    """The same in train mode, where a graph that fails leaves train mode to Python."""
+    assert result.example is not None
+    trained = [r for r in result.regions if r.hosted and True in r.graphs]
+    if not trained:
+        return
+    outcomes: list[Any] = []
+    writes: dict[str, str] = {}
+    graphs = [r.graphs[True] for r in trained]
+    for python in (False, True):
+        if python:
+            for region in trained:
+                del region.graphs[True]
+            result.host()
+        try:
+            results, writes = _observed(result.root, *result.example, training=True)
+            outcomes.append(results)
+        except Exception as error:  # one row in train mode, say: the graph must fail alike
+            outcomes.append([f"{type(error).__name__}: {first_line(error)}"])
+    reason = difference(*outcomes)
+    for region, graph in zip(trained, graphs, strict=True):
+        own = reason and f"its graph does not reproduce the model's outputs ({reason})"
+        own = own or refusal(result.root.get_submodule(region.prefix), writes, region.prefix)
+        if own:
+            label = f"{region.prefix}: " if region.prefix else ""
+            result.notes.append(f"{label}{TRAIN_IN_PYTHON}: {own}")
+        else:
+            region.graphs[True] = graph
+    result.host()
+
+
+def _drop_constants(result: Capture) -> None:
+    """Takes away the tensors that only dropped graphs needed."""
+    read = {
+        (region.prefix, str(node.target))
+        for region, _, graph in result.graphs()
+        for node in graph.nodes
+        if node.op == "get_attr"
+    }
+    for fqn, module in result.root.named_modules():
+        for name in [n for n in module._buffers if n.startswith(CONSTANT)]:
+            if (fqn, name) not in read:
+                delattr(module, name)
+
+
+# rung 3: symbolic tracing
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.record_stack_traces = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _symbolic(root: nn.Module) -> Capture:
+    reason = refusal(root, {})
+    graphs: dict[bool, fx.Graph] = {}
+    try:
+        if reason:
+            raise CaptureError(reason)
+        for training in (False, True):
+            with modes(root, training):
+                graphs[training] = _Tracer().trace(root)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(root).__name__} cannot be traced without running it "
+            f"({type(error).__name__}: {first_line(error)}): pass example_inputs, one real batch"
+        ) from error
+    region = Region("", graphs, {False: None, True: None}, None, None)
+    result = Capture(root, "symbolic", [region])
+    result.notes.append(
+        "no example_inputs: shapes are unknown, so only parameters are priced and outputs are "
+        "not compared"
+    )
+    for node in graphs[False].nodes:
+        if node.op == "call_module":
+            module = root.get_submodule(str(node.target))
+            layers = [n for n, m in module.named_modules() if n and is_leaf(m)]
+            if layers and not is_leaf(module):
+                reason = "symbolic tracing takes it as one call"
+                layers = [f"{node.target}.{n}" for n in layers]
+                result.islands.append(
+                    Island(str(node.target), type(module).__name__, reason, layers)
+                )
+    result.host()
+    return result

@@ -1,0 +1,171 @@
+"""The second rung of capture: the largest parts of a model that can be captured; the rest stays
+Python, as islands with their reason, and layers called from an island are still rewritten."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from rewriter.capture.exporting import Region, export_region
+from rewriter.capture.signature import Call
+from rewriter.modules.running import first_line, has_hooks, own_copy, quiet_run
+from rewriter.modules.structure import Unflattenable, flatten
+from rewriter.modules.tree import join
+from rewriter.report import Island
+from rewriter.sites import is_leaf
+
+__all__ = ["Parts", "capture_parts", "refusal"]
+
+Writes = Mapping[str, str]
+"""Dotted name of a module → an attribute that its forward writes."""
+
+
+@dataclass
+class Parts:
+    """The regions that were captured, and what was not."""
+
+    regions: list[Region] = field(default_factory=list)
+    islands: list[Island] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def refusal(root: nn.Module, writes: Writes, prefix: str = "") -> str | None:
+    """Why a module may not be captured whole, whatever its trace: a graph would run past what
+    surrounds or happens in a container."""
+    for name, module in root.named_modules():
+        fqn = join(prefix, name)
+        label = fqn or "the model"
+        if is_leaf(module):
+            continue
+        if name and has_hooks(module):
+            return f"{label} has hooks, which a graph of the whole would bypass"
+        if "forward" in vars(module):
+            return f"{label} has a forward of its own, set on the object"
+        if fqn in writes:
+            return f"the forward of {label} writes its attribute {writes[fqn]!r}"
+    return None
+
+
+def capture_parts(
+    root: nn.Module, args: Any, kwargs: Any, reason: str, writes: Writes, seconds: float
+) -> Parts:
+    """Captures what can be below the root.
+
+    Args:
+        root: the model.
+        args, kwargs: one call of it.
+        reason: why the root itself stays Python.
+        writes: modules that cannot be captured, whatever their trace.
+        seconds: time limit; what is left then stays Python.
+    """
+    result = Parts()
+    calls = _record(root, args, kwargs)
+    deadline = time.perf_counter() + seconds
+    done: set[int] = set()
+
+    def visit(fqn: str, module: nn.Module, reason: str | None) -> None:
+        if id(module) in done:
+            return
+        done.add(id(module))
+        recorded = calls.get(id(module), [])
+        if is_leaf(module):
+            if recorded:
+                result.regions.append(_leaf_region(fqn, recorded))
+            return
+        if reason is None and recorded:
+            region = _part(fqn, module, recorded, writes, deadline)
+            if isinstance(region, Region):
+                region.calls = len(recorded)
+                result.regions.append(region)
+                if region.train_reason:
+                    result.notes.append(f"{fqn}: {region.train_reason}")
+                done.update(id(m) for m in module.modules())
+                return
+            reason = region
+        if recorded and reason is not None:
+            layers = [join(fqn, n) for n, m in module.named_children() if is_leaf(m)]
+            result.islands.append(Island(fqn, type(module).__name__, reason, layers))
+        for name, child in module.named_children():
+            visit(join(fqn, name), child, None)
+
+    visit("", root, reason)
+    return result
+
+
+def _record(root: nn.Module, args: Any, kwargs: Any) -> dict[int, list[tuple[Any, Any]]]:
+    """What each module was called with, for modules that one forward calls."""
+    calls: dict[int, list[tuple[Any, Any]]] = {}
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        own = calls.setdefault(id(module), [])
+        if is_leaf(module):  # only the shape matters: one element stands for all
+            args = tuple(_outline(a) for a in args)
+            kwargs = {k: _outline(a) for k, a in kwargs.items()}
+        own.append((args, kwargs))
+
+    handles = []
+    with quiet_run(root, training=False):
+        try:
+            for module in root.modules():
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            own_args, own_kwargs = own_copy(args, kwargs)
+            root(*own_args, **own_kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return calls
+
+
+def _outline(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().new_zeros(()).expand(value.shape)
+
+
+def _part(
+    fqn: str,
+    module: nn.Module,
+    recorded: list[tuple[Any, Any]],
+    writes: Writes,
+    deadline: float,
+) -> Region | str:
+    refused = refusal(module, writes, fqn)
+    if refused:
+        return refused
+    if not any(is_leaf(m) for m in module.modules()):
+        return "no layer inside"
+    remaining = deadline - time.perf_counter()
+    if remaining <= 0:
+        return "the time limit of capture was reached"
+    try:
+        bound = [Call.of(type(module).forward.__get__(module), a, k) for a, k in recorded]
+        keys = {str(_shape_of(c)) for c in bound}
+    except (TypeError, Unflattenable) as error:
+        return first_line(error)
+    if len(keys) > 1:
+        return f"it is called in {len(keys)} different ways"
+    return export_region(module, fqn, bound[0], remaining)
+
+
+def _shape_of(call: Call) -> tuple[Any, ...]:
+    leaves: list[Any] = []
+    structure = flatten(dict(call.arguments), leaves, objects=False)
+    return structure, [(t.dtype, t.dim()) for t in leaves if isinstance(t, Tensor)]
+
+
+def _leaf_region(fqn: str, recorded: list[tuple[Any, Any]]) -> Region:
+    """A graph that only describes the calls of one layer that Python makes."""
+    owner, _, name = fqn.rpartition(".")
+    graph = fx.Graph()
+    leaves: list[Tensor] = []
+    results = []
+    for args, kwargs in recorded:
+        tensors = [a for a in [*args, *kwargs.values()] if isinstance(a, Tensor)]
+        leaves.append(tensors[0])
+        results.append(graph.call_module(name, (graph.placeholder(f"x{len(leaves)}"),)))
+    graph.output(tuple(results))
+    return Region(owner, {False: graph}, {False: None}, None, leaves, hosted=False)

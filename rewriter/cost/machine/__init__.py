@@ -1,0 +1,1 @@
+"""Devices: seconds of a cost, by datasheet or by a measurement of this machine."""

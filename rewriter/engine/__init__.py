@@ -1,0 +1,5 @@
+"""The engine: the only code that mutates graphs and module trees."""
+
+from rewriter.engine.engine import Engine, Options, check_passes
+
+__all__ = ["Engine", "Options", "check_passes"]

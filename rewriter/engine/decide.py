@@ -1,0 +1,409 @@
+"""What speaks against a replacement that a pass proposes: ties, `max_error`, `objective`."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from rewriter.base import Pass, Phase, Replacement, Skip, Where
+from rewriter.capture import Capture
+from rewriter.cost import Cost, Device, propagate, storage_cost
+from rewriter.engine.batches import Calibration
+from rewriter.errors import OptionError
+from rewriter.modules.timing import medians
+from rewriter.modules.tree import attribute
+from rewriter.planner.budget import MemoryBudget
+from rewriter.sites import CONV, LINEAR, MLP, Site, is_leaf
+from rewriter.spellings import changes_input, op_name, operands, swaps
+
+__all__ = [
+    "OBJECTIVES",
+    "Options",
+    "Proposal",
+    "autocast_at",
+    "check_passes",
+    "check_patterns",
+    "objections",
+    "ties",
+    "unsafe",
+    "unselected",
+]
+
+OBJECTIVES = ("latency", "memory", "params")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the engine decides; see `rewriter.rewrite`."""
+
+    objective: str | None = None
+    max_error: float | None = None
+    where: Where = None
+    device: Device | None = None
+    measure: bool = False
+    calibration: Calibration | None = None
+    memory: MemoryBudget | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in (None, *OBJECTIVES):
+            raise OptionError(f"objective={self.objective!r}: use None or one of {OBJECTIVES}")
+        if self.max_error is not None and not self.max_error >= 0:
+            raise OptionError(f"max_error={self.max_error!r}: use a number of at least 0, or None")
+
+
+@dataclass
+class Proposal:
+    """A replacement for a site; `group` names the proposals that stand or fall together."""
+
+    site: Site
+    replacement: Replacement
+    group: int = -1
+
+
+def check_passes(passes: Sequence[Pass]) -> None:
+    """Raises one error that lists everything wrong with a recipe.
+
+    Raises:
+        OptionError: something is not a pass, or a pass comes before one of an earlier phase.
+    """
+    if isinstance(passes, Pass):
+        raise OptionError(f"passes must be a list: write [{passes}]")
+    problems = []
+    for i, p in enumerate(passes):
+        if isinstance(p, type) and issubclass(p, Pass):
+            problems.append(f"passes[{i}] is the class {p.__name__}: write {p.__name__}()")
+        elif not isinstance(p, Pass):
+            problems.append(f"passes[{i}] is a {type(p).__name__}, not a pass")
+    valid = [p for p in passes if isinstance(p, Pass)]
+    for p in valid:
+        if not (p.where is None or isinstance(p.where, str) or callable(p.where)):
+            problems.append(
+                f"{p.name}: where={p.where!r} is no name pattern and no predicate over sites"
+            )
+    for i, later in enumerate(valid):
+        for earlier in valid[:i]:
+            if earlier.phase > later.phase:
+                problems.append(
+                    f"{later} ({later.phase.name}) comes after {earlier} ({earlier.phase.name})"
+                )
+                break
+    if problems:
+        order = " < ".join(p.name for p in Phase)
+        raise OptionError(f"impossible passes: {'; '.join(problems)}. Phases run {order}")
+
+
+# selection
+
+
+def unselected(site: Site, *wheres: Where) -> Skip | None:
+    """Why a site is not among the selected ones."""
+    for where in wheres:
+        if isinstance(where, str) and not fnmatch.fnmatchcase(site.fqn, where):
+            return Skip("not selected by where={!r}", where)
+        if callable(where) and not where(site):
+            return Skip("not selected by where")
+    return None
+
+
+def check_patterns(rewrite: Pass, sites: Sequence[Site], *wheres: Where) -> None:
+    """Raises OptionError for a name pattern that matches none of the sites there are."""
+    names = [s.fqn for s in sites]
+    for where in wheres:
+        if isinstance(where, str) and names:
+            if not any(fnmatch.fnmatchcase(n, where) for n in names):
+                shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+                raise OptionError(
+                    f"{rewrite}: where={where!r} matches none of its {len(names)} sites: {shown}"
+                )
+
+
+# what keeps the engine itself from replacing a site, whatever the pass
+
+
+def unsafe(capture: Capture, site: Site, sites: Sequence[Site]) -> Skip | None:
+    """Why the engine cannot replace a site.
+
+    Args:
+        capture: the model.
+        site: in question.
+        sites: all that there are.
+    """
+    module, graphs = site.module, {id(g): r for r, _, g in capture.graphs()}
+    if module is capture.root:
+        return Skip("the model itself is this layer: wrap it, e.g. in nn.Sequential")
+    if module is not None and parametrize.is_parametrized(module):
+        return Skip("its parameters are parametrized; remove_parametrizations first")
+    if module is not None and any(
+        hooks for name, hooks in vars(module).items() if "state_dict" in name and "hooks" in name
+    ):
+        return Skip("it has state_dict hooks, which the new layer's tensors would not fit")
+    plain = site.parts["down"].kind == LINEAR if site.kind == MLP else site.kind in (LINEAR, CONV)
+    if site.weight_ref is None and plain:
+        return Skip("its weight is computed in a hook (torch.nn.utils); remove it first")
+    if not site.nodes:
+        for island in capture.islands:
+            if site.fqn in island.layers and capture.rung == "symbolic":
+                return Skip("inside {}: {}", island.fqn, island.reason)
+        readers = _readers(capture)
+        own = [] if module is None else module.parameters(recurse=False)
+        used = sorted({op_name(n) for p in own for n in readers.get(id(p), ())})
+        if used:
+            return Skip("its weight goes into {}, not through the layer", ", ".join(used))
+        return Skip("not called with these example_inputs")
+    for node in site.nodes:
+        region = graphs[id(node.graph)]
+        if node.op != "call_module" and region.signature is not None and True not in region.graphs:
+            return Skip("called as a function, and train mode is not captured")
+        if changes_input(node, capture.root.get_submodule(region.prefix)):
+            return Skip("it works in place on a tensor that other code reads")
+    if site.kind == MLP:
+        called = {n for s in sites if s.fqn == site.fqn and s.kind != MLP for n in s.nodes}
+        if called - set(site.nodes):
+            return Skip("its down projection {} is also called outside of an MLP", site.fqn)
+    return None
+
+
+# one weight under several names
+
+
+def ties(
+    capture: Capture, proposals: Sequence[Proposal]
+) -> tuple[list[Proposal], list[tuple[Proposal, str]]]:
+    """One weight under several names: all of its users get one layer, or none does.
+
+    Returns:
+        The proposals that stand, those of one weight with one layer and one group; and those that
+        do not, each with the reason.
+    """
+    root = capture.root
+    names: dict[int, set[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    readers = _readers(capture)
+    shared: dict[tuple[int, int], list[Proposal]] = {}
+    for p in proposals:
+        if p.site.weight_ref is not None:
+            key = id(attribute(root, p.site.weight_ref)), id(p.site.bias)
+            shared.setdefault(key, []).append(p)
+    refused: list[tuple[Proposal, str]] = []
+    for i, ((weight, _), group) in enumerate(shared.items()):
+        reason = _untouched(root, group, names.get(weight, set()), readers.get(weight, set()))
+        refused += [(p, reason) for p in group if reason]
+        for p in group:
+            p.group = i
+            if p is not group[0]:  # one layer for all, so that the tie survives
+                layer, note = group[0].replacement.layer, f"tied to {group[0].site.fqn}"
+                p.replacement = Replacement(layer, p.replacement.error, note)
+    gone = {id(p) for p, _ in refused}
+    return [p for p in proposals if id(p) not in gone], refused
+
+
+def _untouched(
+    root: nn.Module, group: Sequence[Proposal], names: set[str], readers: set[fx.Node]
+) -> str:
+    """Why the users of one weight cannot all be rewritten; "" where they can."""
+    own: set[str] = set()
+    others: set[str] = set()
+    for site in (p.site for p in group):
+        assert site.weight_ref is not None
+        owner, _, last = site.weight_ref.rpartition(".")
+        own |= {site.weight_ref}
+        holder = root.get_submodule(owner)
+        if site.module is None and is_leaf(holder):
+            others.add(owner)  # the layer that owns it: an embedding, used as the head
+        else:
+            every = root.named_modules(remove_duplicate=False)
+            own |= {f"{n}.{last}" for n, m in every if n and m is holder}
+    others |= names - own
+    reading = readers - {n for p in group for n in p.site.nodes}
+    if others or reading or len({p.site.transposed for p in group}) > 1:
+        tied = ", ".join(sorted(others)) or "code that reads it"
+        return f"its weight is tied to {tied}: rewritten together or not at all"
+    modules = {id(m): m for p in group if (m := p.site.module) is not None}
+    if len(modules) > 1 and any(_hooked(m) for m in modules.values()):
+        return "its weight is tied and there are hooks, which one layer for all would mix up"
+    return ""
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(bool(v) for k, v in vars(module).items() if k.endswith("_hooks"))
+
+
+def _readers(capture: Capture) -> dict[int, set[fx.Node]]:
+    """By identity of a parameter, the calls that read it by hand."""
+    readers: dict[int, set[fx.Node]] = {}
+    for region, _, graph in capture.graphs():
+        owner = capture.root.get_submodule(region.prefix)
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                tensor = attribute(owner, str(node.target))
+                readers.setdefault(id(tensor), set()).update(_end_uses(node))
+    return readers
+
+
+def _end_uses(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that use a parameter, past the transposes in between."""
+    for user in node.users:
+        if swaps(user) is None:
+            yield user
+        else:
+            yield from _end_uses(user)
+
+
+# is it better?
+
+
+def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -> str:
+    """Why `max_error`, the objective or a lost bias speaks against a replacement; "" where none
+    does.
+
+    Args:
+        p: the replacement.
+        options: how to decide.
+        old: what the site costs now; None where that is not known.
+        resident: bytes of all weights of the model.
+    """
+    # of outputs on calibration rows, where there are some: that is what the layer was fitted to
+    error = p.replacement.output_error
+    error = p.replacement.error if error is None else error
+    limit, bias = options.max_error, p.site.bias
+    if bias is not None and p.site.module is None:
+        if all(bias is not own for own in p.replacement.layer.parameters()):
+            return f"its layer has another bias than {p.site.bias_ref}, which would be left over"
+    if limit is not None and error is None:
+        return f"its error is not known before it runs, so max_error {limit:.3g} cannot be held"
+    if limit is not None and error is not None and not error <= limit:
+        return f"error {error:.3g} is above max_error {limit:.3g}"
+    if options.objective is None:
+        return ""
+    if options.objective == "latency" and options.device is not None and not options.measure:
+        name = options.device.name
+        if old is None or old.latency_s is None:
+            return f"its latency on {name} is not known: no shapes"
+        new_us = predicted(p.site, p.replacement.layer, options.device, resident) * 1e6
+        old_us = old.latency_s * 1e6
+        said = f"predicted {new_us:.3g} µs on {name}, the layer it replaces {old_us:.3g} µs"
+        return "" if new_us < old_us else said
+    if options.objective == "latency":
+        times = timed(p.site, p.replacement.layer)
+        if times is None:
+            return "its latency cannot be measured here: no data, or no shapes"
+        old_us, new_us = (t * 1e6 for t in times)
+        said = f"measured {new_us:.0f} µs, the layer it replaces {old_us:.0f} µs"
+        return "" if new_us < old_us else said
+    module = p.site.module
+    tensors = [] if module is not None or p.site.weight_ref is None else [p.site.weight]
+    tensors += [p.site.bias] if tensors and p.site.bias is not None else []
+    before = storage_cost(*([module] if module is not None else tensors))
+    after = storage_cost(p.replacement.layer)
+    if options.objective == "params" and after.params >= before.params:
+        return f"{after.params} parameters are no fewer than {before.params}"
+    if options.objective == "memory" and after.param_bytes >= before.param_bytes:
+        return f"{after.param_bytes} bytes are no fewer than {before.param_bytes}"
+    return ""
+
+
+def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> float:
+    """Seconds that the site's calls in one forward take with this layer, by the cost model.
+
+    Args:
+        site: with shapes.
+        layer: in its place.
+        device: that predicts.
+        resident: bytes of the model's weights.
+    """
+    seconds = 0.0
+    for node in site.nodes[: site.calls]:
+        given = operands(node)
+        source = node.args[0] if given is None else given[0]
+        assert isinstance(source, fx.Node)
+        graph, holder = fx.Graph(), nn.Module()
+        holder.add_module("layer", layer)
+        graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
+        with autocast_at(node):
+            cost = propagate(holder, graph, [source.meta["val"]], training=False).total
+        latency = device.priced(cost, resident).latency_s
+        assert latency is not None
+        seconds += latency
+    return seconds
+
+
+def autocast_at(node: fx.Node) -> AbstractContextManager[object]:
+    """The autocast region of the user's forward that a node lies in."""
+    entered: list[fx.Node] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        name = getattr(other.target, "__name__", "")
+        if name == "_enter_autocast":
+            entered.append(other)
+        elif name == "_exit_autocast":
+            entered.remove(other.args[0])
+    if not entered:
+        return nullcontext()
+    device, dtype, enabled, cache = entered[-1].args
+    return torch.autocast(str(device), dtype=dtype, enabled=bool(enabled), cache_enabled=cache)  # type: ignore[arg-type]
+
+
+def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
+    """Median seconds of the site's calls in one forward, (the old layer, the new one): eval mode,
+    without gradients, interleaved, on random inputs of the sizes that the example has.
+
+    None where there are no shapes, or no data on the device.
+    """
+    inputs = []
+    for node in site.nodes[: site.calls]:
+        given = operands(node)
+        source = node.args[0] if given is None else given[0]
+        value = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+            return None
+        inputs.append((tuple(value.shape), value.dtype, value.device))
+    tensors = [*layer.parameters(), *layer.buffers()]
+    if not inputs or any(t.is_meta for t in tensors):
+        return None
+    xs = [_random(*kind) for kind in inputs]
+    old = _runner(site, xs)
+    with torch.no_grad(), _eval(layer), _eval(site.module), autocast_at(site.nodes[0]):
+        old_time, new_time = medians((old, lambda: [layer.forward(x) for x in xs]), xs[0].device)
+    return old_time, new_time
+
+
+def _runner(site: Site, xs: Sequence[Tensor]) -> Callable[[], Any]:
+    """The site as it is now; hooks do not run."""
+    module = site.module
+    if module is not None:
+        return lambda: [module.forward(x) for x in xs]
+    if site.weight_ref is not None:
+        weight, bias = site.weight, site.bias
+        return lambda: [nn.functional.linear(x, weight, bias) for x in xs]
+    node = site.nodes[0]
+    function: Any = node.target
+    if node.op == "call_method":
+        function = getattr(Tensor, str(node.target))
+    return lambda: [function(x, *node.args[1:], **node.kwargs) for x in xs]
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.rand(shape, generator=generator, device=device).to(dtype)
+
+
+@contextlib.contextmanager
+def _eval(module: nn.Module | None) -> Iterator[None]:
+    modes = [] if module is None else [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training

@@ -1,0 +1,1 @@
+"""Small helpers on module trees and nested values, each once."""

@@ -1,0 +1,89 @@
+"""The tensors of a model by name: ties, constants, and how one takes another's place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.capture.rehost import CONSTANT
+from rewriter.errors import StoreError
+from rewriter.modules.tree import join
+
+__all__ = [
+    "is_constant",
+    "named_tensors",
+    "non_persistent",
+    "put_tensor",
+    "tensor_like",
+    "unique_tensors",
+]
+
+
+def named_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under all of its names, but for those that capture made."""
+    named: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
+    named.update(root.named_buffers(remove_duplicate=False))
+    return {k: t for k, t in named.items() if not is_constant(k)}
+
+
+def is_constant(key: str) -> bool:
+    return key.rpartition(".")[2].startswith(CONSTANT)
+
+
+def non_persistent(root: nn.Module) -> set[str]:
+    """Names of the buffers that a state_dict leaves out."""
+    return {
+        join(fqn, name)
+        for fqn, module in root.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None and not is_constant(name)
+    }
+
+
+def put_tensor(root: nn.Module, key: str, tensor: Tensor) -> None:
+    owner, _, name = key.rpartition(".")
+    holder = root.get_submodule(owner)
+    if isinstance(tensor, nn.Parameter):
+        holder._parameters[name] = tensor
+    else:
+        holder._buffers[name] = tensor
+
+
+def tensor_like(value: Tensor, old: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in memory of its own, a Parameter where `old` is one, and where `old` lives."""
+    device = value.device if old.is_meta else old.device
+    new = value.detach().to(device=device, dtype=dtype, copy=True)
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, old.requires_grad)
+    return new
+
+
+def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to write, each once, and the further names of those that have several."""
+    for fqn, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise StoreError(
+                f"{fqn or 'the model'} ({type(module).__name__}) has extra state that is no tensor "
+                "(get_extra_state), which cannot be saved without pickle"
+            )
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[int, str] = {}
+    storages: set[int] = set()
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta:
+            raise StoreError(f"{name} is on meta: there is nothing to save; load weights first")
+        if first.setdefault(id(tensor), name) != name:
+            ties[name] = first[id(tensor)]
+            continue
+        try:
+            plain = tensor.detach().cpu().contiguous()
+            storage = plain.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError) as error:
+            raise StoreError(
+                f"{name} is a {tensor.layout} tensor: only dense ones can be saved"
+            ) from error
+        # a view of another tensor is written out; all else goes to disk without a copy in memory
+        tensors[name] = plain.clone() if storage in storages else plain
+        storages.add(storage)
+    return tensors, ties

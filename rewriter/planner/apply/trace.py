@@ -1,0 +1,167 @@
+"""The joint graph of a captured model, traced on fake tensors, and what runs a plan of it.
+
+`Traced` holds for the sizes that the trace left open, one pattern of `requires_grad`, and the
+modes of the modules it saw; `Traced.serves` says whether a call is one of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._functorch.aot_autograd import (
+    aot_compile_joint_with_descriptors,
+    aot_export_joint_with_descriptors,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.fx.graph import _BoxedCodeGen
+from torch.utils._python_dispatch import _disable_current_modes
+
+from rewriter.capture.hosted import Program
+
+__all__ = ["Traced", "trace"]
+
+Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+
+
+class _Flat(nn.Module):
+    """A program over its module tree, from flat inputs to flat results."""
+
+    def __init__(self, root: nn.Module, program: Program) -> None:
+        super().__init__()
+        self.root = root
+        self.program = program
+
+    def forward(self, *leaves: Tensor) -> Any:
+        return tuple(self.program.results(self.root, leaves, ""))
+
+
+class Traced:
+    """What a partition of a joint graph gave: a function that runs forward and backward.
+
+    Args:
+        run: takes parameters, buffers and inputs.
+        names: of the parameters and buffers, in order.
+        shapes: the environment of the sizes, and the sizes' symbols.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], names: list[str], env: ShapeEnv, symbols: list[Any]
+    ) -> None:
+        self.run, self.names, self.env, self.symbols = run, names, env, symbols
+        sizes = [s for row in symbols for s in row if isinstance(s, torch.SymInt)]
+        self.guards = env.produce_guards_expression(sizes) if sizes else None
+        self.fixed = [tuple(None if isinstance(s, torch.SymInt) else s for s in r) for r in symbols]
+        self.checked: dict[tuple[tuple[int, ...], ...], bool] = {}
+
+    def serves(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether these sizes are among those that the trace holds for."""
+        shapes = tuple(tuple(t.shape) for t in leaves)
+        if shapes not in self.checked:
+            self.checked[shapes] = self._check(shapes)
+        return self.checked[shapes]
+
+    def _check(self, shapes: tuple[tuple[int, ...], ...]) -> bool:
+        sizes: list[int] = []
+        for row, fixed in zip(shapes, self.fixed, strict=True):
+            for size, own in zip(row, fixed, strict=True):
+                if own is None:
+                    sizes.append(size)
+                elif own != size:
+                    return False
+        if self.guards is None:
+            return True
+        return bool(self.env.evaluate_guards_expression(self.guards, sizes))
+
+    def __call__(self, root: nn.Module, leaves: Sequence[Tensor]) -> Any:
+        held = []
+        for name in self.names:
+            owner, _, own = name.rpartition(".")
+            module = root.get_submodule(owner.removeprefix("root").lstrip("."))
+            held.append(module._parameters[own] if own in module._parameters
+                        else module._buffers[own])  # fmt: skip
+        return self.run(*held, *leaves)
+
+
+@_disable_current_modes()  # who counts the operations of a step must not see those of a trace
+def trace(
+    root: nn.Module,
+    program: Program,
+    leaves: Sequence[Tensor],
+    rows: Sequence[Sequence[int | str]],
+    partition: Partition,
+) -> Traced:
+    """Traces forward and backward, and cuts them by `partition`. Nothing is computed.
+
+    Args:
+        root: the hosted model, in train mode.
+        program: its train graph.
+        leaves: inputs like those that it will be called with.
+        rows: for each, its sizes; a name where one is open.
+        partition: a `partition_fn`.
+
+    Raises:
+        what `partition` raises, and what tracing does.
+    """
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    fakes = [_fake(mode, t, row, i) for i, (t, row) in enumerate(zip(leaves, rows, strict=True))]
+    memo: dict[int, Any] = {}
+    for tensor in (*root.parameters(), *root.buffers()):
+        memo[id(tensor)] = _weight(mode, tensor).requires_grad_(tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(memo[id(tensor)], tensor.requires_grad)
+    flat = _Flat(copy.deepcopy(root, memo), program).train()
+    for own, twin in zip(root.modules(), flat.root.modules(), strict=True):
+        twin.training = own.training
+    with contextlib.ExitStack() as stack, torch.enable_grad():
+        stack.enter_context(mode)
+        joint = aot_export_joint_with_descriptors(stack, flat, tuple(fakes))
+        # What was saved is let go of as the backward reads it (donated buffers): that is in the
+        # peak, and why a graph cannot be retained.
+        with torch._functorch.config.patch(donated_buffer=True):
+            run = aot_compile_joint_with_descriptors(
+                joint, partition_fn=partition, fw_compiler=_plain, bw_compiler=_plain
+            )
+    names = [*joint.params_spec, *joint.buffers_spec]
+    return Traced(run, names, env, [list(f.shape) for f in fakes])
+
+
+def _weight(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    if not tensor.is_meta:
+        return mode.from_tensor(tensor.detach(), static_shapes=True)
+    with mode:  # a graph of operations on meta tensors would lack derivatives
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, row: Sequence[int | str], number: int) -> Tensor:
+    kinds = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DYNAMIC for s in row]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
+    given = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
+    return mode.from_tensor(
+        given, symbolic_context=context, source=ConstantSource(f"input_{number}")
+    )
+
+
+def _plain(gm: fx.GraphModule, example_inputs: object) -> Callable[[list[Any]], Any]:
+    """Runs a graph as Python code that lets go of every value after its last use, its inputs
+    included."""
+    gm.graph.set_codegen(_BoxedCodeGen())
+    gm.recompile()
+    forward = gm.forward
+
+    def run(arguments: list[Any]) -> Any:
+        return forward(arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,1 @@
+"""Plans: what to keep, found and compared."""

@@ -1,0 +1,1 @@
+"""Training a rewritten model: recovery, parameter groups, remapped optimizers."""
