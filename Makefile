@@ -7,14 +7,20 @@ BENCHES := $(filter-out benchmarks/_% benchmarks/zoo.py,$(wildcard benchmarks/*.
 # Models and data come from packages; nothing may ask a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-all lint bench
 
 demo: .venv/.stamp
 	$(PY) examples/minilm.py $(ARGS)
 
 # Two workers of one thread each, as most of a test is Python; `make test ARGS=tests/test_api.py`.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal
+
 test: .venv/.stamp
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# Those that are marked slow too: every benchmark's and example's short form, whole compilations.
+test-all: .venv/.stamp
+	$(PYTEST) $(ARGS)
 
 # `rewriter.passes` and `rewriter.kernels` exist only once installed (package-dir in pyproject.toml),
 # so mypy reads an installed copy; `build` goes first, or setuptools would ship files deleted since.

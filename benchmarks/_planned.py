@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import _models
 import torch
 import torch.nn.functional as F
-from _harness import load_script
+from _models import data
 from _tracker import Tracker
 from torch import Tensor, fx, nn
 from torch._functorch import config as functorch
@@ -79,27 +80,13 @@ class Classes(Head):
 
 
 def gpt(quick: bool) -> tuple[nn.Module, Inputs]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    layers, width, vocabulary = (2, 64, 256) if quick else (12, 768, 8192)
-    config = GPT2Config(
-        vocab_size=vocabulary,
-        n_positions=256,
-        n_embd=width,
-        n_layer=layers,
-        n_head=width // 64,
-        use_cache=False,
-        attn_pdrop=0.0,
-        attn_implementation="sdpa",
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    depth, width, vocabulary = (2, 64, 256) if quick else (12, 768, 8192)
+    model = _models.gpt2(width, depth, vocabulary, head=True, n_positions=256, attn_pdrop=0.0)
     shape = (2, 64) if quick else (4, 256)
-    return NextToken(GPT2LMHeadModel(config)), (torch.randint(0, vocabulary, shape),)
+    return NextToken(model), (torch.randint(0, vocabulary, shape),)
 
 
 def minilm(quick: bool) -> tuple[nn.Module, Inputs]:
-    data = load_script("examples/_data.py")
     model, tokenizer = data.load_minilm()
     rows, length = (4, 32) if quick else (16, 128)
     batch = tokenizer(
@@ -113,27 +100,15 @@ def minilm(quick: bool) -> tuple[nn.Module, Inputs]:
 
 
 def vit(quick: bool) -> tuple[nn.Module, Inputs]:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    width, layers, size = (64, 2, 32) if quick else (384, 12, 224)
-    config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        intermediate_size=4 * width,
-        image_size=size,
-        num_labels=100,
-    )
-    return Classes(ViTForImageClassification(config)), images(4 if quick else 8, size)
+    width, depth, size = (64, 2, 32) if quick else (384, 12, 224)
+    model = _models.vit(width, depth, head=True, image_size=size, num_labels=100)
+    return Classes(model), images(4 if quick else 8, size)
 
 
 def resnet(quick: bool) -> tuple[nn.Module, Inputs]:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
     small = {"depths": [1, 1], "hidden_sizes": [32, 64], "embedding_size": 16}
-    config = ResNetConfig(num_labels=100, **(small if quick else {}))
-    inputs = images(4, 32 if quick else 224)
-    return Classes(ResNetForImageClassification(config)), inputs
+    model = _models.resnet(num_labels=100, **(small if quick else {}))
+    return Classes(model), images(4, 32 if quick else 224)
 
 
 def images(rows: int, size: int) -> Inputs:

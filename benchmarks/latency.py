@@ -7,24 +7,24 @@ taken in turns in one process.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import _models
 import torch
-from _harness import arguments, command, keep_the_heap, load_script, parse, write_results
+from _harness import arguments, command, keep_the_heap, parse, write_results
+from _models import minilm, transformer
 from torch import Tensor, nn
 
 from rewriter import rewrite
 from rewriter.cost import Cost, Device, propagate
 from rewriter.cost.machine.waiting import Waiting
 from rewriter.passes import Monarch, Quadratic, Quantize, TopK
-
-data = load_script("examples/_data.py")
 
 Inputs = Any
 PASSES: Mapping[str, list[Any]] = {
@@ -66,86 +66,48 @@ class Case:
         return abs(self.predicted - self.measured) / self.measured
 
 
-def tokens(rows: int, length: int, vocab: int = 29000, mask: bool = True) -> Callable[[], Inputs]:
-    def make() -> Inputs:
-        generator = torch.Generator().manual_seed(0)
-        batch = {"input_ids": torch.randint(5, vocab, (rows, length), generator=generator)}
-        if mask:
-            batch["attention_mask"] = torch.ones(rows, length, dtype=torch.int64)
-        return batch
-
-    return make
-
-
-def pixels(rows: int, side: int) -> Callable[[], Inputs]:
-    generator = torch.Generator().manual_seed(0)
-    return lambda: {"pixel_values": torch.rand(rows, 3, side, side, generator=generator)}
-
-
 def features(rows: int, width: int) -> Callable[[], Inputs]:
     generator = torch.Generator().manual_seed(0)
     return lambda: torch.rand(rows, width, generator=generator)
 
 
-def minilm() -> nn.Module:
-    model: nn.Module = data.load_minilm()[0]
-    return model
+def tokens(rows: int, length: int) -> Callable[[], Inputs]:
+    return partial(_models.tokens, rows, length)
 
 
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2Model
-
-    return GPT2Model(GPT2Config(vocab_size=8000, n_embd=512, n_layer=4, n_head=8, use_cache=False))
-
-
-def vit() -> nn.Module:
-    from transformers import ViTConfig, ViTModel
-
-    return ViTModel(
-        ViTConfig(
-            hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536
-        )
-    )
+def words(rows: int, length: int) -> Callable[[], Inputs]:
+    """For the models with random weights, which know 8,000 words and need no mask."""
+    return partial(_models.tokens, rows, length, 8000, mask=False)
 
 
-def resnet() -> nn.Module:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    return ResNetForImageClassification(
-        ResNetConfig(depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic")
-    )
+def pixels(rows: int, side: int) -> Callable[[], Inputs]:
+    return partial(_models.pixels, rows, side)
 
 
 def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaModel
-
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=8000,
-            hidden_size=512,
-            intermediate_size=1376,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            use_cache=False,
-        )
+    return transformer(
+        "LlamaModel",
+        vocab_size=8000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        use_cache=False,
     )
 
 
 def moe() -> nn.Module:
-    from transformers import MixtralConfig, MixtralModel
-
-    return MixtralModel(
-        MixtralConfig(
-            vocab_size=8000,
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=3,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            num_local_experts=4,
-            use_cache=False,
-        )
+    return transformer(
+        "MixtralModel",
+        vocab_size=8000,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        use_cache=False,
     )
 
 
@@ -171,12 +133,6 @@ class Mixer(nn.Module):
         return self.head(x.mean(1))
 
 
-def mlp() -> nn.Module:
-    sizes = (784, 1200, 1200, 10)
-    layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
-
-
 SUBJECTS = (
     Subject(
         "MiniLM",
@@ -184,21 +140,26 @@ SUBJECTS = (
         {f"{b}x{s}": tokens(b, s) for b, s in ((1, 12), (1, 128), (4, 48), (8, 128), (24, 96))},
     ),
     Subject(
-        "GPT-2-like", gpt2, {f"{b}x{s}": tokens(b, s, 8000, False) for b, s in ((1, 40), (4, 192))}
+        "GPT-2-like",
+        partial(_models.gpt2, 512, 4, 8000),
+        {f"{b}x{s}": words(b, s) for b, s in ((1, 40), (4, 192))},
     ),
-    Subject("ViT", vit, {f"{b}x224²": pixels(b, 224) for b in (1, 4)}),
+    Subject("ViT", partial(_models.vit, 384, 6), {f"{b}x224²": pixels(b, 224) for b in (1, 4)}),
     Subject(
         "ResNet-18-like",
-        resnet,
+        partial(_models.basic_resnet, 2),
         {f"{b}x192²": pixels(b, 192) for b in (1, 5)},
         DENSE,
     ),
-    Subject(
-        "Llama-like", llama, {f"{b}x{s}": tokens(b, s, 8000, False) for b, s in ((1, 24), (3, 160))}
-    ),
+    Subject("Llama-like", llama, {f"{b}x{s}": words(b, s) for b, s in ((1, 24), (3, 160))}),
     Subject("Mixer", Mixer, {f"{b}x224²": pixels(b, 224) for b in (1, 6)}),
-    Subject("MLP", mlp, {f"{b}x784": features(b, 784) for b in (1, 48, 700)}, LINEARS),
-    Subject("MoE", moe, {f"{b}x{s}": tokens(b, s, 8000, False) for b, s in ((2, 56),)}),
+    Subject(
+        "MLP",
+        partial(_models.mlp, 784, 1200, 1200, 10),
+        {f"{b}x784": features(b, 784) for b in (1, 48, 700)},
+        LINEARS,
+    ),
+    Subject("MoE", moe, {f"{b}x{s}": words(b, s) for b, s in ((2, 56),)}),
 )
 QUICK = (replace(SUBJECTS[-2], batches={f"{b}x784": features(b, 784) for b in (1, 12, 48)}),)
 

@@ -16,20 +16,18 @@ from _harness import (
     arguments,
     command,
     interleaved,
-    load_script,
     parse,
     timing_rows,
     write_results,
 )
-from torch import Tensor, nn
+from _models import Batch, data, minilm, tokens, transformer
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rewriter import rewrite
 from rewriter.capture import capture
 from rewriter.cost import propagate
 from rewriter.passes import Monarch, Quadratic, Quantize, TopK
-
-data = load_script("examples/_data.py")
 
 RECIPES: dict[str, list[Any]] = {
     "original": [],
@@ -48,21 +46,11 @@ TIMED = {
 """Recipes whose speed and quality are measured too, by what they are called there."""
 
 
-def minilm(quick: bool) -> tuple[nn.Module, Any]:
-    """The model, in the quick form of its first two layers, and its tokenizer."""
-    model, tokenizer = data.load_minilm()
-    if quick:
-        model.encoder.layer = model.encoder.layer[:2]
-    return model, tokenizer
+def batch_of(rows: int, length: int) -> Batch:
+    return tokens(rows, length, lowest=1000)
 
 
-def batch_of(rows: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1000, 29000, (rows, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones(rows, length, dtype=torch.int64)}
-
-
-def exactness(model: nn.Module, same: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+def exactness(model: nn.Module, same: nn.Module, batch: Batch) -> list[dict[str, Any]]:
     """A rewrite without passes: outputs in eval, gradients in train with dropout 0."""
     with torch.no_grad():
         differences = [
@@ -89,15 +77,13 @@ def exactness(model: nn.Module, same: nn.Module, batch: dict[str, Tensor]) -> li
 
 def captures(quick: bool) -> list[dict[str, Any]]:
     """Seconds of capture in both modes, checks included."""
-    from transformers import BertConfig, BertModel
-
     rows = []
-    small = minilm(quick)[0]
+    small: Any = minilm(2 if quick else None)
     name = f"MiniLM ({len(small.encoder.layer)} layers, 384 wide)"
     models: dict[str, nn.Module] = {name: small}
     if not quick:
         torch.manual_seed(0)
-        models["BERT-base (12 layers, 768 wide, random weights)"] = BertModel(BertConfig()).eval()
+        models["BERT-base (12 layers, 768 wide, random weights)"] = transformer("BertModel").eval()
     for name, model in models.items():
         times = []
         for _ in range(1 if quick else 3):
@@ -115,7 +101,7 @@ def captures(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def flops(made: dict[str, nn.Module], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+def flops(made: dict[str, nn.Module], batch: Batch) -> list[dict[str, Any]]:
     """FLOPs of the ledger against torch's counter, original and rewritten."""
     rows = []
     for name, optimized in made.items():
@@ -140,7 +126,7 @@ def main() -> None:
     args = parse(arguments(__doc__ or ""))
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    model, tokenizer = minilm(args.quick)
+    model, tokenizer = minilm(2 if args.quick else None), data.load_minilm()[1]
     batch = batch_of(2, 16) if args.quick else batch_of(8, 128)
     rounds = 3 if args.quick else 40
     recipes = list(RECIPES)[:: 5 if args.quick else 1]

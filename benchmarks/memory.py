@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import _models
 import torch
-from _harness import arguments, command, load_script, parse, write_results
-from _tracker import Tracker
+from _harness import arguments, command, parse, write_results
+from _models import data, resnet, transformer
+from _tracker import Tracker, allocator_peak
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from rewriter import rewrite
@@ -58,25 +59,17 @@ class Case:
 
 
 def minilm(quick: bool) -> tuple[nn.Module, Inputs]:
-    model, tokenizer = load_script("examples/_data.py").load_minilm()
+    model, tokenizer = data.load_minilm()
     rows, length = (2, 32) if quick else (8, 128)
     texts = ["The quick brown fox jumps over the lazy dog, again and again."] * rows
     batch = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt")
     return model, dict(batch)
 
 
-def transformer(
-    name: str, feed: Callable[[bool], Inputs], **config: Any
+def made(
+    build: Callable[[], nn.Module], feed: Callable[[bool], Inputs]
 ) -> Callable[[bool], tuple[nn.Module, Inputs]]:
-    """A transformers model of this config with random weights."""
-
-    def make(quick: bool) -> tuple[nn.Module, Inputs]:
-        import transformers
-
-        cls = getattr(transformers, name)
-        return cls(cls.config_class(**config)).eval(), feed(quick)
-
-    return make
+    return lambda quick: (build().eval(), feed(quick))
 
 
 def ids(rows: int, length: int, *, labels: bool = False) -> Callable[[bool], Inputs]:
@@ -93,9 +86,7 @@ def pixels(rows: int) -> Callable[[bool], Inputs]:
 
 
 def mlp(quick: bool) -> tuple[nn.Module, Inputs]:
-    layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(1024, 10))
-    return model.eval(), (torch.randn(32 if quick else 1024, 784),)
+    return _models.mlp(784, 1024, 1024, 10).eval(), (torch.randn(32 if quick else 1024, 784),)
 
 
 class Tagger(nn.Module):
@@ -116,13 +107,6 @@ def lstm(quick: bool) -> tuple[nn.Module, Inputs]:
     return Tagger().eval(), (torch.randint(0, 10_000, (2, 16) if quick else (16, 128)),)
 
 
-def efficientnet(quick: bool) -> tuple[nn.Module, Inputs]:
-    from transformers import EfficientNetConfig, EfficientNetForImageClassification
-
-    model = EfficientNetForImageClassification(EfficientNetConfig(image_size=224)).eval()
-    return model, pixels(8)(quick)
-
-
 CASES = (
     Case("MiniLM (real weights), 8 × 128", minilm),
     Case("MiniLM, Monarch(nblocks=4), 8 × 128", minilm, (Monarch(nblocks=4),)),
@@ -130,26 +114,32 @@ CASES = (
     Case("quadratic MLP 784-1024-1024-10, 1024 rows", mlp, (Quadratic(),)),
     Case(
         "GPT-2, 4 layers, 768 wide, with loss, 4 × 256",
-        transformer("GPT2LMHeadModel", ids(4, 256, labels=True), n_layer=4),
+        made(partial(transformer, "GPT2LMHeadModel", n_layer=4), ids(4, 256, labels=True)),
     ),
-    Case("ViT-B/16, 8 × 224²", transformer("ViTModel", pixels(8))),
-    Case("ResNet-50, 8 × 224²", transformer("ResNetForImageClassification", pixels(8))),
+    Case("ViT-B/16, 8 × 224²", made(partial(transformer, "ViTModel"), pixels(8))),
+    Case("ResNet-50, 8 × 224²", made(resnet, pixels(8))),
     Case(
         "Mixtral-like, 4 layers, 8 experts, 4 × 128",
-        transformer(
-            "MixtralForCausalLM",
+        made(
+            partial(
+                transformer,
+                "MixtralForCausalLM",
+                vocab_size=8000,
+                hidden_size=512,
+                intermediate_size=1024,
+                num_hidden_layers=4,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                num_local_experts=8,
+            ),
             ids(4, 128),
-            vocab_size=8000,
-            hidden_size=512,
-            intermediate_size=1024,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            num_local_experts=8,
         ),
     ),
     Case("LSTM, 2 × 512, 16 × 128", lstm),
-    Case("EfficientNet, 8 × 224²", efficientnet),
+    Case(
+        "EfficientNet, 8 × 224²",
+        made(partial(transformer, "EfficientNetForImageClassification", image_size=224), pixels(8)),
+    ),
 )
 QUICK = (CASES[3], CASES[8])
 
@@ -212,23 +202,6 @@ def by_mem_tracker(
     return sum(figures["Total"] for figures in snapshot.values())
 
 
-def by_allocator(work: Callable[[], None], before: Callable[[], None] | None = None) -> int:
-    """Most bytes above the start of the profile while `work` runs; `before` is profiled too, as
-    the profiler misses the end of what was there before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        if before is not None:
-            before()
-        start = time.time_ns()
-        work()
-    events = profiler.profiler.kineto_results.events()
-    found = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live = peak = 0
-    for when, size in found:
-        live += size
-        peak = max(peak, live) if when >= start else max(live, 0)
-    return peak
-
-
 # ---- tables ----------------------------------------------------------------------------------
 
 
@@ -289,7 +262,7 @@ def rows(case: Case, quick: bool) -> list[dict[str, Any]]:
             tracked(infer, held),
             own.get("inference"),
             by_mem_tracker(infer, optimized, inputs),
-            base + by_allocator(infer),
+            base + allocator_peak(infer),
         )
     ]
     if cost.training is None:
@@ -298,7 +271,7 @@ def rows(case: Case, quick: bool) -> list[dict[str, Any]]:
     for name, make in OPTIMIZERS.items():
         optimizer = make([p for p in optimized.parameters() if p.requires_grad])
         train = partial(step, optimized, inputs, optimizer)
-        heap = base + by_allocator(train, before=train)
+        heap = base + allocator_peak(train, before=train)
         found.append(
             row(
                 case.name,

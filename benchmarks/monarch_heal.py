@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 from _harness import arguments, command, load_script, parse, write_results
+from _models import data
 
 example = load_script("examples/heal_minilm.py")
-data = load_script("examples/_data.py")
 RUNS = ((4, 2.0), (4, 5.0), (4, 12.0), (2, 5.0), (8, 5.0), (8, 12.0))
 """(blocks, minutes of training)."""
 

@@ -9,14 +9,14 @@ import warnings
 from typing import Any
 
 import torch
-from _harness import arguments, command, load_script, parse, write_results
+from _harness import arguments, command, parse, write_results
+from _models import data
 from torch import nn
 
 from rewriter import rewrite
 from rewriter.kernels.monarch_project import monarch_project
 from rewriter.passes import Monarch, MonarchLinear
 
-data = load_script("examples/_data.py")
 ENCODER, ONE_LAYER = "encoder.*", "encoder.layer.0.*"
 
 

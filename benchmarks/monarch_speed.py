@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _harness import arguments, command, interleaved, parse, quartiles, speedup, write_results
+from _models import DRY, gpt2
 from torch import Tensor, nn
 
 from rewriter import rewrite
@@ -115,22 +116,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gpt(quick: bool) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    layers, width = (1, 64) if quick else (4, 768)
-    config = GPT2Config(
-        vocab_size=512 if quick else 8192,
-        n_positions=256,
-        n_embd=width,
-        n_layer=layers,
-        n_head=width // 64,
-        use_cache=False,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        attn_implementation="sdpa",
-    )
-    return GPT2LMHeadModel(config)
+    depth, width, vocabulary = (1, 64, 512) if quick else (4, 768, 8192)
+    return gpt2(width, depth, vocabulary, head=True, n_positions=256, **DRY)
 
 
 def step_of(model: nn.Module, tokens: Tensor, bf16: bool = False) -> Callable[[], object]:

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -262,6 +263,17 @@ def test_a_layer_says_what_it_is(cls: type[Layer]) -> None:
     assert {"in_features", "out_features", "device", "dtype"} <= set(arguments)
     with pytest.raises((OptionError, TypeError)):
         cls()  # nothing is guessed
+
+
+def test_tolerances_live_in_one_helper() -> None:
+    """In the tests' own code and in the scripts that they hand to other processes."""
+    found = [
+        f"{path.name}:{number}"
+        for path in sorted((ROOT / "tests").glob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"\b[ra]tol\s*=", line)
+    ]
+    assert not found, f"{found}: use tests/helpers/closeness.py"
 
 
 def test_import_is_lean() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import sqnr
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -149,7 +150,7 @@ def test_keys_that_are_no_names() -> None:
     with torch.no_grad():
         assert_close(fast(x), wanted(x))
         strange = Keys('b"', "b_").eval()
-        assert_close(compiled(strange, INT8)(x), strange(x), rtol=0, atol=0.05)
+        assert sqnr(compiled(strange, INT8)(x), strange(x)) > 30
     found = [d.site for d in rewriter.report_of(fast)[0].replaced]
     assert found == [d.site for d in wanted.report.replaced]
     assert len(found) == 3

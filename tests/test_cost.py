@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _tracker import Tracker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rewriter.base import Layer
@@ -104,41 +102,12 @@ def exported(model: nn.Module, *inputs: Tensor) -> tuple[nn.Module, fx.Graph]:
     return root, graph
 
 
+def stored(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
 def traced(model: nn.Module) -> fx.Graph:
     return fx.symbolic_trace(model).graph
-
-
-class Allocations(TorchDispatchMode):
-    """Peak of the storages that really are alive together, weights apart."""
-
-    def __init__(self, module: nn.Module, inputs: list[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.sizes: dict[int, int] = {}
-        self.refs: dict[int, Any] = {}
-        weights = [*module.parameters(), *module.buffers()]
-        self.weights = {t.untyped_storage()._cdata for t in weights}
-        self.add(inputs)
-
-    def add(self, values: Any) -> None:
-        for tensor in tree_leaves(values):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.sizes and key not in self.weights:
-                    self.sizes[key] = storage.nbytes()
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    self.refs[key] = weakref.ref(storage, lambda _, key=key: self.free(key))
-
-    def free(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
-        del self.refs[key]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.add(out)
-        return out
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -157,7 +126,7 @@ def test_flops_equal_flop_counter_and_peak_equals_real_allocations(
     runnable = fx.GraphModule(root, graph)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         runnable(x)
-    with torch.no_grad(), Allocations(runnable, [x]) as real:
+    with torch.no_grad(), Tracker([x], given=stored(runnable)) as real:
         runnable(x)
     assert cost.counted_by_torch == counter.get_total_flops()
     assert cost.total.activation_bytes == real.peak
@@ -172,7 +141,7 @@ def test_modules_of_a_symbolic_graph(training: bool) -> None:
     cost = propagate(gm, gm.graph, [x])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         gm(x)
-    with torch.no_grad(), Allocations(gm, [x]) as real:
+    with torch.no_grad(), Tracker([x], given=stored(gm)) as real:
         gm(x)
     assert cost.counted_by_torch == cost.total.flops == counter.get_total_flops()
     assert cost.total.activation_bytes == real.peak
@@ -330,7 +299,7 @@ def test_batch_norm_of_a_transposed_input_is_copied_for_what_comes_after() -> No
 
     x = torch.randn(3, 5, 8)
     gm = fx.symbolic_trace(Net().eval())
-    with torch.no_grad(), Allocations(gm, [x]) as real:
+    with torch.no_grad(), Tracker([x], given=stored(gm)) as real:
         gm(x)
     assert propagate(gm, gm.graph, [x]).total.activation_bytes == real.peak
 

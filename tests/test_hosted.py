@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_equal
 from torch import Tensor, nn
 
 from rewriter import RewriteWarning, SignatureError, rewrite
@@ -71,10 +72,6 @@ def seeded(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def equal(a: Any, b: Any) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
 def test_the_module_is_still_what_it_was(pair: tuple[nn.Module, nn.Module]) -> None:
     model, rewritten = pair
     assert isinstance(rewritten, Model)
@@ -95,18 +92,18 @@ def test_train_mode_is_the_originals(pair: tuple[nn.Module, nn.Module]) -> None:
     for m in pair:
         m.train()
     for _ in range(3):
-        equal(seeded(rewritten, X), seeded(model, X))
-    equal(rewritten.state_dict(), model.state_dict())  # running statistics and their count
+        assert_equal(seeded(rewritten, X), seeded(model, X))
+    assert_equal(rewritten.state_dict(), model.state_dict())  # running statistics and their count
     for m in pair:
         assert not torch.equal(seeded(m, X), m(X))  # dropout is live
     for m in pair:
         m.zero_grad()
         seeded(m, X).sum().backward()
     for a, b in zip(rewritten.parameters(), model.parameters(), strict=True):
-        equal(a.grad, b.grad)
+        assert_equal(a.grad, b.grad)
     for m in pair:
         m.eval()
-    equal(rewritten(X), model(X))
+    assert_equal(rewritten(X), model(X))
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -131,7 +128,7 @@ def test_a_change_after_capture_runs_python(words: str, pair: tuple[nn.Module, n
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             outputs.append([seeded(m, X), seeded(m, X)])
-    equal(outputs[1], outputs[0])
+    assert_equal(outputs[1], outputs[0])
     assert [w.category for w in caught] == [RewriteWarning]  # once, by the rewritten model
     assert words in str(caught[0].message)
     assert caught[0].filename == __file__
@@ -147,14 +144,14 @@ def test_changes_that_the_graph_follows(pair: tuple[nn.Module, nn.Module]) -> No
         with torch.no_grad():
             m.shift += 3
             m.inner.fc.weight.mul_(2)
-    equal(pair[1](X), pair[0](X))
-    equal(pair[1](X), pair[0](X))
+    assert_equal(pair[1](X), pair[0](X))
+    assert_equal(pair[1](X), pair[0](X))
 
 
 def test_other_dtypes_and_devices(pair: tuple[nn.Module, nn.Module]) -> None:
     model, rewritten = pair
     with pytest.warns(RewriteWarning, match="torch.float64"):
-        equal(rewritten.double()(X.double()), model.double()(X.double()))
+        assert_equal(rewritten.double()(X.double()), model.double()(X.double()))
     rewritten.float().to("meta")
     assert rewritten(X.to("meta")).is_meta
 
@@ -163,8 +160,8 @@ def test_autocast_of_the_caller(pair: tuple[nn.Module, nn.Module]) -> None:
     model, rewritten = pair
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.warns(RewriteWarning, match="autocast is torch.bfloat16, captured as None"):
-            equal(rewritten(X), model(X))
-        equal(rewrite(model, [], X)(X), model(X))
+            assert_equal(rewritten(X), model(X))
+        assert_equal(rewrite(model, [], X)(X), model(X))
 
 
 class Casts(nn.Module):
@@ -181,7 +178,7 @@ def test_integer_inputs_do_not_hide_another_parameter_dtype() -> None:
     model = Casts()
     rewritten = rewrite(model, [], ids).double()
     with pytest.warns(RewriteWarning, match="parameters are torch.float64 now"):
-        equal(rewritten(ids), model.double()(ids))
+        assert_equal(rewritten(ids), model.double()(ids))
 
 
 def test_strict_signature_raises(captured: tuple[nn.Module, nn.Module]) -> None:
@@ -203,20 +200,20 @@ def test_copies_keep_what_was_taken_for_granted(captured: tuple[nn.Module, nn.Mo
         pickle.loads(pickle.dumps(rewritten)),
         torch.load(buffer, weights_only=False),
     ):
-        equal(again(X), model(X))
+        assert_equal(again(X), model(X))
         again.inner.config.double = True
         with pytest.warns(RewriteWarning, match="'double'"):
             assert not torch.equal(again(X), model(X))
-    equal(rewritten(X), model(X))
+    assert_equal(rewritten(X), model(X))
 
 
 def test_compile_and_export_of_the_result(captured: tuple[nn.Module, nn.Module]) -> None:
     model, rewritten = captured
-    equal(torch.compile(copy.deepcopy(rewritten), backend="aot_eager")(X), model(X))
-    equal(torch.export.export(copy.deepcopy(rewritten), (X,)).module()(X), model(X))
+    assert_equal(torch.compile(copy.deepcopy(rewritten), backend="aot_eager")(X), model(X))
+    assert_equal(torch.export.export(copy.deepcopy(rewritten), (X,)).module()(X), model(X))
     again = rewrite(rewritten, [], X)
     assert again.report.capture.rung == "export"
-    equal(again(X), model(X))
+    assert_equal(again(X), model(X))
 
 
 # modes
@@ -263,11 +260,11 @@ def test_regions_under_no_grad_and_autocast(switching: tuple[nn.Module, nn.Modul
         m.zero_grad()
         m(X).sum().backward()
     assert rewritten.a.weight.grad is None
-    equal(rewritten.b.weight.grad, model.b.weight.grad)
+    assert_equal(rewritten.b.weight.grad, model.b.weight.grad)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             assert not rewritten(X).requires_grad
-            equal(rewritten(X), model(X))
+            assert_equal(rewritten(X), model(X))
         assert state() == before
 
 

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from closeness import sqnr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -34,10 +35,6 @@ def monarch_problem(rows=5, n=3, rank=2, i=14, o=10):
     right = quantize_weight(torch.randn(n, n * rank, -(-i // n), generator=g))
     left = quantize_weight(torch.randn(n, -(-o // n), n * rank, generator=g))
     return torch.randn(rows, i, generator=g), *right, *left, torch.randn(o, generator=g), o
-
-
-def sqnr(got, want):
-    return 10 * torch.log10(want.square().mean() / (got - want).square().mean())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_reordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -634,7 +635,7 @@ def test_capped_layers_start_where_the_others_do(cap, tmp_path):
     rewriter.save(made, tmp_path / "saved")
     again = rewriter.load(tmp_path / "saved", model)
     assert torch.equal(again(x), made(x))
-    assert_close(rewriter.rewrite(made, [Densify()], x)(x), made(x), atol=1e-4, rtol=1e-4)
+    assert_reordered(rewriter.rewrite(made, [Densify()], x)(x), made(x))
     int8 = rewriter.rewrite(made, [Quantize("int8-dynamic")], x)
     assert rel(int8(x), made(x)) < 0.05
 

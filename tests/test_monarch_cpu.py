@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_reordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -215,7 +216,7 @@ def test_layers_train_under_autograd_autocast_compile_export_and_deepcopy(fused)
     with torch.autocast("cpu", torch.bfloat16):
         low = layer(x)
     assert low.dtype == torch.bfloat16
-    assert_close(low, layer(x).bfloat16(), atol=0.02, rtol=0.02)
+    assert_reordered(low, layer(x).bfloat16())
     low.float().sum().backward()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_reordered
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -133,7 +134,7 @@ def test_end_to_end(kind: Any, tmp_path: pathlib.Path) -> None:
     assert fitted.report.replaced[0].output_error is not None
     rewriter.save(fitted, tmp_path / "saved")
     assert torch.equal(rewriter.load(tmp_path / "saved", model)(x), fitted(x))
-    assert_close(rewrite(fitted, [Densify()], x)(x), fitted(x), atol=1e-5, rtol=1e-5)
+    assert_reordered(rewrite(fitted, [Densify()], x)(x), fitted(x))
     optimizer = torch.optim.AdamW(rewriter.param_groups(fitted, 1e-3))
     before = float((fitted(held) - model(held).detach()).square().mean().detach())
     for _ in range(20):

@@ -95,7 +95,7 @@ def test_both_ways_write_one_format(way: str) -> None:
     lo, hi = torch.aminmax(groups, dim=1)
     scale = pack._scales(q, 8)
     level = (hi - lo) / 255
-    torch.testing.assert_close(scale[:, 0], level, rtol=0.01, atol=0)  # noise widens FBGEMM's
+    assert ((scale[:, 0] / level - 1).abs() < 0.01).all()  # noise widens FBGEMM's
     assert ((scale[:, 1] - lo).abs() <= level).all()
     torch.testing.assert_close(pack._dequantize(q, 8).flatten()[: x.numel()].view(x.shape),
                                unpack(q, x.shape, x.dtype, 8))  # fmt: skip

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from closeness import sqnr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,10 +21,6 @@ LAYERS = [
     (lambda **kw: QuantizedMonarch(24, 16, nblocks=4, **kw)),
     (lambda **kw: QuantizedMonarch(23, 9, nblocks=2, rank=3, bias=False, **kw)),
 ]
-
-
-def sqnr(got, want):
-    return 10 * torch.log10(want.square().mean() / (got - want).square().mean())
 
 
 def propose(module, *args, **kwargs):
