@@ -253,7 +253,7 @@ class _Reader:
         came, went = map(_hint, moved)
         held = sum(_hint(t.untyped_storage().nbytes()) for t in read if self._given(t))
         figures, weights = (flops, came, went), min(held, came)
-        return work_of(func, args, read, made, figures, weights, _hint, backward)
+        return work_of(func, args, kwargs, read, made, figures, weights, _hint, backward)
 
     def _given(self, tensor: Tensor) -> bool:
         number = self.known.get(tensor.untyped_storage()._cdata)
