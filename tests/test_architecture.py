@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ import rewriter
 import rewriter.passes
 from rewriter.base import Layer, Pass, Phase
 from rewriter.errors import OptionError
+from rewriter.kernels import ops
+from rewriter.kernels.ops import Record
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = {"rewriter": "rewriter", "passes": "rewriter.passes", "kernels": "rewriter.kernels"}
@@ -83,11 +86,13 @@ def test_the_rewriter_imports_no_pass(name: str) -> None:
     for imported in imports(FILES[name], package):
         assert starts(imported, "rewriter"), imported
         assert not starts(imported, "rewriter.passes"), imported
-    # layers by name, from an allow-list; what the command line names; all operations to be timed
+        assert not starts(imported, "rewriter.kernels") or starts(imported, "rewriter.kernels.ops")
+    # layers by name, from an allow-list; what the command line names
     allowed = (
-        "rewriter/recipe/names.py", "rewriter/recipe/parse.py", "rewriter/store/old_names.py",
-        "rewriter/cost/machine/calibrate.py",
-    )  # fmt: skip
+        "rewriter/recipe/names.py",
+        "rewriter/recipe/parse.py",
+        "rewriter/store/old_names.py",
+    )
     if name not in allowed:
         assert "import_module" not in FILES[name].read_text()
 
@@ -162,11 +167,44 @@ def test_a_layer_says_what_it_is(cls: type[Layer]) -> None:
         cls()  # nothing is guessed
 
 
+def recorded() -> list[Record]:
+    ops.load()
+    return [r for r in ops.records() if r.needs.startswith("rewriter.kernels.")]
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("rewriter/")])
+def test_the_rewriter_names_no_op_and_no_kernel(name: str) -> None:
+    own = {n.partition("::")[2] for r in recorded() for n in r.names}
+    files = {pathlib.Path(n).stem for n in in_folder("kernels")} - {"ops", "__init__"}
+    text = FILES[name].read_text()
+    assert not re.findall(rf"\b({'|'.join(own)})\b", text)
+    assert not re.findall(rf"kernels[./ ]+(?:import )?({'|'.join(files)})\b", text)
+    assert "torch.ops.rewriter" not in text
+
+
+def test_a_report_schema_names_no_op() -> None:
+    text = (ROOT / "rewriter/report/schema.json").read_text()
+    kinds = {r.kind for r in recorded() if r.own_kind}
+    assert [k for k in kinds if f'"{k}"' in text] == []
+
+
+def test_every_op_of_ours_has_a_record() -> None:
+    names = {n for r in recorded() for n in r.names}
+    defined = {
+        f"rewriter::{match}"
+        for n in in_folder("kernels")
+        for match in re.findall(r'define\(\s*"(\w+)\(', FILES[n].read_text())
+    }
+    assert defined == names
+
+
 def test_import_is_lean() -> None:
     code = (
         "import sys, rewriter; heavy = ('transformers', 'matplotlib', 'scipy', 'gensim', "
-        "'pandas', 'sklearn', 'IPython', 'rewriter.passes', 'rewriter.kernels'); "
-        "print([m for m in heavy if m in sys.modules])"
+        "'pandas', 'sklearn', 'IPython', 'rewriter.passes'); "
+        "kernels = [m for m in sys.modules if m.startswith('rewriter.kernels.')]; "
+        "kernels.remove('rewriter.kernels.ops'); "
+        "print([m for m in heavy if m in sys.modules] + kernels)"
     )
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd="/"

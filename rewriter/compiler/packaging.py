@@ -6,9 +6,8 @@ The module is not called `export`, as the package's function of that name would 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from rewriter.api import rewrite
 from rewriter.base import Pass
 from rewriter.capture import arguments
 from rewriter.errors import CaptureError, OptionError, RewriteError
+from rewriter.kernels import ops as kernel_ops
+from rewriter.kernels.ops import Record
 from rewriter.recipe.parse import parse_pass
 from rewriter.report import Report
 
@@ -35,7 +36,8 @@ class Exported:
         program: runs anywhere with `program.module()`; `torch.export.save` writes it.
         report: the ledger of the rewrite.
         package: the file with the compiled code; None where none was asked for.
-        own_ops: ops of this package that program and compiled code call, and how often.
+        own_ops: ops with a record, ours and those of other packages, that program and compiled
+            code call, and how often.
     """
 
     program: ExportedProgram
@@ -54,8 +56,10 @@ class Exported:
         if self.stands_alone:
             return "it loads and runs with torch alone"
         ops = ", ".join(f"{op} ({n} calls)" for op, n in self.own_ops.items())
-        modules = ", ".join(f"import {_MODULE}.{m}" for m in _kernel_modules(self.own_ops))
-        return f"it calls {ops}: install this package and {modules} before loading"
+        needed = sorted({_record(name).needs for name in self.own_ops})
+        packages = " and ".join(sorted({m.partition(".")[0] for m in needed}))
+        modules = ", ".join(f"import {m}" for m in needed)
+        return f"it calls {ops}: install {packages} and {modules} before loading"
 
 
 def export(
@@ -79,9 +83,9 @@ def export(
         dynamic_shapes: as `torch.export.export` takes it; the sizes are those of the example where
             left out.
         inductor: options of Inductor's for the package.
-        standalone: writes our ops out in torch's own, so that program and package load and run
-            where this package is not installed. Their tuned kernels are lost; int8 ops compute
-            in float64 then: small files, but slow code.
+        standalone: writes ops with a record out by their references in torch's own, so that
+            program and package load and run where only torch is installed. Their tuned kernels
+            are lost; 8-bit ops compute in float64 then: small files, but slow code.
         options: further ones of `rewrite`.
 
     Returns:
@@ -127,15 +131,9 @@ def export(
 
 
 def _written_out(ops: Mapping[str, int]) -> dict[Any, Callable[..., Any]]:
-    """Our ops → the same functions in plain torch, of whoever traced them."""
-    found: dict[Any, Callable[..., Any]] = {}
-    for name in ops:
-        own = name.partition("::")[2]
-        for stem in _kernel_modules([name]):
-            reference = getattr(sys.modules[f"{_MODULE}.{stem}"], f"{own}_reference", None)
-            if reference is not None:
-                found[getattr(torch.ops.rewriter, own).default] = reference
-    return found
+    """Ops with a record → the same functions in plain torch."""
+    records = [(name, _record(name)) for name in ops]
+    return {r.op.default: r.reference for name, r in records if name == r.name}
 
 
 def _packaged(program: ExportedProgram, path: Path, config: dict[str, Any]) -> Path:
@@ -153,7 +151,10 @@ def _packaged(program: ExportedProgram, path: Path, config: dict[str, Any]) -> P
     return Path(written)
 
 
-_MODULE = "rewriter.kernels"
+def _record(name: str) -> Record:
+    found = kernel_ops.find(name)
+    assert found is not None
+    return found
 
 
 def _own_ops(program: ExportedProgram) -> dict[str, int]:
@@ -162,21 +163,7 @@ def _own_ops(program: ExportedProgram) -> dict[str, int]:
         if not isinstance(module, torch.fx.GraphModule):
             continue
         for node in module.graph.nodes:
-            if isinstance(node.target, torch._ops.OpOverload):
-                if node.target.namespace == "rewriter":
-                    name = f"rewriter::{node.target._opname}"
-                    found[name] = found.get(name, 0) + 1
-    return found
-
-
-def _kernel_modules(ops: Iterable[str]) -> list[str]:
-    """The files of `rewriter.kernels` that define these ops."""
-    import rewriter.kernels
-
-    found = []
-    for folder in rewriter.kernels.__path__:
-        for path in sorted(Path(folder).glob("*.py")):
-            text = path.read_text(encoding="utf-8")
-            if any(f'"{name.partition("::")[2]}(' in text for name in ops):
-                found.append(path.stem)
+            name = kernel_ops.name_of(node.target)
+            if kernel_ops.find(name) is not None:
+                found[name] = found.get(name, 0) + 1
     return found

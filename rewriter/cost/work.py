@@ -188,7 +188,9 @@ def on_matrix_unit(kind: str) -> bool:
     A kind that nobody knows is of a package that is not imported: it had a record, and multiplies.
     """
     record = ops.of_kind(kind)
-    return record.unit == "matrix" if record is not None else kind in MATRIX or kind not in ops.PLAIN
+    return (
+        record.unit == "matrix" if record is not None else kind in MATRIX or kind not in ops.PLAIN
+    )
 
 
 @cache
@@ -206,9 +208,7 @@ def plain_kind(name: str, pointwise: bool, reduces: bool) -> str:
     return "reduce" if reduces else "other"
 
 
-def shape_of(
-    kind: str, name: str, args: tuple[Any, ...], out: Tensor | None
-) -> tuple[Any, ...]:
+def shape_of(kind: str, name: str, args: tuple[Any, ...], out: Tensor | None) -> tuple[Any, ...]:
     """The sizes of `Work.shape`, as torch gives them (ints or SymInts)."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     try:
