@@ -29,9 +29,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rewriter.kernels import ops
 from rewriter.kernels.common import register_autocast
 
 __all__ = [
@@ -455,7 +455,40 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula(torch.ops.rewriter.int8_linear)
-def int8_linear_flops(x: torch.Size, qweight: torch.Size, *args: Any, **kwargs: Any) -> int:
+# Record ------------------------------------------------------------------------------------------
+
+
+def _sizes(x: Tensor, qweight: Tensor, *rest: Any, **options: Any) -> tuple[Any, ...]:
+    return math.prod(x.shape[:-1]), qweight.shape[0], x.shape[-1]
+
+
+def _flops(x: torch.Size, qweight: torch.Size, *args: Any, **kwargs: Any) -> int:
     """2·rows·in·out integer operations, from shapes."""
     return 2 * math.prod(x) * qweight[0]
+
+
+def _sample(rows: int, out: int, width: int) -> tuple[Tensor, ...]:
+    qweight = torch.ones(out, width, dtype=torch.int8)
+    return torch.rand(rows, width), qweight, torch.ones(out), torch.rand(out)
+
+
+_SIDES = (64, 192, 800, 3200)
+
+RECORD = ops.register(
+    ops.Record(
+        "rewriter::int8_linear",
+        kind="int8_linear",
+        reference=int8_linear_reference,
+        size_names=("rows", "out", "in"),
+        sizes=_sizes,
+        flops=_flops,
+        dtype="int8",
+        gemm=lambda *sizes: (1, *sizes),
+        samples=ops.Samples(
+            axes=((1, 16, 160, 800, 3200), _SIDES, _SIDES),
+            arguments=_sample,
+            place=lambda *sizes: sizes,
+        ),
+        kernels=lambda: {**{k: _refusal(k) for k in _FAST}, "torch": None},
+    )
+)

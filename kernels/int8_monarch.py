@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from rewriter.kernels import int8_linear as int8
+from rewriter.kernels import monarch, ops
 from rewriter.kernels.common import register_autocast
 
 __all__ = ["int8_monarch_linear", "int8_monarch_linear_reference"]
@@ -248,8 +248,21 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula(torch.ops.rewriter.int8_monarch_linear)
-def int8_monarch_linear_flops(
+def _sizes(
+    x: Tensor,
+    qright: Tensor,
+    right_scale: Tensor,
+    qleft: Tensor,
+    left_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: str = "per_token",
+    interleaved: bool = False,
+) -> tuple[Any, ...]:
+    return monarch.sizes(x, qright, qleft, bias, out_features, interleaved)
+
+
+def _flops(
     x: torch.Size,
     qright: torch.Size,
     right_scale: torch.Size,
@@ -260,3 +273,49 @@ def int8_monarch_linear_flops(
     """2·rows·K·L·rank·(ib+ob) integer operations, from shapes."""
     k, rl, ib = qright
     return 2 * math.prod(x[:-1]) * k * rl * (ib + qleft[1])
+
+
+def _parts(run: ops.Run) -> list[ops.Part]:
+    """The blocks of both factors, one after the other; in front, between and behind they are
+    gathered and joined."""
+    rows, out, width, k, l, rank, interleaved = run.sizes
+    ib, ob = -(-width // k), -(-out // l)
+    share = run.weight_bytes * ib // max(ib + ob, 1)
+    middle = rows * k * l * rank
+    found = [
+        _block(k, rows, rank * l, ib, share),
+        _block(l, rows, ob, k * rank, run.weight_bytes - share),
+        ops.moved(run, "pointwise", "aten::add_", rows * out, 2 * ops.element_size(run.dtype)),
+        *(ops.moved(run, "copy", "aten::clone", n, 8) for n in (rows * width, middle)),
+        *(ops.moved(run, "copy", "aten::cat", n, 8) for n in (middle, rows * out)),
+    ]
+    return found + monarch.interleaving(run) if interleaved else found
+
+
+def _block(count: int, m: int, n: int, k: int, weight_bytes: int) -> ops.Part:
+    sizes, own = (m, n, k), int8.RECORD
+    read = (m + n) * k
+    figures = 2 * m * n * k, read, 4 * m * n, weight_bytes // count
+    return ops.Part(own.name, own.kind, own.dtype, *figures, sizes, count)
+
+
+def _sample(rows: int, width: int, blocks: int) -> tuple[Any, ...]:
+    x, right, left, bias, out = monarch.sample(rows, width, blocks)
+    scales = torch.ones(right.shape[:2]), torch.ones(left.shape[:2])
+    return x, right.to(torch.int8), scales[0], left.to(torch.int8), scales[1], bias, out
+
+
+ops.register(
+    ops.Record(
+        "rewriter::int8_monarch_linear",
+        kind="int8_monarch",
+        reference=int8_monarch_linear_reference,
+        size_names=monarch.RECORD.size_names,
+        sizes=_sizes,
+        flops=_flops,
+        dtype="int8",
+        parts=_parts,
+        samples=ops.Samples(monarch.AXES, _sample, monarch.place),
+        kernels=int8.RECORD.kernels,
+    )
+)

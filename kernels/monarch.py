@@ -30,9 +30,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from rewriter.kernels import monarch_cpu
+from rewriter.kernels import monarch_cpu, ops
 from rewriter.kernels.common import register_autocast
 
 __all__ = [
@@ -594,17 +593,35 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula([torch.ops.rewriter.monarch_linear, torch.ops.rewriter.monarch_linear_train])
-def monarch_linear_flops(
-    x: torch.Size, right: torch.Size, left: torch.Size, *args: Any, **kwargs: Any
-) -> int:
+# Record ------------------------------------------------------------------------------------------
+
+
+def sizes(
+    x: Tensor,
+    right: Tensor,
+    left: Tensor,
+    bias: Tensor | None,
+    out_features: Any,
+    interleaved: bool = False,
+) -> tuple[Any, ...]:
+    """(rows, out, in, input blocks, output blocks, rank, interleaved)."""
+    rows, blocks = math.prod(x.shape[:-1]), _blocks(right, left)
+    return (rows, out_features, x.shape[-1], *blocks, int(interleaved))
+
+
+def _backward_sizes(
+    grad: Tensor, x: Tensor, mid: Tensor, right: Tensor, left: Tensor, interleaved: bool, *_: Any
+) -> tuple[Any, ...]:
+    return sizes(x, right, left, None, grad.shape[-1], interleaved)
+
+
+def _flops(x: torch.Size, right: torch.Size, left: torch.Size, *args: Any, **kwargs: Any) -> int:
     """2·rows·K·L·rank·(ib+ob), from shapes."""
     (k, rl, ib), ob = right, left[1]
     return 2 * math.prod(x[:-1]) * k * rl * (ib + ob)
 
 
-@register_flop_formula(torch.ops.rewriter.monarch_linear_backward)
-def monarch_linear_backward_flops(
+def _backward_flops(
     grad: torch.Size,
     x: torch.Size,
     mid: torch.Size,
@@ -621,3 +638,81 @@ def monarch_linear_backward_flops(
     (k, rl, ib), ob = right, left[1]
     width = ib * (need_x + need_right) + ob * (need_left + (need_x or need_right))
     return 2 * math.prod(x[:-1]) * k * rl * width
+
+
+def _parts(run: ops.Run) -> list[ops.Part]:
+    """Two batch products over the blocks and the bias; interleaved also a permuting copy of y."""
+    rows, out, width, k, l, rank, interleaved = run.sizes
+    ib, ob = -(-width // k), -(-out // l)
+    share = run.weight_bytes * ib // max(ib + ob, 1)
+    found = [
+        ops.product(run, k, rows, rank * l, ib, share),
+        ops.product(run, l, rows, ob, k * rank, run.weight_bytes - share),
+        ops.moved(run, "pointwise", "aten::add_", rows * out, 2 * ops.element_size(run.dtype)),
+    ]
+    return found + interleaving(run) if interleaved else found
+
+
+def interleaving(run: ops.Run) -> list[ops.Part]:
+    """The permuting copy of y."""
+    elements = run.sizes[0] * run.sizes[1]
+    return [ops.moved(run, "copy", "aten::clone", elements, 2 * ops.element_size(run.dtype))]
+
+
+def sample(rows: int, width: int, blocks: int) -> tuple[Any, ...]:
+    """A square layer with as many parameters as two dense ones of a block's width."""
+    block = width // blocks
+    rank = -(-block // blocks)
+    right, left = torch.rand(blocks, blocks * rank, block), torch.rand(blocks, block, blocks * rank)
+    return torch.rand(rows, width), right, left, torch.rand(width), width
+
+
+def place(rows: int, out: int, width: int, blocks: int, *rest: int) -> tuple[float, ...]:
+    """Where a layer lies on `AXES`: as the square one with as large a weight."""
+    return rows, math.sqrt(out * width), blocks
+
+
+AXES = ((1, 16, 120, 1000), (192, 480, 1056), (4, 12))
+"""(rows, width, blocks)."""
+
+
+def _mid_parts(x: Tensor, right: Tensor, **rest: Any) -> list[ops.Part]:
+    (k, rank, ib), dtype = right.shape, str(x.dtype).removeprefix("torch.")
+    rows = math.prod(x.shape[:-1])
+    own = k, rank, rows, ib
+    read, written = (x.dtype.itemsize * k * s for s in (ib * (rank + rows), rank * rows))
+    return [ops.Part("aten::bmm", "matmul", dtype, 2 * math.prod(own), read, written, shape=own)]
+
+
+def _emit_mid(build: Any, x: Any, right: Any, **rest: Any) -> Any:
+    """mid[k,(r,l),b] = Σ_i right[k,(r,l),i] x[b,k,i]: the first of two products."""
+    aten = torch.ops.aten
+    k, _, ib = right.meta["val"].shape
+    features = x.meta["val"].shape[-1]
+    if k * ib != features:
+        x = build(aten.constant_pad_nd.default, x, [0, k * ib - features])
+    x = build(aten.reshape.default, x, [-1, k, ib])
+    x = build(aten.permute.default, x, [1, 2, 0])
+    return build(aten.bmm.default, right, x)
+
+
+RECORD = ops.register(
+    ops.Record(
+        "rewriter::monarch_linear",
+        kind="monarch",
+        reference=monarch_linear_reference,
+        size_names=("rows", "out", "in", "input blocks", "output blocks", "rank", "interleaved"),
+        sizes=sizes,
+        flops=_flops,
+        parts=_parts,
+        samples=ops.Samples(AXES, sample, place),
+        kernels=lambda: {"fused C++": monarch_cpu.refusal(), "torch.bmm": None},
+        companions=(
+            ops.Companion(
+                "rewriter::monarch_linear_train",
+                derives=(ops.Derived("mid", 1, ("x", "right"), _mid_parts, _emit_mid),),
+            ),
+            ops.Companion("rewriter::monarch_linear_backward", _backward_sizes, _backward_flops),
+        ),
+    )
+)

@@ -14,14 +14,13 @@ Sources: masks as bits as in Gist (Jain et al. 2018); groups with stochastic rou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from rewriter.kernels import pack_cpu
+from rewriter.kernels import ops, pack_cpu
 
 __all__ = ["GROUP", "pack_bits", "pack_groups", "packed_bytes", "unpack_bits", "unpack_groups"]
 
@@ -241,14 +240,54 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"rewriter::{_name}", _fake, lib=_lib)
 
 
-@register_flop_formula(
-    [
-        torch.ops.rewriter.pack_bits,
-        torch.ops.rewriter.unpack_bits,
-        torch.ops.rewriter.pack_groups,
-        torch.ops.rewriter.unpack_groups,
-    ]
+# Records -----------------------------------------------------------------------------------------
+
+
+def _unpack_bits_of(build: Any, bits: Any, size: Any, dtype: torch.dtype) -> Any:
+    return build(torch.ops.rewriter.unpack_bits.default, bits, size, dtype)
+
+
+def _groups_form(bits: int, at_once: Callable[[str, torch.dtype], bool]) -> ops.Form:
+    own = torch.ops.rewriter
+
+    def pack(build: Any, x: Any) -> Any:
+        return build(own.pack_groups.default, x, bits)
+
+    def unpack(build: Any, q: Any, size: Any, dtype: torch.dtype) -> Any:
+        return build(own.unpack_groups.default, q, size, dtype, bits)
+
+    return ops.Form(f"int{bits}", lambda numel: packed_bytes(numel, bits), pack, unpack, at_once)
+
+
+def _at_once(device: str, dtype: torch.dtype) -> bool:
+    return device == "cpu" and dtype == torch.float32 and pack_cpu.refusal() is None
+
+
+ops.register(
+    ops.Record(
+        "rewriter::pack_bits",
+        kind="other",
+        unit="vector",
+        reference=_pack_bits,
+        forms=(
+            ops.Form(
+                "bits",
+                lambda numel: packed_bytes(numel, 1),
+                lambda build, x: build(torch.ops.rewriter.pack_bits.default, x),
+                _unpack_bits_of,
+            ),
+        ),
+        companions=(ops.Companion("rewriter::unpack_bits"),),
+    )
 )
-def pack_flops(*args: Any, **kwargs: Any) -> int:
-    """No multiply-adds of a matrix product."""
-    return 0
+ops.register(
+    ops.Record(
+        "rewriter::pack_groups",
+        kind="other",
+        unit="vector",
+        reference=_pack_groups,
+        kernels=lambda: {"C++": pack_cpu.refusal(), "torch": None},
+        forms=(_groups_form(8, _at_once), _groups_form(4, lambda device, dtype: False)),
+        companions=(ops.Companion("rewriter::unpack_groups"),),
+    )
+)

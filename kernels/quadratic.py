@@ -10,14 +10,16 @@ only, so a partitioner that could see them would move them into the forward and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
+from rewriter.kernels import ops
 from rewriter.kernels.common import outer, register_autocast
 
 __all__ = ["quadratic_linear", "quadratic_linear_reference"]
@@ -190,7 +192,6 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula(torch.ops.rewriter.quadratic_linear)
 def _forward_flops(
     x: torch.Size, w_a: torch.Size, *rest: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -198,7 +199,6 @@ def _forward_flops(
     return 3 * 2 * x[:-1].numel() * w_a[0] * w_a[1]
 
 
-@register_flop_formula(torch.ops.rewriter.quadratic_linear_backward)
 def _backward_flops(
     grad: torch.Size,
     x: torch.Size,
@@ -213,3 +213,44 @@ def _backward_flops(
     need_x, need_a, need_b, need_c = needs
     gemms = 3 * need_x + need_a + need_b + need_c + (need_x or need_b) + (need_x or need_a)
     return gemms * 2 * x[:-1].numel() * w_a[0] * w_a[1]
+
+
+def _sizes(x: Tensor, w_a: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return math.prod(x.shape[:-1]), w_a.shape[0], x.shape[-1]
+
+
+def _backward_sizes(grad: Tensor, x: Tensor, w_a: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return _sizes(x, w_a)
+
+
+def _parts(run: ops.Run) -> list[ops.Part]:
+    """Three products and an addcmul."""
+    rows, out, width = run.sizes
+    each = ops.product(run, 1, rows, out, width, run.weight_bytes // 3)
+    return [replace(each, count=3), ops.moved(run, "pointwise", "aten::addcmul", rows * out, 16)]
+
+
+def _sample(rows: int, width: int, _: int) -> tuple[Tensor, ...]:
+    w = torch.rand(3, width, width)
+    return torch.rand(rows, width), w[0], w[1], w[2], torch.rand(width)
+
+
+ops.register(
+    ops.Record(
+        "rewriter::quadratic_linear",
+        kind="quadratic",
+        reference=quadratic_linear_reference,
+        size_names=("rows", "out", "in"),
+        sizes=_sizes,
+        flops=_forward_flops,
+        parts=_parts,
+        samples=ops.Samples(
+            axes=((1, 16, 120, 1000), (192, 480, 1056), (1,)),
+            arguments=_sample,
+            place=lambda rows, out, width: (rows, math.sqrt(out * width), 1),
+        ),
+        companions=(
+            ops.Companion("rewriter::quadratic_linear_backward", _backward_sizes, _backward_flops),
+        ),
+    )
+)

@@ -11,14 +11,15 @@ times in_features. With a frozen weight, the indices alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
+from rewriter.kernels import ops
 from rewriter.kernels.common import outer, register_autocast
 
 __all__ = ["topk_linear", "topk_linear_reference"]
@@ -216,7 +217,6 @@ torch.library.register_autograd(
 )
 
 
-@register_flop_formula([torch.ops.rewriter.topk_linear, torch.ops.rewriter.topk_linear_train])
 def _forward_flops(
     h: torch.Size, weight: torch.Size, *rest: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -224,7 +224,6 @@ def _forward_flops(
     return 2 * h[:-1].numel() * weight[0] * weight[1]
 
 
-@register_flop_formula(torch.ops.rewriter.topk_linear_backward)
 def _backward_flops(
     grad: torch.Size,
     values: torch.Size | None,
@@ -236,3 +235,51 @@ def _backward_flops(
 ) -> int:
     """One dense GEMM for each of dh and dW."""
     return sum(needs) * 2 * grad[:-1].numel() * weight[0] * weight[1]
+
+
+def _sizes(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Any, ...]:
+    return (math.prod(h.shape[:-1]), *weight.shape, k)
+
+
+def _backward_sizes(
+    grad: Tensor, values: Tensor | None, indices: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Any, ...]:
+    return (math.prod(grad.shape[:-1]), *weight.shape, indices.shape[-1])
+
+
+def _parts(run: ops.Run) -> list[ops.Part]:
+    """A selection, a scatter and a dense product."""
+    rows, out, width, k = run.sizes
+    size = ops.element_size(run.dtype)
+    read, shape = rows * width * size, (rows, width, k)
+    return [
+        ops.Part("aten::topk", "sort", run.dtype, bytes_read=read, shape=shape),
+        ops.moved(run, "gather", "aten::scatter_", rows * width, 2 * size),
+        ops.product(run, 1, rows, out, width, run.weight_bytes),
+    ]
+
+
+def _sample(rows: int, width: int, _: int) -> tuple[Any, ...]:
+    return torch.rand(rows, width), torch.rand(width, width), torch.rand(width), width // 4
+
+
+ops.register(
+    ops.Record(
+        "rewriter::topk_linear",
+        kind="topk",
+        reference=topk_linear_reference,
+        size_names=("rows", "out", "in", "k"),
+        sizes=_sizes,
+        flops=_forward_flops,
+        parts=_parts,
+        samples=ops.Samples(
+            axes=((1, 16, 120, 1000), (192, 480, 1056), (1,)),
+            arguments=_sample,
+            place=lambda rows, out, width, k: (rows, math.sqrt(out * width), 1),
+        ),
+        companions=(
+            ops.Companion("rewriter::topk_linear_train"),
+            ops.Companion("rewriter::topk_linear_backward", _backward_sizes, _backward_flops),
+        ),
+    )
+)

@@ -191,9 +191,9 @@ def export(
         dynamic_shapes: as `torch.export.export` takes it; the sizes are those of the example where
             left out.
         inductor: options of Inductor's for the package.
-        standalone: writes our ops out in torch's own, so that program and package load and run
-            where this package is not installed. Their tuned kernels are lost; int8 ops compute
-            in float64 then: small files, but slow code.
+        standalone: writes ops with a record out by their references in torch's own, so that
+            program and package load and run where only torch is installed. Their tuned kernels
+            are lost; 8-bit ops compute in float64 then: small files, but slow code.
         options: further ones of `rewrite`.
 
     Returns:

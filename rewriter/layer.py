@@ -22,7 +22,10 @@ class Layer(nn.Module):
     """
 
     op: ClassVar[str] = ""
-    """The name that printed graphs show, e.g. `monarch_linear`."""
+    """The name that printed graphs show, e.g. `low_rank`."""
+
+    packed: ClassVar[Mapping[str, int]] = {}
+    """Of each buffer that holds more than one weight an element, how many: of 4-bit weights 2."""
 
     stands_for_transposed = False
     """Where the layer replaces a bare parameter: whether that was stored [in, out]."""

@@ -21,6 +21,8 @@ import rewriter
 import rewriter.passes
 from rewriter.base import Layer, Pass, Phase
 from rewriter.errors import OptionError
+from rewriter.kernels import ops
+from rewriter.kernels.ops import Record
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = {"rewriter": "rewriter", "passes": "rewriter.passes", "kernels": "rewriter.kernels"}
@@ -118,14 +120,15 @@ def in_folder(folder: str) -> list[str]:
 
 @pytest.mark.parametrize("name", in_folder("rewriter"))
 def test_no_pass_is_imported_but_by_name(name: str) -> None:
-    # layers by name, from an allow-list; what the command line names; all operations to be timed
+    # layers by name, from an allow-list; what the command line names
     allowed = (
         "rewriter/recipe/names.py", "rewriter/recipe/parse.py", "rewriter/store/old_names.py",
-        "rewriter/cost/machine/calibrate.py",
     )  # fmt: skip
     text = FILES[name].read_text()
     assert "import rewriter.passes" not in text
     assert "from rewriter.passes" not in text
+    kernels = {m for m in imported(module_of(name)) if room_of(m) == "kernels"}
+    assert kernels <= {"rewriter.kernels", "rewriter.kernels.ops"}
     if name not in allowed:
         assert "import_module" not in text
 
@@ -276,11 +279,44 @@ def test_tolerances_live_in_one_helper() -> None:
     assert not found, f"{found}: use tests/helpers/closeness.py"
 
 
+def recorded() -> list[Record]:
+    ops.load()
+    return [r for r in ops.records() if r.needs.startswith("rewriter.kernels.")]
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("rewriter/")])
+def test_the_rewriter_names_no_op_and_no_kernel(name: str) -> None:
+    own = {n.partition("::")[2] for r in recorded() for n in r.names}
+    files = {pathlib.Path(n).stem for n in in_folder("kernels")} - {"ops", "__init__"}
+    text = FILES[name].read_text()
+    assert not re.findall(rf"\b({'|'.join(own)})\b", text)
+    assert not re.findall(rf"kernels[./ ]+(?:import )?({'|'.join(files)})\b", text)
+    assert "torch.ops.rewriter" not in text
+
+
+def test_a_report_schema_names_no_op() -> None:
+    text = (ROOT / "rewriter/report/schema.json").read_text()
+    kinds = {r.kind for r in recorded() if r.own_kind}
+    assert [k for k in kinds if f'"{k}"' in text] == []
+
+
+def test_every_op_of_ours_has_a_record() -> None:
+    names = {n for r in recorded() for n in r.names}
+    defined = {
+        f"rewriter::{match}"
+        for n in in_folder("kernels")
+        for match in re.findall(r'define\(\s*"(\w+)\(', FILES[n].read_text())
+    }
+    assert defined == names
+
+
 def test_import_is_lean() -> None:
     code = (
         "import sys, rewriter; heavy = ('transformers', 'matplotlib', 'scipy', 'gensim', "
-        "'pandas', 'sklearn', 'IPython', 'rewriter.passes', 'rewriter.kernels'); "
-        "print([m for m in heavy if m in sys.modules])"
+        "'pandas', 'sklearn', 'IPython', 'rewriter.passes'); "
+        "kernels = [m for m in sys.modules if m.startswith('rewriter.kernels.')]; "
+        "kernels.remove('rewriter.kernels.ops'); "
+        "print([m for m in heavy if m in sys.modules] + kernels)"
     )
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd="/"

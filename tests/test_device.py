@@ -387,8 +387,8 @@ def test_every_probe_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert probe.name not in names
         names.add(probe.name)
     assert {"addmm/float32", "int8_linear", "conv/3", "gelu", "attention"} <= names
-    kinds = [kind for kind, *_ in probes.composites()]
-    assert kinds == ["monarch", "int8_monarch", "quadratic", "topk"]
+    made_of_parts = {record.name for record, *_ in probes.composites()}
+    assert made_of_parts | {"rewriter::int8_linear"} == calibrate._measured_ops()
     for _, axes, make in probes.composites():
         call, written = calibrate._made(make, *(axis[0] for axis in axes))
         call()

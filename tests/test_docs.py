@@ -33,12 +33,18 @@ def test_every_line_of_the_readme_runs(
 
 
 def test_the_pass_in_contributing_is_the_example() -> None:
-    (shown,) = blocks("CONTRIBUTING.md", "python")
+    shown = next(b for b in blocks("CONTRIBUTING.md", "python") if "(Pass)" in b)
     example = (ROOT / "examples/write_a_pass.py").read_text()
     marked = example.split("# [pass]\n")[1].split("# [/pass]")[0]
     assert marked.strip() == shown.strip()
     body = shown[shown.index("@dataclass") :].strip().splitlines()
     assert len([line for line in body if line.strip()]) < 20
+
+
+def test_the_record_in_contributing_is_the_example() -> None:
+    example = (ROOT / "examples/write_an_op.py").read_text()
+    marked = example.split("# [record]\n")[1].split("# [/record]")[0]
+    assert marked.strip() in [block.strip() for block in blocks("CONTRIBUTING.md", "python")]
 
 
 def test_the_example_pass_runs(capsys: pytest.CaptureFixture[str]) -> None:

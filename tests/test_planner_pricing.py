@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from dataclasses import replace
 from typing import Any
@@ -90,9 +89,6 @@ def test_fused_operations_cost_next_to_nothing() -> None:
         "aten::mm", "matmul", "float32", 2 << 30, 3 << 22, 1 << 22, shape=(1, 1024, 1024, 1024)
     )
     assert fused.seconds(product) == plain.seconds(product)
-    assert math.isclose(
-        plain.products(1, 1024, 1024, 1024, torch.float32), plain.seconds(product), rel_tol=0.05
-    )
 
 
 def test_another_device_is_another_key_of_inductors_cache() -> None:

@@ -346,12 +346,11 @@ def test_linear_backward_counts_what_is_asked_for(mask: tuple[bool, bool, bool])
 
 def test_every_op_with_flops_is_of_a_kind_that_multiplies() -> None:
     from rewriter.cost.formulas import _EXTRA
-    from rewriter.cost.machine.roofline import MATRIX
-    from rewriter.cost.work import kind_of
+    from rewriter.cost.work import MATRIX, plain_kind
 
     plain = {"aten::_cdist_backward", "aten::_trilinear"}  # sums of products element by element
     plain |= {"aten::_native_multi_head_attention", "aten::_transformer_encoder_layer_fwd"}  # mixed
-    kinds = {name: kind_of(name, False, False) for name in _EXTRA if name not in plain}
+    kinds = {name: plain_kind(name, False, False) for name in _EXTRA if name not in plain}
     assert {n: k for n, k in kinds.items() if k not in {*MATRIX, "fft"}} == {}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewriter.base import Layer
 from rewriter.compiler.dynamo import Lifted
 from rewriter.cost import Device
 from rewriter.errors import OptionError, RewriteError
+from rewriter.kernels import ops
 from rewriter.modules.tree import attribute, find, is_hook_dict
 
 __all__ = ["INNER", "Flat", "Inner", "flattened", "own_ops"]
@@ -303,7 +304,7 @@ class Inner:
         if not own_ops(module):
             return cast("Callable[..., Any]", compile_it(module, inputs))
         # a cached forward holds what our ops' backward formulas said when it was traced
-        tag = f"{compiler_config.cache_key_tag}:rewriter:{_kernel_sources()}"
+        tag = f"{compiler_config.cache_key_tag}:rewriter:{_sources(_modules(module))}"
         with compiler_config.patch(cache_key_tag=tag):
             return cast("Callable[..., Any]", compile_it(module, inputs))
 
@@ -317,32 +318,31 @@ class Inner:
 
 
 def own_ops(module: fx.GraphModule) -> list[str]:
-    """Names of the calls of our ops in a graph and in the graphs that it calls."""
+    """Names of the calls of ops with a record in a graph and in the graphs that it calls."""
     graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
     return [
         str(node.target)
         for graph in graphs
         for node in graph.nodes
-        if isinstance(node.target, OpOverload | OpOverloadPacket)
-        and _namespace(node.target) == "rewriter"
+        if ops.find(ops.name_of(node.target)) is not None
     ]
 
 
-def _namespace(target: OpOverload | OpOverloadPacket) -> str:
-    if isinstance(target, OpOverload):
-        return target.namespace
-    return target._qualified_op_name.partition("::")[0]
-
-
 @functools.cache
-def _kernel_sources() -> str:
-    import rewriter.kernels
-
+def _sources(modules: tuple[str, ...]) -> str:
+    """A hash of what these modules, and all beside ours, hold."""
+    paths = {p for m in modules if (p := getattr(sys.modules.get(m), "__file__", None)) is not None}
     found = hashlib.sha256()
-    for folder in rewriter.kernels.__path__:
-        for path in sorted(Path(folder).glob("*.py")):
-            found.update(path.read_bytes())
+    for path in sorted({*map(Path, paths), *Path(ops.__file__).parent.glob("*.py")}):
+        found.update(path.read_bytes())
     return found.hexdigest()[:16]
+
+
+def _modules(module: fx.GraphModule) -> tuple[str, ...]:
+    """Those that define the ops with a record that a graph calls."""
+    nodes = [n for m in module.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
+    records = [ops.find(ops.name_of(n.target)) for n in nodes]
+    return tuple(sorted({r.needs for r in records if r is not None}))
 
 
 def _check_devices(inputs: Sequence[Any]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from torch.export import ExportedProgram
 
 from rewriter.capture import arguments
 from rewriter.errors import CaptureError, RewriteError
+from rewriter.kernels import ops as kernel_ops
+from rewriter.kernels.ops import Record
 from rewriter.report import Report
 
 __all__ = ["Exported", "exported"]
@@ -28,7 +29,8 @@ class Exported:
         program: runs anywhere with `program.module()`; `torch.export.save` writes it.
         report: the ledger of the rewrite.
         package: the file with the compiled code; None where none was asked for.
-        own_ops: ops of this package that program and compiled code call, and how often.
+        own_ops: ops with a record, ours and those of other packages, that program and compiled
+            code call, and how often.
     """
 
     program: ExportedProgram
@@ -47,8 +49,10 @@ class Exported:
         if self.stands_alone:
             return "it loads and runs with torch alone"
         ops = ", ".join(f"{op} ({n} calls)" for op, n in self.own_ops.items())
-        modules = ", ".join(f"import {_MODULE}.{m}" for m in _kernel_modules(self.own_ops))
-        return f"it calls {ops}: install this package and {modules} before loading"
+        needed = sorted({_record(name).needs for name in self.own_ops})
+        packages = " and ".join(sorted({m.partition(".")[0] for m in needed}))
+        modules = ", ".join(f"import {m}" for m in needed)
+        return f"it calls {ops}: install {packages} and {modules} before loading"
 
 
 def exported(
@@ -93,15 +97,9 @@ def exported(
 
 
 def _written_out(ops: Mapping[str, int]) -> dict[Any, Callable[..., Any]]:
-    """Our ops → the same functions in plain torch, of whoever traced them."""
-    found: dict[Any, Callable[..., Any]] = {}
-    for name in ops:
-        own = name.partition("::")[2]
-        for stem in _kernel_modules([name]):
-            reference = getattr(sys.modules[f"{_MODULE}.{stem}"], f"{own}_reference", None)
-            if reference is not None:
-                found[getattr(torch.ops.rewriter, own).default] = reference
-    return found
+    """Ops with a record → the same functions in plain torch."""
+    records = [(name, _record(name)) for name in ops]
+    return {r.op.default: r.reference for name, r in records if name == r.name}
 
 
 def _packaged(program: ExportedProgram, path: Path, config: dict[str, Any]) -> Path:
@@ -119,7 +117,10 @@ def _packaged(program: ExportedProgram, path: Path, config: dict[str, Any]) -> P
     return Path(written)
 
 
-_MODULE = "rewriter.kernels"
+def _record(name: str) -> Record:
+    found = kernel_ops.find(name)
+    assert found is not None
+    return found
 
 
 def _own_ops(program: ExportedProgram) -> dict[str, int]:
@@ -128,21 +129,7 @@ def _own_ops(program: ExportedProgram) -> dict[str, int]:
         if not isinstance(module, torch.fx.GraphModule):
             continue
         for node in module.graph.nodes:
-            if isinstance(node.target, torch._ops.OpOverload):
-                if node.target.namespace == "rewriter":
-                    name = f"rewriter::{node.target._opname}"
-                    found[name] = found.get(name, 0) + 1
-    return found
-
-
-def _kernel_modules(ops: Iterable[str]) -> list[str]:
-    """The files of `rewriter.kernels` that define these ops."""
-    import rewriter.kernels
-
-    found = []
-    for folder in rewriter.kernels.__path__:
-        for path in sorted(Path(folder).glob("*.py")):
-            text = path.read_text(encoding="utf-8")
-            if any(f'"{name.partition("::")[2]}(' in text for name in ops):
-                found.append(path.stem)
+            name = kernel_ops.name_of(node.target)
+            if kernel_ops.find(name) is not None:
+                found[name] = found.get(name, 0) + 1
     return found

@@ -77,8 +77,9 @@ class Cost:
     """What a piece of a model costs; every figure is a plain number in the unit stated here.
 
     Args:
-        params: number of weights: elements of all parameters, and of the buffers that our own
-            layers save (a quantized weight is a buffer); a tied weight counts once.
+        params: number of weights: elements of all parameters, and of the buffers that a `Layer`
+            saves (a quantized weight is a buffer, and may hold several an element: see
+            `Layer.packed`); a tied weight counts once.
         param_bytes: bytes of all parameters and buffers, in the dtype they are stored in; a tied
             weight counts once.
         macs: multiply-accumulates of matrix products, convolutions, attention, recurrent layers
@@ -242,30 +243,32 @@ def storage_cost(*owners: nn.Module | Tensor) -> Cost:
     """
     weights: dict[tuple[object, ...], int] = {}
     storages: dict[object, int] = {}
-    for tensor, is_weight in _tensors(owners):
-        if is_weight:
-            weights[_identity(tensor)] = tensor.numel()
+    for tensor, each in _tensors(owners):
+        if each:
+            weights[_identity(tensor)] = each * tensor.numel()
         for key, nbytes in _storages(tensor):
             storages[key] = nbytes
     return Cost(params=sum(weights.values()), param_bytes=sum(storages.values()))
 
 
-def _tensors(owners: Iterable[nn.Module | Tensor]) -> Iterable[tuple[Tensor, bool]]:
-    """(tensor, whether it is a weight) of everything in and below `owners`, each module once."""
+def _tensors(owners: Iterable[nn.Module | Tensor]) -> Iterable[tuple[Tensor, int]]:
+    """(tensor, weights an element) of everything in and below `owners`, each module once."""
     seen: set[nn.Module] = set()
     for top in owners:
         if isinstance(top, Tensor):
-            yield top, True
+            yield top, 1
             continue
         for module in top.modules():
             if module in seen:
                 continue
             seen.add(module)
             for param in module.parameters(recurse=False):
-                yield param, True
+                yield param, 1
             derived = module._non_persistent_buffers_set
+            packed = module.packed if isinstance(module, Layer) else {}
             for name, buffer in module.named_buffers(recurse=False):
-                yield buffer, isinstance(module, Layer) and name not in derived
+                saved = isinstance(module, Layer) and name not in derived
+                yield buffer, packed.get(name, 1) if saved else 0
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:

@@ -24,7 +24,8 @@ from rewriter.cost.fakes import fake_result
 from rewriter.cost.formulas import Traffic, flop_formula, is_free, traffic
 from rewriter.cost.memory import Memory, storage_key, tensors_in, touched, traffic_bytes
 from rewriter.cost.symbolic import Size, largest, least
-from rewriter.cost.work import Work, dtype_of, grouped, work_of
+from rewriter.cost.work import Work, dtype_of, grouped, kind_of, on_matrix_unit, work_of
+from rewriter.kernels import ops
 from rewriter.sites import user_line
 
 __all__ = ["GraphCost", "Meter", "Tally"]
@@ -180,7 +181,8 @@ class Meter(TorchDispatchMode):
         weights = {id(t): t for t in read if storage_key(t) in self.run.weights}
         held: Any = least(sum((touched(t, number) for t in weights.values()), 0), bytes_read)
         figures = flops, bytes_read, bytes_written
-        now.work.append(work_of(func, args, read, written, figures, held, number, self.backward))
+        work = work_of(func, args, kwargs, read, written, figures, held, number, self.backward)
+        now.work.append(work)
 
     def count_flops(self, func: OpOverload, args: Any, kwargs: Any, out: object) -> Size:
         formula, by_torch, multiplies = flop_formula(func)
@@ -189,6 +191,9 @@ class Meter(TorchDispatchMode):
                 self.unpriced(func)
             return 0
         flops = self.run.number(formula(*args, **kwargs, out_val=out))
+        if unrecorded(func, flops):
+            name = func._schema.name
+            self.error(f"{name} multiplies and has no record", f"timed as a vector op: {REMEDY}")
         self.now.flops += flops
         self.now.macs += flops // 2 if multiplies else 0
         if by_torch:
@@ -200,7 +205,9 @@ class Meter(TorchDispatchMode):
 
     def unpriced(self, func: OpOverload | HigherOrderOperator) -> None:
         name = func._schema.name if isinstance(func, OpOverload) else func._name
-        self.error(f"no cost formula for {name.removeprefix('aten::')}", "totals are lower bounds")
+        what = f"no cost formula for {name.removeprefix('aten::')}"
+        foreign = "::" in name and not name.startswith("aten::")
+        self.error(what, f"{REMEDY}; totals are lower bounds" if foreign else _BOUND)
 
     def error(self, what: str, consequence: str) -> None:
         assert self.node is not None
@@ -224,7 +231,7 @@ class Meter(TorchDispatchMode):
             now.launches += 1
             now.bytes_read += bytes_read
             now.bytes_written += bytes_written
-            dtype = dtype_of("attention", read, written)
+            dtype = dtype_of(read, written)
             priced: Any = flops
             work = Work(name, "attention", dtype, priced, bytes_read, bytes_written)
             now.work.append(replace(work, backward=self.backward))
@@ -277,6 +284,17 @@ class Meter(TorchDispatchMode):
                     indices.append(index)
             return func(x, indices)
         raise
+
+
+_BOUND = "totals are lower bounds"
+REMEDY = "register its record with rewriter.kernels.ops.register"
+
+
+def unrecorded(func: OpOverload, flops: Size) -> bool:
+    """Whether an op multiplies, and nothing says on which unit: neither PyTorch nor a record."""
+    if func.namespace == "aten" or (isinstance(flops, int) and not flops):
+        return False
+    return ops.find(func._schema.name) is None and not on_matrix_unit(kind_of(func))
 
 
 @cache

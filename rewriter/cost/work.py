@@ -17,13 +17,12 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from rewriter.errors import StoreError
+from rewriter.kernels import ops
 
-__all__ = ["KINDS", "Work", "dtype_of", "grouped", "work_of"]
+__all__ = ["MATRIX", "Work", "dtype_of", "grouped", "kind_of", "on_matrix_unit", "work_of"]
 
-KINDS = (
-    "matmul conv attention rnn fft norm softmax pointwise reduce copy gather pool sort fill "
-    "int8_linear int8_monarch monarch quadratic topk view other"
-).split()
+MATRIX = frozenset("matmul conv attention rnn".split())
+"""Plain kinds whose arithmetic runs on matrix units where a device has them."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +31,17 @@ class Work:
 
     Args:
         op: qualified name without overload, e.g. "aten::addmm".
-        kind: which family of kernels runs it; one of `KINDS`. "view": a node of the graph that runs
-            none, and takes the host's time; its `op` is the node's ("call_module", ...).
+        kind: which family of kernels runs it: one of `rewriter.kernels.ops.PLAIN`, or the kind
+            of an op's record. "view": a node of the graph that runs none, and takes the host's
+            time; its `op` is the node's ("call_module", ...).
         dtype: of the numbers that are multiplied or moved, e.g. "float32".
         flops: of one run.
         bytes_read, bytes_written: of one run.
         weight_bytes: the part of `bytes_read` that is parameters and buffers.
         shape: the sizes that its speed depends on. matmul: (batch, m, n, k) for batch products
             [m, k] @ [k, n]; conv: (batch, out channels, in channels per group, output pixels,
-            kernel elements, groups); attention: (batch, heads, queries, keys, head size);
-            int8_linear and quadratic: (rows, out, in); monarch and int8_monarch: (rows, out, in,
-            input blocks, output blocks, rank, interleaved); topk: (rows, out, in, k); else the
-            shape of the first output.
+            kernel elements, groups); attention: (batch, heads, queries, keys, head size); of an op
+            with a record, its `size_names`; else the shape of the first output.
         count: how often it runs.
         backward: whether it belongs to a backward pass.
     """
@@ -142,23 +140,12 @@ _NAMED: Mapping[str, str] = {
     }.items()
     for name in names.split()
 }
-_OURS = {
-    "int8_linear": "int8_linear",
-    "int8_monarch_linear": "int8_monarch",
-    "monarch_linear": "monarch",
-    "monarch_linear_train": "monarch",
-    "monarch_linear_backward": "monarch",
-    "quadratic_linear": "quadratic",
-    "quadratic_linear_backward": "quadratic",
-    "topk_linear": "topk",
-    "topk_linear_train": "topk",
-    "topk_linear_backward": "topk",
-}
 
 
 def work_of(
     func: OpOverload,
     args: Any,
+    kwargs: Mapping[str, Any],
     read: list[Tensor],
     written: list[Tensor],
     figures: tuple[Any, Any, Any],
@@ -169,27 +156,47 @@ def work_of(
     """One run of an operation of the dispatcher.
 
     Args:
-        func, args: what runs, on what.
+        func, args, kwargs: what runs, on what.
         read, written: its tensors.
         figures: FLOPs, bytes read, bytes written.
         weights: the part of the bytes read that is parameters and buffers.
         number: reads a size.
         backward: whether it belongs to a backward pass.
     """
-    name = func._schema.name
-    kind = kind_of(name, torch.Tag.pointwise in func.tags, torch.Tag.reduction in func.tags)
-    first = written[0] if written else read[0] if read else None
-    shape = tuple(number(s) for s in shape_of(kind, name, args, first, figures[0]))
-    dtype = dtype_of(kind, read, written)
+    name, kind, record = func._schema.name, kind_of(func), ops.find(func._schema.name)
+    sizes = None if record is None else record.sizes_of(name, args, kwargs)
+    if sizes is None:
+        sizes = shape_of(kind, name, args, written[0] if written else read[0] if read else None)
+    dtype = (record and record.dtype) or dtype_of(read, written)
+    shape = tuple(number(s) for s in sizes)
     return Work(name, kind, dtype, *figures, weights, shape, backward=backward)
 
 
+def kind_of(func: OpOverload) -> str:
+    """Of an op with a record, the record's; else by PyTorch's name and tags."""
+    record = ops.find(func._schema.name)
+    if record is not None:
+        return record.kind
+    tags = func.tags
+    name = func._schema.name
+    return plain_kind(name, torch.Tag.pointwise in tags, torch.Tag.reduction in tags)
+
+
+def on_matrix_unit(kind: str) -> bool:
+    """Whether a device runs the arithmetic of this kind on its matrix units, where it has them.
+
+    A kind that nobody knows is of a package that is not imported: it had a record, and multiplies.
+    """
+    record = ops.of_kind(kind)
+    return (
+        record.unit == "matrix" if record is not None else kind in MATRIX or kind not in ops.PLAIN
+    )
+
+
 @cache
-def kind_of(name: str, pointwise: bool, reduces: bool) -> str:
+def plain_kind(name: str, pointwise: bool, reduces: bool) -> str:
     """The kind of the operation `namespace::op`; the flags are PyTorch's tags of it."""
     namespace, _, op = name.partition("::")
-    if namespace == "rewriter":
-        return _OURS.get(op, "other")
     if op in _NAMED or op.removesuffix("_") in _NAMED:
         return _NAMED.get(op) or _NAMED[op.removesuffix("_")]
     if "scaled_dot_product" in op and not op.startswith("_fused_sdp"):
@@ -201,9 +208,7 @@ def kind_of(name: str, pointwise: bool, reduces: bool) -> str:
     return "reduce" if reduces else "other"
 
 
-def shape_of(
-    kind: str, name: str, args: tuple[Any, ...], out: Tensor | None, flops: Any
-) -> tuple[Any, ...]:
+def shape_of(kind: str, name: str, args: tuple[Any, ...], out: Tensor | None) -> tuple[Any, ...]:
     """The sizes of `Work.shape`, as torch gives them (ints or SymInts)."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     try:
@@ -264,49 +269,15 @@ def _attention(op: str, args: Any, tensors: list[Tensor], out: Tensor | None) ->
     return (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
 
 
-def _plain_linear(op: str, args: Any, tensors: list[Tensor], out: Tensor | None) -> tuple[Any, ...]:
-    x, weight = tensors[1:3] if "backward" in op else tensors[:2]
-    return (_rows(x), weight.shape[0], x.shape[-1])
-
-
-def _monarch(op: str, args: Any, tensors: list[Tensor], out: Tensor | None) -> tuple[Any, ...]:
-    if "backward" in op:  # grad, x, mid, right, left
-        grad, x, right, left = tensors[0], tensors[1], tensors[3], tensors[4]
-        width = grad.shape[-1]
-    else:
-        x, right, left = tensors[0], tensors[1], tensors[3 if "int8" in op else 2]
-        assert out is not None
-        width = out.shape[-1]
-    k, l = right.shape[0], left.shape[0]
-    at = 8 if "int8" in op else 5
-    interleaved = len(args) > at and args[at] is True
-    return (_rows(x), width, x.shape[-1], k, l, right.shape[1] // l, int(interleaved))
-
-
-def _topk(op: str, args: Any, tensors: list[Tensor], out: Tensor | None) -> tuple[Any, ...]:
-    if "backward" in op:  # grad, values, indices, weight
-        grad, indices, weight = tensors[0], tensors[-2], tensors[-1]
-        return (_rows(grad), *weight.shape, indices.shape[-1])
-    x, weight = tensors[:2]
-    return (_rows(x), *weight.shape, next(a for a in args if isinstance(a, int)))
-
-
 _SHAPES: Mapping[str, Callable[[str, Any, list[Tensor], Tensor | None], tuple[Any, ...]]] = {
     "matmul": _matmul,
     "conv": _conv,
     "attention": _attention,
-    "int8_linear": _plain_linear,
-    "quadratic": _plain_linear,
-    "monarch": _monarch,
-    "int8_monarch": _monarch,
-    "topk": _topk,
 }
 
 
-def dtype_of(kind: str, read: Iterable[Tensor], written: Iterable[Tensor]) -> str:
-    """Of the numbers multiplied: "int8" for our int8 layers; else of the first float it reads."""
-    if kind.startswith("int8"):
-        return "int8"
+def dtype_of(read: Iterable[Tensor], written: Iterable[Tensor]) -> str:
+    """Of the first float that an operation reads, or writes."""
     tensors = [*read, *written]
     first = next((t for t in tensors if t.is_floating_point()), next(iter(tensors), None))
     return "" if first is None else str(first.dtype).removeprefix("torch.")

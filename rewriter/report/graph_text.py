@@ -1,8 +1,8 @@
 """A graph as text: one line per operation, the same for every front end.
 
-%0 = monarch_linear(%x, fc) : f32[2,64]     # was linear
+%0 = low_rank(%x, fc) : f32[2,64]           # was linear
 %1 = relu(%0) : f32[2,64]
-%2 = linear(%1, out) : f32[2,10]            # monarch: nblocks=16 is larger than out_features=10
+%2 = linear(%1, out) : f32[2,10]            # lowrank: rank 16 is larger than out_features=10
 """
 
 from __future__ import annotations

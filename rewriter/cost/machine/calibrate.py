@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
@@ -24,11 +23,22 @@ from torch.nn import functional as F
 from rewriter.cost.machine.datasheets import DDR, SRAM
 from rewriter.cost.machine.device import Device, Level, measure_with
 from rewriter.cost.machine.measured import DISTURBED, Measured
-from rewriter.cost.machine.probes import Axes, Call, Probe, composites, grid, more_probes, probes
+from rewriter.cost.machine.probes import (
+    Axes,
+    Call,
+    Probe,
+    composites,
+    grid,
+    more_probes,
+    probes,
+    sample_sizes,
+)
 from rewriter.cost.machine.roofline import Table
 from rewriter.cost.machine.waiting import Waiting
 from rewriter.cost.work import Work
 from rewriter.errors import warn
+from rewriter.kernels import ops
+from rewriter.kernels.ops import Record
 
 __all__ = ["FORMAT", "cache_folder", "calibrate", "this_machine"]
 
@@ -43,27 +53,36 @@ _CHAIN = 10
 _NEEDED = frozenset({"addmm/float32", "add"})
 
 
-_known: dict[Path, Device] = {}
+_known: dict[tuple[Path, frozenset[str]], Device] = {}
 
 
 def this_machine(refresh: bool = False) -> Device:
     """See `Device.this_machine`."""
-    importlib.import_module("rewriter.passes")  # registers our operations, to be measured too
-    key = _key()
+    ops.load()
+    key, measured = _key(), _measured_ops()
     name = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(map(str, key.values())))
     path = cache_folder() / f"{name}.json"
-    if refresh or path not in _known:
-        found, whole = (None, False) if refresh else _read(path, key)
-        if found is None or not whole:
-            found = _measure(path, key, found)
-        _known[path] = _device(found, key)
-    return _known[path]
+    known = path, measured
+    if refresh or known not in _known:
+        found, whole = (None, frozenset()) if refresh else _read(path, key)
+        if found is None or not measured <= whole:
+            found = _measure(path, key, found, whole | measured)
+        _known[known] = _device(found, key)
+    return _known[known]
 
 
-def _measure(path: Path, key: Mapping[str, Any], known: Measured | None) -> Measured:
+def _measured_ops() -> frozenset[str]:
+    """The ops of which a calibration takes samples."""
+    return frozenset(r.name for r in ops.records() if r.samples is not None)
+
+
+def _measure(
+    path: Path, key: Mapping[str, Any], known: Measured | None, names: frozenset[str]
+) -> Measured:
     """What is not known yet; what there was no time for, the next process measures."""
     found, whole = calibrate(known)
-    _write(path, {"key": key, "whole": whole, **found.to_dict()})
+    kept = sorted(names) if whole else None
+    _write(path, {"key": key, "whole": kept, **found.to_dict()})
     if not whole:
         warn(
             f"this machine is too busy to be measured in {_SECONDS:.0f} s: some predicted times "
@@ -79,18 +98,13 @@ def cache_folder() -> Path:
 
 
 def _key() -> dict[str, Any]:
-    ours = [name for name in _OURS if hasattr(torch.ops.rewriter, name)]
     return {
         "format": FORMAT,
         "cpu": _cpu()[0],
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "ops": "+".join(ours),
     }
-
-
-_OURS = ("int8_linear", "int8_monarch_linear", "monarch_linear", "quadratic_linear", "topk_linear")
 
 
 def _cores() -> int:
@@ -127,17 +141,17 @@ def _cpu() -> tuple[str, dict[str, float]]:
 # the file
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> tuple[Measured | None, bool]:
-    """(what is kept, whether it is all there is to measure)."""
+def _read(path: Path, key: Mapping[str, Any]) -> tuple[Measured | None, frozenset[str]]:
+    """(what is kept, the ops with which it is all there is to measure)."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         found = Measured.from_dict(data)
         good = data["key"] == key and set(found.tables) >= _NEEDED
-        return (found, bool(data["whole"])) if good else (None, False)
+        return (found, frozenset(data["whole"] or ())) if good else (None, frozenset())
     except FileNotFoundError:
-        return None, False
+        return None, frozenset()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return None, False  # damaged, or of another version: measured anew and written over
+        return None, frozenset()  # damaged, or of another version: measured and written over
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
@@ -227,10 +241,10 @@ def calibrate(known: Measured | None = None) -> tuple[Measured, bool]:
             new = {name: _middle(table, again[name]) for name, table in new.items()}
     tables |= new
     found = Measured(tables, miss, host)
-    for kind, axes, _ in composites():
-        name = f"ratio/{kind}"
+    for record, axes, _ in composites():
+        name = f"ratio/{record.kind}"
         if name in new:
-            tables[name] = _over_parts(found, kind, axes, tables[name].values)
+            tables[name] = _over_parts(found, record, axes, tables[name].values)
     return found, whole
 
 
@@ -242,7 +256,8 @@ def _sweep(
     fills: list[tuple[str, Callable[[], Table]]] = []
     fills += [(probe.name, partial(_fill, clock, probe)) for probe in probes(speed)]
     fills += [
-        (f"ratio/{kind}", partial(_layers, clock, axes, make)) for kind, axes, make in composites()
+        (f"ratio/{record.kind}", partial(_layers, clock, axes, make))
+        for record, axes, make in composites()
     ]
     fills += [(probe.name, partial(_fill, clock, probe)) for probe in more_probes(speed)]
     fills = [(name, fill) for name, fill in fills if name not in known]
@@ -283,24 +298,18 @@ def _made(make: Callable[..., Call], *sizes: int) -> Call:
 
 
 def _layers(clock: Clock, axes: Axes, make: Callable[..., Call]) -> Table:
-    """Seconds of one of our composite layers."""
+    """Seconds of an op that is made of several parts."""
     return Table(
         axes, tuple(clock.seconds(*_made(make, *point)) for point in itertools.product(*axes))
     )
 
 
-def _over_parts(found: Measured, kind: str, axes: Axes, values: Sequence[float]) -> Table:
-    """Measured over composed time of a layer: what its parts do not show alone."""
+def _over_parts(found: Measured, record: Record, axes: Axes, values: Sequence[float]) -> Table:
+    """Measured over composed time of an op: what its parts do not show alone."""
     ratios = []
-    for (rows, width, blocks), own in zip(itertools.product(*axes), values, strict=True):
-        flops, shape = 2 * rows * width**2, [rows, width, width]
-        if "monarch" in kind:
-            shape += [blocks, blocks, -(-(width // blocks) // blocks), 0]
-        elif kind == "topk":
-            shape.append(width // 4)
-        total = found.composite(
-            Work(f"rewriter::{kind}", kind, "float32", flops, shape=tuple(shape))
-        )
+    for point, own in zip(itertools.product(*axes), values, strict=True):
+        shape = sample_sizes(record, *point)
+        total = found.composite(Work(record.name, record.kind, "float32", shape=shape))
         ratios.append(1.0 if total is None else own / total)
     return Table(axes, tuple(ratios))
 
@@ -358,21 +367,27 @@ def _miss(clock: Clock) -> Table:
 # the device
 
 
+def _gemm_at(record: Record, *point: float) -> tuple[int, ...]:
+    """(batch, m, n, k) of an op that is one product, at a point of its samples."""
+    assert record.gemm is not None
+    return record.gemm(*sample_sizes(record, *map(int, point)))
+
+
 def _device(found: Measured, key: Mapping[str, Any]) -> Device:
-    def best(name: str) -> float:
+    def best(name: str, gemm: Callable[..., Sequence[int]] = lambda *point: point) -> float:
         table = found.tables[name]
-        rates = (
-            2 * math.prod(p) / t
-            for p, t in zip(itertools.product(*table.axes), table.values, strict=True)
-        )
-        return max(rates)
+        points = itertools.product(*table.axes)
+        timed = zip(points, table.values, strict=True)
+        return max(2 * math.prod(gemm(*p)) / t for p, t in timed)
 
     matrix = {"float32": best("addmm/float32")}
     matrix["float64"] = matrix["float32"] / 2
     if "addmm/bfloat16" in found.tables:
         matrix["bfloat16"] = best("addmm/bfloat16")
-    if "int8_linear" in found.tables:
-        matrix["int8"] = best("int8_linear")
+    for record in ops.records():
+        if record.gemm is not None and record.dtype and record.kind in found.tables:
+            own = best(record.kind, partial(_gemm_at, record))
+            matrix[record.dtype] = max(matrix.get(record.dtype, 0.0), own)
     add = found.tables["add"]
     vector = max(size / 12 / t for size, t in zip(add.axes[0], add.values, strict=True))
     levels = [

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from rewriter.cost.cost import Cost, Training
 from rewriter.cost.machine.measured import Measured
-from rewriter.cost.machine.roofline import MATRIX, gemm_efficiency, gemms, parts, vector_operations
-from rewriter.cost.work import Work
+from rewriter.cost.machine.roofline import gemm_efficiency, gemms, parts, vector_operations
+from rewriter.cost.work import Work, on_matrix_unit
 from rewriter.errors import OptionError
 
 __all__ = ["Device", "Level", "add_datasheets", "measure_with"]
@@ -160,13 +160,13 @@ class Device:
         weights = min(work.weight_bytes, work.bytes_read)
         memory = weights / self.holding(max(resident, weights)).bandwidth
         memory += (touched - weights) / self.holding(touched - weights).bandwidth
-        extra = sum(p.count * p.bytes_moved for p in pieces if p.kind not in MATRIX)
+        extra = sum(p.count * p.bytes_moved for p in pieces if not on_matrix_unit(p.kind))
         if len(pieces) > 1:
             memory += extra / self.holding(extra).bandwidth
         return compute, memory / _STREAMED[self.kind]
 
     def _compute(self, work: Work) -> float:
-        if work.kind not in MATRIX:
+        if not on_matrix_unit(work.kind):
             operations = work.flops or vector_operations(work)
             return operations / self.peak(work.dtype, matrix=False)
         peak = self.peak(work.dtype) * _SUSTAINED[self.kind] * _FUSED.get(work.kind, 1.0)
@@ -228,7 +228,9 @@ class Device:
     def _joules(self, work: Work, resident: int) -> float:
         weights = min(work.weight_bytes, work.bytes_read)
         rest = work.bytes_read + work.bytes_written - weights
-        operations = work.flops or (0 if work.kind in MATRIX else vector_operations(work))
+        operations = work.flops
+        if not operations and not on_matrix_unit(work.kind):
+            operations = vector_operations(work)
         picojoules = operations * _PJ_PER_FLOP.get(work.dtype, _PJ_PER_FLOP["float32"])
         picojoules += weights * self.holding(max(resident, weights)).pj_per_byte
         picojoules += rest * self.holding(rest).pj_per_byte

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rewriter.cost.machine.roofline import Table, gemms, parts
+from rewriter.cost.machine.roofline import Table, gemms, parts, sized
 from rewriter.cost.work import Work
+from rewriter.kernels import ops
 
 __all__ = ["DISTURBED", "Measured"]
 
-_MODULES = frozenset("matmul conv norm int8_linear int8_monarch monarch quadratic topk".split())
-"""Kinds that a rewritten model calls as modules of its tree."""
+_MODULES = frozenset("matmul conv norm".split())
+"""Plain kinds that a rewritten model calls as modules of its tree."""
 
 _SAME_SPEED = {
     **dict.fromkeys(("mm", "mv", "addmv", "linear", "baddbmm", "_addmm_activation"), "addmm"),
@@ -81,7 +82,7 @@ class Measured:
         if name is not None:
             table = self.tables[name]
             least = table.at(*(axis[0] for axis in table.axes))
-        return least + (self.host["module"] if work.kind in _MODULES else 0.0)
+        return least + (self.host["module"] if _is_module(work) else 0.0)
 
     def seconds(self, work: Work, resident: int) -> float | None:
         """Of one run in a model with `resident` bytes of weights; None where nothing fits it."""
@@ -92,16 +93,14 @@ class Measured:
         found: float | None
         if ratio is not None and len(parts(forward)) > 1:
             total = self.composite(forward)
-            rows, out, width, *rest = work.shape
-            blocks = rest[0] if len(rest) == 4 else 1
-            found = total and total * ratio.at(rows, math.sqrt(out * width), blocks)
+            found = total and total * ratio.at(*_place(work))
         else:
             found = self.warm(work)
         if found is None:
             return None
         if work.backward:
             found *= _times_forward(forward)
-        elif work.kind in _MODULES:
+        elif _is_module(work):
             found += self.host["module"]
         weights = min(work.weight_bytes, work.bytes_read)
         near = weights + DISTURBED
@@ -109,7 +108,7 @@ class Measured:
         return found + weights * further  # the table has what a weight of its own size misses
 
     def composite(self, work: Work) -> float | None:
-        """The parts of one of our layers, each as fast as it is alone."""
+        """The parts of an op that is made of several, each as fast as it is alone."""
         times = [(piece.count, self.warm(piece)) for piece in parts(work)]
         known = [count * time for count, time in times if time is not None]
         return math.fsum(known) if len(known) == len(times) > 1 else None
@@ -120,7 +119,7 @@ class Measured:
         op = op.removesuffix("_")
         if work.kind == "conv":
             name = _conv_family(work.shape) if len(work.shape) == 6 else "conv/other"
-        elif work.kind in ("attention", "int8_linear"):
+        elif work.kind == "attention" or sized(work) is not None:
             name = work.kind
         elif work.kind == "matmul":
             product = gemms(work)
@@ -141,6 +140,8 @@ class Measured:
         if name is None:
             return None
         table = self.tables[name]
+        if sized(work) is not None:
+            return table.seconds(*_place(work))
         product = gemms(work)
         if len(table.axes) == 1:
             return table.seconds(max(work.bytes_moved, 1))
@@ -175,6 +176,19 @@ class Measured:
         if not {"module", "view", "op"} <= set(host) or not all(v > 0 for v in host.values()):
             raise ValueError("host times are missing")
         return cls(tables, Table.from_dict(data["miss"]), host)
+
+
+def _is_module(work: Work) -> bool:
+    """Whether a rewritten model calls it as a module of its tree."""
+    return work.kind in _MODULES or ops.of_kind(work.kind) is not None
+
+
+def _place(work: Work) -> tuple[float, ...]:
+    """Where an op with a record lies on the axes of its samples."""
+    record = sized(work)
+    assert record is not None
+    assert record.samples is not None
+    return record.samples.place(*work.shape)
 
 
 def _times_forward(work: Work) -> float:

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Call", "Probe", "composites", "grid", "more_probes", "probes"]
+from rewriter.kernels import ops
+from rewriter.kernels.ops import Record
+
+__all__ = ["Call", "Probe", "composites", "grid", "more_probes", "probes", "sample_sizes"]
 
 Call = tuple[Callable[[], object], Tensor]
 """(what is timed, what its caller has just written)."""
@@ -47,7 +50,7 @@ class Probe:
 
 
 def probes(speed: float) -> Iterator[Probe]:
-    """The tables that composite layers are made of, and attention.
+    """The tables that the ops with records are made of, and attention.
 
     Args:
         speed: FLOP/s of a large float32 product: no single call shall take much over 10 ms.
@@ -61,9 +64,10 @@ def probes(speed: float) -> Iterator[Probe]:
         sizes = _SIZES[::2] + _SIZES[-1:] if name in _RARE else _SIZES
         axis = tuple(each * size for size in sizes)
         yield Probe(name, (axis,), lambda b, make=make, each=each: make(b // each), float, math.inf)
-    if _registered("int8_linear"):
-        few = (1, 16, 160, 800, 3200)
-        yield Probe("int8_linear", (few, sides, sides), _int8, _plain, 2 * heavy)
+    for record in _recorded(composite=False):
+        assert record.samples is not None
+        most = heavy * 2 if record.dtype else heavy  # narrower numbers are multiplied faster
+        yield Probe(record.kind, record.samples.axes, _call(record), _flops(record), most)
     lengths, batches = (15, 60, 250, 500), (1, 4, 16, 64)
     yield Probe("attention", (batches, lengths, (32, 64, 128)), _attention, _scores, heavy)
 
@@ -84,9 +88,42 @@ def more_probes(speed: float) -> Iterator[Probe]:
     yield Probe("addmm/bfloat16", ((1, 16, 128, 1000), sides, sides), _half, _plain, 2 * heavy)
 
 
-def _registered(name: str) -> bool:
-    """Whether an op of ours exists: its kernels are imported with the passes, never from here."""
-    return hasattr(torch.ops.rewriter, name)
+def _recorded(composite: bool) -> Iterator[Record]:
+    """Ops with a kind of their own, made of several parts or of one product."""
+    ops.load()
+    for record in ops.records():
+        if record.own_kind and (record.parts is not None) == composite:
+            yield record
+
+
+def _call(record: Record) -> Callable[..., Call]:
+    """A point of the record's samples → the call of its op there."""
+    op, samples = record.op, record.samples
+    assert samples is not None
+
+    def make(*point: int) -> Call:
+        args = samples.arguments(*point)
+        return (lambda: op(*args)), args[0]
+
+    return make
+
+
+def _flops(record: Record) -> Callable[..., float]:
+    """A point of the record's samples → the FLOPs there, with nothing computed."""
+
+    def count(*point: int) -> float:
+        assert record.gemm is not None
+        return _product(*record.gemm(*sample_sizes(record, *point)))
+
+    return count
+
+
+def sample_sizes(record: Record, *point: int) -> tuple[int, ...]:
+    """The sizes of the record's op at a point of its samples."""
+    assert record.samples is not None
+    assert record.sizes is not None
+    with torch.device("meta"):
+        return tuple(record.sizes(*record.samples.arguments(*point)))
 
 
 def _product(batch: int, m: int, n: int, k: int) -> float:
@@ -101,17 +138,11 @@ def _scores(batch: int, length: int, size: int) -> float:
     return 4.0 * batch * length**2 * size
 
 
-def composites() -> Iterator[tuple[str, Axes, Callable[..., Call]]]:
-    """(kind, grid of (rows, width, blocks), sizes → the call) of our composite layers."""
-    rows, widths = (1, 16, 120, 1000), (192, 480, 1056)
-    for kind, op, make, blocks in (
-        ("monarch", "monarch_linear", _monarch, (4, 12)),
-        ("int8_monarch", "int8_monarch_linear", _int8_monarch, (4, 12)),
-        ("quadratic", "quadratic_linear", _quadratic, (1,)),
-        ("topk", "topk_linear", _topk, (1,)),
-    ):
-        if _registered(op):
-            yield kind, (rows, widths, blocks), make
+def composites() -> Iterator[tuple[Record, Axes, Callable[..., Call]]]:
+    """(record, grid, point → the call) of the ops that are made of several parts."""
+    for record in _recorded(composite=True):
+        assert record.samples is not None
+        yield record, record.samples.axes, _call(record)
 
 
 def _addmm(m: int, n: int, k: int) -> Call:
@@ -122,13 +153,6 @@ def _addmm(m: int, n: int, k: int) -> Call:
 def _half(m: int, n: int, k: int) -> Call:
     x, weight, bias = (torch.rand(s).bfloat16() for s in ((m, k), (n, k), (n,)))
     return (lambda: F.linear(x, weight, bias)), x
-
-
-def _int8(m: int, n: int, k: int) -> Call:
-    x, bias = torch.rand(m, k), torch.rand(n)
-    weight = torch.ones(n, k, dtype=torch.int8)
-    scale = torch.ones(n)
-    return (lambda: torch.ops.rewriter.int8_linear(x, weight, scale, bias)), x
 
 
 def _bmm(batch: int, m: int, n: int, k: int) -> Call:
@@ -267,35 +291,6 @@ _BYTES = {
 }
 _SIZES = tuple(4**i for i in range(4, 12))
 _RARE = frozenset("erf cos pow where max_pool2d_with_indices avg_pool2d topk fill".split())
-
-
-def _monarch_factors(width: int, n: int) -> tuple[Tensor, Tensor]:
-    block = width // n
-    rank = -(-block // n)
-    return torch.rand(n, n * rank, block), torch.rand(n, block, n * rank)
-
-
-def _monarch(rows: int, width: int, n: int) -> Call:
-    x, bias, (right, left) = torch.rand(rows, width), torch.rand(width), _monarch_factors(width, n)
-    return (lambda: torch.ops.rewriter.monarch_linear(x, right, left, bias, width)), x
-
-
-def _int8_monarch(rows: int, width: int, n: int) -> Call:
-    x, bias = torch.rand(rows, width), torch.rand(width)
-    right, left = (f.to(torch.int8) for f in _monarch_factors(width, n))
-    scales = torch.ones(right.shape[:2]), torch.ones(left.shape[:2])
-    layer = torch.ops.rewriter.int8_monarch_linear
-    return (lambda: layer(x, right, scales[0], left, scales[1], bias, width)), x
-
-
-def _quadratic(rows: int, width: int, _: int) -> Call:
-    x, bias, w = torch.rand(rows, width), torch.rand(width), torch.rand(3, width, width)
-    return (lambda: torch.ops.rewriter.quadratic_linear(x, w[0], w[1], w[2], bias)), x
-
-
-def _topk(rows: int, width: int, _: int) -> Call:
-    x, bias, weight = torch.rand(rows, width), torch.rand(width), torch.rand(width, width)
-    return (lambda: torch.ops.rewriter.topk_linear(x, weight, bias, width // 4)), x
 
 
 def grid(probe: Probe) -> Iterator[tuple[int, ...]]:

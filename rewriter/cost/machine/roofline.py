@@ -13,13 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rewriter.cost.work import Work
+from rewriter.kernels import ops
+from rewriter.kernels.ops import element_size
 
-__all__ = ["MATRIX", "Table", "gemm_efficiency", "gemms", "parts", "vector_operations"]
-
-MATRIX = frozenset(
-    "matmul conv attention rnn int8_linear int8_monarch monarch quadratic topk".split()
-)
-"""Kinds whose arithmetic runs on matrix units where a device has them."""
+__all__ = ["Table", "gemm_efficiency", "gemms", "parts", "sized", "vector_operations"]
 
 # What one element of a pointwise op costs in vector operations; others cost 1. Counted from the
 # polynomials that vector libraries use (SLEEF at 1 ulp), divisions and roots as 4.
@@ -82,81 +79,31 @@ def _between(axis: Sequence[float], size: float) -> list[tuple[int, float]]:
     return [(i, 1 - share), (i + 1, share)]
 
 
-def parts(work: Work) -> list[Work]:
-    """One of our composite layers as the plain operations it is made of; else [work].
+def sized(work: Work) -> ops.Record | None:
+    """The record of an op that has a kind of its own; None where its sizes are not known."""
+    record = ops.of_kind(work.kind)
+    return record if record is not None and len(work.shape) == len(record.size_names) else None
 
-    monarch: two batch products over the blocks, interleaved also a permuting copy of the output.
-    int8_monarch: the same in int8, with the copies in between. quadratic: three products and an
-    addcmul. topk: a selection and a dense product. Their flops add up to those of one run.
+
+def parts(work: Work) -> list[Work]:
+    """An op as the plain operations that it amounts to, by its record; else [work].
+
+    Their flops add up to those of one run.
     """
     work = replace(work, count=1)
-    if not work.shape or work.backward:
+    record = sized(work)
+    if record is None or record.parts is None or work.backward:
         return [work]
-    size = element_size(work.dtype)
-    if work.kind == "quadratic" and len(work.shape) == 3:
-        rows, out, width = work.shape
-        each = _product(work, 1, rows, out, width, size, work.weight_bytes // 3)
-        return [replace(each, count=3), _moved(work, "pointwise", "aten::addcmul", rows * out, 16)]
-    if work.kind == "topk" and len(work.shape) == 4:
-        rows, out, width, k = work.shape
-        shape = (rows, width, k)
-        chosen = Work("aten::topk", "sort", work.dtype, 0, rows * width * size, 0, 0, shape)
-        masked = _moved(work, "gather", "aten::scatter_", rows * width, 2 * size)
-        return [chosen, masked, _product(work, 1, rows, out, width, size, work.weight_bytes)]
-    if work.kind in ("monarch", "int8_monarch") and len(work.shape) == 7:
-        rows, out, width, k, l, rank, interleaved = work.shape
-        int8 = work.kind == "int8_monarch"
-        ib, ob = -(-width // k), -(-out // l)
-        share = work.weight_bytes * ib // max(ib + ob, 1)
-        element = 1 if int8 else size
-        found = [
-            _product(work, k, rows, rank * l, ib, element, share),
-            _product(work, l, rows, ob, k * rank, element, work.weight_bytes - share),
-            _moved(work, "pointwise", "aten::add_", rows * out, 2 * size),
-        ]
-        middle = rows * k * l * rank
-        if int8:  # blocks in front, between and behind, each gathered and joined
-            for elements in (rows * width, middle):
-                found.append(_moved(work, "copy", "aten::clone", elements, 8))
-            for elements in (middle, rows * out):
-                found.append(_moved(work, "copy", "aten::cat", elements, 8))
-        if interleaved:
-            found.append(_moved(work, "copy", "aten::clone", rows * out, 2 * size))
-        return found
-    return [work]
-
-
-def _product(work: Work, batch: int, m: int, n: int, k: int, element: int, weights: int) -> Work:
-    flops, read = 2 * batch * m * n * k, batch * (m + n) * k * element
-    if work.kind == "int8_monarch":  # one block after the other
-        sizes = flops // batch, read // batch, m * n * 4, weights // batch
-        op = "rewriter::int8_linear"
-        return Work(op, "int8_linear", "int8", *sizes, (m, n, k), count=batch)
-    return Work(
-        "aten::bmm" if batch > 1 else "aten::addmm",
-        "matmul",
-        work.dtype,
-        flops,
-        read,
-        batch * m * n * element,
-        weights,
-        (batch, m, n, k),
-    )
-
-
-def _moved(work: Work, kind: str, op: str, elements: int, each: int) -> Work:
-    half = elements * each // 2
-    return Work(op, kind, work.dtype, 0, half, half, 0, (elements,))
-
-
-def element_size(dtype: str) -> int:
-    """Bytes of a number that a product is of; of int8 layers, of the numbers around them."""
-    return 2 if dtype in ("bfloat16", "float16") else 8 if dtype == "float64" else 4
+    pieces = record.parts(ops.Run(work.shape, work.dtype, work.weight_bytes))
+    return [Work(**vars(piece)) for piece in pieces]
 
 
 def gemms(work: Work) -> tuple[int, int, int, int] | None:
     """(batch, m, n, k) of the product that an op is computed as; None where it is no product."""
-    if work.kind in ("matmul", "int8_linear", "rnn") and len(work.shape) in (3, 4):
+    record = sized(work)
+    if record is not None:
+        return None if record.gemm is None else record.gemm(*work.shape)
+    if work.kind in ("matmul", "rnn") and len(work.shape) in (3, 4):
         batch, m, n, k = work.shape if len(work.shape) == 4 else (1, *work.shape)
         if "grouped_mm" in work.op:  # one product an expert, the rows shared out evenly
             experts = max(round(work.weight_bytes / (n * k * element_size(work.dtype))), 1)

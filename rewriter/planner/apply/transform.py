@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._functorch.partitioners import _extract_fwd_bwd_modules, is_not_collective
 from torch.fx.node import map_aggregate
 
-import rewriter.kernels.pack  # noqa: F401 (its operations)
+from rewriter.kernels import ops
 from rewriter.planner.joint.builder import Builder
 from rewriter.planner.joint.joint import Joint
 from rewriter.planner.search.choices import Packing
@@ -20,6 +20,7 @@ from rewriter.planner.search.simulate import Decisions, schedule
 __all__ = ["split"]
 
 aten = torch.ops.aten
+_FORM = {"sign": "bits"}
 _INT = {"bf16": torch.bfloat16, "int32": torch.int32}
 
 
@@ -102,19 +103,12 @@ class _Rebuilt:
             return lambda: build(aten._to_copy.default, small, dtype=dtype)
         if last:
             node = build(aten.permute.default, node, [0, 2, 3, 1])
-        size = build.sizes(node)
-        ops = torch.ops.rewriter
-        if packing.kind in ("bits", "sign"):
-            bits = build(ops.pack_bits.default, node)
+        size, form = build.sizes(node), ops.forms()[_FORM.get(packing.kind, packing.kind)]
+        packed = form.pack(build, node)
 
-            def back() -> fx.Node:
-                return build(ops.unpack_bits.default, bits, size, dtype)
-        else:
-            number = int(packing.kind[3:])
-            q = build(ops.pack_groups.default, node, number)
-
-            def back() -> fx.Node:
-                return build(ops.unpack_groups.default, q, size, dtype, number)
+        def back() -> fx.Node:
+            found: fx.Node = form.unpack(build, packed, size, dtype)
+            return found
 
         if not last:
             return back

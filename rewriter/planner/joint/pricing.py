@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,13 +57,4 @@ class Pricing:
         shape = (max(nbytes // 8, 1),)
         return self.device.time(
             Work("aten::clone", "copy", "float32", 0, read, nbytes - read, shape=shape)
-        )
-
-    def products(self, batch: int, m: int, n: int, k: int, dtype: torch.dtype) -> float:
-        """Of so many products [m, k] @ [k, n]."""
-        sizes, name = (batch, m, n, k), str(dtype).removeprefix("torch.")
-        read, written = (dtype.itemsize * batch * s for s in (k * (m + n), m * n))
-        flops = 2 * math.prod(sizes)
-        return self.device.time(
-            Work("aten::bmm", "matmul", name, flops, read, written, shape=sizes)
         )

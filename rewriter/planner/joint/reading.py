@@ -24,7 +24,7 @@ from rewriter.planner.joint.joint import Joint, Step, Value
 from rewriter.planner.joint.pricing import Pricing
 from rewriter.sites import user_line
 
-__all__ = ["read_joint"]
+__all__ = ["hint", "read_joint"]
 
 
 def read_joint(
@@ -144,7 +144,7 @@ def _storages(value: object) -> list[Tensor]:
     return [t for t in tensors_in(value) if t.layout is torch.strided]
 
 
-def _hint(value: Any) -> int:
+def hint(value: Any) -> int:
     """A size as a number: of a symbol, what it was at capture."""
     return int(optimization_hint(value, fallback=4096))
 
@@ -178,7 +178,7 @@ class _Reader:
             if not runs:
                 given = "tangent" if _is_tangent(node) else "input"
             self.known[key] = len(self.joint.values)
-            size = _hint(tensor.untyped_storage().nbytes())
+            size = hint(tensor.untyped_storage().nbytes())
             self.weights += size if given == "input" else 0
             self.joint.values.append(
                 Value(
@@ -188,7 +188,7 @@ class _Reader:
                     given,
                     user_line(node) or "",
                     tensor.dtype,
-                    tuple(map(_hint, tensor.shape)),
+                    tuple(map(hint, tensor.shape)),
                 )
             )
         values = tuple(dict.fromkeys(self.known[k] for k in keys))
@@ -229,7 +229,7 @@ class _Reader:
                 order = "contiguous"
             elif tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
                 order = "channels_last"
-            shape = tuple(map(_hint, tensor.shape))
+            shape = tuple(map(hint, tensor.shape))
             self.joint.values[number] = replace(
                 value, node=node, order=order, dtype=tensor.dtype, shape=shape
             )
@@ -241,19 +241,19 @@ class _Reader:
     def _work(self, node: fx.Node, made: list[Tensor], backward: bool) -> Work:
         func = node.target
         if not isinstance(func, OpOverload):
-            size = sum(_hint(t.numel()) * t.element_size() for t in made)
+            size = sum(hint(t.numel()) * t.element_size() for t in made)
             return Work(str(func), "other", "float32", 0, size, size, backward=backward)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         kwargs = dict(kwargs)
         read = tensors_in((args, list(kwargs.values())))
         formula, _, _ = flop_formula(func)
         out = node.meta.get("val")
-        flops = _hint(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
-        moved = traffic_bytes(func, traffic(func), read, made, args, kwargs, _hint)
-        came, went = map(_hint, moved)
-        held = sum(_hint(t.untyped_storage().nbytes()) for t in read if self._given(t))
+        flops = hint(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+        moved = traffic_bytes(func, traffic(func), read, made, args, kwargs, hint)
+        came, went = map(hint, moved)
+        held = sum(hint(t.untyped_storage().nbytes()) for t in read if self._given(t))
         figures, weights = (flops, came, went), min(held, came)
-        return work_of(func, args, read, made, figures, weights, _hint, backward)
+        return work_of(func, args, kwargs, read, made, figures, weights, hint, backward)
 
     def _given(self, tensor: Tensor) -> bool:
         number = self.known.get(tensor.untyped_storage()._cdata)

@@ -1,8 +1,8 @@
 """What may become of a value besides being kept, or made again by its maker.
 
-- `routes`: closed forms. Dropout's output from its mask, Monarch's intermediate from the layer's
-  input, a norm's input from its output, an activation's sign from its output, batch norm's output
-  without its running statistics.
+- `routes`: closed forms. Dropout's output from its mask, a norm's input from its output, an
+  activation's sign from its output, batch norm's output without its running statistics; and what
+  the records of ops say.
 - `packings`: smaller forms. Masks and values of which only the sign is read as bits, indices of a
   pooling as 32-bit integers: exact. With `lossy`, bfloat16, and 8 or 4 bits per group.
 """
@@ -13,15 +13,18 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._ops import OpOverload
 
-from rewriter.kernels import pack_cpu
-from rewriter.kernels.pack import packed_bytes
+from rewriter.cost.work import Work
+from rewriter.kernels import ops
+from rewriter.kernels.ops import Derived, Part
 from rewriter.planner.joint.builder import Builder
 from rewriter.planner.joint.joint import Joint, Route, Step, Value
+from rewriter.planner.joint.reading import hint
 
 __all__ = ["LOSSY", "Packing", "by_value", "packings", "routes"]
 
@@ -65,7 +68,7 @@ def by_value(choices: Iterable[Choice]) -> dict[int, list[Choice]]:
 
 def packings(joint: Joint, lossy: tuple[str, ...] = ()) -> Iterator[Packing]:
     """All that make a value smaller."""
-    signs, numbers = _signs_only(joint), _from_numbers(joint)
+    signs, numbers, forms = _signs_only(joint), _from_numbers(joint), ops.forms()
     for i, value in enumerate(joint.values):
         maker = value.maker
         if maker is None or joint.steps[maker].backward or value.node is None:
@@ -74,7 +77,7 @@ def packings(joint: Joint, lossy: tuple[str, ...] = ()) -> Iterator[Packing]:
             continue
         moving = joint.pricing.moving
         numel = math.prod(value.shape)
-        bits, slow = packed_bytes(numel, 1), moving(2 * value.nbytes + numel)
+        bits, slow = forms["bits"].nbytes(numel), moving(2 * value.nbytes + numel)
         if value.dtype == torch.bool:
             yield Packing(i, "bits", bits, slow)
         elif value.dtype == torch.int64 and _pooled(joint.steps[maker]):
@@ -84,18 +87,16 @@ def packings(joint: Joint, lossy: tuple[str, ...] = ()) -> Iterator[Packing]:
                 yield Packing(i, "sign", bits, slow, direct=True)
             if i not in numbers:
                 continue
-            # plain operations find ranges, add noise, round; the CPU's kernel does all at once
+            # plain operations find ranges, add noise, round; a kernel may do all at once
             passes = moving(value.nbytes) + moving(2 * value.nbytes) + moving(2 * value.nbytes)
-            eight = packed_bytes(numel, 8)
-            once = moving(value.nbytes + eight)
             if "bf16" in lossy and value.dtype == torch.float32:
                 yield Packing(i, "bf16", numel * 2, moving(3 * value.nbytes), False)
-            if "int8" in lossy:
-                at_once = value.node.meta["val"].device.type == "cpu" and pack_cpu.refusal() is None
-                at_once &= value.dtype == torch.float32
-                yield Packing(i, "int8", eight, 2 * once if at_once else passes, False)
-            if "int4" in lossy:
-                yield Packing(i, "int4", packed_bytes(numel, 4), passes, False)
+            for name in [n for n in ("int8", "int4") if n in lossy]:
+                form, device = forms[name], value.node.meta["val"].device.type
+                packed = form.nbytes(numel)
+                once = form.at_once(device, value.dtype)
+                seconds = 2 * moving(value.nbytes + packed) if once else passes
+                yield Packing(i, name, packed, seconds, False)
 
 
 _SIGN_READERS = {aten.threshold_backward.default: 1, aten.leaky_relu_backward.default: 1}
@@ -151,6 +152,10 @@ def routes(joint: Joint, lossy: bool = False) -> Iterator[Route]:
         find = _ROUTES.get(step.op)
         if find is not None:
             yield from find(joint, step, step.node, lossy)
+        name = ops.name_of(step.node.target)
+        record = ops.find(name)
+        for derived in record.derived(name) if record is not None else ():
+            yield from _recorded(joint, step, step.node, derived)
 
 
 def _value(joint: Joint, argument: object) -> int | None:
@@ -160,7 +165,7 @@ def _value(joint: Joint, argument: object) -> int | None:
 
 
 def _made(joint: Joint, step: Step, place: int) -> tuple[int, Value] | None:
-    """The value that `step` returns at this place, with its node."""
+    """The value that `step` returns at this place of a tuple, with its node."""
     assert step.node is not None
     for user in step.node.users:
         if user.target is operator.getitem and user.args[1] == place:
@@ -168,6 +173,16 @@ def _made(joint: Joint, step: Step, place: int) -> tuple[int, Value] | None:
             if value is not None and joint.values[value].node is user:
                 return value, joint.values[value]
     return None
+
+
+def _result(joint: Joint, step: Step, place: int) -> int | None:
+    """The value that `step` returns at this place, alone or in a tuple."""
+    assert step.node is not None
+    if isinstance(step.node.meta.get("val"), Tensor):
+        value = _value(joint, step.node)
+        return value if value is not None and value in step.outputs else None
+    made = _made(joint, step, place)
+    return None if made is None else made[0]
 
 
 Get = Callable[[fx.Node], fx.Node]
@@ -191,29 +206,42 @@ def _dropout(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterator[R
     yield Route(out[0], (x, mask[0]), step.seconds, 0, "dropout by its mask", False, emit)
 
 
-def _monarch(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterator[Route]:
-    """mid[k,(r,l),b] = Σ_i right[k,(r,l),i] x[b,k,i]: the first of two products."""
-    x, right, mid = _value(joint, node.args[0]), node.args[1], _made(joint, step, 1)
-    source = node.args[0]
-    if x is None or mid is None or not isinstance(right, fx.Node):
+def _recorded(joint: Joint, step: Step, node: fx.Node, derived: Derived) -> Iterator[Route]:
+    """A closed form that the record of an op gives."""
+    made = _result(joint, step, derived.output)
+    given = _arguments(node)
+    sources = [given.get(name) for name in derived.reads]
+    values = [_value(joint, source) for source in sources]
+    if made is None or any(v is None for v in values):
         return
-    assert isinstance(source, fx.Node)
-    factor: fx.Node = right
-    blocks, rank, size = right.meta["val"].shape
-    features = source.meta["val"].shape[-1]
-    columns = math.prod(mid[1].shape) // (blocks * rank)
-    fold = 2 * blocks * rank * columns * size
+    read = tuple(dict.fromkeys(v for v in values if v is not None))
 
     def emit(build: Builder, get: Get) -> fx.Node:
-        rows = get(source)
-        if blocks * size != features:
-            rows = build(aten.constant_pad_nd.default, rows, [0, blocks * size - features])
-        rows = build(aten.reshape.default, rows, [-1, blocks, size])
-        rows = build(aten.permute.default, rows, [1, 2, 0])
-        return build(aten.bmm.default, get(factor), rows)
+        own = {n: get(a) if n in derived.reads else a for n, a in given.items()}  # type: ignore[arg-type]
+        last: fx.Node = derived.emit(build, **own)
+        return last
 
-    seconds = joint.pricing.products(blocks, rank, columns, size, mid[1].dtype)
-    yield Route(mid[0], (x, *joint.node_values[right.name]), seconds, fold, "mid", False, emit)
+    parts = derived.parts(**fx.node.map_arg(given, lambda n: n.meta.get("val")))
+    work = [_as_work(part) for part in parts]
+    seconds = sum(joint.pricing.seconds(w) for w in work)
+    flops = sum(w.count * w.flops for w in work)
+    yield Route(made, read, seconds, flops, derived.name, False, emit)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of an op, by name; those at their default too."""
+    assert isinstance(node.target, OpOverload)
+    declared = node.target._schema.arguments
+    given = {a.name: a.default_value for a in declared if a.has_default_value()}
+    return given | {a.name: v for a, v in zip(declared, node.args, strict=False)} | node.kwargs
+
+
+def _as_work(part: Part) -> Work:
+    """Of sizes that are symbols, what they were at capture."""
+    figures = {
+        k: v if isinstance(v, str) else hint(v) for k, v in vars(part).items() if k != "shape"
+    }
+    return Work(**figures, shape=tuple(map(hint, part.shape)))
 
 
 def _layer_norm(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterator[Route]:
@@ -266,7 +294,6 @@ def _batch_norm(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterato
 
 _ROUTES: dict[str, Callable[[Joint, Step, fx.Node, bool], Iterator[Route]]] = {
     "aten.native_dropout": _dropout,
-    "rewriter.monarch_linear_train": _monarch,
     "aten.native_layer_norm": _layer_norm,
     "aten._native_batch_norm_legit_functional": _batch_norm,
 }

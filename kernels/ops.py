@@ -1,0 +1,514 @@
+"""One record per op: all that cost model, calibration, planner and packaging know of it.
+
+The file that defines an op fills in one `Record` and hands it to `register`, last. Ours are found
+in `rewriter.kernels`; another package registers its own the same way, in its own namespace.
+
+Nothing here computes: records hold functions, which are called when somebody asks.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import flop_registry, register_flop_formula, shape_wrapper
+
+__all__ = [
+    "PLAIN",
+    "Companion",
+    "Derived",
+    "Form",
+    "Part",
+    "Record",
+    "RecordError",
+    "Run",
+    "Samples",
+    "element_size",
+    "find",
+    "forget",
+    "forms",
+    "load",
+    "moved",
+    "name_of",
+    "of_kind",
+    "product",
+    "records",
+    "register",
+]
+
+PLAIN = tuple(
+    "matmul conv attention rnn fft norm softmax pointwise reduce copy gather pool sort fill "
+    "view other".split()
+)
+"""Kinds of PyTorch's own operations: families of kernels of one behaviour."""
+
+UNITS = ("matrix", "vector")
+
+
+class RecordError(ValueError):
+    """A record that contradicts its op, itself or another record."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of an op, as its record is asked what it amounts to.
+
+    Args:
+        sizes: what `Record.sizes` gave.
+        dtype: of the numbers that are multiplied or moved, e.g. "float32".
+        weight_bytes: of the parameters and buffers that it reads.
+    """
+
+    sizes: tuple[int, ...]
+    dtype: str = "float32"
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """`count` runs of a plain operation, or of another op with a record; see `product`, `moved`.
+
+    Args:
+        op: qualified name, e.g. "aten::bmm".
+        kind: one of `PLAIN`, or the kind of another record.
+        dtype: of its numbers.
+        flops, bytes_read, bytes_written, weight_bytes: of one run.
+        shape: the sizes that its speed depends on, as of `rewriter.cost.Work`.
+        count: how often it runs.
+    """
+
+    op: str
+    kind: str
+    dtype: str
+    flops: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    weight_bytes: int = 0
+    shape: tuple[int, ...] = ()
+    count: int = 1
+
+
+def element_size(dtype: str) -> int:
+    """Bytes of a number that a product is of; of int8 layers, of the numbers around them."""
+    return 2 if dtype in ("bfloat16", "float16") else 8 if dtype == "float64" else 4
+
+
+def product(run: Run, batch: int, m: int, n: int, k: int, weight_bytes: int = 0) -> Part:
+    """`batch` products [m, k] @ [k, n] in one call, 2·batch·m·n·k FLOPs.
+
+    Args:
+        run: whose dtype it has.
+        batch, m, n, k: sizes.
+        weight_bytes: what it reads of the op's weights.
+    """
+    element = element_size(run.dtype)
+    return Part(
+        "aten::bmm" if batch > 1 else "aten::addmm",
+        "matmul",
+        run.dtype,
+        2 * batch * m * n * k,
+        batch * (m + n) * k * element,
+        batch * m * n * element,
+        weight_bytes,
+        (batch, m, n, k),
+    )
+
+
+def moved(run: Run, kind: str, op: str, elements: int, each: int) -> Part:
+    """A pass over `elements`, of each of which it reads and writes `each` bytes together."""
+    half = elements * each // 2
+    return Part(op, kind, run.dtype, 0, half, half, 0, (elements,))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a calibration runs of an op.
+
+    Args:
+        axes: grid of sizes; increasing.
+        arguments: a point of the grid → arguments of the op, on the current default device. The
+            first is a tensor that its caller has just written.
+        place: the op's `sizes` → where it lies on the axes.
+    """
+
+    axes: tuple[tuple[int, ...], ...]
+    arguments: Callable[..., tuple[Any, ...]]
+    place: Callable[..., tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A result of an op that a backward can make again from the op's arguments, by a closed form.
+
+    Args:
+        name: of the closed form, as plans print it.
+        output: which of the op's results.
+        reads: names of the arguments that the closed form reads.
+        parts: what it costs: the op's arguments by name, as (fake) tensors and numbers → parts.
+        emit: makes the nodes: given `build(op, *args)`, which adds a call of a plain op to the
+            graph and returns its node (`node.meta["val"]` is what it looks like), and the op's
+            arguments by name, tensors as nodes. Returns the last node.
+    """
+
+    name: str
+    output: int
+    reads: tuple[str, ...]
+    parts: Callable[..., Sequence[Part]]
+    emit: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A smaller form in which a tensor waits for its backward.
+
+    Args:
+        name: "bits" (above zero or not), "int8" or "int4".
+        nbytes: number of elements → bytes.
+        pack: given `build` (see `Derived`) and a node → the node of the smaller form.
+        unpack: given `build`, that node, size and dtype → the node of the tensor.
+        at_once: device type and dtype → whether one kernel packs in a single pass there.
+    """
+
+    name: str
+    nbytes: Callable[[int], int]
+    pack: Callable[[Any, Any], Any]
+    unpack: Callable[[Any, Any, Any, torch.dtype], Any]
+    at_once: Callable[[str, torch.dtype], bool] = lambda device, dtype: False
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Another op of the same family: the one that training calls, or the backward.
+
+    Args:
+        name: qualified.
+        sizes: its arguments → the sizes of the family; None where it takes the op's arguments.
+        flops: as of `Record`; None where it is that of the op.
+        derives: as of `Record`.
+    """
+
+    name: str
+    sizes: Callable[..., tuple[Any, ...]] | None = None
+    flops: Callable[..., Any] | None = None
+    derives: tuple[Derived, ...] = ()
+
+
+def _no_flops(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _torch_only() -> dict[str, str | None]:
+    return {"torch": None}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What there is to know of one op.
+
+    Args:
+        name: qualified, e.g. "mine::gated_linear".
+        kind: which family of kernels runs it, one of `PLAIN`; or a kind of its own, by which it is
+            measured, priced and reported.
+        reference: the same function in plain torch ops, of the same arguments; what an export
+            without the op runs.
+        size_names: what `sizes` gives, e.g. ("rows", "out", "in").
+        sizes: the op's arguments → the sizes that its speed depends on.
+        flops: as `torch.utils.flop_counter.register_flop_formula` takes it: the arguments, shapes
+            in the place of tensors → FLOPs. None where one is registered already, and for what
+            multiplies nothing.
+        unit: "matrix" or "vector": which unit of a device runs its arithmetic.
+        dtype: of the numbers that it multiplies; "" where it is that of the tensors.
+        parts: the plain operations that it amounts to; their FLOPs add up to those of the op. A
+            device that nobody measured prices these; a measured one scales their times by what
+            whole calls took.
+        gemm: in place of `parts`, where it is one product at any size: sizes → (batch, m, n, k).
+        samples: what a calibration runs.
+        kernels: the implementations → why one is refused on this machine; None where it runs.
+        derives: what the backward can make again.
+        forms: smaller forms that it makes of tensors, of which a memory plan may choose.
+        companions: the other ops that belong to it, its backward most of all.
+        module: which has to be imported before a program that calls the op is loaded; "" where it
+            is the one that defines the reference.
+    """
+
+    name: str
+    kind: str
+    reference: Callable[..., Any]
+    size_names: tuple[str, ...] = ()
+    sizes: Callable[..., tuple[Any, ...]] | None = None
+    flops: Callable[..., Any] | None = None
+    unit: str = "matrix"
+    dtype: str = ""
+    parts: Callable[[Run], Sequence[Part]] | None = None
+    gemm: Callable[..., tuple[int, int, int, int]] | None = None
+    samples: Samples | None = None
+    kernels: Callable[[], Mapping[str, str | None]] = _torch_only
+    derives: tuple[Derived, ...] = ()
+    forms: tuple[Form, ...] = ()
+    companions: tuple[Companion, ...] = ()
+    module: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The op's and its companions'."""
+        return (self.name, *(c.name for c in self.companions))
+
+    @property
+    def own_kind(self) -> bool:
+        """Whether it is priced by what this record says, and not as a plain operation."""
+        return self.kind not in PLAIN
+
+    @property
+    def op(self) -> Any:
+        """The op itself, as `torch.ops` has it."""
+        return _packet(self.name)
+
+    @property
+    def needs(self) -> str:
+        """The module that defines it."""
+        return self.module or self.reference.__module__
+
+    def sizes_of(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The sizes of a call of the op or of a companion; None where the record has none."""
+        own = {c.name: c.sizes for c in self.companions}.get(name) or self.sizes
+        return None if own is None else own(*args, **kwargs)
+
+    def derived(self, name: str) -> tuple[Derived, ...]:
+        """What the backward can make again of the results of the op or of a companion."""
+        return {c.name: c.derives for c in self.companions}.get(name, self.derives)
+
+
+# the registry
+
+
+_by_name: dict[str, Record] = {}
+_by_kind: dict[str, Record] = {}
+_KIND = re.compile(r"[a-z][a-z0-9_]*")
+_NAME = re.compile(r"\w+::\w+")
+
+
+def register(record: Record) -> Record:
+    """Enters a record, and its FLOP formulas with `torch.utils.flop_counter`.
+
+    Args:
+        record: of an op that is defined, with its fake kernel.
+
+    Returns:
+        The record.
+
+    Raises:
+        RecordError: the record contradicts its op, itself or another record. Nothing is entered.
+    """
+    for name in record.names:
+        _check_name(record, name)
+    _check_kind(record)
+    _check_reference(record)
+    _check_derived(record)
+    formulas = {name: f for name in record.names if (f := _formula(record, name)) is not None}
+    _check_samples(record, formulas.get(record.name))
+    for name, formula in formulas.items():
+        register_flop_formula(_packet(name))(formula)
+    _by_name.update(dict.fromkeys(record.names, record))
+    if record.own_kind:
+        _by_kind[record.kind] = record
+    return record
+
+
+def forget(name: str) -> None:
+    """Takes out the record of an op with its FLOP formulas: for a module that is loaded again."""
+    record = _by_name[name]
+    for own in record.names:
+        del _by_name[own]
+        flop_registry.pop(_packet(own), None)
+    if record.own_kind:
+        del _by_kind[record.kind]
+
+
+def find(name: str) -> Record | None:
+    """The record of `namespace::name`, or of the op that this is a companion of."""
+    return _by_name.get(name)
+
+
+def name_of(target: object) -> str:
+    """`namespace::name` of what a node of a graph calls; "" where that is no op."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
+    return target._qualified_op_name if isinstance(target, torch._ops.OpOverloadPacket) else ""
+
+
+def of_kind(name: str) -> Record | None:
+    """The record whose own kind this is; None for a plain kind, and for one that nobody knows."""
+    if name in PLAIN:
+        return None
+    if name not in _by_kind:
+        load()  # of a report that another process has written
+    return _by_kind.get(name)
+
+
+def records() -> Iterator[Record]:
+    """Each once, by name."""
+    unique = {id(r): r for r in _by_name.values()}
+    return iter(sorted(unique.values(), key=lambda r: r.name))
+
+
+def forms() -> dict[str, Form]:
+    """All smaller forms of tensors, by name."""
+    load()
+    return {form.name: form for record in records() for form in record.forms}
+
+
+@functools.cache
+def load() -> None:
+    """Imports the ops of this package; Triton's kernels are imported by the ops that run them."""
+    package = importlib.import_module("rewriter.kernels")
+    for found in pkgutil.iter_modules(package.__path__):
+        if not found.name.endswith("_triton"):
+            importlib.import_module(f"{package.__name__}.{found.name}")
+
+
+# checks
+
+
+def _packet(name: str) -> Any:
+    namespace, _, op = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), op)
+
+
+def _check_name(record: Record, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise RecordError(f"{name!r} names no op: write 'namespace::name'")
+    other = _by_name.get(name)
+    if other is not None:
+        raise RecordError(
+            f"two records of {name}: one of {record.name} in {record.needs} (kind "
+            f"{record.kind!r}), and one of {other.name} in {other.needs} (kind {other.kind!r})"
+        )
+    if record.names.count(name) > 1:
+        raise RecordError(f"the record of {record.name} names {name} twice")
+    try:
+        _packet(name).default  # noqa: B018
+    except AttributeError:
+        raise RecordError(
+            f"the record of {record.name}: there is no op {name}: define it with torch.library "
+            "before its record"
+        ) from None
+
+
+def _check_kind(record: Record) -> None:
+    said = f"the record of {record.name}"
+    if record.unit not in UNITS:
+        raise RecordError(f"{said}: unit={record.unit!r} is none of {', '.join(UNITS)}")
+    if not record.own_kind:
+        if record.parts is not None or record.gemm is not None or record.samples is not None:
+            raise RecordError(
+                f"{said}: what is priced as {record.kind!r} has no parts, gemm or samples of its "
+                "own: leave them out, or give it a kind of its own"
+            )
+        return
+    if not _KIND.fullmatch(record.kind):
+        raise RecordError(f"{said}: kind={record.kind!r} is no lower-case name")
+    if record.kind in _by_kind:
+        other = _by_kind[record.kind]
+        raise RecordError(
+            f"two records of kind {record.kind!r}: {record.name} in {record.needs}, and "
+            f"{other.name} in {other.needs}"
+        )
+    if record.sizes is None or record.samples is None:
+        lost = "sizes" if record.sizes is None else "samples"
+        raise RecordError(f"{said}: a kind of its own needs {lost}")
+    if (record.parts is None) == (record.gemm is None):
+        raise RecordError(f"{said}: it needs either parts or gemm: what it amounts to")
+
+
+def _check_reference(record: Record) -> None:
+    if not callable(record.reference):
+        raise RecordError(
+            f"the record of {record.name} has no reference: give the same function in plain torch "
+            f"ops, not {record.reference!r}"
+        )
+
+
+def _check_derived(record: Record) -> None:
+    for name in record.names:
+        schema = _packet(name).default._schema
+        arguments = {a.name for a in schema.arguments}
+        for derived in record.derived(name):
+            lost = [r for r in derived.reads if r not in arguments]
+            if lost or not 0 <= derived.output < len(schema.returns):
+                wrong = f"{lost[0]!r}" if lost else f"result {derived.output}"
+                raise RecordError(
+                    f"the record of {record.name}: the closed form {derived.name!r} is of {wrong}, "
+                    f"which {schema} has not"
+                )
+
+
+def _formula(record: Record, name: str) -> Callable[..., Any] | None:
+    """The formula to register; None where there is one."""
+    companion = next((c for c in record.companions if c.name == name), None)
+    given = record.flops if companion is None else companion.flops or record.flops
+    known = _packet(name) in flop_registry
+    if known and given is not None:
+        raise RecordError(
+            f"two FLOP formulas for {name}: the record's, and one registered with "
+            "torch.utils.flop_counter before: leave one out"
+        )
+    if given is None and not known:
+        if record.unit == "matrix":
+            raise RecordError(f"the record of {record.name} has no FLOP formula for {name}")
+        return _no_flops
+    return given
+
+
+def _check_samples(record: Record, formula: Callable[..., Any] | None) -> None:
+    """Runs the op's fake kernel at the smallest point of the grid, and holds all that the record
+    says of it against each other."""
+    samples, said = record.samples, f"the record of {record.name}"
+    if samples is None:
+        return
+    assert record.sizes is not None
+    # whoever imports the op's file may be in the middle of a trace
+    with _disable_current_modes(), torch.device("meta"), torch.no_grad():
+        args = samples.arguments(*(axis[0] for axis in samples.axes))
+        if not args or not isinstance(args[0], Tensor):
+            raise RecordError(f"{said}: its samples must be a tuple that begins with a tensor")
+        try:
+            out = record.op(*args)
+        except (RuntimeError, TypeError, ValueError) as error:
+            text = str(error).strip().splitlines()[0]
+            schema = record.op.default._schema
+            raise RecordError(f"{said}: its samples do not fit {schema}: {text}") from error
+    try:
+        inspect.signature(record.reference).bind(*args)
+    except TypeError as error:
+        raise RecordError(f"{said}: its reference does not take its samples: {error}") from error
+    sizes = tuple(record.sizes(*args))
+    if len(sizes) != len(record.size_names):
+        raise RecordError(f"{said}: {len(sizes)} sizes, and size_names={record.size_names}")
+    if len(samples.place(*sizes)) != len(samples.axes):
+        raise RecordError(f"{said}: place gives no point on {len(samples.axes)} axes")
+    raw = flop_registry[record.op] if formula is None else shape_wrapper(formula)
+    _check_flops(record, sizes, raw(*args, out_val=out))
+
+
+def _check_flops(record: Record, sizes: tuple[int, ...], flops: int) -> None:
+    if record.gemm is not None:
+        b, m, n, k = record.gemm(*sizes)
+        total = 2 * b * m * n * k
+    else:
+        assert record.parts is not None
+        total = sum(p.count * p.flops for p in record.parts(Run(sizes)))
+    if total != flops:
+        given = ", ".join(f"{n}={s}" for n, s in zip(record.size_names, sizes, strict=True))
+        raise RecordError(
+            f"the record of {record.name}: its parts have {total} FLOPs at {given}, its formula "
+            f"says {flops}"
+        )
