@@ -220,6 +220,19 @@ def test_kernel_choice():
     assert set(int8.refused_kernels()).isdisjoint(KERNELS)
 
 
+@pytest.mark.skipif(len(int8.available_kernels()) < 2, reason="there is nothing to choose from")
+def test_the_choice_is_measured_on_the_kernels_themselves(monkeypatch):
+    def fastest(key, version, candidates):
+        made = {name: call() for name, call in candidates().items()}
+        assert made.keys() == set(int8.available_kernels())
+        for y in made.values():
+            assert_close(y, made["torch"], rtol=1e-4, atol=1e-4)
+        return "torch"
+
+    monkeypatch.setattr(int8, "fastest", fastest)
+    assert pick_kernel(7, 24, 12) == "torch"
+
+
 def test_a_kernel_that_saturates_is_refused(monkeypatch):
     real = int8._run
     monkeypatch.setattr(int8, "_run", lambda *a: real(*a).clamp_(max=1e5))
