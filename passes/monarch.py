@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -221,17 +221,6 @@ class MonarchLinear(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         return monarch_linear(x, *self.factors(), self.bias, self.out_features, self.interleaved)
-
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "nblocks": self.nblocks,
-            "rank": self.rank,
-            "bias": self.bias is not None,
-            "interleaved": self.interleaved,
-            "cap": self.cap,
-        }
 
     def kernel(self, tokens: int) -> str:
         sizes = tokens, self.in_features, self.right, self.left, self.out_features

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -148,16 +148,6 @@ class MonarchChainLinear(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         return chain_linear(x, self.factors, self.axes, self.grid, self.bias, self.out_features)
-
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "order": self.order,
-            "stars": self.stars,
-            "expansion": self.expansion,
-            "bias": self.bias is not None,
-        }
 
     def kernel(self, tokens: int) -> str:
         return "torch.bmm"

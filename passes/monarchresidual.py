@@ -135,17 +135,6 @@ class MonarchResidualLinear(Layer):
             return y + F.linear(F.linear(x, self.down) * (1 - gate), self.up)
         return y + block_sparse_linear(x, self.blocks * (1 - gate), self.index, self.out_features)
 
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "nblocks": self.nblocks,
-            "rank": self.rank,
-            "residual": self.residual,
-            "share": self.share,
-            "bias": self.bias is not None,
-        }
-
     def lr_scales(self) -> Mapping[str, float]:
         """(in_features / fan-in of the factor) / number of factors in a row."""
         fans = {"right": self.right.shape[2] * 2, "left": self.left.shape[2] * 2}

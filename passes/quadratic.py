@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +85,6 @@ class QuadraticLinear(Layer):
         nn.init.uniform_(self.weight_c, -first, first, generator)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(n), 1 / math.sqrt(n), generator)
-
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-        }
 
     def forward(self, x: Tensor) -> Tensor:
         return quadratic_linear(x, self.weight_a, self.weight_b, self.weight_c, self.bias)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -116,14 +115,6 @@ class QuantizedLinear(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return int8_linear(x, self.qweight, self.scale, self.bias, self.activation)
 
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-            "activation": self.activation,
-        }
-
     def dense_weight(self) -> Tensor:
         """W = qweight·scale[:, None], [out_features, in_features]."""
         return dequantize_weight(self.qweight, self.scale)
@@ -233,17 +224,6 @@ class QuantizedMonarch(Layer):
             self.activation,
             self.interleaved,
         )
-
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "nblocks": self.nblocks,
-            "rank": self.rank,
-            "bias": self.bias is not None,
-            "interleaved": self.interleaved,
-            "activation": self.activation,
-        }
 
     def kernel(self, tokens: int) -> str:
         return f"{self._factor_kernel(self.qright, tokens)}, block by block"

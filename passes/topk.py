@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,14 +79,6 @@ class TopKLinear(Layer):
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "k": self.k,
-            "bias": self.bias is not None,
-        }
 
     def forward(self, h: Tensor) -> Tensor:
         return topk_linear(h, self.weight, self.bias, self.k)
