@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, unusable
-from rewriter.errors import OptionError
+from rewriter.errors import one_of
 from rewriter.kernels.quadratic import quadratic_linear
 from rewriter.sites import LINEAR, Kind, Site
 
@@ -131,13 +131,8 @@ class Quadratic(Pass):
     init: Literal["preserve", "random"] = "preserve"
 
     def __post_init__(self) -> None:
-        for option, value, known in (
-            ("neuron", self.neuron, NEURONS),
-            ("init", self.init, INITS),
-        ):
-            if value not in known:
-                names = ", ".join(map(repr, known))
-                raise OptionError(f"Quadratic: {option}={value!r} is not supported; use {names}")
+        one_of("Quadratic: neuron", self.neuron, NEURONS)
+        one_of("Quadratic: init", self.init, INITS)
 
     @property
     def exact(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -20,7 +19,7 @@ from rewriter.base import (
     relative_error,
     unusable,
 )
-from rewriter.errors import OptionError
+from rewriter.errors import one_of
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     dequantize_weight,
@@ -38,13 +37,6 @@ __all__ = ["Quantize", "QuantizedLinear", "QuantizedMonarch"]
 Activation = Literal["per_token", "per_tensor"]
 _SCHEMES = ("int8-dynamic",)
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
-
-
-def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
-    if value in valid:
-        return
-    near = difflib.get_close_matches(str(value), valid, 1, 0.0)[0]
-    raise OptionError(f"{name} {value!r} is unknown: did you mean {near!r}? Valid: {valid}")
 
 
 def _random(*shape: int, bound: float, device: Any, dtype: Any) -> tuple[Tensor, Tensor]:
@@ -90,7 +82,7 @@ class QuantizedLinear(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _one_of("QuantizedLinear: activation", activation, ACTIVATIONS)
+        one_of("QuantizedLinear: activation", activation, ACTIVATIONS)
         self.in_features, self.out_features = in_features, out_features
         self.activation: Activation = activation
         bound = 1 / math.sqrt(max(in_features, 1))
@@ -170,7 +162,7 @@ class QuantizedMonarch(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _one_of("QuantizedMonarch: activation", activation, ACTIVATIONS)
+        one_of("QuantizedMonarch: activation", activation, ACTIVATIONS)
         dense = MonarchLinear(
             in_features,
             out_features,
@@ -280,8 +272,8 @@ class Quantize(Pass):
     activation: Activation = "per_token"
 
     def __post_init__(self) -> None:
-        _one_of("Quantize: scheme", self.scheme, _SCHEMES)
-        _one_of("Quantize: activation", self.activation, ACTIVATIONS)
+        one_of("Quantize: scheme", self.scheme, _SCHEMES)
+        one_of("Quantize: activation", self.activation, ACTIVATIONS)
 
     def propose(self, site: Site) -> Replacement | Skip:
         monarch = site.module if site.kind is MonarchLinear else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, unusable
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, whole_number
 from rewriter.kernels.topk import topk_linear
 from rewriter.sites import LINEAR, MLP, Kind, Site
 
@@ -52,10 +52,7 @@ class TopKLinear(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= in_features:
-            raise OptionError(
-                f"TopKLinear: k={k!r} must be an int from 1 to in_features={in_features}"
-            )
+        whole_number("TopKLinear: k", k, most=in_features)
         self.in_features, self.out_features, self.k = in_features, out_features, k
         self.weight = nn.Parameter(
             torch.empty((out_features, in_features), device=device, dtype=dtype)

@@ -34,9 +34,9 @@ from rewriter.compiler.ledgers import Graph, Sketch, record
 from rewriter.compiler.user_code import Frame, guard_mode, source_name
 from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
-from rewriter.errors import OptionError, RewriteError, RewriteWarning
+from rewriter.errors import OptionError, RewriteError, RewriteWarning, nearest
 from rewriter.planner import MemoryBudget
-from rewriter.recipe.parse import nearest, parse_pass
+from rewriter.recipe.parse import parse_pass
 from rewriter.report import Report, Step
 from rewriter.store import Recipe
 
