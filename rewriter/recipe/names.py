@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import pathlib
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -47,17 +45,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def pass_spec(rewrite: Any) -> Any:
+    """The pass as JSON; without options (which only `load_original` needs) where they are none."""
     if not isinstance(rewrite, Pass):
         return rewrite  # as it was read from a recipe
-    options = {
-        f.name: getattr(rewrite, f.name) for f in fields(rewrite) if f.init and f.name != "where"
-    }
-    spec: dict[str, Any] = {"class": class_name(type(rewrite)), "options": options}
-    try:
-        json.dumps(spec)
-    except (TypeError, ValueError):  # only load_original needs it, and says so
-        spec["options"] = None
-    return spec
+    return {"class": class_name(type(rewrite)), "options": rewrite.spec()}
 
 
 def digest_of(path: pathlib.Path) -> str:
