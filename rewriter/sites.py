@@ -38,6 +38,7 @@ __all__ = [
     "Site",
     "find_sites",
     "is_leaf",
+    "kind_name",
     "kind_of",
     "op_name",
     "user_line",
