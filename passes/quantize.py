@@ -341,7 +341,7 @@ class Quantize(Pass):
             return Skip("scheme {} has no layer for a {}", self.scheme, kind_name(site.kind))
         old = site.module
         if isinstance(old, Layer):
-            weights = [p for n, p in old.named_parameters() if n != "bias"]
+            weights: list[Tensor] = [p for n, p in old.named_parameters() if n != "bias"]
             bias, before = getattr(old, "bias", None), old.dense_weight
         else:
             weights, bias, before = [site.weight], site.bias, lambda: site.weight

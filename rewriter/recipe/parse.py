@@ -22,8 +22,9 @@ from torch import nn
 
 from rewriter.base import Pass, read_number
 from rewriter.errors import OptionError, RewriteError, nearest
+from rewriter.recipe import plugins
 
-__all__ = ["built", "here", "parse_pass", "parse_sizes", "pass_names"]
+__all__ = ["built", "here", "parse_pass", "parse_sizes"]
 
 
 def _passes() -> Mapping[str, type[Pass]]:
@@ -33,20 +34,17 @@ def _passes() -> Mapping[str, type[Pass]]:
     return {c.__name__.lower(): c for c in found if issubclass(c, Pass)}
 
 
-def pass_names() -> tuple[str, ...]:
-    """What `parse_pass` knows."""
-    return tuple(_passes())
-
-
 def parse_pass(text: str) -> Pass:
     """`name`, `name:options` or `name(options)` as a pass; `Pass.parse` says how options are read.
 
-    A name with dots is a pass of one's own, `module.Class`.
+    A name without dots is a pass that ships, or one that another package lists (`plugins`); one
+    with dots is a pass of one's own, `module.Class`.
 
     Raises:
-        OptionError: no such pass or option (the nearest is named), or an impossible value.
+        OptionError: no such pass or option (the nearest is named), two passes of one name, or an
+            impossible value.
     """
-    called = re.fullmatch(r"\s*([\w.]+)\s*\((.*)\)\s*", text, re.DOTALL)
+    called = re.fullmatch(r"\s*([\w.-]+)\s*\((.*)\)\s*", text, re.DOTALL)
     name, options = called.groups() if called else text.partition(":")[::2]
     return _pass(name.strip()).parse(options)
 
@@ -56,10 +54,7 @@ def _pass(name: str) -> type[Pass]:
         raise OptionError("'' is no pass: a pass as text is name:option=value,…")
     module, dot, own = name.rpartition(".")
     if not dot:
-        known = _passes()
-        if name.lower() not in known:
-            raise OptionError(f"no pass is called {name!r}{nearest(name.lower(), list(known))}")
-        return known[name.lower()]
+        return _named(name.lower())
     try:
         found = getattr(importlib.import_module(module), own)
     except (ImportError, AttributeError) as error:
@@ -67,6 +62,24 @@ def _pass(name: str) -> type[Pass]:
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise OptionError(f"{name} is no pass: it must be a class derived from rewriter.Pass")
     return found
+
+
+def _named(name: str) -> type[Pass]:
+    """The pass of this name: ours, or of another package."""
+    ours, theirs = _passes(), plugins.listed(Pass)
+    known = {*ours, *(e.name.lower() for e in theirs)}
+    if name not in known:
+        raise OptionError(f"no pass is called {name!r}{nearest(name, sorted(known))}")
+    found = [e for e in theirs if e.name.lower() == name]
+    both = [f"{ours[name].__module__}.{ours[name].__name__}"] if name in ours else []
+    both += map(plugins.said, found)
+    if len(both) > 1:
+        raise OptionError(
+            f"two passes are called {name!r}: {' and '.join(both)}; name the one you want by its "
+            "class, module.Class"
+        )
+    cls: type[Pass] = ours[name] if name in ours else plugins.loaded(found[0], Pass)
+    return cls
 
 
 def parse_sizes(texts: list[str]) -> dict[str, int]:
