@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rewriter.kernels import ops
+from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import register_autocast
 
 __all__ = [
@@ -54,6 +55,8 @@ __all__ = [
 ACTIVATIONS = ("per_token", "per_tensor")
 _EPS = 1e-8
 _FAST = ("onednn", "int_mm")
+_VERSION = "int8-1"
+"""Of the kernels: choices that another version of them measured do not count."""
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
@@ -164,10 +167,22 @@ def pick_kernel(
     """The fastest available CPU kernel for a shape.
 
     Measured the first time a shape is asked for, on made-up data of that shape, with `tokens`
-    rounded up to a power of two (at most 4096); remembered per number of threads.
+    rounded up to a power of two (at most 2048); remembered per number of threads, for later
+    processes too.
     """
-    bucket = min(1 << max(tokens - 1, 0).bit_length(), 4096)
-    return _measured(bucket, in_features, out_features, activation, torch.get_num_threads())
+    kernels = available_kernels()  # "torch" too: without int8 instructions it is the fastest
+    if len(kernels) < 2:
+        return kernels[0]
+    rows, threads = rows_bucket(tokens), torch.get_num_threads()
+    key = f"int8_linear {rows} {in_features} {out_features} {activation} {kernels} {threads}"
+
+    def candidates() -> dict[str, Callable[[], object]]:
+        x = torch.linspace(-1, 1, rows * in_features).view(rows, in_features)
+        qweight = torch.ones(out_features, in_features, dtype=torch.int8)
+        operands = x, qweight, torch.ones(out_features), None, activation
+        return {name: functools.partial(_run, name, *operands) for name in kernels}
+
+    return fastest(key, _VERSION, candidates)
 
 
 def kernel_name(
@@ -181,26 +196,6 @@ def kernel_name(
     if torch.device(device).type != "cpu" or not (tokens and in_features and out_features):
         return "torch"
     return pick_kernel(tokens, in_features, out_features, activation)
-
-
-@functools.cache
-def _measured(rows: int, k: int, n: int, activation: str, threads: int) -> str:
-    kernels = available_kernels()  # "torch" too: without int8 instructions it is the fastest
-    if len(kernels) < 2:
-        return kernels[0]
-    with torch.inference_mode(False), torch.no_grad():
-        x = torch.linspace(-1, 1, rows * k).view(rows, k)
-        qweight = torch.ones(n, k, dtype=torch.int8)
-        scale, best = torch.ones(n), dict.fromkeys(kernels, math.inf)
-        for trial in range(4):  # interleaved against drift; the first round packs and warms up
-            for name in kernels:
-                if trial > 1 and best[name] > 5 * min(best.values()):  # no drift is as large
-                    continue
-                start = time.perf_counter()
-                _run(name, x, qweight, scale, None, activation)
-                if trial:
-                    best[name] = min(best[name], time.perf_counter() - start)
-    return min(best, key=best.__getitem__)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,14 @@ from rewriter.base import (
     relative_error,
     unusable,
 )
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, one_of, whole_number
 from rewriter.kernels.monarch import kernel_name, monarch_dense, monarch_linear
 from rewriter.kernels.monarch_project import monarch_fit, monarch_project
 from rewriter.sites import LINEAR, Kind, Site
 
-__all__ = ["Blocks", "Monarch", "MonarchLinear"]
+__all__ = ["INITS", "Blocks", "Monarch", "MonarchLinear", "check_blocks", "too_many_blocks"]
+
+INITS = ("project", "random")
 
 
 Blocks = int | tuple[int, int] | Literal["sqrt"]
@@ -41,6 +43,27 @@ def _sides(nblocks: Blocks, in_features: int, out_features: int) -> tuple[int, i
     if nblocks == "sqrt":
         return _near_root(in_features), _near_root(out_features)
     return _pair("nblocks", nblocks)
+
+
+def check_blocks(who: str, nblocks: object, rank: object) -> None:
+    """The options that every Monarch has.
+
+    Raises:
+        OptionError: one is impossible for a layer of any size.
+    """
+    if nblocks != "sqrt":
+        _pair(f"{who}: nblocks", nblocks)
+    if rank is not None:
+        whole_number(f"{who}: rank", rank)
+
+
+def too_many_blocks(nblocks: Blocks, weight: Tensor) -> Skip | None:
+    """Why a weight [out_features, in_features] cannot be cut so; None where it can."""
+    out_features, in_features = weight.shape
+    k, l = _sides(nblocks, in_features, out_features)
+    if k <= in_features and l <= out_features:
+        return None
+    return Skip("nblocks {} is more than the {} -> {} features", nblocks, in_features, out_features)
 
 
 def _near_root(size: int) -> int:
@@ -59,13 +82,8 @@ def _pair(name: str, nblocks: object) -> tuple[int, int]:
             f"{name} must be a number, (input blocks, output blocks) or 'sqrt': {nblocks!r}"
         )
     for n in both:
-        _positive(name, n)
+        whole_number(name, n)
     return both[0], both[1]
-
-
-def _positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def _over_cap(factor: Tensor) -> Tensor:
@@ -133,8 +151,8 @@ class MonarchLinear(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _positive("in_features", in_features)
-        _positive("out_features", out_features)
+        whole_number("in_features", in_features)
+        whole_number("out_features", out_features)
         blocks = k, l = _sides(nblocks, in_features, out_features)
         if k > in_features or l > out_features:
             raise OptionError(
@@ -143,7 +161,7 @@ class MonarchLinear(Layer):
             )
         if rank is None:
             rank = _default_rank(in_features, out_features, blocks)
-        _positive("rank", rank)
+        whole_number("rank", rank)
         self.in_features, self.out_features = in_features, out_features
         self.nblocks: int | tuple[int, int] = k if k == l else blocks
         self.rank, self.interleaved, self.cap = rank, interleaved, cap
@@ -221,17 +239,6 @@ class MonarchLinear(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         return monarch_linear(x, *self.factors(), self.bias, self.out_features, self.interleaved)
-
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "nblocks": self.nblocks,
-            "rank": self.rank,
-            "bias": self.bias is not None,
-            "interleaved": self.interleaved,
-            "cap": self.cap,
-        }
 
     def kernel(self, tokens: int) -> str:
         sizes = tokens, self.in_features, self.right, self.left, self.out_features
@@ -351,12 +358,8 @@ class Monarch(Pass):
     cap: bool = False
 
     def __post_init__(self) -> None:
-        if self.nblocks != "sqrt":
-            _pair("Monarch: nblocks", self.nblocks)
-        if self.rank is not None:
-            _positive("Monarch: rank", self.rank)
-        if self.init not in ("project", "random"):
-            raise OptionError(f'Monarch: init must be "project" or "random", got {self.init!r}')
+        check_blocks("Monarch", self.nblocks, self.rank)
+        one_of("Monarch: init", self.init, INITS)
 
     @property
     def calibrates(self) -> bool:
@@ -366,12 +369,8 @@ class Monarch(Pass):
         weight, bias = site.weight, site.bias
         out_features, in_features = weight.shape
         blocks = k, l = _sides(self.nblocks, in_features, out_features)
-        if refused := unusable(weight, bias):
+        if refused := unusable(weight, bias) or too_many_blocks(self.nblocks, weight):
             return refused
-        if k > in_features or l > out_features:
-            return Skip(
-                "nblocks {} is more than the {} -> {} features", self.nblocks, *weight.shape[::-1]
-            )
         rank = self.rank or _default_rank(in_features, out_features, blocks)
         held = k * l * rank * (-(-in_features // k) - (-out_features // l))
         if held >= weight.numel():

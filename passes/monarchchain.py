@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from rewriter.base import (
     relative_error,
     unusable,
 )
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, one_of, whole_number
 from rewriter.kernels.monarch_chain import (
     chain_dense,
     chain_grid,
@@ -30,6 +30,7 @@ from rewriter.kernels.monarch_chain import (
     star_axes,
 )
 from rewriter.kernels.monarch_star import star_project
+from rewriter.passes.monarch import INITS
 from rewriter.sites import LINEAR, Kind, Site
 
 __all__ = ["MonarchChain", "MonarchChainLinear"]
@@ -41,8 +42,7 @@ def _check(order: object, stars: object, expansion: object) -> None:
         ("stars", stars, 0),
         ("expansion", expansion, 1),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+        whole_number(name, value, least)
     if stars and order != 2:
         raise OptionError(f"stars={stars} mixes a grid of two axes: leave order={order} out")
     if expansion != 1 and not stars:
@@ -149,16 +149,6 @@ class MonarchChainLinear(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return chain_linear(x, self.factors, self.axes, self.grid, self.bias, self.out_features)
 
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "order": self.order,
-            "stars": self.stars,
-            "expansion": self.expansion,
-            "bias": self.bias is not None,
-        }
-
     def kernel(self, tokens: int) -> str:
         return "torch.bmm"
 
@@ -212,10 +202,7 @@ class MonarchChain(Pass):
 
     def __post_init__(self) -> None:
         _check(2 if self.stars else self.order, self.stars, self.expansion)
-        if self.init not in ("project", "random"):
-            raise OptionError(
-                f'MonarchChain: init must be "project" or "random", got {self.init!r}'
-            )
+        one_of("MonarchChain: init", self.init, INITS)
 
     def propose(self, site: Site) -> Replacement | Skip:
         weight, bias = site.weight, site.bias

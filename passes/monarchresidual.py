@@ -20,7 +20,7 @@ from rewriter.base import (
     relative_error,
     unusable,
 )
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, one_of
 from rewriter.kernels.monarch import monarch_dense, monarch_linear
 from rewriter.kernels.monarch_project import monarch_fit, monarch_project
 from rewriter.kernels.residual import (
@@ -30,7 +30,7 @@ from rewriter.kernels.residual import (
     block_sparse_linear,
     low_rank_fit,
 )
-from rewriter.passes.monarch import Blocks, MonarchLinear
+from rewriter.passes.monarch import Blocks, MonarchLinear, check_blocks, too_many_blocks
 from rewriter.sites import LINEAR, Kind, Site
 
 __all__ = ["MonarchResidual", "MonarchResidualLinear"]
@@ -42,8 +42,7 @@ _ROUNDS = 6
 
 
 def _check(residual: object, share: object) -> None:
-    if residual not in _KINDS:
-        raise OptionError(f"residual must be one of {_KINDS}, got {residual!r}")
+    one_of("residual", residual, _KINDS)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise OptionError(f"share must be a number between 0 and 1, got {share!r}")
 
@@ -135,17 +134,6 @@ class MonarchResidualLinear(Layer):
             return y + F.linear(F.linear(x, self.down) * (1 - gate), self.up)
         return y + block_sparse_linear(x, self.blocks * (1 - gate), self.index, self.out_features)
 
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "nblocks": self.nblocks,
-            "rank": self.rank,
-            "residual": self.residual,
-            "share": self.share,
-            "bias": self.bias is not None,
-        }
-
     def lr_scales(self) -> Mapping[str, float]:
         """(in_features / fan-in of the factor) / number of factors in a row."""
         fans = {"right": self.right.shape[2] * 2, "left": self.left.shape[2] * 2}
@@ -206,7 +194,7 @@ class MonarchResidual(Pass):
 
     def __post_init__(self) -> None:
         _check(self.residual, self.share)
-        MonarchLinear(10**6, 10**6, self.nblocks, self.rank, device="meta")  # its own checks
+        check_blocks("MonarchResidual", self.nblocks, self.rank)
 
     @property
     def calibrates(self) -> bool:
@@ -215,19 +203,8 @@ class MonarchResidual(Pass):
     def propose(self, site: Site) -> Replacement | Skip:
         weight, bias = site.weight, site.bias
         out_features, in_features = weight.shape
-        if refused := unusable(weight, bias):
+        if refused := unusable(weight, bias) or too_many_blocks(self.nblocks, weight):
             return refused
-        blocks = self.nblocks
-        sides = (
-            (1, 1) if blocks == "sqrt" else blocks if isinstance(blocks, tuple) else (blocks,) * 2
-        )
-        if sides[0] > in_features or sides[1] > out_features:
-            return Skip(
-                "nblocks {} is more than the {} -> {} features",
-                self.nblocks,
-                in_features,
-                out_features,
-            )
         layer = MonarchResidualLinear(
             in_features,
             out_features,

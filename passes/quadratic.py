@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, unusable
-from rewriter.errors import OptionError
+from rewriter.errors import one_of
 from rewriter.kernels.quadratic import quadratic_linear
 from rewriter.sites import LINEAR, Kind, Site
 
@@ -87,13 +86,6 @@ class QuadraticLinear(Layer):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(n), 1 / math.sqrt(n), generator)
 
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-        }
-
     def forward(self, x: Tensor) -> Tensor:
         return quadratic_linear(x, self.weight_a, self.weight_b, self.weight_c, self.bias)
 
@@ -139,13 +131,8 @@ class Quadratic(Pass):
     init: Literal["preserve", "random"] = "preserve"
 
     def __post_init__(self) -> None:
-        for option, value, known in (
-            ("neuron", self.neuron, NEURONS),
-            ("init", self.init, INITS),
-        ):
-            if value not in known:
-                names = ", ".join(map(repr, known))
-                raise OptionError(f"Quadratic: {option}={value!r} is not supported; use {names}")
+        one_of("Quadratic: neuron", self.neuron, NEURONS)
+        one_of("Quadratic: init", self.init, INITS)
 
     @property
     def exact(self) -> bool:

@@ -1,10 +1,9 @@
-"""Quantize: int8 weights, activations quantized at run time."""
+"""Quantize: weights in few bits by a named scheme; int8 with activations quantized at run time."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +20,7 @@ from rewriter.base import (
     relative_error,
     unusable,
 )
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, one_of, whole_number
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     dequantize_weight,
@@ -32,20 +31,12 @@ from rewriter.kernels.int8_linear import (
 from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
 from rewriter.passes.monarch import Blocks, MonarchLinear
-from rewriter.sites import LINEAR, Kind, Site
+from rewriter.sites import LINEAR, Kind, Site, kind_name
 
-__all__ = ["Quantize", "QuantizedLinear", "QuantizedMonarch"]
+__all__ = ["SCHEMES", "Quantize", "QuantizedLinear", "QuantizedMonarch", "Scheme", "register"]
 
 Activation = Literal["per_token", "per_tensor"]
-_SCHEMES = ("int8-dynamic",)
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
-
-
-def _one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
-    if value in valid:
-        return
-    near = difflib.get_close_matches(str(value), valid, 1, 0.0)[0]
-    raise OptionError(f"{name} {value!r} is unknown: did you mean {near!r}? Valid: {valid}")
 
 
 def _random(*shape: int, bound: float, device: Any, dtype: Any) -> tuple[Tensor, Tensor]:
@@ -91,7 +82,7 @@ class QuantizedLinear(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _one_of("QuantizedLinear: activation", activation, ACTIVATIONS)
+        one_of("QuantizedLinear: activation", activation, ACTIVATIONS)
         self.in_features, self.out_features = in_features, out_features
         self.activation: Activation = activation
         bound = 1 / math.sqrt(max(in_features, 1))
@@ -115,14 +106,6 @@ class QuantizedLinear(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         return int8_linear(x, self.qweight, self.scale, self.bias, self.activation)
-
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-            "activation": self.activation,
-        }
 
     def dense_weight(self) -> Tensor:
         """W = qweight·scale[:, None], [out_features, in_features]."""
@@ -179,7 +162,7 @@ class QuantizedMonarch(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _one_of("QuantizedMonarch: activation", activation, ACTIVATIONS)
+        one_of("QuantizedMonarch: activation", activation, ACTIVATIONS)
         dense = MonarchLinear(
             in_features,
             out_features,
@@ -234,17 +217,6 @@ class QuantizedMonarch(Layer):
             self.interleaved,
         )
 
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "nblocks": self.nblocks,
-            "rank": self.rank,
-            "bias": self.bias is not None,
-            "interleaved": self.interleaved,
-            "activation": self.activation,
-        }
-
     def kernel(self, tokens: int) -> str:
         return f"{self._factor_kernel(self.qright, tokens)}, block by block"
 
@@ -276,18 +248,78 @@ class QuantizedMonarch(Layer):
 
 
 @dataclass(frozen=True)
+class Scheme:
+    """How weights are stored in fewer bits, and which layers multiply by them.
+
+    Args:
+        name: what `Quantize(scheme=…)` calls it.
+        bits: of one weight.
+        dtype: of the weights as they are multiplied.
+        storage: of the buffer that holds them.
+        layers: by kind of site, what makes the layer closest to the one there: (site, activation) →
+            a `Layer` with a `dense_weight`. It keeps a bias that is a Parameter.
+        per_element: weights in one element of the buffer.
+
+    Raises:
+        OptionError: the bits of a weight do not fit its storage, or `Quantize` visits no sites of
+            such a kind.
+    """
+
+    name: str
+    bits: int
+    dtype: torch.dtype
+    storage: torch.dtype
+    layers: Mapping[Kind, Callable[[Site, Activation], Layer]]
+    per_element: int = 1
+
+    def __post_init__(self) -> None:
+        whole_number(f"scheme {self.name!r}: bits", self.bits)
+        whole_number(f"scheme {self.name!r}: per_element", self.per_element)
+        room, wanted = 8 * self.storage.itemsize, self.bits * self.per_element
+        if wanted > room:
+            raise OptionError(
+                f"scheme {self.name!r}: {self.per_element} weights of {self.bits} bits do not fit "
+                f"one {self.storage} of {room} bits"
+            )
+        strange = [kind_name(k) for k in self.layers if k not in Quantize.matches]
+        if strange or not self.layers:
+            served = ", ".join(strange) or "no kind of site"
+            visited = ", ".join(map(kind_name, Quantize.matches))
+            raise OptionError(
+                f"scheme {self.name!r} has layers for {served}, and Quantize visits {visited}"
+            )
+
+
+SCHEMES: dict[str, Scheme] = {}
+"""What `Quantize(scheme=…)` knows, by name; `register` adds to it."""
+
+
+def register(scheme: Scheme) -> Scheme:
+    """Makes a scheme known to `Quantize`; again is nothing new.
+
+    Raises:
+        OptionError: another one has its name.
+    """
+    known = SCHEMES.setdefault(scheme.name, scheme)
+    if known != scheme:
+        raise OptionError(f"two schemes are called {scheme.name!r}: {known} and {scheme}")
+    return scheme
+
+
+@dataclass(frozen=True)
 class Quantize(Pass):
-    """W ≈ q·scale with q in int8 and one scale per output channel; see `QuantizedLinear`.
+    """W ≈ q·scale with q in few bits and one scale per output channel; see `QuantizedLinear`.
 
     After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`.
 
     Args:
-        scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time.
+        scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time; or
+            another of `SCHEMES`.
         activation: "per_token" (closer) or "per_tensor".
         where: which sites; a name pattern, a predicate, or None for all.
 
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
-    inf.
+    inf, or of a kind that the scheme has no layer for.
 
     Raises:
         OptionError: unknown scheme or activation.
@@ -300,27 +332,43 @@ class Quantize(Pass):
     activation: Activation = "per_token"
 
     def __post_init__(self) -> None:
-        _one_of("Quantize: scheme", self.scheme, _SCHEMES)
-        _one_of("Quantize: activation", self.activation, ACTIVATIONS)
+        one_of("Quantize: scheme", self.scheme, SCHEMES)
+        one_of("Quantize: activation", self.activation, ACTIVATIONS)
 
     def propose(self, site: Site) -> Replacement | Skip:
-        monarch = site.module if site.kind is MonarchLinear else None
-        weights: tuple[Tensor, ...]
-        bias: Tensor | None
-        if isinstance(monarch, MonarchLinear):
-            weights, bias = (monarch.right, monarch.left), monarch.bias
+        make = SCHEMES[self.scheme].layers.get(site.kind)
+        if make is None:
+            return Skip("scheme {} has no layer for a {}", self.scheme, kind_name(site.kind))
+        old = site.module
+        if isinstance(old, Layer):
+            weights: list[Tensor] = [p for n, p in old.named_parameters() if n != "bias"]
+            bias, before = getattr(old, "bias", None), old.dense_weight
         else:
-            weights, bias = (site.weight,), site.bias
+            weights, bias, before = [site.weight], site.bias, lambda: site.weight
         if refused := unusable(*weights, bias):
             return refused
-
-        layer: QuantizedLinear | QuantizedMonarch
-        if isinstance(monarch, MonarchLinear):
-            layer = QuantizedMonarch.from_monarch(monarch, self.activation)
-            before = monarch.dense_weight()
-        else:
-            layer = QuantizedLinear.from_weight(weights[0], bias, self.activation)
-            before = weights[0]
-        layer.train(site.module is None or site.module.training)
+        layer = make(site, self.activation)
+        layer.train(old is None or old.training)
         note = _FROZEN if any(w.requires_grad for w in weights) else ""
-        return Replacement(layer, relative_error(before, layer.dense_weight()), note)
+        return Replacement(layer, relative_error(before(), layer.dense_weight()), note)
+
+
+def _linear(site: Site, activation: Activation) -> Layer:
+    return QuantizedLinear.from_weight(site.weight, site.bias, activation)
+
+
+def _monarch(site: Site, activation: Activation) -> Layer:
+    monarch = site.module
+    assert isinstance(monarch, MonarchLinear)
+    return QuantizedMonarch.from_monarch(monarch, activation)
+
+
+register(
+    Scheme(
+        "int8-dynamic",
+        bits=8,
+        dtype=torch.int8,
+        storage=torch.int8,
+        layers={LINEAR: _linear, MonarchLinear: _monarch},
+    )
+)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, unusable
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, whole_number
 from rewriter.kernels.topk import topk_linear
 from rewriter.sites import LINEAR, MLP, Kind, Site
 
@@ -53,10 +52,7 @@ class TopKLinear(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= in_features:
-            raise OptionError(
-                f"TopKLinear: k={k!r} must be an int from 1 to in_features={in_features}"
-            )
+        whole_number("TopKLinear: k", k, most=in_features)
         self.in_features, self.out_features, self.k = in_features, out_features, k
         self.weight = nn.Parameter(
             torch.empty((out_features, in_features), device=device, dtype=dtype)
@@ -80,14 +76,6 @@ class TopKLinear(Layer):
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-
-    def config(self) -> Mapping[str, Any]:
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "k": self.k,
-            "bias": self.bias is not None,
-        }
 
     def forward(self, h: Tensor) -> Tensor:
         return topk_linear(h, self.weight, self.bias, self.k)

@@ -7,14 +7,21 @@ the model; the engine does.
 
 from __future__ import annotations
 
+import ast
 import enum
+import json
+import math
+import re
+import types
+import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 
+from rewriter.errors import OptionError, nearest
 from rewriter.layer import Layer
 from rewriter.modules.moments import Moments
 from rewriter.sites import Site
@@ -28,10 +35,12 @@ __all__ = [
     "Skip",
     "Where",
     "as_parameter",
+    "read_number",
     "relative_error",
     "unusable",
 ]
 
+P = TypeVar("P", bound="Pass")
 Where = str | Callable[[Site], bool] | None
 """A name pattern (`"encoder.*"`), a predicate over sites, or None for every site."""
 
@@ -111,6 +120,29 @@ class Pass:
     def name(self) -> str:
         return type(self).__name__.lower()
 
+    @classmethod
+    def parse(cls: type[P], text: str) -> P:
+        """The pass of options as text: `value` (of the first option) or `option=value, …`.
+
+        Values are read as the option's type says: numbers, `true` and `false`, `none`, tuples, else
+        text, in quotes where it holds a comma. `__str__` writes what `parse` reads.
+
+        Raises:
+            OptionError: no such option (the nearest is named), or an impossible value.
+        """
+        return cls(**_read_options(cls, text))
+
+    def spec(self) -> dict[str, Any] | None:
+        """The options as JSON values, so that `cls(**spec)` is the pass again (but for `where`,
+        which has done its work); None where one of them is no JSON."""
+        given = [f.name for f in fields(self) if f.init and f.name != "where"]
+        options = {name: getattr(self, name) for name in given}
+        try:
+            json.dumps(options)
+        except (TypeError, ValueError):
+            return None
+        return options
+
     def __str__(self) -> str:
         """The pass as one would write it: its first option, and what is not at its default."""
         own = [f for f in fields(self) if f.name != "where"]
@@ -118,6 +150,85 @@ class Pass:
         shown += [f for f in fields(self) if f.name == "where" and self.where is not None]
         options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in shown)
         return f"{type(self).__name__}({options})"
+
+
+def _read_options(cls: type[Pass], text: str) -> dict[str, Any]:
+    who, own = cls.__name__, {f.name: f for f in fields(cls) if f.init}
+    hints = typing.get_type_hints(cls, localns={"Site": Any})  # a name for type checkers only
+    options: dict[str, Any] = {}
+    for i, part in enumerate(p for p in _PARTS.findall(text) if p.strip()):
+        key, equals, value = part.partition("=")
+        key, value = _unquoted(key), _unquoted(value)
+        if not equals:
+            if i:
+                raise OptionError(f"{who}: {text!r}: write {key!r} as option=value")
+            key, value = next(iter(n for n in own if n != "where"), ""), key
+            if not key:
+                raise OptionError(f"{who} has no option but where: write where=…")
+        if key not in own:
+            raise OptionError(f"{who} has no option {key!r}{nearest(key, own)}")
+        if key in options:
+            raise OptionError(f"{who}: {text!r} gives {key} twice")
+        options[key] = _read_value(f"{who}: {key}", value, hints[key])
+    missing = [f.name for f in own.values() if _required(f) and f.name not in options]
+    if missing:
+        first = f"{who.lower()}:{missing[0]}=…"
+        raise OptionError(f"{who} needs {', '.join(missing)}: write {first}")
+    return options
+
+
+_PARTS = re.compile(r"""(?:"[^"]*"|'[^']*'|\([^()]*\)|\[[^\[\]]*\]|[^,])+""")
+
+
+def _unquoted(text: str) -> str:
+    text = text.strip()
+    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1] if quoted else text
+
+
+def _required(option: Field[Any]) -> bool:
+    return option.default is MISSING and option.default_factory is MISSING
+
+
+def _read_value(what: str, text: str, hint: Any) -> Any:
+    """`text` as the first of the option's types that it reads as."""
+    union = get_origin(hint) in (typing.Union, types.UnionType)
+    members = list(get_args(hint)) if union else [hint]
+    origins = [get_origin(m) or m for m in members]
+    if text.lower() in ("none", "null") and type(None) in members:
+        return None
+    if tuple in origins and text.startswith(("(", "[")):
+        return _tuple(what, text)
+    for kind in (bool, int, float):
+        if kind in members and (value := read_number(text, kind)) is not None:
+            return value
+    for literal in (m for m in members if get_origin(m) is Literal):
+        text = next((v for v in get_args(literal) if str(v) == text), text)
+    if {str, Literal, Any} & set(origins):
+        return text
+    wanted = " or ".join(_WANTED.get(m, str(m)) for m in members if m is not type(None))
+    raise OptionError(f"{what}={text!r} must be {wanted}")
+
+
+_WANTED = {bool: "true or false", int: "an integer", float: "a number"}
+
+
+def _tuple(what: str, text: str) -> tuple[Any, ...]:
+    try:
+        return tuple(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise OptionError(f"{what}={text!r} must be a tuple, such as (2, 4)") from error
+
+
+def read_number(text: str, kind: type) -> Any:
+    """`text` as a bool, an int or a finite float; None where it is none."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower())
+    try:
+        value = kind(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def as_parameter(tensor: Tensor, like: Tensor | None = None) -> nn.Parameter:

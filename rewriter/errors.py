@@ -1,4 +1,4 @@
-"""Every error and warning this package raises, in one place.
+"""Every error and warning this package raises, in one place, and the checks of an option's value.
 
 An error names the pass, the site, the user's line and the remedy: whoever reads it should know
 what to change without opening this package.
@@ -6,8 +6,10 @@ what to change without opening this package.
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
+from collections.abc import Iterable
 
 
 class RewriteError(Exception):
@@ -60,3 +62,33 @@ def warn(message: str) -> None:
 
 def _is_inside(module: str) -> bool:
     return module.partition(".")[0] in (*_INSIDE, "")  # generated code has no name
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What may have been meant by `name`, to go on an error message."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def one_of(name: str, value: object, valid: Iterable[str]) -> None:
+    """Checks an option that is one of a few words.
+
+    Raises:
+        OptionError: it is none of them.
+    """
+    valid = list(valid)
+    if value not in valid:
+        raise OptionError(f"{name}={value!r} is unknown{nearest(str(value), valid)}")
+
+
+def whole_number(name: str, value: object, least: int = 1, most: int | None = None) -> None:
+    """Checks an option that counts something; True and False are no numbers.
+
+    Raises:
+        OptionError: it is no integer of at least `least` and at most `most`.
+    """
+    number = value if isinstance(value, int) and not isinstance(value, bool) else least - 1
+    if number < least or (most is not None and number > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise OptionError(f"{name} must be an integer {bounds}, got {value!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,8 +18,9 @@ class Layer(nn.Module):
     """A module that a pass installs, and that can be saved without pickle.
 
     A subclass takes `device` and `dtype` among its constructor's keyword arguments, keeps every
-    tensor as a parameter or a buffer, and returns its other constructor arguments from `config`:
-    `type(layer)(**layer.config(), device=…, dtype=…)` builds a layer with the same state_dict.
+    other argument as the attribute of its name (JSON values), and every tensor as a parameter or a
+    buffer: `type(layer)(**layer.config(), device=…, dtype=…)` builds a layer with the same
+    state_dict.
     """
 
     op: ClassVar[str] = ""
@@ -70,8 +72,20 @@ class Layer(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
     def config(self) -> Mapping[str, Any]:
-        """JSON-able keyword arguments of the constructor, without `device` and `dtype`."""
-        raise NotImplementedError(f"{type(self).__name__}.config")
+        """The constructor's arguments but `device` and `dtype`, each from the attribute of its
+        name; `bias` is whether there is one.
+
+        Raises:
+            OptionError: the layer keeps an argument under no attribute: override `config` then.
+        """
+        names = [n for n in inspect.signature(type(self)).parameters if n not in _OF_TENSORS]
+        if missing := [n for n in names if not hasattr(self, n)]:
+            cls = type(self).__name__
+            raise OptionError(
+                f"{cls} does not say what it was built with: keep {', '.join(missing)} of its "
+                f"constructor as attributes of that name, or write {cls}.config()"
+            )
+        return {n: self.bias is not None if n == "bias" else getattr(self, n) for n in names}
 
     def dense_weight(self) -> Tensor:
         """The [out_features, in_features] matrix this layer multiplies by.
@@ -113,6 +127,7 @@ class Layer(nn.Module):
 
 
 _LINEAR = ("input", "weight", "bias")
+_OF_TENSORS = ("device", "dtype")
 
 
 class _Transposed:

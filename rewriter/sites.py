@@ -39,6 +39,7 @@ __all__ = [
     "Site",
     "find_sites",
     "is_leaf",
+    "kind_name",
     "kind_of",
     "op_name",
     "user_line",

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from rewriter import OptionError, Report
+from rewriter import OptionError, Pass, Report
 from rewriter.cli import main
-from rewriter.passes import Densify, Monarch, Quantize, TopK
+from rewriter.passes import (
+    Densify,
+    Monarch,
+    MonarchChain,
+    MonarchResidual,
+    Quadratic,
+    Quantize,
+    TopK,
+)
 from rewriter.recipe.parse import parse_pass
 
 FACTORY = """
@@ -52,6 +60,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("topk:k=64,where=encoder.*", TopK(k=64, where="encoder.*")),
         ('monarch:init="random"', Monarch(init="random")),
         ("rewriter.passes.Densify", Densify()),
+        ("monarch:nblocks=(2, 4),rank=none", Monarch((2, 4))),
+        ("Monarch(nblocks='sqrt', cap=True)", Monarch("sqrt", cap=True)),
     ],
 )
 def test_passes_from_text(text: str, expected: object) -> None:
@@ -59,8 +69,33 @@ def test_passes_from_text(text: str, expected: object) -> None:
 
 
 @pytest.mark.parametrize(
+    "rewrite",
+    [
+        Densify(),
+        Monarch((2, 4), rank=3, init="random"),
+        Monarch(where="layers.{0,1}, or not"),
+        MonarchChain(stars=1, expansion=2),
+        MonarchResidual(residual="block-sparse", share=0.25),
+        Quadratic(init="random"),
+        Quantize("int8-dynamic", "per_tensor", where="it's"),
+        TopK(0.25),
+        TopK(8),
+    ],
+    ids=str,
+)
+def test_a_pass_is_what_its_text_and_its_stored_options_say(rewrite: Pass) -> None:
+    assert parse_pass(str(rewrite)) == rewrite
+    spec = rewrite.spec()
+    assert spec is not None
+    assert type(rewrite)(**spec, where=rewrite.where) == rewrite
+    assert "where" not in spec
+
+
+@pytest.mark.parametrize(
     ("text", "match"),
     [
+        ("monarch:nblocks=(2,", "must be a tuple"),
+        ("monarch:nblocks=(2,x)", "must be a tuple"),
         ("monarhc", "no pass is called 'monarhc'; did you mean 'monarch'"),
         ("monarch:nblock=4", "no option 'nblock'; did you mean 'nblocks'"),
         ("monarch:nblocks=0", "at least 1"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pathlib
 import re
 import runpy
+from typing import Any
 
 import pytest
 import torch
+
+from rewriter.passes import quantize
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -33,7 +36,7 @@ def test_every_line_of_the_readme_runs(
 
 
 def test_the_pass_in_contributing_is_the_example() -> None:
-    shown = next(b for b in blocks("CONTRIBUTING.md", "python") if "(Pass)" in b)
+    shown = next(b for b in blocks("CONTRIBUTING.md", "python") if "class LowRank" in b)
     example = (ROOT / "examples/write_a_pass.py").read_text()
     marked = example.split("# [pass]\n")[1].split("# [/pass]")[0]
     assert marked.strip() == shown.strip()
@@ -45,6 +48,19 @@ def test_the_record_in_contributing_is_the_example() -> None:
     example = (ROOT / "examples/write_an_op.py").read_text()
     marked = example.split("# [record]\n")[1].split("# [/record]")[0]
     assert marked.strip() in [block.strip() for block in blocks("CONTRIBUTING.md", "python")]
+
+
+def test_the_scheme_in_contributing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "SCHEMES", dict(quantize.SCHEMES))
+    (shown,) = (b for b in blocks("CONTRIBUTING.md", "python") if "Scheme(" in b)
+    namespace: dict[str, Any] = {"__name__": "contributing"}
+    torch.manual_seed(0)
+    exec(compile(shown, "CONTRIBUTING.md", "exec"), namespace)
+    layer = namespace["optimized"]
+    (step,) = layer.report.steps[1:]
+    (decision,) = step.decisions
+    assert decision.action == "replaced"
+    assert 0.02 < decision.error < 0.1  # a step of 1/7 of each row's largest: 4 bits, not 8
 
 
 def test_the_example_pass_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from rewriter.kernels.int8_linear import (
     quantize_weight,
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear, int8_monarch_linear_reference
+from rewriter.kernels.monarch import monarch_linear
 
 KERNELS = available_kernels()
 
@@ -123,7 +124,7 @@ def test_gradients_are_straight_through():
     xm.requires_grad_(), bm.requires_grad_()
     dx, db = torch.autograd.grad(int8_monarch_linear(xm, *rest, bm, o).sum(), (xm, bm))
     right, left = dequantize_weight(*rest[:2]), dequantize_weight(*rest[2:])
-    want = torch.ops.rewriter.monarch_linear(xm, right, left, bm, o).sum()
+    want = monarch_linear(xm, right, left, bm, o).sum()
     assert_close((dx, db), torch.autograd.grad(want, (xm, bm)))
 
 
@@ -215,6 +216,19 @@ def test_kernel_choice():
     assert kernel_name(8, 24, 12, device="cuda") == "torch"
     assert KERNELS[-1] == "torch"
     assert set(int8.refused_kernels()).isdisjoint(KERNELS)
+
+
+@pytest.mark.skipif(len(int8.available_kernels()) < 2, reason="there is nothing to choose from")
+def test_the_choice_is_measured_on_the_kernels_themselves(monkeypatch):
+    def fastest(key, version, candidates):
+        made = {name: call() for name, call in candidates().items()}
+        assert made.keys() == set(int8.available_kernels())
+        for y in made.values():
+            assert_close(y, made["torch"], rtol=1e-4, atol=1e-4)
+        return "torch"
+
+    monkeypatch.setattr(int8, "fastest", fastest)
+    assert pick_kernel(7, 24, 12) == "torch"
 
 
 def test_a_kernel_that_saturates_is_refused(monkeypatch):

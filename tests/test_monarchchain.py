@@ -344,7 +344,7 @@ def test_a_member_of_the_class_comes_back() -> None:
         ({"stars": -1}, "stars must be"),
         ({"stars": 1, "expansion": 0}, "expansion must be"),
         ({"expansion": 2}, "expansion=2 is for stars"),
-        ({"init": "best"}, "init must be"),
+        ({"init": "best"}, "MonarchChain: init='best' is unknown; there are project, random"),
     ],
 )
 def test_impossible_options(options: dict[str, Any], message: str) -> None:

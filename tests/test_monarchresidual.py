@@ -150,7 +150,7 @@ def test_end_to_end(kind: Any, tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"residual": "dense"}, "residual must be one of"),
+        ({"residual": "dense"}, "residual='dense' is unknown; there are low-rank"),
         ({"share": 0}, "share must be"),
         ({"share": 1.5}, "share must be"),
         ({"nblocks": 0}, "nblocks must be"),

@@ -350,7 +350,7 @@ def test_skip_empty():
 
 
 def test_impossible_options():
-    with pytest.raises(OptionError, match="neuron='t2' is not supported; use 'new'"):
+    with pytest.raises(OptionError, match="neuron='t2' is unknown; there are new"):
         Quadratic(neuron="t2")
-    with pytest.raises(OptionError, match="init='zeros' is not supported; use 'preserve', 'ran"):
+    with pytest.raises(OptionError, match="init='zeros' is unknown; there are preserve, ran"):
         Quadratic(init="zeros")

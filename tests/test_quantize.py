@@ -11,8 +11,15 @@ from torch.testing import assert_close
 
 from rewriter.base import Phase, Replacement, Skip
 from rewriter.errors import OptionError
+from rewriter.passes import quantize
 from rewriter.passes.monarch import MonarchLinear
-from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
+from rewriter.passes.quantize import (
+    Quantize,
+    QuantizedLinear,
+    QuantizedMonarch,
+    Scheme,
+    register,
+)
 from rewriter.sites import LINEAR, Site
 
 LAYERS = [
@@ -140,6 +147,46 @@ def test_option_errors():
         QuantizedLinear(4, 4, activation="x")
     with pytest.raises(OptionError, match="QuantizedMonarch: activation"):
         QuantizedMonarch(4, 4, 2, activation="x")
+
+
+@pytest.fixture
+def schemes(monkeypatch):
+    monkeypatch.setattr(quantize, "SCHEMES", dict(quantize.SCHEMES))
+
+
+def toy(name="toy", **changes):
+    def layer(site, activation):
+        return QuantizedLinear.from_weight(site.weight.sign(), site.bias, activation)
+
+    own = {"bits": 1, "dtype": torch.int8, "storage": torch.int8, "layers": {LINEAR: layer}}
+    return Scheme(name, **own | changes)
+
+
+def test_a_scheme_of_ones_own(schemes):
+    scheme = register(toy())
+    assert register(scheme) is scheme
+    dense = nn.Linear(6, 4)
+    got = propose(dense, "toy").layer.dense_weight()
+    assert_close(got, dense.weight.detach().sign())
+    assert propose(MonarchLinear(8, 8, 2), "toy").reason == (
+        "scheme toy has no layer for a monarch_linear"
+    )
+    with pytest.raises(OptionError, match="did you mean 'toy'"):
+        Quantize("toys")
+
+
+def test_schemes_that_contradict_themselves_or_each_other(schemes):
+    register(toy())
+    with pytest.raises(OptionError, match=r"two schemes are called 'toy': .*bits=1.*bits=2"):
+        register(toy(bits=2))
+    with pytest.raises(OptionError, match=r"3 weights of 4 bits do not fit one torch.int8 of 8"):
+        toy(bits=4, per_element=3)
+    with pytest.raises(OptionError, match="layers for conv, and Quantize visits linear, monarch"):
+        toy(layers={"conv": None})
+    with pytest.raises(OptionError, match="layers for no kind of site"):
+        toy(layers={})
+    with pytest.raises(OptionError, match="'toy': bits must be an integer of at least 1"):
+        toy(bits=0)
 
 
 @pytest.mark.parametrize("make", LAYERS)

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -414,9 +414,6 @@ class Scaled(Layer):
         table = torch.arange(float(out_features), device=device)
         self.register_buffer("table", table, persistent=False)
 
-    def config(self) -> Mapping[str, Any]:
-        return {"in_features": self.in_features, "out_features": self.out_features}
-
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight) * self.table
 
@@ -432,6 +429,19 @@ class Scale(Pass):
         layer = Scaled(site.in_features, site.out_features)
         layer.weight = as_parameter(site.weight)
         return Replacement(layer, error=None)
+
+
+class Forgetful(Layer):
+    def __init__(self, in_features: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+
+
+def test_a_layer_that_does_not_say_what_it_was_built_with() -> None:
+    assert Scaled(3, 2).config() == {"in_features": 3, "out_features": 2}
+    with pytest.raises(
+        rewriter.OptionError, match=r"keep in_features .* or write Forgetful.config\(\)"
+    ):
+        Forgetful(3).config()
 
 
 def test_the_users_own_layer(tmp_path: pathlib.Path) -> None:

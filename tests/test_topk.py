@@ -255,7 +255,7 @@ def test_layer_is_a_module_like_any_other():
 
 @pytest.mark.parametrize("k", [0, 7, True, 2.0])
 def test_layer_refuses_an_impossible_k(k):
-    with pytest.raises(OptionError, match="must be an int from 1 to in_features=6"):
+    with pytest.raises(OptionError, match="k must be an integer from 1 to 6, got"):
         TopKLinear(6, 4, k)
 
 

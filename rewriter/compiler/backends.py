@@ -35,9 +35,9 @@ from rewriter.compiler.user_code import Frame, guard_mode, source_name
 from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
 from rewriter.engine.prices import Prices
-from rewriter.errors import OptionError, RewriteError, RewriteWarning, warn
+from rewriter.errors import OptionError, RewriteError, RewriteWarning, nearest, warn
 from rewriter.planner import MemoryBudget
-from rewriter.recipe.parse import nearest, parse_pass
+from rewriter.recipe.parse import parse_pass
 from rewriter.recipe.recipe import Recipe
 from rewriter.report import Report, Step
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import pathlib
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from rewriter.base import Pass
-from rewriter.errors import StoreError
+from rewriter.base import Layer, Pass
+from rewriter.errors import OptionError, StoreError
+from rewriter.recipe import plugins
 
 __all__ = [
     "FORMAT",
     "RECIPE",
     "allowed_class",
+    "check_extra",
     "class_name",
     "digest_of",
     "dtype_name",
@@ -47,17 +47,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def pass_spec(rewrite: Any) -> Any:
+    """The pass as JSON; without options (which only `load_original` needs) where they are none."""
     if not isinstance(rewrite, Pass):
         return rewrite  # as it was read from a recipe
-    options = {
-        f.name: getattr(rewrite, f.name) for f in fields(rewrite) if f.init and f.name != "where"
-    }
-    spec: dict[str, Any] = {"class": class_name(type(rewrite)), "options": options}
-    try:
-        json.dumps(spec)
-    except (TypeError, ValueError):  # only load_original needs it, and says so
-        spec["options"] = None
-    return spec
+    return {"class": class_name(type(rewrite)), "options": rewrite.spec()}
 
 
 def digest_of(path: pathlib.Path) -> str:
@@ -76,32 +69,58 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def allowed_class(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
-    """The class of this name, if it may be built; nothing else is ever imported."""
+    """The class of this name, if it may be built; nothing else is ever imported.
+
+    Raises:
+        StoreError: it may not, or the package that lists it is broken.
+    """
+    found = _found(name, extra, bases)
+    if found is None:
+        raise StoreError(
+            f"the recipe names {name}, which is not on the allow-list: pass "
+            f"layers=[{name.rpartition('.')[2]}] to load it if you trust where the file comes from"
+        )
+    return found
+
+
+def known_class(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
+    """A class where it may be used; else its name, which only `load_original` stumbles on."""
+    return (_found(name, extra, bases) if "." in name else None) or name
+
+
+def _found(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
     for cls in extra:
-        if class_name(cls) == name:
+        if class_name(cls) == name and issubclass(cls, bases):
             return cls
-    module, _, attribute = name.rpartition(".")
     if name == class_name(nn.Linear):
         return nn.Linear
+    module, _, attribute = name.rpartition(".")
     if module.startswith("rewriter.passes."):
         try:
             found = getattr(importlib.import_module(module), attribute, None)
         except ImportError:
             found = None
-        if isinstance(found, type) and issubclass(found, bases):
-            return found
-    raise StoreError(
-        f"the recipe names {name}, which is not on the allow-list: pass layers=[{attribute}] to "
-        "load it if you trust where the file comes from"
-    )
-
-
-def known_class(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
-    """A class where it may be used; else its name, which only `load_original` stumbles on."""
+        return found if isinstance(found, type) and issubclass(found, bases) else None
     try:
-        return allowed_class(name, extra, bases) if "." in name else name
-    except StoreError:
-        return name
+        return plugins.of_class(name, Pass if Pass in bases else Layer)
+    except OptionError as error:
+        raise StoreError(f"the recipe names {name}, and {error}") from error
+
+
+def check_extra(extra: Sequence[type]) -> None:
+    """What the caller lets a recipe name.
+
+    Raises:
+        OptionError: one is neither a layer nor a pass, or two have one name.
+    """
+    if isinstance(extra, type) or not isinstance(extra, Sequence):
+        raise OptionError(f"layers must be a list of classes, not {extra!r}")
+    known: dict[str, type] = {}
+    for cls in extra:
+        if not (isinstance(cls, type) and issubclass(cls, (Layer, Pass, nn.Linear))):
+            raise OptionError(f"layers: {cls!r} is no class derived from rewriter.Layer or Pass")
+        if known.setdefault(class_name(cls), cls) is not cls:
+            raise OptionError(f"layers: two classes are called {class_name(cls)}: hand in one")
 
 
 def pass_of(spec: Any, extra: Sequence[type]) -> Any:

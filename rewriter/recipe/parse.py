@@ -10,23 +10,21 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
-import math
 import re
 import sys
 import traceback
 import types
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from torch import nn
 
-from rewriter.base import Pass
-from rewriter.errors import OptionError, RewriteError
+from rewriter.base import Pass, read_number
+from rewriter.errors import OptionError, RewriteError, nearest
+from rewriter.recipe import plugins
 
-__all__ = ["built", "here", "nearest", "parse_pass", "parse_sizes", "pass_names"]
+__all__ = ["built", "here", "parse_pass", "parse_sizes"]
 
 
 def _passes() -> Mapping[str, type[Pass]]:
@@ -36,50 +34,19 @@ def _passes() -> Mapping[str, type[Pass]]:
     return {c.__name__.lower(): c for c in found if issubclass(c, Pass)}
 
 
-def pass_names() -> tuple[str, ...]:
-    """What `parse_pass` knows."""
-    return tuple(_passes())
-
-
 def parse_pass(text: str) -> Pass:
-    """`name`, `name:value` (of the first option) or `name:option=value,…` as a pass.
+    """`name`, `name:options` or `name(options)` as a pass; `Pass.parse` says how options are read.
 
-    A name with dots is a pass of one's own, `module.Class`. Values are read as the option's type
-    says: numbers, `true`/`false`, `none`, else text, in quotes where it holds a comma.
+    A name without dots is a pass that ships, or one that another package lists (`plugins`); one
+    with dots is a pass of one's own, `module.Class`.
 
     Raises:
-        OptionError: no such pass or option (the nearest is named), or an impossible value.
+        OptionError: no such pass or option (the nearest is named), two passes of one name, or an
+            impossible value.
     """
-    name, _, rest = text.partition(":")
-    cls = _pass(name.strip())
-    own = {f.name: f for f in fields(cls) if f.init}
-    hints = typing.get_type_hints(cls, localns={"Site": Any})  # a name for type checkers only
-    options: dict[str, Any] = {}
-    for i, part in enumerate(p for p in _PARTS.findall(rest) if p.strip()):
-        key, equals, value = part.partition("=")
-        key, value = _unquoted(key), _unquoted(value)
-        if not equals:
-            if i:
-                raise OptionError(f"{text!r}: write {key!r} as option=value")
-            key, value = _first(cls, own), key
-        if key not in own:
-            raise OptionError(f"{cls.__name__} has no option {key!r}{nearest(key, list(own))}")
-        if key in options:
-            raise OptionError(f"{text!r} gives {key} twice")
-        options[key] = _value(f"{name}: {key}", value, hints[key])
-    missing = [f.name for f in own.values() if _required(f) and f.name not in options]
-    if missing:
-        raise OptionError(f"{cls.__name__} needs {', '.join(missing)}: write {name}:{missing[0]}=…")
-    return cls(**options)
-
-
-_PARTS = re.compile(r"""(?:"[^"]*"|'[^']*'|[^,])+""")
-
-
-def _unquoted(text: str) -> str:
-    text = text.strip()
-    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
-    return text[1:-1] if quoted else text
+    called = re.fullmatch(r"\s*([\w.-]+)\s*\((.*)\)\s*", text, re.DOTALL)
+    name, options = called.groups() if called else text.partition(":")[::2]
+    return _pass(name.strip()).parse(options)
 
 
 def _pass(name: str) -> type[Pass]:
@@ -87,10 +54,7 @@ def _pass(name: str) -> type[Pass]:
         raise OptionError("'' is no pass: a pass as text is name:option=value,…")
     module, dot, own = name.rpartition(".")
     if not dot:
-        known = _passes()
-        if name.lower() not in known:
-            raise OptionError(f"no pass is called {name!r}{nearest(name.lower(), list(known))}")
-        return known[name.lower()]
+        return _named(name.lower())
     try:
         found = getattr(importlib.import_module(module), own)
     except (ImportError, AttributeError) as error:
@@ -100,59 +64,22 @@ def _pass(name: str) -> type[Pass]:
     return found
 
 
-def _first(cls: type[Pass], own: Mapping[str, Any]) -> str:
-    first = next(iter(n for n in own if n != "where"), "")
-    if not first:
-        raise OptionError(f"{cls.__name__} has no option but where: write where=…")
-    return first
-
-
-def _required(field: Field[Any]) -> bool:
-    from dataclasses import MISSING
-
-    return field.default is MISSING and field.default_factory is MISSING
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """What may have been meant, to go on an error message."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
-
-
-def _value(what: str, text: str, hint: Any) -> Any:
-    """`text` as the first of the option's types that it reads as."""
-    members = list(get_args(hint)) if _union(hint) else [hint]
-    if text.lower() in ("none", "null") and type(None) in members:
-        return None
-    if get_origin(hint) is Literal:
-        return next((v for v in get_args(hint) if str(v) == text), text)
-    literal = [m for m in members if get_origin(m) is Literal]
-    for kind in (bool, int, float):
-        if kind in members:
-            value = _number(text, kind)
-            if value is not None:
-                return value
-    if str in members or literal or Any in members:
-        return text
-    wanted = " or ".join(_WANTED.get(m, str(m)) for m in members if m is not type(None))
-    raise OptionError(f"{what}={text!r} must be {wanted}")
-
-
-_WANTED = {bool: "true or false", int: "an integer", float: "a number"}
-
-
-def _union(hint: Any) -> bool:
-    return get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _number(text: str, kind: type) -> Any:
-    if kind is bool:
-        return {"true": True, "false": False}.get(text.lower())
-    try:
-        value = kind(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+def _named(name: str) -> type[Pass]:
+    """The pass of this name: ours, or of another package."""
+    ours, theirs = _passes(), plugins.listed(Pass)
+    known = {*ours, *(e.name.lower() for e in theirs)}
+    if name not in known:
+        raise OptionError(f"no pass is called {name!r}{nearest(name, sorted(known))}")
+    found = [e for e in theirs if e.name.lower() == name]
+    both = [f"{ours[name].__module__}.{ours[name].__name__}"] if name in ours else []
+    both += map(plugins.said, found)
+    if len(both) > 1:
+        raise OptionError(
+            f"two passes are called {name!r}: {' and '.join(both)}; name the one you want by its "
+            "class, module.Class"
+        )
+    cls: type[Pass] = ours[name] if name in ours else plugins.loaded(found[0], Pass)
+    return cls
 
 
 def parse_sizes(texts: list[str]) -> dict[str, int]:
@@ -164,7 +91,7 @@ def parse_sizes(texts: list[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for text in texts:
         name, _, value = text.partition("=")
-        number = _number(value.strip(), int)
+        number = read_number(value.strip(), int)
         if not name.strip() or number is None:
             raise OptionError(f"{text!r}: write size=number, e.g. batch=32")
         found[name.strip()] = number

@@ -1,8 +1,9 @@
 """Saving and loading: one safetensors file and one JSON recipe, no pickle.
 
 The recipe names the layers a rewrite installed, by class and constructor arguments; only classes
-on the allow-list (`rewriter.passes`, `nn.Linear`, and what the caller hands in) are built. The
-recipe is replaced last and names its weights file by content, so a crash leaves the old save whole.
+on the allow-list (`rewriter.passes`, `nn.Linear`, what the caller hands in, and what installed
+packages list as entry points) are built. The recipe is replaced last and names its weights file by
+content, so a crash leaves the old save whole.
 """
 
 from rewriter.store.original import load_original

@@ -27,6 +27,7 @@ from rewriter.recipe.names import (
     FORMAT,
     RECIPE,
     allowed_class,
+    check_extra,
     class_name,
     digest_of,
     dtype_of,
@@ -63,12 +64,14 @@ def load(
         example_inputs: captures the loaded model again, so that it runs graphs. Without, it runs
             its own Python forward over the rewritten layers, unless a rewritten place is reached
             by a graph only: then the recorded example call is captured again.
-        layers: further `Layer` and `Pass` classes that the recipe may name.
+        layers: further `Layer` and `Pass` classes that the recipe may name, beside those that ship
+            and those that installed packages list as entry points.
 
     Returns:
         The rewritten model, with the saved report.
 
     Raises:
+        OptionError: `layers` holds something else, or two classes of one name.
         StoreError: not a saved rewrite, truncated, from a newer version, for another model, or it
             names a class that is not on the allow-list.
     """
@@ -77,6 +80,7 @@ def load(
             f"load needs the original {type(model).__name__}, and this one is rewritten already: "
             "build the original again, with any weights"
         )
+    check_extra(layers)
     path = pathlib.Path(directory)
     saved = _read(path, layers)
     try:
