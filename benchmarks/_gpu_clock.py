@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping
 
@@ -33,7 +34,7 @@ def datasheet() -> Device:
     """Of this card; the H100's, as a stand-in, where we have none of it."""
     name = card()
     for known in ("H200", "H100", "A100", "B200", "L4", "4090", "MI300X"):
-        if known in name:
+        if re.search(rf"\b{known}\b", name):
             return Device.get("A100-40" if known == "A100" and "40GB" in name else known)
     return Device.get("h100")
 

@@ -10,6 +10,7 @@ A worker reads numbers of cases from its input, one a line, and answers with lin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -65,8 +66,13 @@ class Outcome:
 # The worker's side
 
 
-def serve(cases: Sequence[Case]) -> None:
-    """Runs the cases whose numbers come in, until the input ends or the card is lost."""
+def serve(cases: Sequence[Case], after: Callable[[], object] = lambda: None) -> None:
+    """Runs the cases whose numbers come in, until the input ends or the card is lost.
+
+    Args:
+        cases: all of them.
+        after: called behind each case, to give back what it took.
+    """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else prints must not disturb the answers
 
@@ -85,6 +91,7 @@ def serve(cases: Sequence[Case]) -> None:
             if any(sign in text for sign in _LOST):
                 return
         else:
+            after()
             say(done=True)
 
 
@@ -165,7 +172,8 @@ class _Worker:
 
     def __exit__(self, *_: object) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self.process.stdin.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -183,8 +191,12 @@ class _Worker:
         """One case; whether the process can take another."""
         assert self.process.stdin is not None
         outcome.reached.add(number)
-        self.process.stdin.write(f"{number}\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(f"{number}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            outcome.failed[number] = f"process died before: {self._last_words()}"
+            return False
         rows = outcome.rows.setdefault(number, [])
         limit = min(seconds, max(until - time.monotonic(), 0) + 30)
         start = time.monotonic()

@@ -180,7 +180,7 @@ def compiled_ahead(name: str) -> Found:
 
 # Peaks -------------------------------------------------------------------------------------------
 
-LARGE, TINY = Size(1024, 6, 16384, 8, 512), Size(64, 2, 128, 4, 32)
+LARGE, TINY = Size(1024, 6, 8192, 8, 512), Size(64, 2, 128, 4, 32)
 
 
 def measured_peak(model: nn.Module, tokens: Tensor) -> tuple[int, Tensor, dict[str, Tensor]]:

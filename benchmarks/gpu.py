@@ -5,14 +5,16 @@
     python benchmarks/gpu.py --quick                  # no card: Triton's interpreter and the CPU
 
 Runs from a source checkout on torch 2.11 or newer; nothing of ours need be installed. What fails
-is a row of a table, and the exit status is 1 then; what the time did not reach is listed. Results
-are kept after every part, one pair of files a card: `benchmarks/results/gpu_<card>.{md,json}`.
+is a row of a table, and the exit status is 1 then, as where the time reached nothing of a part.
+Results are kept after every part, one pair of files a card: `benchmarks/results/gpu_<card>.md` and
+`.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import math
 import re
@@ -162,7 +164,7 @@ class Record:
                 file_name(card(), self.args.part),
                 f"On a card: {card()}",
                 self.summary() | {h: t for h, t in self.tables.items() if h not in last} | last,
-                command=command(),
+                command=_typed(),
                 notes=f"{circumstances()} {TIMED} {_gpu_models.notes(self.args.quick)}",
                 out=self.args.out,
             )
@@ -205,6 +207,11 @@ def file_name(card: str, parts: Sequence[str] | None) -> str:
     return "_".join(["gpu", plain, *sorted(parts or ())])
 
 
+def _typed() -> str:
+    """The command without the folder of the results, which says nothing about them."""
+    return re.sub(r" --out[ =]\S+", "", command())
+
+
 def _flags() -> list[str]:
     return [f"-W{option}" for option in sys.warnoptions]
 
@@ -221,6 +228,13 @@ def _environment(parts: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _give_back() -> None:
+    """Memory of the card that other processes need."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def main() -> int:
     parser = arguments(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -232,7 +246,7 @@ def main() -> int:
     args = parse(parser)
     if args.serve:
         torch.backends.cuda.matmul.allow_tf32 = False  # some images switch it on
-        serve([case for _, case in of_parts(args.part, args.quick)])
+        serve([case for _, case in of_parts(args.part, args.quick)], _give_back)
         return 0
     if not torch.cuda.is_available() and not args.quick:
         raise SystemExit("no CUDA card here: --quick checks what needs none")
@@ -244,12 +258,12 @@ def main() -> int:
         record.run(parts, share)
     for heading, rows in record.summary().items():
         print(f"## {heading}\n\n{markdown_table(rows)}\n")
-    failed = record.failures or record.wrong()
+    idle = any(row["cases"] == row["not reached"] > 0 for row in record.parts)
     print(
         f"{time.monotonic() - record.start:.0f} s; {len(record.failures)} cases failed, "
         f"{len(record.wrong())} comparisons wrong, {len(record.unreached)} not reached"
     )
-    return 1 if failed else 0
+    return 1 if record.failures or record.wrong() or idle else 0
 
 
 if __name__ == "__main__":
