@@ -2,7 +2,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
-BENCHES := $(filter-out benchmarks/_% benchmarks/zoo.py,$(wildcard benchmarks/*.py))
+# gpu.py needs a CUDA card: it is run by itself, there
+BENCHES := $(filter-out benchmarks/_% benchmarks/zoo.py benchmarks/gpu.py,$(wildcard benchmarks/*.py))
 
 # Models and data come from packages; nothing may ask a model hub.
 export HF_HUB_OFFLINE := 1

@@ -285,3 +285,92 @@ def test_training_in_a_budget() -> None:
     )
     assert whole[0] == whole[1]
     assert planned[0] == planned[1] <= 0.5 * whole[0]
+
+
+@pytest.mark.timeout(600)
+def test_gpu(tmp_path: pathlib.Path) -> None:
+    """Without a card: every comparison with a reference, the Triton kernels interpreted, and each
+    part once; what was found is in a file of this device's own."""
+    shown = run("benchmarks/gpu.py", "--quick", "--seconds", "500", "--out", str(tmp_path))
+    assert "0 cases failed, 0 comparisons wrong, 0 not reached" in shown
+    found = tables(tmp_path, "gpu_no_card")
+    rows = found["Correctness"]
+    assert {row["verdict"] for row in rows} == {"ok"}
+    assert sum("in Triton" in row["what"] for row in rows) == 20
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    (peak,) = found["Peaks within a budget"]
+    assert abs(peak["off %"]) < 0.1
+    assert abs(peak["eager off %"]) < 0.1
+    assert peak["largest gradient error"] == 0
+    assert all(row["cases"] or row["part"] == "compiling" for row in found["Parts"])
+    assert all(row["failed"] == "" for row in found["Monarch beside cuBLAS, forward"])
+    assert len(found["Training steps"]) == 2
+    assert all(0 < row["predicted ms, H100-SXM"] for row in found["Predicted beside measured"])
+
+
+WORKER = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+from _gpu_crew import Case, run_cases, serve
+
+def rows(number, then=lambda: None):
+    def run():
+        yield "table", {{"number": number}}
+        then()
+    return run
+
+def broken():
+    raise ValueError("no such tile")
+
+def lost():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+cases = [
+    Case("good", rows(0)), Case("raises", rows(1, broken)),
+    Case("dies", rows(2, lambda: os._exit(9))),
+    Case("loses the card", rows(3, lost)), Case("hangs", rows(4, lambda: time.sleep(99)), 2),
+    Case("prints", rows(5, lambda: print("not an answer"))), Case("late", rows(6)),
+]
+if sys.argv[1:]:
+    serve(cases)
+else:
+    end = time.monotonic() + 60
+    command = [sys.executable, __file__, "serve"]
+    found = run_cases(command, cases[:6], 1, end, {{}})
+    print([row["number"] for row in found.tables()["table"]])
+    print(sorted(found.reached), found.failed)
+    print(run_cases(command, cases[6:], 1, time.monotonic() - 1, {{}}).reached)
+"""
+
+
+def test_no_case_takes_the_others_with_it(tmp_path: pathlib.Path) -> None:
+    """One that raises, ends its process, loses the card or never ends: what it had found stays, its
+    reason is kept, the next ones run; and nothing begins once the time is over."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(folder=str(ROOT / "benchmarks")))
+    numbers, reached, late = run(str(script)).splitlines()
+    assert numbers == "[0, 1, 2, 3, 4, 5]"
+    assert reached.startswith("[0, 1, 2, 3, 4, 5] {1: 'ValueError: no such tile', 2: 'process died")
+    assert "exit status 9" in reached
+    assert "3: 'RuntimeError: CUDA error: an illegal memory access" in reached
+    assert "4: 'ended after 2 s without a result" in reached
+    assert late == "set()"
+
+
+def test_measures_this_checkout_where_nothing_is_installed(tmp_path: pathlib.Path) -> None:
+    """`passes/` and `kernels/` are found as parts of the package, whatever else is on the path."""
+    folder = tmp_path / "rewriter"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise ImportError('another checkout')")
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import _checkout\n"
+        "import rewriter.passes, rewriter.kernels.monarch as m; print(m.__file__)\n"
+        "print(_checkout.missing())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    path, missing = done.stdout.splitlines()
+    assert pathlib.Path(path) == ROOT / "kernels" / "monarch.py"
+    assert missing == "[]"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.fx.experimental import symbolic_shapes
 from torch.fx.node import map_aggregate
 
 from rewriter.cost import Device
@@ -146,7 +146,9 @@ def _storages(value: object) -> list[Tensor]:
 
 def hint(value: Any) -> int:
     """A size as a number: of a symbol, what it was at capture."""
-    return int(optimization_hint(value, fallback=4096))
+    # torch 2.11 knows it by its former name
+    named = "optimization_hint" if hasattr(symbolic_shapes, "optimization_hint") else "size_hint"
+    return int(getattr(symbolic_shapes, named)(value, fallback=4096))
 
 
 class _Reader:
