@@ -18,6 +18,7 @@ __all__ = [
     "LINEAR",
     "MLP",
     "Kind",
+    "activation_name",
     "changes_input",
     "is_activation",
     "is_leaf",
@@ -162,6 +163,33 @@ def spelled(node: Node, root: nn.Module | None = None) -> str:
     `rewriter.modules.patterns` are made of."""
     name = op_name(node, root).rstrip("_")
     return _SPELLED.get(name, name)
+
+
+def activation_name(node: Node, root: nn.Module) -> str | None:
+    """An activation with its options settled: `gelu` (exact), `gelu_tanh`, `relu6` of a hardtanh
+    from 0 to 6; None of one that has other options."""
+    name, module = spelled(node, root), None
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+    if name in ("relu", "relu6", "silu", "hardswish", "tanh", "sigmoid"):
+        return name
+    if name == "hardtanh":
+        bounds = _options(node, module, ("min_val", "max_val"))
+        return "relu6" if bounds == [0.0, 6.0] else None
+    if name == "gelu":
+        if module is not None and not hasattr(module, "approximate"):  # transformers' own class
+            return "gelu" if getattr(module, "act", None) is nn.functional.gelu else None
+        (approximate,) = _options(node, module, ("approximate",))
+        return {None: "gelu", "none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+    return None
+
+
+def _options(node: Node, module: nn.Module | None, names: tuple[str, ...]) -> list[Any]:
+    """What a call of a module or a function is given beside its input; None for what is not."""
+    if module is not None:
+        return [getattr(module, name, None) for name in names]
+    given = dict(zip(names, node.args[1:], strict=False))
+    return [given.get(name, node.kwargs.get(name)) for name in names]
 
 
 def operands(node: Node) -> tuple[Any, Any, Any] | None:

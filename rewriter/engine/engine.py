@@ -47,6 +47,8 @@ from rewriter.engine.other_weights import strays
 from rewriter.engine.trials import at, goes_past, source_of, try_layer
 from rewriter.engine.verify import boundary, check, relative_error, tolerance
 from rewriter.errors import CalibrationError, PassError, RewriteWarning, StoreError, VerifyError
+from rewriter.lowering import Lowering, lower
+from rewriter.lowering.lowering import PricedGraph
 from rewriter.modules.running import first_line, own_copy, quiet_run
 from rewriter.modules.timing import medians
 from rewriter.modules.tree import is_hook_dict
@@ -79,6 +81,7 @@ class Engine:
         model: the user's own, unchanged, to measure against; None where it is rewritten in place.
         first_s: measured seconds of the original.
         memory: what trains the model by a memory plan; None without a budget.
+        lowering: the fused ops that run in eval mode.
     """
 
     capture: Capture
@@ -93,6 +96,7 @@ class Engine:
     model: nn.Module | None = None
     first_s: float | None = None
     memory: PlannedTraining | None = None
+    lowering: Lowering = field(default_factory=Lowering)
 
     def original(self) -> Step:
         """Prices the model as it came; the first step of the report."""
@@ -212,6 +216,28 @@ class Engine:
         self.cost.total = step.after
         return step
 
+    def lower(self) -> list[Step]:
+        """Applies the rules of lowering to the eval graphs: the step, where any has a place.
+
+        Raises:
+            VerifyError: a rule changes a type, or fails itself.
+        """
+        self.lowering = lower(self.capture, self.options.lower, self.cost, self.fakes)
+        step, graph = self.lowering.step, self.lowering.graph
+        if step is None:
+            return []
+        if self.lowering.cost is not None:
+            self.cost = self.lowering.cost
+        self._attach_lowering()
+        step.after = self.cost.total = self._measured(self._predicted(self.cost.total))
+        step.timeline = self._timeline()
+        self._remember(graph)
+        return [step]
+
+    def _attach_lowering(self) -> None:
+        for prefix, lowered in self.lowering.lowered.items():
+            vars(self.capture.root.get_submodule(prefix))["_rewriter"].lowered = lowered
+
     def report(self, steps: list[Step]) -> Report:
         """The ledger of these steps."""
         capture = self.capture
@@ -236,6 +262,7 @@ class Engine:
         if why:
             self.capture.notes.append(why)
         self.capture.host(graph_only if why else ())
+        self._attach_lowering()
         state = self.capture.root.__dict__["_rewriter"]
         state.report, state.recipe, state.memory = report, recipe, self.memory
         recipe.memory = None if self.memory is None else self.memory.budget
@@ -508,7 +535,7 @@ class Engine:
             return None
         return signature.open_sizes(False, leaves)
 
-    def _remember(self) -> None:
+    def _remember(self, lowered: PricedGraph | None = None) -> None:
         """Keeps the model as it is now, for prices at other sizes."""
         open_, region = self._open_sizes(), next(iter(self.capture.regions), None)
         if open_ is None or not open_.values or region is None:
@@ -520,9 +547,10 @@ class Engine:
             mode: region.signature.open_sizes(mode, region.leaves).rows for mode in region.graphs
         }
         sites = {s.fqn: s.nodes for s in self._sites() if s.nodes}
-        self.snapshots.append(
-            Snapshot(self.capture.root, region.graphs, region.leaves, sizes, sites, self.fakes)
-        )
+        root, graphs = self.capture.root, region.graphs
+        if lowered is not None:
+            root, graphs = lowered.root, {**graphs, False: lowered.graph}
+        self.snapshots.append(Snapshot(root, graphs, region.leaves, sizes, sites, self.fakes))
 
     def _compare(self, rewrite: Pass, changed: bool, notes: list[str]) -> float | None:
         if self.outputs is None or not changed:
