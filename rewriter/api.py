@@ -20,6 +20,7 @@ from rewriter.engine import Options, check_passes
 from rewriter.engine.batches import Calibration
 from rewriter.engine.pipeline import copied, restored_on_error, run
 from rewriter.errors import CaptureError, OptionError, RewriteError, warn
+from rewriter.lowering import DEFAULT_RULES, Rule, checked
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.parse import parse_pass
 from rewriter.report import Report
@@ -45,6 +46,7 @@ def rewrite(
     device: str | Device | None = None,
     measure: bool = False,
     kernels: str = "auto",
+    lower: bool | Sequence[Rule] = True,
     inplace: bool = False,
     strict_signature: bool = False,
 ) -> M:
@@ -80,6 +82,11 @@ def rewrite(
             measured for up to 20 seconds the first time. None predicts nothing.
         measure: adds wall times on this machine to the report, of the original and after each pass.
         kernels: "auto": the fastest implementation that works here.
+        lower: fuses operations of the eval graph, for calls that want no gradient, without changing
+            the model: batch norm into convolutions, activations into products, products of one
+            input into one. False leaves that; a list gives the rules, e.g.
+            `[*rewriter.lowering.DEFAULT_RULES, mine]`. Weights that change are noticed. The report
+            has it as its step "lowering".
         inplace: rewrite `model` itself, to save memory; it stays as it was if anything fails.
         strict_signature: raise on calls that differ from the captured one, instead of running the
             original Python forward over the rewritten layers.
@@ -97,7 +104,7 @@ def rewrite(
     _check_model(model)
     settings = _settings(
         passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels,
-        example_inputs,
+        example_inputs, lower,
     )  # fmt: skip
     with torch.inference_mode(False):  # or the result could never train
         root = model if inplace else copied(model)
@@ -121,6 +128,7 @@ def explain(
     device: str | Device | None = None,
     measure: bool = False,
     kernels: str = "auto",
+    lower: bool | Sequence[Rule] = True,
 ) -> Report:
     """The dry run: the report that `rewrite` with the same arguments would give, and no model.
 
@@ -130,7 +138,7 @@ def explain(
     _check_model(model)
     settings = _settings(
         passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels,
-        example_inputs,
+        example_inputs, lower,
     )  # fmt: skip
     with torch.inference_mode(False):
         return run(copied(model), passes, example_inputs, settings, False, model)
@@ -230,6 +238,7 @@ def _settings(
     measure: Any,
     kernels: Any,
     example_inputs: Any,
+    lower: Any,
 ) -> Options:
     """The engine's options, or what is impossible about the arguments."""
     if not isinstance(passes, list | tuple | Pass):
@@ -240,6 +249,7 @@ def _settings(
         raise OptionError("memory_budget needs example_inputs: a plan is made for their sizes")
     if kernels != "auto":
         raise OptionError(f"kernels={kernels!r}: this version supports 'auto' only")
+    rules = checked(DEFAULT_RULES if lower is True else lower or ())
     if max_error is not None and not isinstance(max_error, numbers.Real):
         raise OptionError(f"max_error={max_error!r}: use a number of at least 0, or None")
     if where is not None and not isinstance(where, str) and not callable(where):
@@ -250,7 +260,7 @@ def _settings(
     batches = None if calibration is None else Calibration.of(calibration)
     if batches is not None and not any(p.calibrates for p in passes):
         warn("calibration is given, but none of the passes makes use of it")
-    return Options(objective, max_error, where, found, bool(measure), batches, memory)
+    return Options(objective, max_error, where, found, bool(measure), batches, memory, rules)
 
 
 def _check_model(model: Any) -> None:

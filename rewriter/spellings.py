@@ -18,6 +18,7 @@ __all__ = [
     "LINEAR",
     "MLP",
     "Kind",
+    "activation_name",
     "changes_input",
     "is_activation",
     "is_leaf",
@@ -26,8 +27,10 @@ __all__ = [
     "kind_of",
     "op_name",
     "operands",
+    "spelled",
     "swaps",
     "user_line",
+    "works_in_place",
 ]
 
 LINEAR = "linear"
@@ -97,6 +100,15 @@ _SAME_OP = {
     "__matmul__": "matmul",
 }  # fmt: skip
 
+_SPELLED = {
+    **{f"conv{d}": "conv" for d in ("1d", "2d", "3d")},
+    **{f"conv_transpose{d}": "conv_transpose" for d in ("1d", "2d", "3d")},
+    **{f"batch_norm{d}": "batch_norm" for d in ("1d", "2d", "3d")},
+    "re_lu": "relu", "re_lu6": "relu6", "si_lu": "silu", "leaky_re_lu": "leaky_relu",
+    "gelu_activation": "gelu", "si_lu_activation": "silu", "mish_activation": "mish",
+}  # fmt: skip
+"""Names of modules and functions → the one name of the operation."""
+
 
 def is_leaf(module: nn.Module | None) -> bool:
     """Whether one call of `module` is one node of a graph: a layer with one tensor in, one out."""
@@ -143,6 +155,41 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
     else:
         name = getattr(target, "__name__", str(target))
     return _SAME_OP.get(name, name)
+
+
+def spelled(node: Node, root: nn.Module | None = None) -> str:
+    """The operation of a node whichever front end, module or function wrote it: `conv` of every
+    convolution, `relu` of a module, a function and its form that works in place. What patterns of
+    `rewriter.modules.patterns` are made of."""
+    name = op_name(node, root).rstrip("_")
+    return _SPELLED.get(name, name)
+
+
+def activation_name(node: Node, root: nn.Module) -> str | None:
+    """An activation with its options settled: `gelu` (exact), `gelu_tanh`, `relu6` of a hardtanh
+    from 0 to 6; None of one that has other options."""
+    name, module = spelled(node, root), None
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+    if name in ("relu", "relu6", "silu", "hardswish", "tanh", "sigmoid"):
+        return name
+    if name == "hardtanh":
+        bounds = _options(node, module, ("min_val", "max_val"))
+        return "relu6" if bounds == [0.0, 6.0] else None
+    if name == "gelu":
+        if module is not None and not hasattr(module, "approximate"):  # transformers' own class
+            return "gelu" if getattr(module, "act", None) is nn.functional.gelu else None
+        (approximate,) = _options(node, module, ("approximate",))
+        return {None: "gelu", "none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+    return None
+
+
+def _options(node: Node, module: nn.Module | None, names: tuple[str, ...]) -> list[Any]:
+    """What a call of a module or a function is given beside its input; None for what is not."""
+    if module is not None:
+        return [getattr(module, name, None) for name in names]
+    given = dict(zip(names, node.args[1:], strict=False))
+    return [given.get(name, node.kwargs.get(name)) for name in names]
 
 
 def operands(node: Node) -> tuple[Any, Any, Any] | None:
@@ -193,19 +240,20 @@ def is_transparent(node: Node, owner: nn.Module) -> bool:
 def changes_input(node: Node, owner: nn.Module) -> bool:
     """Whether a call works in place on a tensor that other code sees, so that a layer with a
     result of its own cannot take its place."""
-    if not _in_place(node, owner):
+    if not works_in_place(node, owner):
         return False
     source: Any = node.args[0] if node.args else node.kwargs.get("input")
     while isinstance(source, Node):
         if source.op in ("placeholder", "get_attr") or len(source.users) > 1:
             return True
-        if not _in_place(source, owner) and op_name(source, owner) not in _VIEWS:
+        if not works_in_place(source, owner) and op_name(source, owner) not in _VIEWS:
             return False
         source = source.args[0] if source.args else None
     return False
 
 
-def _in_place(node: Node, owner: nn.Module) -> bool:
+def works_in_place(node: Node, owner: nn.Module) -> bool:
+    """Whether a call writes into the tensor that it is given."""
     if node.op == "call_module":
         return bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
     name = op_name(node)

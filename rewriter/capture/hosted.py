@@ -174,6 +174,7 @@ class State:
         recipe: what `save` writes (root only).
         warned: which differences of calls were warned of.
         memory: runs training steps by a memory plan; None without a budget.
+        lowered: the fused form of the eval graph, for calls that want no gradient.
     """
 
     signature: Signature | None = None
@@ -185,6 +186,7 @@ class State:
     recipe: Any = None
     warned: set[str] = field(default_factory=set)
     memory: PlannedSteps | None = None
+    lowered: Lowered | None = None
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         program = self.programs.get(module.training)
@@ -216,7 +218,12 @@ class State:
                     return program.built(results)
         device = leaves[0].device if leaves else None
         moved = device is not None and device.type != self.signature.device
-        return program(module, leaves, str(device) if moved else "")
+        place = str(device) if moved else ""
+        if self.lowered is not None and not module.training:
+            results = self.lowered.results(module, program, leaves, place)
+            if results is not None:
+                return program.built(results)
+        return program(module, leaves, place)
 
     def _differs(
         self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, why: str
@@ -254,12 +261,24 @@ class Hosted(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         state: State = self.__dict__["_rewriter"]
+        if state.lowered is not None:
+            state.lowered.drop()
         tensor = next(self.parameters(), None)
         if state.signature is not None and tensor is not None:
             if tensor.device.type != state.signature.device:
                 for program in state.programs.values():
                     program.ready(str(tensor.device))
         return moved
+
+
+class Lowered(Protocol):
+    """What runs an eval graph with fused ops (`rewriter.lowering`)."""
+
+    def results(self, root: nn.Module, program: Program, leaves: Any, device: str) -> Any:
+        """The flat results; None where the plain program must run."""
+
+    def drop(self) -> None:
+        """Lets go of what was derived."""
 
 
 _root_mixins: list[type[nn.Module]] = []

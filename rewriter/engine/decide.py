@@ -18,6 +18,7 @@ from rewriter.capture import Capture
 from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.engine.batches import Calibration
 from rewriter.errors import OptionError
+from rewriter.lowering import Rule
 from rewriter.modules.timing import medians
 from rewriter.modules.tree import attribute
 from rewriter.planner.budget import MemoryBudget
@@ -51,6 +52,7 @@ class Options:
     measure: bool = False
     calibration: Calibration | None = None
     memory: MemoryBudget | None = None
+    lower: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         if self.objective not in (None, *OBJECTIVES):

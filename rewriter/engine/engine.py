@@ -28,6 +28,7 @@ from rewriter.engine.prices import Prices
 from rewriter.engine.trials import goes_past
 from rewriter.engine.verify import relative_error, tolerance
 from rewriter.errors import StoreError, VerifyError
+from rewriter.lowering import Lowering, lower
 from rewriter.modules.running import own_copy, quiet_run
 from rewriter.modules.timing import medians
 from rewriter.recipe.recipe import Recipe, example_to_json
@@ -54,6 +55,7 @@ class Engine:
         model: the user's own, unchanged, to measure against; None where it is rewritten in place.
         first_s: measured seconds of the original.
         memory: what trains the model by a memory plan; None without a budget.
+        lowering: the fused ops that run in eval mode.
     """
 
     capture: Capture
@@ -64,6 +66,7 @@ class Engine:
     model: nn.Module | None = None
     first_s: float | None = None
     memory: PlannedTraining | None = None
+    lowering: Lowering = field(default_factory=Lowering)
 
     def __post_init__(self) -> None:
         self.prices = Prices(self.capture, self.options.device)
@@ -130,6 +133,29 @@ class Engine:
         self.prices.cost.total = step.after
         return step
 
+    def lower(self) -> list[Step]:
+        """Applies the rules of lowering to the eval graphs: the step, where any has a place.
+
+        Raises:
+            VerifyError: a rule changes a type, or fails itself.
+        """
+        self.lowering = lower(self.capture, self.options.lower, self.prices.cost, self.prices.fakes)
+        step, graph = self.lowering.step, self.lowering.graph
+        if step is None:
+            return []
+        if self.lowering.cost is not None:
+            self.prices.cost = self.lowering.cost
+        self._attach_lowering()
+        total = self._measured(self.prices.predicted(self.prices.cost.total))
+        step.after = self.prices.cost.total = total
+        step.timeline = self.prices.timeline()
+        self.prices.remember(sites_of(self.capture), graph)
+        return [step]
+
+    def _attach_lowering(self) -> None:
+        for prefix, lowered in self.lowering.lowered.items():
+            vars(self.capture.root.get_submodule(prefix))["_rewriter"].lowered = lowered
+
     def report(self, steps: list[Step]) -> Report:
         """The ledger of these steps."""
         capture = self.capture
@@ -155,6 +181,7 @@ class Engine:
         if why:
             self.capture.notes.append(why)
         self.capture.host(graph_only if why else ())
+        self._attach_lowering()
         state = self.capture.root.__dict__["_rewriter"]
         state.report, state.recipe, state.memory = report, recipe, self.memory
         recipe.memory = None if self.memory is None else self.memory.budget

@@ -41,6 +41,7 @@ def run(
         steps.append(engine.run(rewrite))
     if options.memory is not None:
         steps.append(engine.plan_memory(options.memory))
+    steps += engine.lower()
     report = engine.report(steps)
     engine.finish(report)
     return report

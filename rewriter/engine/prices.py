@@ -20,6 +20,7 @@ from rewriter.cost import (
     storage_cost,
 )
 from rewriter.errors import VerifyError
+from rewriter.lowering.lowering import PricedGraph
 from rewriter.modules.running import first_line
 from rewriter.report.entries import Timeline, thinned
 from rewriter.sites import Site
@@ -129,8 +130,13 @@ class Prices:
             return None
         return signature.open_sizes(False, leaves)
 
-    def remember(self, sites: Sequence[Site]) -> None:
-        """Keeps the model as it is now, for prices at other sizes."""
+    def remember(self, sites: Sequence[Site], lowered: PricedGraph | None = None) -> None:
+        """Keeps the model as it is now, for prices at other sizes.
+
+        Args:
+            sites: of the model.
+            lowered: what runs in place of the eval graph; None where that itself runs.
+        """
         open_, region = self.open_sizes(), next(iter(self.capture.regions), None)
         if open_ is None or not open_.values or region is None:
             self.snapshots.append(None)
@@ -141,9 +147,10 @@ class Prices:
             mode: region.signature.open_sizes(mode, region.leaves).rows for mode in region.graphs
         }
         nodes = {s.fqn: s.nodes for s in sites if s.nodes}
-        self.snapshots.append(
-            Snapshot(self.capture.root, region.graphs, region.leaves, sizes, nodes, self.fakes)
-        )
+        root, graphs = self.capture.root, region.graphs
+        if lowered is not None:
+            root, graphs = lowered.root, {**graphs, False: lowered.graph}
+        self.snapshots.append(Snapshot(root, graphs, region.leaves, sizes, nodes, self.fakes))
 
 
 def _wanted(region: Region) -> list[Any]:

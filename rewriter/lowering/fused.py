@@ -1,0 +1,207 @@
+"""The fused ops of the first rules, and what their weights are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rewriter.kernels import linear_act as kernel
+from rewriter.lowering.rules import Fused, Place
+from rewriter.modules.timing import medians
+from rewriter.spellings import activation_name, works_in_place
+
+__all__ = ["CONV", "CONV_TRANSPOSE", "JOINED", "LINEAR_ACT"]
+
+_CONVS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+)  # fmt: skip
+
+
+# convolution and batch norm ----------------------------------------------------------------------
+
+
+def conv_act(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any, dilation: Any, groups: int,
+    around: Sequence[int] | None, how: str, activation: str | None,
+) -> Tensor:  # fmt: skip
+    """act(conv(x, W) + b); the activation overwrites what the convolution made."""
+    if around is not None:
+        x, padding = F.pad(x, around, mode=how), 0
+    y = _CONVS[weight.dim() - 3](x, weight, bias, stride, padding, dilation, groups)
+    return y if activation is None else kernel.act_(y, activation)
+
+
+def conv_transpose_act(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any, dilation: Any, groups: int,
+    output_padding: Any, activation: str | None,
+) -> Tensor:  # fmt: skip
+    """As `conv_act`, of a transposed convolution."""
+    run = _TRANSPOSED[weight.dim() - 3]
+    y = run(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return y if activation is None else kernel.act_(y, activation)
+
+
+def folded(place: Place) -> tuple[Tensor, Tensor]:
+    """W' = W·γ/√(σ²+ε), b' = (b − μ)·γ/√(σ²+ε) + β, per output channel.
+
+    Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", eq. 14.
+    """
+    conv, norm = place.modules[:2]
+    weight, mean = conv.weight, norm.running_mean.double()
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    bias = (0 if conv.bias is None else conv.bias.double()) - mean
+    bias = bias * scale if norm.bias is None else bias * scale + norm.bias.double()
+    shape = [-1] + [1] * (weight.dim() - 1)
+    if conv.transposed:  # [in, out/groups, …]
+        groups, rows = conv.groups, weight.shape[0] // conv.groups
+        scale = scale.view(groups, 1, -1).expand(groups, rows, -1).reshape(weight.shape[0], -1)
+        shape = [*scale.shape] + [1] * (weight.dim() - 2)
+    factor = scale.to(weight.dtype).view(shape)
+    return weight * factor, bias.to(weight.dtype)
+
+
+def _activation(place: Place) -> str | None:
+    """The activation at the end of a chain of three."""
+    nodes = place.match.nodes
+    return activation_name(nodes[2], place.root) if len(nodes) > 2 else None
+
+
+def _conv_constants(place: Place) -> tuple[Any, ...]:
+    conv = place.modules[0]
+    around = None
+    if conv.padding_mode != "zeros":
+        around = tuple(conv._reversed_padding_repeated_twice)
+    given = conv.stride, conv.padding, conv.dilation, conv.groups
+    return (*given, around, conv.padding_mode, _activation(place))
+
+
+def _transpose_constants(place: Place) -> tuple[Any, ...]:
+    conv = place.modules[0]
+    given = conv.stride, conv.padding, conv.dilation, conv.groups
+    return (*given, conv.output_padding, _activation(place))
+
+
+def _no_conv(place: Place) -> str | None:
+    conv = place.modules[0]
+    x = place.input
+    if isinstance(x, Tensor) and x.dim() != conv.weight.dim():
+        return "the input is one sample without a batch, which batch norm reads otherwise"
+    return _no_activation(place, 2)
+
+
+def _no_activation(place: Place, at: int) -> str | None:
+    nodes = place.match.nodes
+    if len(nodes) > at and activation_name(nodes[at], place.root) is None:
+        return f"the options of the activation {nodes[at].name} are none that a fused op has"
+    return None
+
+
+CONV = Fused("conv_act", conv_act, folded, _conv_constants, _no_conv)
+CONV_TRANSPOSE = Fused(
+    "conv_transpose_act", conv_transpose_act, folded, _transpose_constants, _no_conv
+)
+
+
+# linear and activation ---------------------------------------------------------------------------
+
+
+def _weight(layer: Any) -> Tensor:
+    """[out, in]; transformers' Conv1D has it the other way round."""
+    weight: Tensor = layer.weight
+    return weight if isinstance(layer, nn.Linear) else weight.t()
+
+
+def _packed(place: Place) -> tuple[Tensor | None, ...]:
+    layer = place.modules[0]
+    weight = _weight(layer)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return weight.detach(), kernel.pack(weight), bias
+
+
+def _act_constants(place: Place) -> tuple[str | None]:
+    return (activation_name(place.match.nodes[1], place.root),)
+
+
+def _no_epilogue(place: Place) -> str | None:
+    if (reason := _no_activation(place, 1)) is not None:
+        return reason
+    name = activation_name(place.match.nodes[1], place.root)
+    assert name is not None
+    return kernel.refusal(place.modules[0].weight, name)
+
+
+def _slow_epilogue(place: Place, x: Tensor) -> str | None:
+    weight = _weight(place.modules[0])
+    rows, name = (
+        x.numel() // max(weight.shape[1], 1),
+        activation_name(place.match.nodes[1], place.root),
+    )
+    assert name is not None
+    if not rows or kernel.pick(rows, weight.shape[1], weight.shape[0], name) != "onednn":
+        return f"torch's own product is the fastest here on {rows} rows"
+    return None
+
+
+LINEAR_ACT = Fused(
+    "linear_act", kernel.linear_act, _packed, _act_constants, _no_epilogue, _slow_epilogue
+)
+
+
+# linears that read one input ---------------------------------------------------------------------
+
+_GAIN = 0.95
+"""Of the time of the single products, that one product must stay below: what is less is noise."""
+
+
+def joined_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """x·[W₁ W₂ …]ᵀ + [b₁ b₂ …], cut into the single results."""
+    return F.linear(x, weight, bias).split(list(sizes), -1)
+
+
+def _joined(place: Place) -> tuple[Tensor, Tensor | None]:
+    weights = [_weight(m) for m in place.modules]
+    bias = None
+    if any(m.bias is not None for m in place.modules):
+        given = zip(place.modules, weights, strict=True)
+        bias = torch.cat([w.new_zeros(len(w)) if m.bias is None else m.bias for m, w in given])
+    return torch.cat(weights), bias
+
+
+def _sizes(place: Place) -> tuple[tuple[int, ...]]:
+    return (tuple(len(_weight(m)) for m in place.modules),)
+
+
+def _not_joined(place: Place) -> str | None:
+    weights = [_weight(m) for m in place.modules]
+    if len({(w.dtype, w.device) for w in weights}) > 1:
+        return "the weights differ in dtype or device"
+    nodes = place.match.nodes
+    order = list(nodes[0].graph.nodes)
+    between = order[order.index(nodes[0]) : order.index(nodes[-1])]
+    writing = next((n for n in between if works_in_place(n, place.root)), None)
+    return None if writing is None else f"{writing.name} writes in place between the products"
+
+
+def _slow_joined(place: Place, x: Tensor) -> str | None:
+    weight, bias = _joined(place)
+    (sizes,) = _sizes(place)
+    single, joined = medians(
+        [lambda: [m(x) for m in place.modules], lambda: joined_linear(x, weight, bias, sizes)],
+        x.device, rounds=9, warm=2, limit=0.3,
+    )  # fmt: skip
+    if joined <= _GAIN * single:
+        return None
+    return f"one product takes {joined * 1e3:.3g} ms here, the single ones {single * 1e3:.3g} ms"
+
+
+JOINED = Fused("joined_linear", joined_linear, _joined, _sizes, _not_joined, _slow_joined)

@@ -1,0 +1,150 @@
+"""Where rules apply in an eval graph, and the graph with the fused ops in their places."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rewriter.errors import VerifyError
+from rewriter.lowering.rules import Place, Rule
+from rewriter.modules.patterns import Fan
+from rewriter.modules.running import has_hooks
+from rewriter.sites import find_matches
+from rewriter.spellings import spelled
+
+__all__ = ["Application", "Key", "Refusal", "lowered_graph", "places"]
+
+Key = tuple[str, str]
+"""(pattern, name of the first node): one application, also in a graph that was pickled."""
+_WEIGHTED = frozenset({"conv", "conv_transpose", "batch_norm", "linear"})
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """A rule at a place where nothing speaks against it."""
+
+    rule: Rule
+    place: Place
+
+    @property
+    def key(self) -> Key:
+        return str(self.rule.pattern), self.place.match.nodes[0].name
+
+
+@dataclass(frozen=True, eq=False)
+class Refusal:
+    """A rule at a place where it does not apply, and why."""
+
+    rule: Rule
+    place: Place
+    reason: str
+    action: str = "skipped"
+
+
+def places(
+    graph: fx.Graph, root: nn.Module, rules: Sequence[Rule], only: Collection[Key] | None = None
+) -> tuple[list[Application], list[Refusal]]:
+    """Where rules apply: an earlier rule before a later one, and every node in one place at most.
+
+    Args:
+        graph: of eval mode.
+        root: the module tree that it lives on.
+        rules: in their order.
+        only: leaves out all other applications.
+    """
+    taken: set[fx.Node] = set()
+    applications: list[Application] = []
+    refusals: list[Refusal] = []
+    for rule in rules:
+        for match in find_matches(root, graph, rule.pattern):
+            found = Application(rule, Place.of(match, root))
+            if not taken.isdisjoint(match.nodes) or (only is not None and found.key not in only):
+                continue
+            reason = _against(rule, found.place)
+            if reason is None:
+                applications.append(found)
+                taken.update(match.nodes)
+            else:
+                refusals.append(Refusal(rule, found.place, reason))
+    return applications, refusals
+
+
+def _against(rule: Rule, place: Place) -> str | None:
+    """What speaks against a rule at a place."""
+    for node, module in zip(place.match.nodes, place.modules, strict=True):
+        if module is None:
+            if spelled(node, place.root) in _WEIGHTED:
+                return f"{node.name} calls a function: its weights are not a layer's"
+        elif any(has_hooks(m) for m in module.modules()):
+            return f"{node.target} has hooks, which would not run"
+        elif isinstance(module, _BatchNorm) and module.running_mean is None:
+            return f"{node.target} keeps no running statistics: it norms by the batch"
+        elif isinstance(module, _BatchNorm) and module.training:
+            return f"{node.target} is in train mode: it norms by the batch"
+    try:
+        return rule.fused.unless(place)
+    except Exception as error:
+        raise failure(rule, place, error) from error
+
+
+def failure(rule: Rule, place: Place, error: Exception) -> VerifyError:
+    """What a rule's own function raised, with the rule and the place."""
+    return VerifyError(
+        f"rule {rule} fails at {place.name}: {type(error).__name__}: {error}. Correct the rule, or "
+        "rewrite without it (lower=)"
+    )
+
+
+Bring = Callable[[Application, fx.Graph], Sequence["fx.Node | None"]]
+"""Makes the nodes that hold an application's derived tensors."""
+
+
+def lowered_graph(
+    graph: fx.Graph, applications: Sequence[Application], bring: Bring
+) -> tuple[fx.Graph, dict[Key, fx.Node]]:
+    """A copy of the graph with the fused ops, and the node of each. The graph itself stays.
+
+    A fused op stands where the first of its nodes stood: what goes into it may be overwritten
+    later.
+    """
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    for node in inputs:
+        env[node] = new.node_copy(node)
+    first = {a.place.match.nodes[0]: a for a in applications}
+    inside = {n for a in applications for n in a.place.match.nodes}
+    brought = {id(a): bring(a, new) for a in applications}
+    fused: dict[Key, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node in first:
+            found = first[node]
+            fused[found.key] = _call(new, found, brought[id(found)], env)
+        elif node not in inside:
+            env[node] = new.node_copy(node, env.__getitem__)
+    return new, fused
+
+
+def _call(
+    graph: fx.Graph,
+    found: Application,
+    tensors: Sequence[fx.Node | None],
+    env: dict[fx.Node, fx.Node],
+) -> fx.Node:
+    match, op = found.place.match, found.rule.fused
+    arguments = (env[match.source], *tensors, *op.constants(found.place))
+    call = graph.call_function(op.run, arguments)
+    call.meta = dict(match.nodes[-1].meta)
+    if not isinstance(match.pattern, Fan):
+        env[match.nodes[-1]] = call
+        return call
+    for i, node in enumerate(match.nodes):
+        env[node] = graph.call_function(operator.getitem, (call, i))
+        env[node].meta = dict(node.meta)
+    return call

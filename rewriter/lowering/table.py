@@ -1,0 +1,31 @@
+"""The table of rules: one line each, the algebra as its comment. A longer chain comes first."""
+
+from __future__ import annotations
+
+from rewriter.lowering.fused import CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
+from rewriter.lowering.rules import Rule
+from rewriter.modules.patterns import (
+    activation,
+    batch_norm,
+    conv,
+    conv_transpose,
+    fan,
+    linear,
+)
+
+__all__ = ["DEFAULT_RULES"]
+
+DEFAULT_RULES = (
+    # act(γ·(x·W + b − μ)/√(σ²+ε) + β) = act(x·W' + b'), W' = W·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β
+    Rule(conv >> batch_norm >> activation, CONV),
+    # the same without an activation
+    Rule(conv >> batch_norm, CONV),
+    # the same of a transposed convolution, whose output channels are the second dimension of W
+    Rule(conv_transpose >> batch_norm >> activation, CONV_TRANSPOSE),
+    Rule(conv_transpose >> batch_norm, CONV_TRANSPOSE),
+    # act(x·Wᵀ + b), the activation on each tile of the product while that is in the cache
+    Rule(linear >> activation, LINEAR_ACT),
+    # [y₁ y₂ …] = x·[W₁ W₂ …]ᵀ + [b₁ b₂ …]
+    Rule(fan(linear), JOINED),
+)
+"""The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
