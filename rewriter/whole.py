@@ -24,7 +24,7 @@ from rewriter.cost import model_cost
 from rewriter.errors import CaptureError, RewriteError, VerifyError
 from rewriter.hosted import Program
 from rewriter.rehost import rehost, size_rules
-from rewriter.replay import Record, Replayed, replayed
+from rewriter.replay import Record, Replayed, in_train_mode, replayed
 from rewriter.running import (
     difference,
     first_line,
@@ -86,13 +86,12 @@ def export_region(module: nn.Module, prefix: str, call: Call, seconds: float) ->
     if reason:
         return reason
     if region.alike:
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(region.graphs[False], {}))
-        region.graphs[True], region.outputs[True] = graph, region.outputs[False]
         _widen(module, region, (False, True))
         return region
+    if True in region.graphs:
+        region.signature.dims[True] = region.signature.dims[False].copy()
     _widen(module, region, (False,))
-    reason = _export(module, region, True, deadline)
+    reason = "" if True in region.graphs else _export(module, region, True, deadline)
     if reason:
         region.train_reason = f"{TRAIN_IN_PYTHON}: {reason}"
     else:
@@ -212,20 +211,27 @@ def _export(module: nn.Module, region: Region, training: bool, deadline: float) 
     signature.contiguous |= traced.layout
     signature.dims[training] = traced.dims
     region.graphs[training], region.outputs[training] = traced.graph, traced.output
-    region.alike |= traced.alike
+    # what drops may lie in memory in another way than what it was given
+    found = traced.found
+    if found is not None and found.alike and not (found.dropout and traced.layout):
+        train = in_train_mode(traced.graph)
+        if train is not None:
+            region.graphs[True], region.outputs[True] = train, traced.output
+            region.alike = not found.dropout
     return ""
 
 
 @dataclass(frozen=True)
 class _Traced:
-    """One mode's graph, the constants it reads, and what is known about it."""
+    """One mode's graph, the constants it reads, and what is known about it; of eval mode also what
+    a replay in train mode found."""
 
     graph: fx.Graph
     constants: dict[str, Tensor]
     output: Structure
     layout: bool
     dims: Dims
-    alike: bool
+    found: Replayed | None
 
 
 def _traced(
@@ -265,9 +271,8 @@ def _traced(
     graph, constants = rehost(program, module, signature.names, "module")
     structure = flat.result.structure
     assert structure is not None
-    alike = found is not None and found.alike
     dims = size_rules(program, leaves)
-    return _Traced(graph, constants, structure, observer.layout, dims, alike)
+    return _Traced(graph, constants, structure, observer.layout, dims, found)
 
 
 @contextlib.contextmanager
