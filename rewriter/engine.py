@@ -23,13 +23,13 @@ from rewriter.calibration import gather
 from rewriter.capture import Capture, Region
 from rewriter.cost import (
     Cost,
-    Fakes,
     GraphCost,
     Snapshot,
     StepCost,
     model_cost,
     step_cost,
     storage_cost,
+    summed,
 )
 from rewriter.decide import (
     Options,
@@ -75,7 +75,6 @@ class Engine:
         step: the same for a training step.
         outputs: of the model as it is now, on the example inputs.
         snapshots: the model at each step, for prices at other sizes.
-        fakes: of the weights, for pricing.
         model: the user's own, unchanged, to measure against; None where it is rewritten in place.
         first_s: measured seconds of the original.
         memory: what trains the model by a memory plan; None without a budget.
@@ -89,7 +88,6 @@ class Engine:
     step: StepCost = field(default_factory=StepCost)
     outputs: list[Any] | None = None
     snapshots: list[Snapshot | None] = field(default_factory=list)
-    fakes: Fakes = field(default_factory=Fakes)
     model: nn.Module | None = None
     first_s: float | None = None
     memory: PlannedTraining | None = None
@@ -430,12 +428,7 @@ class Engine:
         if len(regions) < len(self.capture.regions):
             self.cost = GraphCost(total=storage_cost(root))
             return
-        self.cost = model_cost(
-            root,
-            [(r.prefix, r.graphs[False], r.leaves or []) for r in regions for _ in range(r.calls)],
-            training=False,
-            fakes=self.fakes,
-        )
+        self.cost = summed(root, [c for r in regions for c in [self._priced(r)] * r.calls])
         trained = [
             (r.prefix, r.graphs[True], _wanted(r))
             for r in regions
@@ -443,19 +436,29 @@ class Engine:
             for _ in range(r.calls)
         ]
         try:
-            step = step_cost(root, trained, fakes=self.fakes)
+            step = step_cost(root, trained, fakes=self.capture.fakes)
             if all(True in r.graphs for r in regions):
                 self.step = step
             else:
                 why = "some of the model runs in Python in train mode"
                 self.step.errors.append(f"training cost not known: {why} (see the capture notes)")
         except VerifyError as error:
-            model_cost(root, trained, training=True, fakes=self.fakes)
+            model_cost(root, trained, training=True, fakes=self.capture.fakes)
             self.step.errors.append(f"training cost not known: {first_line(error)}")
         self.cost.total = self._predicted(replace(self.cost.total, training=self.step.training))
         self.errors += [
             e for e in dict.fromkeys(self.cost.errors + self.step.errors) if e not in self.errors
         ]
+
+    def _priced(self, region: Region) -> GraphCost:
+        """What one run of a region in eval mode costs; not computed again for the graph as it was
+        captured."""
+        cost, region.priced = region.priced, None
+        if cost is None:
+            run = (region.prefix, region.graphs[False], region.leaves or [])
+            module, fakes = self.capture.root, self.capture.fakes
+            cost = model_cost(module, [run], training=False, fakes=fakes)
+        return cost
 
     def _predicted(self, cost: Cost) -> Cost:
         """The cost with the device's times."""
@@ -521,7 +524,9 @@ class Engine:
         }
         sites = {s.fqn: s.nodes for s in self._sites() if s.nodes}
         self.snapshots.append(
-            Snapshot(self.capture.root, region.graphs, region.leaves, sizes, sites, self.fakes)
+            Snapshot(
+                self.capture.root, region.graphs, region.leaves, sizes, sites, self.capture.fakes
+            )
         )
 
     def _compare(self, rewrite: Pass, changed: bool, notes: list[str]) -> float | None:

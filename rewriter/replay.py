@@ -8,8 +8,8 @@ the same results this way computes the same, whatever the sizes and values.
 Dropout is the one call that may differ: it is told the mode by an argument, and in both modes it
 gives a new tensor of the same type. Where only that argument differs, the node is marked with what
 train mode gives, and `in_train_mode` makes the graph of train mode from that of eval mode. What
-drops may lie in memory in another way, so `contiguous` calls that had nothing to do in eval mode are
-calls there.
+drops may lie in memory in another way, so a `contiguous` that had nothing to do in eval mode is a
+call there.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from rewriter.cost import model_cost
+from rewriter.cost import Fakes, GraphCost, model_cost
 from rewriter.errors import CaptureError, RewriteError, VerifyError
 from rewriter.hosted import Program
 from rewriter.rehost import rehost, size_rules
@@ -59,6 +59,7 @@ class Region:
         train_reason: why there is no graph for train mode.
         calls: how often one forward of the model runs it.
         alike: train mode was found to make the same torch calls as eval mode: its graph is a copy.
+        priced: what the graph of eval mode costs, as long as it is as it was captured.
     """
 
     prefix: str
@@ -70,10 +71,13 @@ class Region:
     train_reason: str = ""
     calls: int = 1
     alike: bool = False
+    priced: GraphCost | None = None
 
 
-def export_region(module: nn.Module, prefix: str, call: Call, seconds: float) -> Region | str:
-    """The region of `module`, or why it cannot be captured whole."""
+def export_region(
+    module: nn.Module, prefix: str, call: Call, seconds: float, fakes: Fakes
+) -> Region | str:
+    """The region of `module`, or why it cannot be captured whole; `fakes` are of its weights."""
     try:
         signature, leaves = Signature.of(type(module).forward.__get__(module), call)
     except Unflattenable as error:
@@ -82,7 +86,7 @@ def export_region(module: nn.Module, prefix: str, call: Call, seconds: float) ->
         return "it is called without tensors"
     deadline = time.perf_counter() + seconds
     region = Region(prefix, {}, {}, signature, leaves)
-    reason = _export(module, region, False, deadline)
+    reason = _export(module, region, False, deadline, fakes)
     if reason:
         return reason
     if region.alike:
@@ -91,7 +95,7 @@ def export_region(module: nn.Module, prefix: str, call: Call, seconds: float) ->
     if True in region.graphs:
         region.signature.dims[True] = region.signature.dims[False].copy()
     _widen(module, region, (False,))
-    reason = "" if True in region.graphs else _export(module, region, True, deadline)
+    reason = "" if True in region.graphs else _export(module, region, True, deadline, fakes)
     if reason:
         region.train_reason = f"{TRAIN_IN_PYTHON}: {reason}"
     else:
@@ -178,7 +182,9 @@ class _Observer(TorchFunctionMode):
         return self.record.call(func, args, kwargs or {})
 
 
-def _export(module: nn.Module, region: Region, training: bool, deadline: float) -> str:
+def _export(
+    module: nn.Module, region: Region, training: bool, deadline: float, fakes: Fakes
+) -> str:
     """Adds one mode's graph to the region; returns why there is none."""
     signature, leaves = region.signature, region.leaves
     assert signature is not None
@@ -205,9 +211,11 @@ def _export(module: nn.Module, region: Region, training: bool, deadline: float) 
     for name, constant in traced.constants.items():
         module.register_buffer(name, constant, persistent=False)
     try:
-        model_cost(module, [("", traced.graph, leaves)], training=training)
+        cost = model_cost(module, [("", traced.graph, leaves)], training=training, fakes=fakes)
     except VerifyError as error:
         return first_line(error)
+    if not training:
+        region.priced = cost
     signature.contiguous |= traced.layout
     signature.dims[training] = traced.dims
     region.graphs[training], region.outputs[training] = traced.graph, traced.output
