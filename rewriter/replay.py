@@ -166,6 +166,7 @@ def in_train_mode(graph: fx.Graph) -> fx.Graph | None:
     copied.output(copied.graph_copy(graph, twins))
     moved: dict[fx.Node, None] = {}  # whose layout may be another than in eval mode
     asked: dict[fx.Node, None] = {}
+    after: dict[fx.Node, None] = {}  # what may share memory with those, among others
     for node, twin in twins.items():
         mark = node.meta.pop(_TRAIN, None)
         laid_out = node.meta.pop(_LAID_OUT, False)
@@ -175,7 +176,9 @@ def in_train_mode(graph: fx.Graph) -> fx.Graph | None:
         lands = mark is not None and not _keeps_layout(node, mark[0])
         if lands or any(n in moved for n in twin.all_input_nodes):
             (asked if laid_out else moved)[twin] = None
-    if asked and any(_writes(n) for n in copied.nodes):
+        if lands or any(n in after for n in twin.all_input_nodes):
+            after[twin] = None
+    if asked and any(map(_writes, after)):
         return None
     for node in asked:
         with copied.inserting_after(node):
