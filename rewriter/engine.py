@@ -29,7 +29,6 @@ from rewriter.cost import (
     model_cost,
     step_cost,
     storage_cost,
-    summed,
 )
 from rewriter.decide import (
     Options,
@@ -428,7 +427,14 @@ class Engine:
         if len(regions) < len(self.capture.regions):
             self.cost = GraphCost(total=storage_cost(root))
             return
-        self.cost = summed(root, [c for r in regions for c in [self._priced(r)] * r.calls])
+        runs: list[Any] = [
+            r.priced or (r.prefix, r.graphs[False], r.leaves or [])
+            for r in regions
+            for _ in range(r.calls)
+        ]
+        self.cost = model_cost(root, runs, training=False, fakes=self.capture.fakes)
+        for region in regions:
+            region.priced = None  # from here on its graph may change
         trained = [
             (r.prefix, r.graphs[True], _wanted(r))
             for r in regions
@@ -449,16 +455,6 @@ class Engine:
         self.errors += [
             e for e in dict.fromkeys(self.cost.errors + self.step.errors) if e not in self.errors
         ]
-
-    def _priced(self, region: Region) -> GraphCost:
-        """What one run of a region in eval mode costs; not computed again for the graph as it was
-        captured."""
-        cost, region.priced = region.priced, None
-        if cost is None:
-            run = (region.prefix, region.graphs[False], region.leaves or [])
-            module, fakes = self.capture.root, self.capture.fakes
-            cost = model_cost(module, [run], training=False, fakes=fakes)
-        return cost
 
     def _predicted(self, cost: Cost) -> Cost:
         """The cost with the device's times."""

@@ -214,7 +214,7 @@ def _export(
         cost = model_cost(module, [("", traced.graph, leaves)], training=training, fakes=fakes)
     except VerifyError as error:
         return first_line(error)
-    if not training:
+    if not (training or any(isinstance(t, nn.Parameter) for t in leaves)):
         region.priced = cost
     signature.contiguous |= traced.layout
     signature.dims[training] = traced.dims

@@ -2,7 +2,7 @@
 
 from rewriter.cost.cost import Cost, Training, storage_cost
 from rewriter.cost.device import Device, Level
-from rewriter.cost.interpret import Fakes, Region, model_cost, propagate, summed
+from rewriter.cost.interpret import Fakes, Region, model_cost, propagate
 from rewriter.cost.meter import GraphCost
 from rewriter.cost.scaling import (
     LAWS,
@@ -37,7 +37,6 @@ __all__ = [
     "roofs",
     "step_cost",
     "storage_cost",
-    "summed",
     "training_cost",
     "training_line",
 ]

@@ -32,7 +32,7 @@ from rewriter.errors import VerifyError
 from rewriter.sites import user_line
 from rewriter.tree import attribute, is_hook_dict
 
-__all__ = ["Fakes", "GraphCost", "Region", "Run", "model_cost", "propagate", "run_graphs", "summed"]
+__all__ = ["Fakes", "GraphCost", "Region", "Run", "model_cost", "propagate", "run_graphs"]
 
 Region = tuple["nn.Module | str", Graph, Sequence[Any]]
 """(module or its dotted name, its graph, the inputs of the graph's placeholders in order)."""
@@ -63,7 +63,7 @@ def propagate(
 
 def model_cost(
     root: nn.Module,
-    regions: Iterable[Region],
+    regions: Iterable[Region | GraphCost],
     *,
     training: bool | None = None,
     fakes: Fakes | None = None,
@@ -75,7 +75,8 @@ def model_cost(
 
     Args:
         root: the whole model.
-        regions: (module or its dotted name, graph, inputs); repeat one that runs repeatedly.
+        regions: (module or its dotted name, graph, inputs), or what one was found to cost before;
+            repeat one that runs repeatedly.
         training: as in `propagate`.
         fakes: of the weights, to share with other runs over the same model.
 
@@ -85,37 +86,18 @@ def model_cost(
     return run_graphs(Run(training, fakes=fakes), root, regions)
 
 
-def run_graphs(run: Run, root: nn.Module, regions: Iterable[Region]) -> GraphCost:
+def run_graphs(run: Run, root: nn.Module, regions: Iterable[Region | GraphCost]) -> GraphCost:
     """`model_cost`, run by `run`."""
     result = GraphCost()
     lifted: list[Tensor] = []
-    for owner, graph, inputs in regions:
+    for region in regions:
+        if isinstance(region, GraphCost):
+            result.add(region)
+            continue
+        owner, graph, inputs = region
         module = root.get_submodule(owner) if isinstance(owner, str) else owner
         run.graph(module, graph, inputs, result)
         lifted += [t for t in inputs if isinstance(t, nn.Parameter)]
-    return _stored(result, root, lifted)
-
-
-def summed(root: nn.Module, costs: Iterable[GraphCost]) -> GraphCost:
-    """`model_cost` of regions that were priced one by one; once for each cost given.
-
-    Args:
-        root: the whole model.
-        costs: of `model_cost`, each of one region's module.
-    """
-    result = GraphCost()
-    for cost in costs:
-        for node, own in cost.nodes.items():
-            result.nodes[node] = result.nodes[node] + own if node in result.nodes else own
-        result.total = result.total + cost.total
-        result.errors += cost.errors
-        result.timeline += cost.timeline
-        result.counted_by_torch += cost.counted_by_torch
-    return _stored(result, root, ())
-
-
-def _stored(result: GraphCost, root: nn.Module, lifted: Iterable[Tensor]) -> GraphCost:
-    """Completes the sums by the parameters of `root` and of no other module."""
     stored = storage_cost(root, *lifted)
     result.total = replace(result.total, work=grouped(result.total.work))
     for node, cost in result.nodes.items():
