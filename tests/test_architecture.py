@@ -154,6 +154,7 @@ MAY_MUTATE = {
     "rewriter/capture/ladder.py": "drops constants that no graph reads",
     "rewriter/capture/exporting.py": "keeps the constants that graphs read",
     "rewriter/capture/rehost.py": "makes graphs out of exported ones",
+    "rewriter/capture/replay.py": "makes the train graph out of the traced eval graph",
     "rewriter/capture/submodules.py": "notes the calls of submodules, and undoes it",
     "rewriter/sites.py": "builds a root around a free-standing module",
     "rewriter/lowering/lowering.py": "makes the lowered graph, a copy of the eval graph",

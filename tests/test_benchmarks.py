@@ -44,6 +44,19 @@ def test_coverage(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_rewrite_time(tmp_path: pathlib.Path) -> None:
+    """Every model is captured whole, computes what it computed, and is in the mean."""
+    run("benchmarks/rewrite_time.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "rewrite_time")
+    rows = {row["model"]: row for row in found["CPU seconds"]}
+    assert list(rows) == ["BERT", "GPT-2", "Gemma-2", "T5", "ViT", "Swin-T"]
+    assert all(row["captured"] == "whole" for row in rows.values())
+    assert all(row["largest difference"] == 0 for row in rows.values())
+    mean, largest = (row["figure"] for row in found["Summary"])
+    assert largest == max(row["times"] for row in rows.values()) >= mean > 0
+
+
+@pytest.mark.timeout(600)
 def test_main_job(tmp_path: pathlib.Path) -> None:
     """Exactness on the real weights, and FLOPs as torch counts them."""
     run("benchmarks/main_job.py", "--quick", "--out", str(tmp_path))

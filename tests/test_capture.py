@@ -16,7 +16,7 @@ from closeness import assert_equal
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from rewriter import CaptureError, RewriteWarning, explain, rewrite
+from rewriter import CaptureError, RewriteWarning, explain, rewrite, whole
 from rewriter.capture import capture
 from rewriter.passes import Monarch
 
@@ -286,11 +286,66 @@ def test_one_trace_serves_both_modes_where_they_make_the_same_calls(forward: Any
                 equal(run(found.root, X[:rows].clone()), run(model, X[:rows].clone()))
 
 
-def test_dropout_and_batch_norm_are_traced_for_each_mode() -> None:
+def test_dropout_and_batch_norm_have_a_graph_for_each_mode() -> None:
     for layer in (nn.Dropout(0.5), nn.BatchNorm1d(8)):
         (region,) = capture(nn.Sequential(nn.Linear(8, 8), layer), X.clone()).regions
         assert not region.alike
         assert region.graphs.keys() == {False, True}
+
+
+def drops(self: Any, x: Tensor) -> Any:
+    y = nn.functional.dropout(self.fc(x), 0.5, self.training)
+    return y + nn.functional.dropout(x, 0.5) - nn.functional.dropout(y, 0.9, False)
+
+
+def attends(self: Any, x: Tensor) -> Any:
+    q = self.fc(x).view(-1, 2, 2, 2).transpose(1, 2)
+    dropped = 0.5 if self.training else 0.0
+    y = nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=dropped)
+    return y.transpose(1, 2).contiguous().view(x.shape[0], 8)
+
+
+def drops_expanded(self: Any, x: Tensor) -> Any:
+    y = nn.functional.dropout(self.fc(x)[:, None].expand(-1, 2, 8), 0.5, self.training)
+    return y.transpose(1, 2).contiguous().view(-1, 16)
+
+
+def drops_more_in_train(self: Any, x: Tensor) -> Any:
+    return nn.functional.dropout(self.fc(x), 0.9 if self.training else 0.5, self.training)
+
+
+def drops_in_place(self: Any, x: Tensor) -> Any:
+    return nn.functional.dropout(self.fc(x), 0.5, self.training, True)
+
+
+def drops_and_asks(self: Any, x: Tensor) -> Any:
+    y = nn.functional.dropout(self.fc(x).t(), 0.5, self.training)
+    return y if y.is_contiguous() else -y
+
+
+DERIVED = {
+    drops: True, attends: True, drops_expanded: True, drops_more_in_train: False,
+    drops_in_place: False, drops_and_asks: False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", DERIVED, ids=lambda f: f.__name__)
+def test_the_graph_of_train_mode_is_derived_where_only_dropout_differs(
+    forward: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(forward)
+    traced: list[bool] = []
+    export = whole._export
+    monkeypatch.setattr(whole, "_export", lambda *a: traced.append(a[2]) or export(*a))
+    found = capture(copy.deepcopy(model), X.clone())
+    assert found.rung == "export"
+    assert not found.notes
+    assert traced == ([False] if DERIVED[forward] else [False, True])
+    for mode in (False, True):
+        model.train(mode)
+        found.root.train(mode)
+        for rows in (4, 3):
+            equal(run(found.root, X[:rows].clone()), run(model, X[:rows].clone()))
 
 
 def test_one_tensor_given_twice() -> None:

@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from rewriter.capture.hosted import Program
 from rewriter.capture.rehost import rehost, size_rules
-from rewriter.capture.replay import Record, Replayed, replayed
+from rewriter.capture.replay import Record, Replayed, in_train_mode, replayed
 from rewriter.capture.signature import Call, Dims, Signature
-from rewriter.cost import model_cost
+from rewriter.cost import Fakes, GraphCost, model_cost
 from rewriter.errors import CaptureError, RewriteError, VerifyError
 from rewriter.modules.running import (
     difference,
@@ -59,6 +59,7 @@ class Region:
         train_reason: why there is no graph for train mode.
         calls: how often one forward of the model runs it.
         alike: train mode was found to make the same torch calls as eval mode: its graph is a copy.
+        priced: what the graph of eval mode costs, as long as it is as it was captured.
     """
 
     prefix: str
@@ -70,10 +71,13 @@ class Region:
     train_reason: str = ""
     calls: int = 1
     alike: bool = False
+    priced: GraphCost | None = None
 
 
-def export_region(module: nn.Module, prefix: str, call: Call, seconds: float) -> Region | str:
-    """The region of `module`, or why it cannot be captured whole."""
+def export_region(
+    module: nn.Module, prefix: str, call: Call, seconds: float, fakes: Fakes
+) -> Region | str:
+    """The region of `module`, or why it cannot be captured whole; `fakes` are of its weights."""
     try:
         signature, leaves = Signature.of(type(module).forward.__get__(module), call)
     except Unflattenable as error:
@@ -82,17 +86,16 @@ def export_region(module: nn.Module, prefix: str, call: Call, seconds: float) ->
         return "it is called without tensors"
     deadline = time.perf_counter() + seconds
     region = Region(prefix, {}, {}, signature, leaves)
-    reason = _export(module, region, False, deadline)
+    reason = _export(module, region, False, deadline, fakes)
     if reason:
         return reason
     if region.alike:
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(region.graphs[False], {}))
-        region.graphs[True], region.outputs[True] = graph, region.outputs[False]
         _widen(module, region, (False, True))
         return region
+    if True in region.graphs:
+        region.signature.dims[True] = region.signature.dims[False].copy()
     _widen(module, region, (False,))
-    reason = _export(module, region, True, deadline)
+    reason = "" if True in region.graphs else _export(module, region, True, deadline, fakes)
     if reason:
         region.train_reason = f"{TRAIN_IN_PYTHON}: {reason}"
     else:
@@ -179,7 +182,9 @@ class _Observer(TorchFunctionMode):
         return self.record.call(func, args, kwargs or {})
 
 
-def _export(module: nn.Module, region: Region, training: bool, deadline: float) -> str:
+def _export(
+    module: nn.Module, region: Region, training: bool, deadline: float, fakes: Fakes
+) -> str:
     """Adds one mode's graph to the region; returns why there is none."""
     signature, leaves = region.signature, region.leaves
     assert signature is not None
@@ -206,26 +211,35 @@ def _export(module: nn.Module, region: Region, training: bool, deadline: float) 
     for name, constant in traced.constants.items():
         module.register_buffer(name, constant, persistent=False)
     try:
-        model_cost(module, [("", traced.graph, leaves)], training=training)
+        cost = model_cost(module, [("", traced.graph, leaves)], training=training, fakes=fakes)
     except VerifyError as error:
         return first_line(error)
+    if not (training or any(isinstance(t, nn.Parameter) for t in leaves)):
+        region.priced = cost
     signature.contiguous |= traced.layout
     signature.dims[training] = traced.dims
     region.graphs[training], region.outputs[training] = traced.graph, traced.output
-    region.alike |= traced.alike
+    # what drops may lie in memory in another way than what it was given
+    found = traced.found
+    if found is not None and found.alike and not (found.dropout and traced.layout):
+        train = in_train_mode(traced.graph)
+        if train is not None:
+            region.graphs[True], region.outputs[True] = train, traced.output
+            region.alike = not found.dropout
     return ""
 
 
 @dataclass(frozen=True)
 class _Traced:
-    """One mode's graph, the constants it reads, and what is known about it."""
+    """One mode's graph, the constants it reads, and what is known about it; of eval mode also what
+    a replay in train mode found."""
 
     graph: fx.Graph
     constants: dict[str, Tensor]
     output: Structure
     layout: bool
     dims: Dims
-    alike: bool
+    found: Replayed | None
 
 
 def _traced(
@@ -265,9 +279,8 @@ def _traced(
     graph, constants = rehost(program, module, signature.names, "module")
     structure = flat.result.structure
     assert structure is not None
-    alike = found is not None and found.alike
     dims = size_rules(program, leaves)
-    return _Traced(graph, constants, structure, observer.layout, dims, alike)
+    return _Traced(graph, constants, structure, observer.layout, dims, found)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from rewriter.capture.guards import Watch
 from rewriter.capture.hosted import Program, State, host, unhost
 from rewriter.capture.signature import Call
 from rewriter.capture.submodules import capture_parts, refusal
+from rewriter.cost import Fakes
 from rewriter.errors import CaptureError
 from rewriter.modules.running import (
     difference,
@@ -55,6 +56,8 @@ class Capture:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     strict: bool = False
+    fakes: Fakes = field(default_factory=Fakes)
+    """Of the model's weights, for pricing."""
 
     def host(self, graph_only: tuple[str, ...] = ()) -> None:
         """Lets every region's module run its graphs, as they are now.
@@ -80,7 +83,7 @@ class Capture:
         self, example: tuple[Any, Any], reason: str, writes: Mapping[str, str], seconds: float
     ) -> None:
         """Goes down to the second rung."""
-        parts = capture_parts(self.root, *example, reason, writes, seconds)
+        parts = capture_parts(self.root, *example, reason, writes, seconds, self.fakes)
         self.rung, self.regions, self.islands = "parts", parts.regions, parts.islands
         self.notes += parts.notes
 
@@ -145,13 +148,16 @@ def capture(
         args, kwargs, moved = _usable(root, args, kwargs)
         call = _bind(root, args, kwargs)
         expected, writes = _expected(root, args, kwargs)
-        region: Region | str = refusal(root, writes) or export_region(root, "", call, seconds)
+        fakes = Fakes()
+        region: Region | str = refusal(root, writes) or export_region(
+            root, "", call, seconds, fakes
+        )
         if isinstance(region, Region):
-            result = Capture(root, "export", [region], call)
+            result = Capture(root, "export", [region], call, fakes=fakes)
             if region.train_reason:
                 result.notes.append(region.train_reason)
         else:
-            result = Capture(root, "parts", [], call)
+            result = Capture(root, "parts", [], call, fakes=fakes)
             result.take_parts((args, kwargs), region, writes, seconds)
         if moved:
             result.notes.append("the model is on meta: example inputs were moved there")

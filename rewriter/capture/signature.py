@@ -76,6 +76,10 @@ class Dims:
     def __reduce__(self) -> Any:
         return Dims, (self.shapes, self.ranges, self.guards)
 
+    def copy(self) -> Dims:
+        """Equal rules whose ranges may be narrowed apart."""
+        return Dims(self.shapes, dict(self.ranges), self.guards)
+
     def difference(self, leaves: Sequence[Tensor], names: Sequence[str]) -> str | None:
         """Why these sizes do not fit, or None."""
         bound: dict[str, int] = {}

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.capture.exporting import Region, export_region
 from rewriter.capture.signature import Call
+from rewriter.cost import Fakes
 from rewriter.modules.running import first_line, has_hooks, own_copy, quiet_run
 from rewriter.modules.structure import Unflattenable, flatten
 from rewriter.modules.tree import join
@@ -51,7 +52,13 @@ def refusal(root: nn.Module, writes: Writes, prefix: str = "") -> str | None:
 
 
 def capture_parts(
-    root: nn.Module, args: Any, kwargs: Any, reason: str, writes: Writes, seconds: float
+    root: nn.Module,
+    args: Any,
+    kwargs: Any,
+    reason: str,
+    writes: Writes,
+    seconds: float,
+    fakes: Fakes,
 ) -> Parts:
     """Captures what can be below the root.
 
@@ -61,6 +68,7 @@ def capture_parts(
         reason: why the root itself stays Python.
         writes: modules that cannot be captured, whatever their trace.
         seconds: time limit; what is left then stays Python.
+        fakes: of the model's weights.
     """
     result = Parts()
     calls = _record(root, args, kwargs)
@@ -77,7 +85,7 @@ def capture_parts(
                 result.regions.append(_leaf_region(fqn, recorded))
             return
         if reason is None and recorded:
-            region = _part(fqn, module, recorded, writes, deadline)
+            region = _part(fqn, module, recorded, writes, deadline, fakes)
             if isinstance(region, Region):
                 region.calls = len(recorded)
                 result.regions.append(region)
@@ -132,6 +140,7 @@ def _part(
     recorded: list[tuple[Any, Any]],
     writes: Writes,
     deadline: float,
+    fakes: Fakes,
 ) -> Region | str:
     refused = refusal(module, writes, fqn)
     if refused:
@@ -148,7 +157,7 @@ def _part(
         return first_line(error)
     if len(keys) > 1:
         return f"it is called in {len(keys)} different ways"
-    return export_region(module, fqn, bound[0], remaining)
+    return export_region(module, fqn, bound[0], remaining, fakes)
 
 
 def _shape_of(call: Call) -> tuple[Any, ...]:

@@ -63,7 +63,7 @@ def propagate(
 
 def model_cost(
     root: nn.Module,
-    regions: Iterable[Region],
+    regions: Iterable[Region | GraphCost],
     *,
     training: bool | None = None,
     fakes: Fakes | None = None,
@@ -75,7 +75,8 @@ def model_cost(
 
     Args:
         root: the whole model.
-        regions: (module or its dotted name, graph, inputs); repeat one that runs repeatedly.
+        regions: (module or its dotted name, graph, inputs), or what one was found to cost before;
+            repeat one that runs repeatedly.
         training: as in `propagate`.
         fakes: of the weights, to share with other runs over the same model.
 
@@ -85,11 +86,15 @@ def model_cost(
     return run_graphs(Run(training, fakes=fakes), root, regions)
 
 
-def run_graphs(run: Run, root: nn.Module, regions: Iterable[Region]) -> GraphCost:
+def run_graphs(run: Run, root: nn.Module, regions: Iterable[Region | GraphCost]) -> GraphCost:
     """`model_cost`, run by `run`."""
     result = GraphCost()
     lifted: list[Tensor] = []
-    for owner, graph, inputs in regions:
+    for region in regions:
+        if isinstance(region, GraphCost):
+            result.add(region)
+            continue
+        owner, graph, inputs = region
         module = root.get_submodule(owner) if isinstance(owner, str) else owner
         run.graph(module, graph, inputs, result)
         lifted += [t for t in inputs if isinstance(t, nn.Parameter)]

@@ -54,6 +54,15 @@ class GraphCost:
     counted_by_torch: int = 0
     timeline: list[tuple[str, int]] = field(default_factory=list)
 
+    def add(self, other: GraphCost) -> None:
+        """What runs after this; the parameters of both are left to the caller to sum."""
+        for node, cost in other.nodes.items():
+            self.nodes[node] = self.nodes[node] + cost if node in self.nodes else cost
+        self.total = self.total + other.total
+        self.errors += other.errors
+        self.counted_by_torch += other.counted_by_torch
+        self.timeline += other.timeline
+
 
 @dataclass
 class Tally:

@@ -139,7 +139,9 @@ class Engine:
         Raises:
             VerifyError: a rule changes a type, or fails itself.
         """
-        self.lowering = lower(self.capture, self.options.lower, self.prices.cost, self.prices.fakes)
+        self.lowering = lower(
+            self.capture, self.options.lower, self.prices.cost, self.capture.fakes
+        )
         step, graph = self.lowering.step, self.lowering.graph
         if step is None:
             return []

@@ -11,7 +11,6 @@ from rewriter.capture.signature import OpenSizes
 from rewriter.cost import (
     Cost,
     Device,
-    Fakes,
     GraphCost,
     Snapshot,
     StepCost,
@@ -39,7 +38,6 @@ class Prices:
         step: of a training step.
         errors: what could not be priced, for the report.
         snapshots: the model at each step of the rewrite, for prices at other sizes.
-        fakes: of the weights.
     """
 
     capture: Capture
@@ -48,7 +46,6 @@ class Prices:
     step: StepCost = field(default_factory=StepCost)
     errors: list[str] = field(default_factory=list)
     snapshots: list[Snapshot | None] = field(default_factory=list)
-    fakes: Fakes = field(default_factory=Fakes)
 
     def price(self) -> None:
         """The cost of the model as it is now: of an inference, and of a training step."""
@@ -58,12 +55,14 @@ class Prices:
         if len(regions) < len(self.capture.regions):
             self.cost = GraphCost(total=storage_cost(root))
             return
-        self.cost = model_cost(
-            root,
-            [(r.prefix, r.graphs[False], r.leaves or []) for r in regions for _ in range(r.calls)],
-            training=False,
-            fakes=self.fakes,
-        )
+        runs: list[Any] = [
+            r.priced or (r.prefix, r.graphs[False], r.leaves or [])
+            for r in regions
+            for _ in range(r.calls)
+        ]
+        self.cost = model_cost(root, runs, training=False, fakes=self.capture.fakes)
+        for region in regions:
+            region.priced = None  # from here on its graph may change
         trained = [
             (r.prefix, r.graphs[True], _wanted(r))
             for r in regions
@@ -71,14 +70,14 @@ class Prices:
             for _ in range(r.calls)
         ]
         try:
-            step = step_cost(root, trained, fakes=self.fakes)
+            step = step_cost(root, trained, fakes=self.capture.fakes)
             if all(True in r.graphs for r in regions):
                 self.step = step
             else:
                 why = "some of the model runs in Python in train mode"
                 self.step.errors.append(f"training cost not known: {why} (see the capture notes)")
         except VerifyError as error:
-            model_cost(root, trained, training=True, fakes=self.fakes)
+            model_cost(root, trained, training=True, fakes=self.capture.fakes)
             self.step.errors.append(f"training cost not known: {first_line(error)}")
         self.cost.total = self.predicted(replace(self.cost.total, training=self.step.training))
         self.errors += [
@@ -150,7 +149,9 @@ class Prices:
         root, graphs = self.capture.root, region.graphs
         if lowered is not None:
             root, graphs = lowered.root, {**graphs, False: lowered.graph}
-        self.snapshots.append(Snapshot(root, graphs, region.leaves, sizes, nodes, self.fakes))
+        self.snapshots.append(
+            Snapshot(root, graphs, region.leaves, sizes, nodes, self.capture.fakes)
+        )
 
 
 def _wanted(region: Region) -> list[Any]:
