@@ -3,12 +3,11 @@
 `optimized = rewrite(model, passes=[...], example_inputs=batch)`; `optimized.report` is the ledger.
 """
 
-from rewriter.api import explain, plan_memory, rewrite
+from rewriter.api import explain, export, plan_memory, rewrite
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip
-from rewriter.capture.hosted import RewrittenModule
 from rewriter.compiler import backend
 from rewriter.compiler.ledgers import last_reports, report_of
-from rewriter.compiler.packaging import Exported, export
+from rewriter.compiler.packaging import Exported
 from rewriter.cost import Cost, Device
 from rewriter.errors import (
     CalibrationError,
@@ -24,7 +23,7 @@ from rewriter.errors import (
 from rewriter.planner import MemoryBudget
 from rewriter.report import Report
 from rewriter.sites import ACTIVATION, CONV, LINEAR, MLP, Site
-from rewriter.store import load, load_original, save
+from rewriter.store import RewrittenModule, load, load_original, save
 from rewriter.store.old_names import find_moved
 from rewriter.training.optimizers import param_groups, remap_optimizer
 from rewriter.training.recovery import Recovery, recover

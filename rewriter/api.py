@@ -1,12 +1,12 @@
-"""The façade: `rewrite` and its dry run `explain`."""
+"""The façade: `rewrite`, its dry run `explain`, `plan_memory` and `export`."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import numbers
-import warnings
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,19 +14,20 @@ from torch import nn
 
 from rewriter.base import Pass, Where
 from rewriter.capture import capture
-from rewriter.capture.hosted import RewrittenModule, original_class
+from rewriter.compiler.packaging import Exported, exported
 from rewriter.cost import Device
-from rewriter.engine import Engine, Options, check_passes
+from rewriter.engine import Options, check_passes
 from rewriter.engine.batches import Calibration
-from rewriter.errors import OptionError, RewriteError, RewriteWarning
+from rewriter.engine.pipeline import copied, restored_on_error, run
+from rewriter.errors import CaptureError, OptionError, RewriteError, warn
 from rewriter.planner import MemoryBudget
+from rewriter.recipe.parse import parse_pass
 from rewriter.report import Report
-from rewriter.store import Recipe
 
 if TYPE_CHECKING:
     from rewriter.planner import MemoryPlan
 
-__all__ = ["explain", "plan_memory", "prepare", "rewrite"]
+__all__ = ["explain", "export", "plan_memory", "rewrite"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -99,9 +100,9 @@ def rewrite(
         example_inputs,
     )  # fmt: skip
     with torch.inference_mode(False):  # or the result could never train
-        root = model if inplace else _copied(model)
-        with _restored_on_error(root) if inplace else contextlib.nullcontext():
-            _run(
+        root = model if inplace else copied(model)
+        with restored_on_error(root) if inplace else contextlib.nullcontext():
+            run(
                 root, passes, example_inputs, settings, strict_signature, None if inplace else model
             )
     return root
@@ -132,7 +133,7 @@ def explain(
         example_inputs,
     )  # fmt: skip
     with torch.inference_mode(False):
-        return _run(_copied(model), passes, example_inputs, settings, False, model)
+        return run(copied(model), passes, example_inputs, settings, False, model)
 
 
 def plan_memory(
@@ -162,42 +163,60 @@ def plan_memory(
     if wanted.lossy:
         raise OptionError("plan_memory runs nothing, so it cannot check a lossy plan: use rewrite")
     with torch.inference_mode(False):
-        captured = capture(_copied(model), example_inputs)
+        captured = capture(copied(model), example_inputs)
         captured.host()
         plan = plan_of(captured, wanted, found).plan
     assert plan is not None
     return plan
 
 
-def _run(
-    root: nn.Module,
-    passes: Sequence[Pass],
-    example_inputs: Any,
-    options: Options,
-    strict: bool,
-    model: nn.Module | None,
-) -> Report:
-    done = vars(root)["_rewriter"].recipe if isinstance(root, RewrittenModule) else None
-    # after an earlier rewrite, what is stored leads from the original to here
-    recipe = Recipe.of(root) if done is None else copy.deepcopy(done)
-    engine = prepare(root, example_inputs, options, strict=strict)
-    engine.recipe, engine.model = recipe, model
-    steps = [engine.original()]
-    for rewrite in passes:  # no comprehension: warnings count the frames up to the user's line
-        steps.append(engine.run(rewrite))
-    if options.memory is not None:
-        steps.append(engine.plan_memory(options.memory))
-    report = engine.report(steps)
-    engine.finish(report)
-    return report
+def export(
+    model: nn.Module,
+    passes: Sequence[Pass | str] = (),
+    example_inputs: Any = None,
+    *,
+    package: str | os.PathLike[str] | None = None,
+    dynamic_shapes: Any = None,
+    inductor: Mapping[str, Any] | None = None,
+    standalone: bool = False,
+    **options: Any,
+) -> Exported:
+    """model → rewrite → `torch.export` program → AOTInductor package: eval mode, weights inside.
 
+    Args:
+        model: any module that `torch.export` takes whole; never changed.
+        passes: as in `rewrite`, also as text.
+        example_inputs: one real batch, as in `rewrite`; it is needed.
+        package: where to write compiled code (`.pt2`), for `torch._inductor.aoti_load_package`.
+        dynamic_shapes: as `torch.export.export` takes it; the sizes are those of the example where
+            left out.
+        inductor: options of Inductor's for the package.
+        standalone: writes ops with a record out by their references in torch's own, so that
+            program and package load and run where only torch is installed. Their tuned kernels
+            are lost; int8 ops compute in float64 then: small files, but slow code.
+        options: further ones of `rewrite`.
 
-def prepare(
-    root: nn.Module, example_inputs: Any, options: Options | None = None, *, strict: bool = False
-) -> Engine:
-    """An engine around the engine's own copy of a model, captured and ready to run passes."""
-    captured = capture(root, example_inputs, strict=strict)
-    return Engine(captured, options or Options())
+    Returns:
+        The program, its ledger, and what it needs to run.
+
+    Raises:
+        CaptureError: there is no example, or the rewritten model cannot be exported.
+        OptionError: an option is impossible.
+    """
+    if example_inputs is None:
+        raise CaptureError("export needs example_inputs: one real batch of the model")
+    path = None if package is None else Path(package)
+    if path is not None and path.suffix != ".pt2":
+        raise OptionError(f"package={str(path)!r}: the suffix must be .pt2")
+    if path is not None and not path.parent.is_dir():
+        raise OptionError(f"package={str(path)!r}: there is no directory {path.parent}")
+    if isinstance(passes, str | Pass) or not isinstance(passes, Sequence):
+        raise OptionError(f"passes must be a list of passes or of their texts, not {passes!r}")
+    if inductor and path is None:
+        raise OptionError("inductor= is for the package: give package='model.pt2' too")
+    chosen = [parse_pass(p) if isinstance(p, str) else p for p in passes]
+    ready = rewrite(model, chosen, example_inputs, **options).eval()
+    return exported(ready, example_inputs, path, dynamic_shapes, inductor, standalone)
 
 
 def _settings(
@@ -230,11 +249,7 @@ def _settings(
     found = None if device is None else Device.get(device)
     batches = None if calibration is None else Calibration.of(calibration)
     if batches is not None and not any(p.calibrates for p in passes):
-        warnings.warn(
-            "calibration is given, but none of the passes makes use of it",
-            RewriteWarning,
-            stacklevel=3,
-        )
+        warn("calibration is given, but none of the passes makes use of it")
     return Options(objective, max_error, where, found, bool(measure), batches, memory)
 
 
@@ -257,40 +272,3 @@ def _check_model(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise RewriteError(f"{name} has no shape yet (a lazy module): run the model once first")
-
-
-def _copied(model: M) -> M:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise RewriteError(
-            f"{original_class(model).__name__} cannot be copied ({type(error).__name__}: {error}): "
-            "pass inplace=True to rewrite the model itself"
-        ) from error
-
-
-@contextlib.contextmanager
-def _restored_on_error(root: nn.Module) -> Iterator[None]:
-    """An in-place rewrite that fails leaves the model as it was."""
-    saved = [(m, type(m), dict(vars(m))) for m in root.modules()]
-    # hooks, parameters, submodules, …: what a module keeps in containers of its own
-    inner = [
-        (held, copy.copy(held))
-        for _, _, own in saved
-        for held in own.values()
-        if isinstance(held, dict | set)
-    ]
-    grads = [(p, p.requires_grad) for p in root.parameters()]
-    try:
-        yield
-    except BaseException:
-        for module, cls, own in saved:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(own)
-        for container, contents in inner:
-            container.clear()
-            container.update(contents)
-        for parameter, flag in grads:
-            parameter.requires_grad_(flag)
-        raise

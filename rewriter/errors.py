@@ -6,6 +6,9 @@ what to change without opening this package.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class RewriteError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -41,3 +44,19 @@ class StoreError(RewriteError):
 
 class RewriteWarning(UserWarning):
     """Something the user should know, which stops nothing."""
+
+
+_INSIDE = ("rewriter", "torch", "contextlib")
+"""Packages whose frames lie between a warning and the line of the user's that led to it."""
+
+
+def warn(message: str) -> None:
+    """A `RewriteWarning` at the first line outside this package and torch: the user's own."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RewriteWarning, stacklevel=level)
+
+
+def _is_inside(module: str) -> bool:
+    return module.partition(".")[0] in (*_INSIDE, "")  # generated code has no name

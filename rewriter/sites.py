@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from rewriter.base import Layer, Moments
+from rewriter.layer import Layer
+from rewriter.modules.moments import Moments
 from rewriter.modules.tree import attribute, join, submodule
 from rewriter.spellings import (
     ACTIVATION,

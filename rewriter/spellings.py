@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from rewriter.base import Layer
+from rewriter.layer import Layer
 
 __all__ = [
     "ACTIVATION",

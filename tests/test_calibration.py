@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rewriter import LINEAR, Site, explain, rewrite
-from rewriter.api import prepare
 from rewriter.base import Moments
 from rewriter.engine import Engine
 from rewriter.engine.batches import Calibration
 from rewriter.engine.calibration import gather
+from rewriter.engine.looking import sites_of
+from rewriter.engine.pipeline import prepare
 from rewriter.errors import CalibrationError, RewriteWarning
 from rewriter.kernels.monarch import monarch_dense
 from rewriter.kernels.monarch_project import monarch_fit, monarch_project
@@ -49,7 +50,7 @@ def batch(rows: int = 24) -> Tensor:
 
 
 def linear(engine: Engine) -> list[Site]:
-    return [s for s in engine._sites() if s.kind == LINEAR]
+    return [s for s in sites_of(engine.capture) if s.kind == LINEAR]
 
 
 def moments_of(rows: Tensor) -> tuple[Tensor, Tensor]:

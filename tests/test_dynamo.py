@@ -26,7 +26,7 @@ class Backend:
         lifted = capture_dynamo(module, inputs)
         engine = Engine(lifted.capture, Options())
         engine.original()
-        engine.step = engine.run(Quadratic())  # type: ignore[attr-defined]
+        engine.prices.step = engine.run(Quadratic())  # type: ignore[attr-defined]
         self.engines.append(engine)
         program = Program(lifted.graph, None)
 
@@ -47,7 +47,7 @@ def compiled(model: nn.Module, *inputs: Any, **options: Any) -> list[Engine]:
 
 
 def replaced(engine: Engine) -> list[str]:
-    return [d.site for d in engine.step.decisions if d.changed]  # type: ignore[attr-defined]
+    return [d.site for d in engine.prices.step.decisions if d.changed]  # type: ignore[attr-defined]
 
 
 class Outer(nn.Module):
@@ -110,7 +110,7 @@ class Tied(nn.Module):
 def test_tied_parameters_stay_tied() -> None:
     (engine,) = compiled(Tied(), torch.tensor([[1, 2], [3, 4]]))
     assert replaced(engine) == ["mid"]
-    (kept,) = [d for d in engine.step.decisions if not d.changed]  # type: ignore[attr-defined]
+    (kept,) = [d for d in engine.prices.step.decisions if not d.changed]  # type: ignore[attr-defined]
     assert "tied" in kept.reason
 
 

@@ -17,9 +17,10 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 from rewriter import ACTIVATION, CONV, LINEAR, MLP, Pass, Phase, Replacement, Site, Skip, rewrite
-from rewriter.api import prepare
 from rewriter.capture import Capture, capture
 from rewriter.engine.decide import timed
+from rewriter.engine.looking import sites_of
+from rewriter.engine.pipeline import prepare
 from rewriter.engine.verify import Boundary, boundary, check
 from rewriter.errors import OptionError, PassError, RewriteWarning, VerifyError
 from rewriter.passes import Densify, Monarch, Quadratic, Quantize, TopK
@@ -312,7 +313,7 @@ def test_latency_of_our_own_layer_is_that_layers() -> None:
     engine = prepare(Net(), X)
     engine.original()
     engine.run(Monarch(nblocks=2, rank=1))
-    (site,) = [s for s in engine._sites() if s.fqn == "up"]
+    (site,) = [s for s in sites_of(engine.capture) if s.fqn == "up"]
     assert site.kind is MonarchLinear
     ran: list[str] = []
     old, new = site.module, nn.Linear(16, 32)
@@ -341,7 +342,7 @@ def test_latency_of_other_sites(kind: str) -> None:
 
     engine = prepare(Mixed(), torch.randn(3, 2, 16))
     engine.original()
-    (site,) = [s for s in engine._sites() if s.kind == kind]
+    (site,) = [s for s in sites_of(engine.capture) if s.kind == kind]
     layer = {MLP: nn.Linear(8, 4), ACTIVATION: nn.GELU(), CONV: nn.Conv1d(2, 2, 1)}[kind]
     assert timed(site, layer) is not None
 

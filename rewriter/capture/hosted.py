@@ -24,26 +24,29 @@ import functools
 import inspect
 import itertools
 import linecache
-import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rewriter.capture.guards import Watch
 from rewriter.capture.signature import Signature
-from rewriter.errors import RewriteWarning, SignatureError
+from rewriter.errors import SignatureError, warn
 from rewriter.modules.structure import Structure
+from rewriter.report import Report
 
-if TYPE_CHECKING:
-    from rewriter.planner.apply.training import PlannedTraining
-    from rewriter.planner.search.plan import MemoryPlan
-    from rewriter.report import Report
-
-__all__ = ["Program", "RewrittenModule", "State", "host", "original_class", "unhost"]
+__all__ = [
+    "Hosted",
+    "PlannedSteps",
+    "Program",
+    "State",
+    "host",
+    "offer_on_root",
+    "original_class",
+    "unhost",
+]
 
 _counter = itertools.count()
 _MODE_TARGETS = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
@@ -144,6 +147,19 @@ def _restoring_modes(function: Callable[..., Any], root: nn.Module, leaves: Sequ
         raise
 
 
+class PlannedSteps(Protocol):
+    """Runs training steps by a memory plan; `rewriter.planner.apply.training` has it."""
+
+    @property
+    def plan(self) -> Any:
+        """The memory plan; None before the first step."""
+
+    def __call__(
+        self, root: nn.Module, program: Program, leaves: list[Any], rows: Any
+    ) -> Any | None:
+        """The flat results of one step; None where the step runs without the plan."""
+
+
 @dataclass
 class State:
     """What a hosted module carries beside its own attributes.
@@ -168,7 +184,7 @@ class State:
     report: Report | None = None
     recipe: Any = None
     warned: set[str] = field(default_factory=set)
-    memory: PlannedTraining | None = None
+    memory: PlannedSteps | None = None
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         program = self.programs.get(module.training)
@@ -219,22 +235,20 @@ class State:
             )
         if not torch.compiler.is_compiling() and why not in self.warned:
             self.warned.add(why)
-            warnings.warn(
+            warn(
                 f"{name}: {why}; such calls run the original Python forward over the rewritten "
-                "layers",
-                RewriteWarning,
-                stacklevel=6,
+                "layers"
             )
         return forward(module, *args, **kwargs)
 
 
-class _Hosted(nn.Module):
-    """Mixin of the dynamic subclasses."""
+class Hosted(nn.Module):
+    """Mixin of the dynamic subclasses: how they are pickled, and moved between devices."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
-        root = isinstance(self, RewrittenModule)
+        root = isinstance(self, _mixin(root=True))
         return (_rebuild, (original_class(self), root, _own_names(self)), *reduced[2:])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -248,31 +262,18 @@ class _Hosted(nn.Module):
         return moved
 
 
-class RewrittenModule(_Hosted):
-    """What `rewrite` returns: the model's own class, and on top of it the ledger and storage."""
+_root_mixins: list[type[nn.Module]] = []
+"""What the root has besides: `rewriter.store`, a room above, puts its `RewrittenModule` here."""
 
-    @property
-    def report(self) -> Report:
-        """The ledger: cost before and after every pass, every decision with its reason."""
-        return cast("Report", self.__dict__["_rewriter"].report)
 
-    @property
-    def memory_plan(self) -> MemoryPlan | None:
-        """What training steps keep, and why; None without a `memory_budget`."""
-        memory = cast("State", self.__dict__["_rewriter"]).memory
-        return None if memory is None else memory.plan
+def offer_on_root(mixin: type[nn.Module]) -> type[nn.Module]:
+    """A class decorator: the root of every rewritten model has the attributes of `mixin` too."""
+    _root_mixins[:] = [mixin]
+    return mixin
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes safetensors and one JSON recipe; see `rewriter.save`."""
-        from rewriter.store import save
 
-        save(self, directory)
-
-    def load_original(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Puts an original checkpoint through the same rewrite; see `rewriter.load_original`."""
-        from rewriter.store import load_original
-
-        load_original(self, state_dict)
+def _mixin(root: bool) -> type[nn.Module]:
+    return _root_mixins[0] if root and _root_mixins else Hosted
 
 
 def host(module: nn.Module, state: State, *, root: bool) -> None:
@@ -301,7 +302,7 @@ _signatures: dict[Any, inspect.Signature] = {}
 def _own_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the mixin that the model uses itself, for a submodule, a buffer or an attribute."""
     own = {*vars(module), *module._modules, *module._parameters, *module._buffers}
-    return tuple(sorted(own & set(vars(RewrittenModule)) - {"__module__", "__doc__"}))
+    return tuple(sorted(own & set(vars(_mixin(root=True))) - {"__module__", "__doc__"}))
 
 
 class _OwnAttribute:
@@ -335,9 +336,8 @@ def _new_class(cls: type[nn.Module], root: bool, own: tuple[str, ...]) -> type[n
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    mixin: type[nn.Module] = RewrittenModule if root else _Hosted
     # The user's own attributes win over the mixin's: a model may well have a `report` of its own.
-    return type(cls.__name__, (cls, mixin), namespace)
+    return type(cls.__name__, (cls, _mixin(root)), namespace)
 
 
 def _parameters(cls: type[nn.Module]) -> inspect.Signature:

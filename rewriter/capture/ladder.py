@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import (
 from rewriter.capture.exporting import TRAIN_IN_PYTHON, Region, export_region
 from rewriter.capture.guards import Watch
 from rewriter.capture.hosted import Program, State, host, unhost
-from rewriter.capture.rehost import CONSTANT
 from rewriter.capture.signature import Call
 from rewriter.capture.submodules import capture_parts, refusal
 from rewriter.errors import CaptureError
@@ -35,6 +34,7 @@ from rewriter.modules.running import (
     written,
 )
 from rewriter.modules.structure import flatten
+from rewriter.modules.tensors import CONSTANT
 from rewriter.report import Island
 from rewriter.sites import is_leaf
 

@@ -24,13 +24,11 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from rewriter.capture.signature import Dims
 from rewriter.errors import CaptureError
+from rewriter.modules.tensors import CONSTANT
 from rewriter.modules.tree import find, submodule
 from rewriter.sites import is_leaf, user_line
 
-__all__ = ["CONSTANT", "rehost", "size_rules"]
-
-CONSTANT = "_rewriter_constant_"
-"""Prefix of the non-persistent buffers that hold tensors the forward creates from literals."""
+__all__ = ["rehost", "size_rules"]
 
 _Stack = dict[str, tuple[str, Any]]
 

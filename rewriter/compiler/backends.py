@@ -34,11 +34,12 @@ from rewriter.compiler.ledgers import Graph, Sketch, record
 from rewriter.compiler.user_code import Frame, guard_mode, source_name
 from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
-from rewriter.errors import OptionError, RewriteError, RewriteWarning
+from rewriter.engine.prices import Prices
+from rewriter.errors import OptionError, RewriteError, RewriteWarning, warn
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.parse import nearest, parse_pass
+from rewriter.recipe.recipe import Recipe
 from rewriter.report import Report, Step
-from rewriter.store import Recipe
 
 __all__ = ["Backend", "backend", "rewriter_backend"]
 
@@ -319,7 +320,7 @@ class _Compilation:
                 "runs as it was written, without passes. Compile with dynamic=True, or raise it"
             )
             self.graph.notes.append(note)
-            warnings.warn(f"{self.name}: {note}", RewriteWarning, stacklevel=2)
+            warn(f"{self.name}: {note}")
         record(self.graph, self.frame.asked)
         # compiled code outlives the call: it must not keep the user's model and batch alive
         self.frame = self.graph.frame = replace(self.frame, asked=None, scope={}, root=None)
@@ -369,8 +370,9 @@ class _Compilation:
             chosen = [replace(p, where=_predicate(p.where)) for p in chosen]
             options = replace(options, where=_predicate(options.where))
             self._check_names()
-        engine = _Engine(lifted.capture, options)
-        engine.training = self.training
+        engine = Engine(lifted.capture, options)
+        engine.prices = _GraphPrices(lifted.capture, options.device)
+        engine.prices.training = self.training
         with _plain(quiet=self.partial or (self.backend.install and self.frame.compilation > 0)):
             steps = [engine.original()]
             steps += [engine.run(p) for p in chosen]
@@ -496,17 +498,17 @@ def _switches_gradients_on(module: fx.GraphModule) -> bool:
     return any(n.target is switch and n.args[:1] == (True,) for n in module.graph.nodes)
 
 
-class _Engine(Engine):
+class _GraphPrices(Prices):
     """Prices the one graph of Dynamo's in the mode that it runs in."""
 
     training = False
 
-    def _price(self) -> None:
+    def price(self) -> None:
         (region,) = self.capture.regions
         if self.training:
             region.graphs[True] = region.graphs[False]
         try:
-            super()._price()
+            super().price()
         finally:
             region.graphs.pop(True, None)
         if not self.training:  # nobody asked what training would cost

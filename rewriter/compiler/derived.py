@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rewriter.base import Replacement
 from rewriter.errors import RewriteError
 from rewriter.modules.tensors import named_tensors
-from rewriter.store import Recipe, layer_before, site_around
+from rewriter.recipe.recipe import Recipe
+from rewriter.recipe.replaying import replay
 
 __all__ = ["Derived", "Refused", "Weights", "again"]
 
@@ -196,19 +196,7 @@ def again(
             continue
         refs = {"weight": installed.weight_ref, "bias": installed.bias_ref}
         given = {role: inputs[paths[ref]].detach() for role, ref in refs.items() if ref is not None}
-        layer, transposed = layer_before(fqn, recipe, given), installed.transposed
-        for kind, rewrite in installed.chain:
-            site = site_around(layer, fqn, kind, transposed)
-            try:
-                answer = rewrite.propose(site)
-            except Exception as error:
-                raise Refused(f"{fqn}: {rewrite} fails on the new weights: {error}") from error
-            if not isinstance(answer, Replacement):
-                raise Refused(f"{fqn}: {rewrite} refuses the new weights: {answer.reason}")
-            off = answer.error
-            if max_error is not None and (off is None or not off <= max_error):
-                raise Refused(f"{fqn}: error {off} of the new weights is above {max_error:.3g}")
-            layer, transposed = answer.layer, False
+        layer = replay(fqn, recipe, given, Refused, max_error)
         made.update({f"{fqn}.{k}": t for k, t in named_tensors(layer).items()})
     for name, old in wanted.items():
         new = made.get(name)

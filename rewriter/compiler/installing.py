@@ -8,7 +8,6 @@ Dynamo compiles that.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from rewriter.capture.hosted import Program
 from rewriter.compiler.dynamo import Lifted
 from rewriter.compiler.user_code import Frame, source_name
-from rewriter.errors import RewriteError, RewriteWarning
+from rewriter.errors import RewriteError, warn
 from rewriter.modules.tree import is_hook_dict, submodule
-from rewriter.store import Recipe
+from rewriter.recipe.recipe import Recipe
 
 __all__ = ["Installation"]
 
@@ -100,10 +99,8 @@ class _Ready:
                 for name, child in module._modules.items():
                     if child is old:
                         module._modules[name] = layer
-        warnings.warn(
+        warn(
             f"{len(self.places)} layers with new parameters were installed on "
             f"{type(self.places[0][0]).__name__}: build the optimizer now, or remap one that "
-            "exists with rewriter.remap_optimizer",
-            RewriteWarning,
-            stacklevel=4,
+            "exists with rewriter.remap_optimizer"
         )

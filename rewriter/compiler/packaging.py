@@ -1,13 +1,9 @@
-"""Ahead of time: a rewritten model as a `torch.export` program and as compiled code in a file.
-
-The module is not called `export`, as the package's function of that name would hide it.
-"""
+"""Ahead of time: a rewritten model as a `torch.export` program and as compiled code in a file."""
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +12,13 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from rewriter.api import rewrite
-from rewriter.base import Pass
 from rewriter.capture import arguments
-from rewriter.errors import CaptureError, OptionError, RewriteError
+from rewriter.errors import CaptureError, RewriteError
 from rewriter.kernels import ops as kernel_ops
 from rewriter.kernels.ops import Record
-from rewriter.recipe.parse import parse_pass
 from rewriter.report import Report
 
-__all__ = ["Exported", "export"]
+__all__ = ["Exported", "exported"]
 
 
 @dataclass
@@ -62,52 +55,25 @@ class Exported:
         return f"it calls {ops}: install {packages} and {modules} before loading"
 
 
-def export(
-    model: nn.Module,
-    passes: Sequence[Pass | str] = (),
-    example_inputs: Any = None,
-    *,
-    package: str | os.PathLike[str] | None = None,
-    dynamic_shapes: Any = None,
-    inductor: Mapping[str, Any] | None = None,
-    standalone: bool = False,
-    **options: Any,
+def exported(
+    ready: nn.Module,
+    example_inputs: Any,
+    path: Path | None,
+    dynamic_shapes: Any,
+    inductor: Mapping[str, Any] | None,
+    standalone: bool,
 ) -> Exported:
-    """model → rewrite → `torch.export` program → AOTInductor package: eval mode, weights inside.
+    """A rewritten model in eval mode as a program and, with a path, as a package.
 
     Args:
-        model: any module that `torch.export` takes whole; never changed.
-        passes: as in `rewrite`, also as text.
-        example_inputs: one real batch, as in `rewrite`; it is needed.
-        package: where to write compiled code (`.pt2`), for `torch._inductor.aoti_load_package`.
-        dynamic_shapes: as `torch.export.export` takes it; the sizes are those of the example where
-            left out.
-        inductor: options of Inductor's for the package.
-        standalone: writes ops with a record out by their references in torch's own, so that
-            program and package load and run where only torch is installed. Their tuned kernels
-            are lost; 8-bit ops compute in float64 then: small files, but slow code.
-        options: further ones of `rewrite`.
-
-    Returns:
-        The program, its ledger, and what it needs to run.
+        ready: the model.
+        example_inputs, dynamic_shapes, inductor, standalone: as in `rewriter.export`.
+        path: of the package; None for the program alone.
 
     Raises:
-        CaptureError: there is no example, or the rewritten model cannot be exported.
-        OptionError: an option is impossible.
+        CaptureError: the model cannot be exported.
+        RewriteError: Inductor cannot compile the program.
     """
-    if example_inputs is None:
-        raise CaptureError("export needs example_inputs: one real batch of the model")
-    path = None if package is None else Path(package)
-    if path is not None and path.suffix != ".pt2":
-        raise OptionError(f"package={str(path)!r}: the suffix must be .pt2")
-    if path is not None and not path.parent.is_dir():
-        raise OptionError(f"package={str(path)!r}: there is no directory {path.parent}")
-    if isinstance(passes, str | Pass) or not isinstance(passes, Sequence):
-        raise OptionError(f"passes must be a list of passes or of their texts, not {passes!r}")
-    if inductor and path is None:
-        raise OptionError("inductor= is for the package: give package='model.pt2' too")
-    chosen = [parse_pass(p) if isinstance(p, str) else p for p in passes]
-    ready = rewrite(model, chosen, example_inputs, **options).eval()
     report: Any = ready.report
     args, kwargs = arguments(example_inputs)
     with torch.no_grad():
@@ -116,7 +82,7 @@ def export(
         except Exception as error:
             said = str(error).strip().splitlines()
             raise CaptureError(
-                f"{type(model).__name__} cannot be exported whole ({type(error).__name__}: "
+                f"{type(ready).__name__} cannot be exported whole ({type(error).__name__}: "
                 f"{said[0] if said else ''}): use torch.compile(model, backend='rewriter')"
             ) from error
         if standalone:

@@ -2,7 +2,7 @@
 
 from rewriter.cost.cost import Cost, Training, storage_cost
 from rewriter.cost.interpret import Fakes, Region, model_cost, propagate
-from rewriter.cost.machine.device import Device, Level
+from rewriter.cost.machine import Device, Level
 from rewriter.cost.meter import GraphCost
 from rewriter.cost.scaling import (
     LAWS,

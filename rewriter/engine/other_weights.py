@@ -17,7 +17,7 @@ from rewriter.report import Decision
 from rewriter.sites import Site
 from rewriter.spellings import is_leaf, op_name, user_line
 
-__all__ = ["strays"]
+__all__ = ["other_weights"]
 
 _PRODUCTS = frozenset({
     "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "mv", "dot",
@@ -29,7 +29,7 @@ _STEPS = 6
 """How many moves (slices, casts, transposes) may lie between a parameter and its product."""
 
 
-def strays(capture: Capture, sites: Iterable[Site], listed: Sequence[str]) -> list[Decision]:
+def other_weights(capture: Capture, sites: Iterable[Site], listed: Sequence[str]) -> list[Decision]:
     """One refusal for every weight of two or more dimensions that only such products use.
 
     Args:

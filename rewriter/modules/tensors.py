@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rewriter.capture.rehost import CONSTANT
 from rewriter.errors import StoreError
 from rewriter.modules.tree import join
 
 __all__ = [
+    "CONSTANT",
     "is_constant",
     "named_tensors",
     "non_persistent",
@@ -17,6 +17,10 @@ __all__ = [
     "tensor_like",
     "unique_tensors",
 ]
+
+
+CONSTANT = "_rewriter_constant_"
+"""Prefix of the non-persistent buffers that hold tensors the forward creates from literals."""
 
 
 def named_tensors(root: nn.Module) -> dict[str, Tensor]:

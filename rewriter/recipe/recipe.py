@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.base import Layer
-from rewriter.capture.hosted import RewrittenModule
 from rewriter.errors import StoreError
 from rewriter.modules.tensors import named_tensors
 from rewriter.planner.budget import MemoryBudget
@@ -128,7 +127,7 @@ def example_from_json(data: Any) -> dict[str, Any]:
 
 def recipe_of(model: nn.Module) -> tuple[Recipe, Report]:
     state = vars(model).get("_rewriter") if isinstance(model, nn.Module) else None
-    if not isinstance(model, RewrittenModule) or state is None or state.recipe is None:
+    if state is None or state.recipe is None:
         raise StoreError(
             f"{type(model).__name__} was not made by rewriter.rewrite or rewriter.load"
         )

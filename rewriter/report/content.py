@@ -6,13 +6,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rewriter.cost import Cost, Device, Work
+from rewriter.cost.machine.datasheets import DATASHEETS
 from rewriter.report import format as fmt
-
-if TYPE_CHECKING:
-    from rewriter.report.ledger import Decision, Report, Step
+from rewriter.report.data import Ledger
+from rewriter.report.entries import Decision, Step
 
 __all__ = [
     "Grid",
@@ -90,7 +89,7 @@ class Layer:
 # in short
 
 
-def summary(report: Report) -> list[str]:
+def summary(report: Ledger) -> list[str]:
     """What was done, in sentences."""
     capture = report.capture
     how = f"captured by {capture.rung} in {fmt.seconds(capture.seconds)}"
@@ -123,7 +122,7 @@ def summary(report: Report) -> list[str]:
     return lines
 
 
-def lower_bounds(report: Report) -> str:
+def lower_bounds(report: Ledger) -> str:
     """Why the totals are lower bounds; "" where they are not."""
     why = []
     if n := sum("lower bound" in line for line in report.errors):
@@ -133,7 +132,7 @@ def lower_bounds(report: Report) -> str:
     return f"totals are lower bounds: {' and '.join(why)}" if why else ""
 
 
-def totals(report: Report) -> Grid:
+def totals(report: Ledger) -> Grid:
     """The whole model before and after; a row for every figure that is known on both sides."""
     before, after = report.before, report.after
     rows = [
@@ -164,7 +163,7 @@ def totals(report: Report) -> Grid:
 # per step
 
 
-def _states(report: Report) -> list[tuple[str, Cost, Step | None]]:
+def _states(report: Ledger) -> list[tuple[str, Cost, Step | None]]:
     """(name, cost, step) of the model as it came and after every step."""
     found: list[tuple[str, Cost, Step | None]] = [(s.name, s.after, s) for s in report.steps]
     if report.steps and report.steps[0].name != "original":
@@ -172,7 +171,7 @@ def _states(report: Report) -> list[tuple[str, Cost, Step | None]]:
     return found
 
 
-def steps(report: Report) -> Grid:
+def steps(report: Ledger) -> Grid:
     """The model's cost after every step."""
     rows = [
         (
@@ -192,12 +191,12 @@ def steps(report: Report) -> Grid:
     return Grid(header, rows)
 
 
-def calibrated(report: Report) -> bool:
+def calibrated(report: Ledger) -> bool:
     """Whether the times were predicted for the machine that also measured them."""
     return report.device == "this machine"
 
 
-def times(report: Report) -> Grid | None:
+def times(report: Ledger) -> Grid | None:
     """Predicted and measured time, energy and a training step, after every step."""
     states = _states(report)
     if all(c.latency_s is None and c.measured_s is None for _, c, _ in states):
@@ -223,7 +222,7 @@ def times(report: Report) -> Grid | None:
     return without_empty(Grid(header, rows))
 
 
-def times_note(report: Report) -> str:
+def times_note(report: Ledger) -> str:
     """Whose times they are."""
     predicted = any(c.latency_s is not None for _, c, _ in _states(report))
     measured = any(c.measured_s is not None for _, c, _ in _states(report))
@@ -249,7 +248,7 @@ def _against(first: float | None, value: float | None) -> str:
     return "" if not first or not value else f"{first / value:.2f}×"
 
 
-def training(report: Report) -> Grid | None:
+def training(report: Ledger) -> Grid | None:
     """Where the memory of a training step goes, at its worst moment, and per optimizer."""
     old, new = report.before.training, report.after.training
     if old is None or new is None:
@@ -277,7 +276,7 @@ def training(report: Report) -> Grid | None:
 # which roof binds
 
 
-def device_of(report: Report) -> Device | None:
+def device_of(report: Ledger) -> Device | None:
     """The device that predicted the times, where its figures are at hand.
 
     A stored report has its name only: the datasheets are looked up, a calibrated machine is not
@@ -285,8 +284,6 @@ def device_of(report: Report) -> Device | None:
     """
     if report.predictor is not None or not report.device or calibrated(report):
         return report.predictor
-    from rewriter.cost.machine.datasheets import DATASHEETS
-
     return DATASHEETS.get(report.device)
 
 
@@ -305,7 +302,7 @@ def _bounds(device: Device, work: Iterable[Work], resident: int) -> dict[str, fl
     return found
 
 
-def roofs_summary(report: Report) -> str:
+def roofs_summary(report: Ledger) -> str:
     """Shares of the predicted time after the last step by the roof that binds."""
     device, after = device_of(report), report.after
     if device is None or not after.work:
@@ -318,7 +315,7 @@ def roofs_summary(report: Report) -> str:
     return "bound by " + ", ".join(f"{k} {fmt.percent(v / whole)}" for k, v in ordered)
 
 
-def roofs(report: Report) -> Grid | None:
+def roofs(report: Ledger) -> Grid | None:
     """Where the predicted time goes, per kind of operation, slowest first."""
     device, before, after = device_of(report), report.before, report.after
     if device is None or not after.work:
@@ -364,7 +361,7 @@ def roofs(report: Report) -> Grid | None:
 # per layer
 
 
-def layers(report: Report) -> list[Layer]:
+def layers(report: Ledger) -> list[Layer]:
     """Every site that a step looked at, in order of first sight."""
     found: dict[str, list[Decision]] = {}
     for d in report.decisions:
@@ -381,7 +378,7 @@ def layers(report: Report) -> list[Layer]:
     ]
 
 
-def slowest(report: Report) -> Grid | None:
+def slowest(report: Ledger) -> Grid | None:
     """The layers that take longest after the last step, families of names together."""
     device = device_of(report)
     groups: dict[tuple[str, str], list[Layer]] = {}
@@ -483,7 +480,7 @@ def _times_change(d: Decision) -> str:
     return fmt.seconds(old) if new is None else f"{fmt.seconds(old)} → {fmt.seconds(new)}"
 
 
-def tail(report: Report) -> Iterator[tuple[str, list[str]]]:
+def tail(report: Ledger) -> Iterator[tuple[str, list[str]]]:
     """(title, lines) of what the user should know beside the figures."""
     if report.islands:
         lines = []

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
@@ -20,9 +19,8 @@ from rewriter.cost import Cost
 from rewriter.report import content
 from rewriter.report import format as fmt
 from rewriter.report.content import Grid, Group
-
-if TYPE_CHECKING:
-    from rewriter.report.ledger import Decision, Report, Step
+from rewriter.report.data import Ledger
+from rewriter.report.entries import Decision, Step
 
 __all__ = ["fragment", "page"]
 
@@ -65,7 +63,7 @@ class Row:
     cells: Sequence[Cell]
 
 
-def page(report: Report) -> str:
+def page(report: Ledger) -> str:
     """The report as one HTML file: no network, no fonts, light and dark, printable."""
     columns, rows = _rows(report)
     values = {
@@ -100,7 +98,7 @@ def page(report: Report) -> str:
     return _template("page.html").render(values)
 
 
-def fragment(report: Report) -> str:
+def fragment(report: Ledger) -> str:
     """The report as one element, for a notebook: it inherits the notebook's colours."""
     return _template("fragment.html").render(
         report=report,
@@ -119,7 +117,7 @@ def fragment(report: Report) -> str:
     )
 
 
-def _fragment_tables(report: Report) -> Iterator[tuple[str, Grid, bool]]:
+def _fragment_tables(report: Ledger) -> Iterator[tuple[str, Grid, bool]]:
     """(title, table, whether it is open at first)."""
     yield "Cost", content.totals(report), True
     if len(report.steps) > 1 or (report.steps and report.steps[0].name != "original"):
@@ -137,7 +135,7 @@ def _fragment_tables(report: Report) -> Iterator[tuple[str, Grid, bool]]:
 # the head
 
 
-def _tiles(report: Report) -> list[Tile]:
+def _tiles(report: Ledger) -> list[Tile]:
     a, b = report.before, report.after
     device = report.device or "a device"
     found = [
@@ -173,7 +171,7 @@ def _svg(text: str) -> Markup:
     return Markup(text)  # made by our own writer, which escapes
 
 
-def _bars(report: Report) -> Iterator[Plot]:
+def _bars(report: Ledger) -> Iterator[Plot]:
     from rewriter.report import plots
 
     states = [(s.name, s.after) for s in report.steps]
@@ -199,7 +197,7 @@ def _bars(report: Report) -> Iterator[Plot]:
             yield Plot(title, _svg(svg))
 
 
-def _timelines(report: Report) -> Iterator[Plot]:
+def _timelines(report: Ledger) -> Iterator[Plot]:
     from rewriter.report import plots
 
     known = [s.timeline for s in report.steps if s.timeline is not None]
@@ -223,7 +221,7 @@ def _timelines(report: Report) -> Iterator[Plot]:
         yield Plot(title, _svg(plots.timeline(old, new, f"Memory over {title}. {note}")), note)
 
 
-def _roofline(report: Report) -> Plot | None:
+def _roofline(report: Ledger) -> Plot | None:
     from rewriter.report import plots
 
     device = content.device_of(report)
@@ -239,7 +237,7 @@ def _roofline(report: Report) -> Plot | None:
     return Plot(f"Roofline of {device.name}", _svg(svg), note) if svg else None
 
 
-def _no_roofline(report: Report) -> str:
+def _no_roofline(report: Ledger) -> str:
     """Why there is no roofline."""
     if not report.device:
         return 'No device was named, so there is no time to predict: pass device="h100", or "this".'
@@ -251,7 +249,7 @@ def _no_roofline(report: Report) -> str:
     return "No layer of this report has both arithmetic and a predicted time."
 
 
-def _predictions(report: Report) -> Plot | None:
+def _predictions(report: Ledger) -> Plot | None:
     from rewriter.report import plots
 
     states = [(s.name, s.after) for s in report.steps]
@@ -289,7 +287,7 @@ _COLUMNS = (
 )
 
 
-def _rows(report: Report) -> tuple[list[tuple[str, bool]], list[Row]]:
+def _rows(report: Ledger) -> tuple[list[tuple[str, bool]], list[Row]]:
     """Columns (name, whether of figures) that some row fills, and one row per decision."""
     short = _short_names(report.steps)
     rows = [
@@ -350,7 +348,7 @@ def _key(value: float | None) -> str:
     return f"{value:.6g}" if math.isfinite(value) else "1e308"
 
 
-def _kept(report: Report) -> Iterator[tuple[str, list[Group]]]:
+def _kept(report: Ledger) -> Iterator[tuple[str, list[Group]]]:
     for step in report.steps:
         if groups := list(content.refusals([d for d in step.decisions if not d.changed])):
             yield step.name, groups

@@ -6,7 +6,6 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -16,9 +15,8 @@ from rich.text import Text
 
 from rewriter.report import content
 from rewriter.report.content import Grid, Group, plural
-
-if TYPE_CHECKING:
-    from rewriter.report.ledger import Report, Step
+from rewriter.report.data import Ledger
+from rewriter.report.entries import Step
 
 __all__ = ["blocks", "html", "markdown", "text"]
 
@@ -28,7 +26,7 @@ _NAMES = 6  # of sites that a group names
 _CAPTION = "error: how far the step moved the outputs on the example inputs, relative to their size"
 
 
-def blocks(report: Report) -> Iterator[RenderableType]:
+def blocks(report: Ledger) -> Iterator[RenderableType]:
     """The report as rich renderables, most important first."""
     yield Text.assemble(("Rewrite of ", "bold"), (report.model, "bold cyan"))
     for line in content.summary(report):
@@ -57,7 +55,7 @@ def blocks(report: Report) -> Iterator[RenderableType]:
             yield _bullet(line)
 
 
-def _more(report: Report) -> Iterator[tuple[str, Grid, str]]:
+def _more(report: Ledger) -> Iterator[tuple[str, Grid, str]]:
     """(title, table, note) of what only some reports know."""
     if (grid := content.times(report)) is not None:
         yield "Time and energy", grid, content.times_note(report)
@@ -83,7 +81,7 @@ def _console(file: io.StringIO) -> Console:
     )
 
 
-def text(report: Report) -> str:
+def text(report: Ledger) -> str:
     """The report as plain text of 100 columns."""
     console = _console(out := io.StringIO())
     for block in blocks(report):
@@ -92,14 +90,14 @@ def text(report: Report) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip("\n")
 
 
-def html(report: Report) -> str:
+def html(report: Ledger) -> str:
     """The report as one HTML element, for a notebook."""
     from rewriter.report.html import fragment  # Jinja2: only where it is drawn
 
     return fragment(report)
 
 
-def markdown(report: Report) -> str:
+def markdown(report: Ledger) -> str:
     """The report as Markdown, with every decision listed."""
     lines = "\n".join(f"- {_md(s)}" for s in content.summary(report))
     parts = [f"# Rewrite of {_md(report.model)}", lines]

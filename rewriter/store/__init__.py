@@ -5,18 +5,9 @@ on the allow-list (`rewriter.passes`, `nn.Linear`, and what the caller hands in)
 recipe is replaced last and names its weights file by content, so a crash leaves the old save whole.
 """
 
-from rewriter.recipe.recipe import Installed, Recipe, example_to_json
-from rewriter.store.original import layer_before, load_original, site_around
+from rewriter.store.original import load_original
 from rewriter.store.reading import load
+from rewriter.store.rewritten import RewrittenModule
 from rewriter.store.writing import save
 
-__all__ = [
-    "Installed",
-    "Recipe",
-    "example_to_json",
-    "layer_before",
-    "load",
-    "load_original",
-    "save",
-    "site_around",
-]
+__all__ = ["RewrittenModule", "load", "load_original", "save"]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, Pass, Replacement
 from rewriter.errors import StoreError
 from rewriter.modules.tensors import (
     is_constant,
@@ -19,13 +16,9 @@ from rewriter.modules.tensors import (
     tensor_like,
 )
 from rewriter.recipe.recipe import Recipe, recipe_of
-from rewriter.sites import LINEAR, MLP, Site
+from rewriter.recipe.replaying import original_layer, replay
 
-__all__ = [
-    "layer_before",
-    "load_original",
-    "site_around",
-]
+__all__ = ["load_original"]
 
 
 def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -109,7 +102,7 @@ def _spellings(
 ) -> Iterator[dict[str, str]]:
     """Where an original state_dict may hold the tensors of a rewritten place: role → key."""
     if fqn in recipe.origins:
-        roles = {k: f"{fqn}.{k}" for k in _original(fqn, recipe).state_dict()}
+        roles = {k: f"{fqn}.{k}" for k in original_layer(fqn, recipe).state_dict()}
     else:
         installed = recipe.installed[fqn]
         refs = {"weight": installed.weight_ref, "bias": installed.bias_ref}
@@ -124,14 +117,6 @@ def _spellings(
                 yield {role: f"{alias}.{name}" for role, (_, _, name) in split.items()}
 
 
-def _original(fqn: str, recipe: Recipe) -> nn.Module:
-    cls, config = recipe.origins[fqn]
-    if isinstance(cls, str):
-        raise StoreError(f"{fqn} was a {cls}: name that class in rewriter.load(..., layers=[...])")
-    layer: nn.Module = cls(**config, device="meta")
-    return layer
-
-
 def _again(
     fqn: str, recipe: Recipe, originals: Mapping[str, Tensor], target: nn.Module
 ) -> dict[str, Tensor]:
@@ -144,26 +129,8 @@ def _again(
     for role, tensor in originals.items():
         dtype = recipe.dtypes.get(refs.get(role) or f"{fqn}.{role}", tensor.dtype)
         given[role] = tensor.detach().to(device=device, dtype=dtype)
-    layer = layer_before(fqn, recipe, given)
-    transposed = installed.transposed
-    for kind, rewrite in installed.chain:
-        if not isinstance(rewrite, Pass) or (isinstance(kind, str) and "." in kind):
-            unknown = rewrite["class"] if isinstance(rewrite, dict) else kind
-            raise StoreError(
-                f"{fqn}: its recipe needs {unknown}, which is not known here: name that class in "
-                "rewriter.load(..., layers=[...]), or rewrite again"
-            )
-        site = site_around(layer, fqn, kind, transposed)
-        try:
-            with torch.enable_grad():
-                answer = rewrite.propose(site)
-        except Exception as error:
-            raise StoreError(
-                f"{fqn}: {rewrite} fails on the new weights: {type(error).__name__}: {error}"
-            ) from error
-        if not isinstance(answer, Replacement):
-            raise StoreError(f"{fqn}: {rewrite} refuses the new weights: {answer.reason}")
-        layer, transposed = answer.layer, False
+    with torch.enable_grad():  # views of parameters must keep their requires_grad
+        layer = replay(fqn, recipe, given, StoreError)
     state = named_tensors(layer)
     if {k: t.shape for k, t in state.items()} != {
         k: t.shape for k, t in named_tensors(target).items()
@@ -171,46 +138,3 @@ def _again(
         shapes = {k: list(t.shape) for k, t in originals.items()}
         raise StoreError(f"{fqn}: weights of shape {shapes} do not give the layer that is there")
     return state
-
-
-def layer_before(fqn: str, recipe: Recipe, given: dict[str, Tensor]) -> nn.Module:
-    """The original layer at a rewritten place, around these tensors."""
-    shapes = {k: list(t.shape) for k, t in given.items()}
-    if fqn in recipe.origins:
-        layer = _original(fqn, recipe)
-        expected = {k: list(t.shape) for k, t in layer.state_dict().items()}
-        if shapes != expected:
-            raise StoreError(f"{fqn}: the state_dict has {shapes}, the layer had {expected}")
-        layer.load_state_dict(given, assign=True)
-        return layer
-    installed = recipe.installed[fqn]
-    kind = installed.chain[0][0]
-    weight, bias = given["weight"], given.get("bias")
-    if kind not in (LINEAR, MLP):
-        raise StoreError(f"{fqn} was of kind {kind}, which load_original cannot rebuild")
-    features = shapes["weight"][:: -1 if installed.transposed else 1]
-    if len(features) != 2 or (bias is not None and shapes["bias"] != features[:1]):
-        raise StoreError(f"{fqn}: {shapes} are not the shapes of a linear layer")
-    layer = nn.Module() if installed.transposed else nn.Linear(1, 1, device="meta")
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = features
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        floating = tensor is not None and tensor.is_floating_point()
-        layer._parameters[name] = None if tensor is None else nn.Parameter(tensor, floating)
-    return layer
-
-
-def site_around(layer: nn.Module, fqn: str, kind: Any, transposed: bool) -> Site:
-    """A site as the engine shows it to a pass: under its full name, which a pass may use."""
-    holder = root = nn.Module()
-    *owners, last = fqn.split(".")
-    for owner in owners:
-        child = nn.Module()
-        holder.add_module(owner, child)
-        holder = child
-    holder.add_module(last, layer)
-    own = type(layer) if isinstance(layer, Layer) else LINEAR
-    named = {} if isinstance(layer, Layer) else dict(layer.named_parameters(recurse=False))
-    refs = [f"{fqn}.{n}" if n in named else None for n in ("weight", "bias")]
-    site = Site(own, fqn, root, weight_ref=refs[0], bias_ref=refs[1], transposed=transposed)
-    return replace(site, kind=MLP, parts={"down": site}) if kind == MLP else site

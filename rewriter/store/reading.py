@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import pathlib
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rewriter.base import Layer
-from rewriter.capture.hosted import RewrittenModule
-from rewriter.errors import RewriteWarning, StoreError
+from rewriter.capture import Capture
+from rewriter.engine import Engine, Options
+from rewriter.engine.pipeline import prepare
+from rewriter.errors import StoreError, warn
 from rewriter.modules.tensors import named_tensors, non_persistent, put_tensor, tensor_like
 from rewriter.modules.tree import submodule
 from rewriter.planner import MemoryBudget
@@ -34,9 +35,9 @@ from rewriter.recipe.names import (
 )
 from rewriter.recipe.recipe import Installed, Recipe, example_from_json
 from rewriter.report import Report
+from rewriter.store.rewritten import RewrittenModule
 
 if TYPE_CHECKING:
-    from rewriter.capture import Capture
     from rewriter.planner.apply.training import PlannedTraining
 
 __all__ = [
@@ -71,9 +72,6 @@ def load(
         StoreError: not a saved rewrite, truncated, from a newer version, for another model, or it
             names a class that is not on the allow-list.
     """
-    from rewriter.capture import Capture
-    from rewriter.engine import Engine, Options
-
     if isinstance(model, RewrittenModule):
         raise StoreError(
             f"load needs the original {type(model).__name__}, and this one is rewritten already: "
@@ -95,8 +93,6 @@ def load(
         if example_inputs is None:
             engine = Engine(Capture(root, "loaded", []), Options())
         else:
-            from rewriter.api import prepare
-
             filler.prepare(root)
             engine = prepare(root, example_inputs)
         engine.place(built)
@@ -144,14 +140,12 @@ class _Saved:
 
 def _planned(budget: MemoryBudget, capture: Capture) -> PlannedTraining:
     """Trains by a plan again, which is made at the first step."""
-    from rewriter.planner.apply.training import PlannedTraining
+    from rewriter.planner.apply.training import PlannedTraining  # SciPy: only where it plans
 
     if not capture.regions:
-        warnings.warn(
+        warn(
             f"the model was saved with memory_budget ({budget}): pass example_inputs to load, so "
-            "that it trains by a plan again",
-            RewriteWarning,
-            stacklevel=3,
+            "that it trains by a plan again"
         )
     return PlannedTraining(budget)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewriter.base import Layer
-from rewriter.errors import OptionError, RewriteWarning
+from rewriter.errors import OptionError, warn
 
 __all__ = ["Remapped", "param_groups", "remap_optimizer"]
 
@@ -160,11 +159,7 @@ def remap_optimizer(optimizer: Optimizer, model: nn.Module, optimized: nn.Module
     ]
     if done.reset and optimizer.state:  # nothing is lost before the first step
         shown = ", ".join(done.reset[:5]) + (", …" if len(done.reset) > 5 else "")
-        warnings.warn(
-            f"the optimizer begins anew for {len(done.reset)} parameters: {shown}",
-            RewriteWarning,
-            stacklevel=2,
-        )
+        warn(f"the optimizer begins anew for {len(done.reset)} parameters: {shown}")
     vars(result)["remapped"] = done
     return result
 

@@ -10,7 +10,6 @@ import platform
 import re
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from rewriter.cost.machine.datasheets import DDR, SRAM
-from rewriter.cost.machine.device import Device, Level
+from rewriter.cost.machine.device import Device, Level, measure_with
 from rewriter.cost.machine.measured import DISTURBED, Measured
 from rewriter.cost.machine.probes import (
     Axes,
@@ -37,7 +36,7 @@ from rewriter.cost.machine.probes import (
 from rewriter.cost.machine.roofline import Table
 from rewriter.cost.machine.waiting import Waiting
 from rewriter.cost.work import Work
-from rewriter.errors import RewriteWarning
+from rewriter.errors import warn
 from rewriter.kernels import ops
 from rewriter.kernels.ops import Record
 
@@ -85,7 +84,7 @@ def _measure(
     kept = sorted(names) if whole else None
     _write(path, {"key": key, "whole": kept, **found.to_dict()})
     if not whole:
-        _warn(
+        warn(
             f"this machine is too busy to be measured in {_SECONDS:.0f} s: some predicted times "
             "are rough. The next process measures the rest"
         )
@@ -164,14 +163,10 @@ def _write(path: Path, data: Mapping[str, Any]) -> None:
             json.dump(data, file)
         os.replace(file.name, path)
     except OSError as error:
-        _warn(
+        warn(
             f"the calibration of this machine is not kept ({error}): set REWRITER_CACHE to a "
             "folder that can be written, or it is measured again in every process"
         )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RewriteWarning, stacklevel=2)
 
 
 # measuring
@@ -415,3 +410,6 @@ def _device(found: Measured, key: Mapping[str, Any]) -> Device:
         f"measured here: {key['cpu']}, {threads} threads, torch {key['torch']}",
         found,
     )
+
+
+measure_with(this_machine)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from rewriter.cost.machine.device import Device, Level
+from rewriter.cost.machine.device import Device, Level, add_datasheets
 
 __all__ = ["ALIASES", "DATASHEETS", "DDR", "SRAM"]
 
@@ -202,3 +202,4 @@ ALIASES: Mapping[str, str] = {
     "phone": "phone-CPU",
 }
 """Other names of the same."""
+add_datasheets(DATASHEETS, ALIASES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rewriter.cost.cost import Cost, Training
@@ -13,7 +13,7 @@ from rewriter.cost.machine.roofline import gemm_efficiency, gemms, parts, vector
 from rewriter.cost.work import Work, on_matrix_unit
 from rewriter.errors import OptionError
 
-__all__ = ["Device", "Level"]
+__all__ = ["Device", "Level", "add_datasheets", "measure_with"]
 
 _WIDER = {
     "int8": "float16",
@@ -241,9 +241,7 @@ class Device:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """What `get` knows."""
-        from rewriter.cost.machine.datasheets import DATASHEETS
-
-        return (*DATASHEETS, "this")
+        return (*_DATASHEETS, "this")
 
     @classmethod
     def get(cls, name: str | Device) -> Device:
@@ -256,14 +254,12 @@ class Device:
             return name
         if not isinstance(name, str):
             raise OptionError(f"a device is named by text, not by {name!r}: see Device.names()")
-        from rewriter.cost.machine.datasheets import ALIASES, DATASHEETS
-
-        known = {_plain(n): n for n in DATASHEETS} | {_plain(a): n for a, n in ALIASES.items()}
+        known = {_plain(n): n for n in _DATASHEETS} | {_plain(a): n for a, n in _ALIASES.items()}
         plain = _plain(name)
         if plain in ("this", "thismachine", "here"):
             return cls.this_machine()
         if plain in known:
-            return DATASHEETS[known[plain]]
+            return _DATASHEETS[known[plain]]
         near = difflib.get_close_matches(plain, [*known, "this"], n=3, cutoff=0.4)
         hint = " or ".join(dict.fromkeys(repr(known.get(n, n)) for n in near))
         raise OptionError(
@@ -280,9 +276,23 @@ class Device:
         this CPU model, number of cores and threads, version of torch, and version of the
         procedure; `refresh` measures anew.
         """
-        from rewriter.cost.machine.calibrate import this_machine
+        return _MEASURE[0](refresh)
 
-        return this_machine(refresh)
+
+_DATASHEETS: dict[str, Device] = {}
+_ALIASES: dict[str, str] = {}
+_MEASURE: list[Callable[[bool], Device]] = []
+
+
+def add_datasheets(devices: Mapping[str, Device], aliases: Mapping[str, str]) -> None:
+    """Lets `Device.get` find these devices, and their further names."""
+    _DATASHEETS.update(devices)
+    _ALIASES.update(aliases)
+
+
+def measure_with(this_machine: Callable[[bool], Device]) -> None:
+    """Says who makes `Device.this_machine(refresh)`."""
+    _MEASURE[:] = [this_machine]
 
 
 def _plain(name: str) -> str:

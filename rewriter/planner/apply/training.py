@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from rewriter.capture.hosted import Program
 from rewriter.cost import Device
-from rewriter.errors import RewriteWarning
+from rewriter.errors import warn
 from rewriter.modules.tree import hooked
 from rewriter.planner.apply.partition import partitioner
 from rewriter.planner.apply.trace import Traced, trace
@@ -114,4 +113,4 @@ class PlannedTraining:
     def _warn(self, text: str) -> None:
         if not self._warned and not torch.compiler.is_compiling():
             self._warned = True
-            warnings.warn(text, RewriteWarning, stacklevel=7)
+            warn(text)

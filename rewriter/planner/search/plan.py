@@ -14,6 +14,7 @@ from rewriter.planner.budget import MemoryBudget, parse_budget
 from rewriter.planner.joint.joint import Joint
 from rewriter.planner.search.frontier import Frontier, Point
 from rewriter.planner.search.simulate import Decisions, simulate
+from rewriter.report.entries import thinned
 
 if TYPE_CHECKING:
     from rewriter.cost import Cost, Training
@@ -303,7 +304,7 @@ def decide(
             )
             for p in frontier.points
         ],
-        _thinned([(m.name, m.nbytes) for m in run.timeline]),
+        thinned([(m.name, m.nbytes) for m in run.timeline]),
         opaque=sorted({s.op for s in joint.steps if s.fixed.startswith("a higher-order")}),
         solving=seconds,
         device=joint.pricing.device.name,
@@ -336,15 +337,6 @@ def _values(joint: Joint, decisions: Decisions, again: set[int]) -> list[ValueDe
         name = f"{value.name}[{step.outputs.index(number)}]" if several else value.name
         rows.append(ValueDecision(name, step.op, action, reason, value.nbytes, saved, value.line))
     return rows
-
-
-def _thinned(timeline: list[tuple[str, int]], points: int = 600) -> list[tuple[str, int]]:
-    """At most so many, the highest of each stretch."""
-    stretch = -(-len(timeline) // points)
-    return [
-        max(timeline[i : i + stretch], key=lambda p: p[1])
-        for i in range(0, len(timeline), max(stretch, 1))
-    ]
 
 
 def _mb(nbytes: int) -> str:

@@ -1,0 +1,47 @@
+"""Moments of the rows that go into a layer, from which the error of its outputs follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Moments"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """E[x] and E[x xᵀ] of the rows that go into a site, over the calibration batches.
+
+    Args:
+        rows: how many rows were seen.
+        mean: [in_features] float64.
+        second: [in_features, in_features] float64.
+        held_rows, held_mean, held_second: the same of batches that nothing is fitted to; those of
+            all rows (and held_rows 0) where there is one batch only.
+    """
+
+    rows: int
+    mean: Tensor
+    second: Tensor
+    held_rows: int
+    held_mean: Tensor
+    held_second: Tensor
+
+    def output_error(
+        self, weight: Tensor, other: Tensor, shift: Tensor | None = None
+    ) -> float | None:
+        """‖W x − W′ x − shift‖ / ‖W x‖ over the rows held out; None where W x is zero.
+
+        Args:
+            weight, other: [out_features, in_features].
+            shift: [out_features], by how much the bias has grown.
+        """
+        w, second, mean = weight.detach().double(), self.held_second, self.held_mean
+        lost = w - other.detach().double()
+        total = float(((w @ second) * w).sum())
+        error = float(((lost @ second) * lost).sum())
+        if shift is not None:
+            moved = shift.detach().double()
+            error += float(moved @ moved) - 2 * float(moved @ (lost @ mean))
+        return (max(error, 0.0) / total) ** 0.5 if total > 0 else None

@@ -1,0 +1,207 @@
+"""The entries of the ledger, and how they are read from tables: steps, decisions, islands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from rewriter.cost import Cost
+from rewriter.errors import StoreError
+
+__all__ = [
+    "CaptureInfo",
+    "Decision",
+    "Island",
+    "Step",
+    "Timeline",
+    "build",
+    "finite",
+    "step_of",
+    "tables",
+    "thinned",
+]
+
+_DONE = frozenset({"replaced", "installed"})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a step did at one site, and why.
+
+    Args:
+        site: dotted name of the module (or of the weight, for a functional call).
+        kind: what was there: `linear`, `conv`, …, or the class of one of our layers.
+        action: `replaced` or `installed` where the site changed; `skipped` where the pass refused,
+            `declined` where the engine did (`objective`, `max_error`).
+        reason: one sentence; may be empty for a replacement.
+        error: relative error ‖W − W′‖/‖W‖ of the weights; None where not known.
+        output_error: relative error of the site's own outputs on calibration rows that nothing was
+            fitted to; None without calibration.
+        kernel: which implementation runs it.
+        before, after: cost of the site alone.
+        where: `file:line` of the user's code.
+        tokens: rows the example inputs put through the site.
+        shape: `in→out` of a linear site, or the like; sites of one shape are listed together.
+    """
+
+    site: str
+    kind: str
+    action: str
+    reason: str = ""
+    error: float | None = None
+    kernel: str = ""
+    before: Cost | None = None
+    after: Cost | None = None
+    where: str = ""
+    tokens: int | None = None
+    shape: str = ""
+    output_error: float | None = None
+
+    @property
+    def changed(self) -> bool:
+        return self.action in _DONE
+
+
+@dataclass
+class Timeline:
+    """Memory over one run: (what runs, bytes alive at its worst moment, weights included).
+
+    Args:
+        inference: of a forward.
+        training: of forward, backward and update with Adam; empty where that is not known.
+    """
+
+    inference: list[tuple[str, int]] = field(default_factory=list)
+    training: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass
+class Step:
+    """One pass (or `original`, `memory plan`, `lowering`).
+
+    Args:
+        name: as the user wrote it.
+        before, after: cost of the whole model.
+        decisions: one per site that the pass looked at.
+        output_error: relative error of the outputs on the example inputs, against the outputs
+            before the step; None without example inputs.
+        exact: whether the step keeps the function up to rounding.
+        seconds: how long the step took.
+        notes: sentences the user should read.
+        timeline: memory over time after the step; None where it is not known.
+    """
+
+    name: str
+    before: Cost
+    after: Cost
+    decisions: list[Decision] = field(default_factory=list)
+    output_error: float | None = None
+    exact: bool = False
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    timeline: Timeline | None = None
+
+
+@dataclass(frozen=True)
+class Island:
+    """A module that stays Python: `reason` why, and `layers` below it that were still rewritten."""
+
+    fqn: str
+    class_name: str
+    reason: str
+    layers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CaptureInfo:
+    """How the model became graphs: the ladder's `rung`, what stayed Python, for which call."""
+
+    rung: str
+    seconds: float = 0.0
+    islands: list[Island] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    signature: str = ""
+
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], data: Any, ignore: set[str] | None = None) -> T:
+    """`cls(**data)`, or a StoreError that says what does not fit."""
+    if not isinstance(data, Mapping):
+        raise StoreError(f"not a report: {cls.__name__} is {type(data).__name__}, not a table")
+    values = {k: v for k, v in data.items() if k not in (ignore or ())}
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - known):
+        raise StoreError(f"not a report: {cls.__name__} has no field {', '.join(unknown)}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise StoreError(f"not a report: {error}") from error
+
+
+def step_of(data: Any) -> Step:
+    step = build(Step, data)
+    step.before, step.after = _cost(step.before), _cost(step.after)
+    step.output_error = _number(step.output_error)
+    step.decisions = [_decision(d) for d in step.decisions]
+    if step.timeline is not None:
+        step.timeline = build(Timeline, step.timeline)
+        line = step.timeline
+        line.inference = [(label, size) for label, size in line.inference]
+        line.training = [(label, size) for label, size in line.training]
+    return step
+
+
+def _decision(data: Any) -> Decision:
+    built = build(Decision, data)
+    return Decision(
+        **{
+            **data,
+            "error": _number(built.error),
+            "output_error": _number(built.output_error),
+            "before": None if built.before is None else _cost(built.before),
+            "after": None if built.after is None else _cost(built.after),
+        }
+    )
+
+
+def tables(value: Any) -> Any:
+    """Dataclasses as tables, all the way down."""
+    if isinstance(value, Cost):
+        return value.to_dict()
+    if is_dataclass(value):
+        return {f.name: tables(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {k: tables(v) for k, v in value.items()}
+    return [tables(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _cost(data: Any) -> Cost:
+    if not isinstance(data, Mapping):
+        raise StoreError(f"not a report: a cost is {type(data).__name__}, not a table")
+    return Cost.from_dict(data)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def finite(value: Any) -> Any:
+    """NaN and ±inf as text, for JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+_POINTS = 600  # of a timeline: what a plot can show
+
+
+def thinned(timeline: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """At most `_POINTS` points of a timeline, the highest of each stretch."""
+    step = max(-(-len(timeline) // _POINTS), 1)
+    return [max(timeline[i : i + step], key=lambda p: p[1]) for i in range(0, len(timeline), step)]
