@@ -155,8 +155,8 @@ class Derived:
         reads: names of the arguments that the closed form reads.
         parts: what it costs: the op's arguments by name, as (fake) tensors and numbers → parts.
         emit: makes the nodes: given `build(op, *args)`, which adds a call of a plain op to the
-            graph and returns its node (`node.meta["val"]` is what it looks like), and the op's
-            arguments by name, tensors as nodes. Returns the last node.
+            graph and returns its node (`node.meta["val"]` is what it looks like), the nodes of
+            `reads` and the op's plain arguments, by name. Returns the last node.
     """
 
     name: str

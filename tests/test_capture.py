@@ -16,8 +16,8 @@ from closeness import assert_equal
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from rewriter import CaptureError, RewriteWarning, explain, rewrite, whole
-from rewriter.capture import capture
+from rewriter import CaptureError, RewriteWarning, explain, rewrite
+from rewriter.capture import capture, exporting
 from rewriter.passes import Monarch
 
 X = torch.arange(32.0).view(4, 8) / 16 - 1
@@ -335,8 +335,8 @@ def test_the_graph_of_train_mode_is_derived_where_only_dropout_differs(
 ) -> None:
     model = build(forward)
     traced: list[bool] = []
-    export = whole._export
-    monkeypatch.setattr(whole, "_export", lambda *a: traced.append(a[2]) or export(*a))
+    export = exporting._export
+    monkeypatch.setattr(exporting, "_export", lambda *a: traced.append(a[2]) or export(*a))
     found = capture(copy.deepcopy(model), X.clone())
     assert found.rung == "export"
     assert not found.notes

@@ -69,8 +69,9 @@ class Ledger:
 
     @property
     def decisions(self) -> list[Decision]:
-        """Every decision of every step, in order."""
-        return [d for step in self.steps for d in step.decisions]
+        """Every decision of every pass, in order. Those of the lowering rules, which change how
+        the model computes and not what, are in the step "lowering"."""
+        return [d for step in self.steps if step.name != "lowering" for d in step.decisions]
 
     @property
     def replaced(self) -> list[Decision]:

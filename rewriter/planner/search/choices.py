@@ -214,18 +214,19 @@ def _recorded(joint: Joint, step: Step, node: fx.Node, derived: Derived) -> Iter
     values = [_value(joint, source) for source in sources]
     if made is None or any(v is None for v in values):
         return
-    read = tuple(dict.fromkeys(v for v in values if v is not None))
+    inputs = tuple(dict.fromkeys(v for v in values if v is not None))
 
     def emit(build: Builder, get: Get) -> fx.Node:
-        own = {n: get(a) if n in derived.reads else a for n, a in given.items()}  # type: ignore[arg-type]
-        last: fx.Node = derived.emit(build, **own)
+        plain = {n: a for n, a in given.items() if not isinstance(a, fx.Node)}
+        read = {n: get(given[n]) for n in derived.reads}
+        last: fx.Node = derived.emit(build, **plain, **read)
         return last
 
     parts = derived.parts(**fx.node.map_arg(given, lambda n: n.meta.get("val")))
     work = [_as_work(part) for part in parts]
     seconds = sum(joint.pricing.seconds(w) for w in work)
     flops = sum(w.count * w.flops for w in work)
-    yield Route(made, read, seconds, flops, derived.name, False, emit)
+    yield Route(made, inputs, seconds, flops, derived.name, False, emit)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -238,10 +239,9 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 def _as_work(part: Part) -> Work:
     """Of sizes that are symbols, what they were at capture."""
-    figures = {
-        k: v if isinstance(v, str) else hint(v) for k, v in vars(part).items() if k != "shape"
-    }
-    return Work(**figures, shape=tuple(map(hint, part.shape)))
+    figures: dict[str, Any] = vars(part) | {"shape": tuple(map(hint, part.shape))}
+    numbers = {k: hint(v) for k, v in figures.items() if isinstance(v, int | torch.SymInt)}
+    return Work(**figures | numbers)
 
 
 def _layer_norm(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterator[Route]:
