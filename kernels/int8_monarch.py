@@ -11,7 +11,7 @@ no batched int8 product on the CPU: the blocks run one after the other.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import monarch, ops
 from rewriter.kernels.common import register_autocast
 
-__all__ = ["int8_monarch_linear", "int8_monarch_linear_reference"]
+__all__ = ["Operands", "int8_monarch_linear", "int8_monarch_linear_reference"]
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
@@ -29,6 +29,20 @@ _LIB.define(
     "Tensor left_scale, Tensor? bias, int out_features, str activation='per_token', "
     "bool interleaved=False) -> Tensor"
 )
+
+
+class Operands(NamedTuple):
+    """The arguments of `int8_monarch_linear`, in its order."""
+
+    x: Tensor
+    qright: Tensor
+    right_scale: Tensor
+    qleft: Tensor
+    left_scale: Tensor
+    bias: Tensor | None
+    out_features: int
+    activation: str = "per_token"
+    interleaved: bool = False
 
 
 def int8_monarch_linear(
@@ -103,16 +117,8 @@ def int8_monarch_linear_reference(
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _check(
-    x: Tensor,
-    qright: Tensor,
-    right_scale: Tensor,
-    qleft: Tensor,
-    left_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str,
-) -> None:
+def _check(operands: Operands) -> None:
+    x, qright, right_scale, qleft, left_scale, bias, out_features, activation, _ = operands
     if activation not in int8.ACTIVATIONS:
         raise ValueError(
             f"int8_monarch_linear: activation must be one of {int8.ACTIVATIONS}: {activation!r}"
@@ -174,18 +180,12 @@ def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> tuple
     return tuple(parts)
 
 
-def _forward(
-    x: Tensor,
-    qright: Tensor,
-    right_scale: Tensor,
-    qleft: Tensor,
-    left_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str = "per_token",
-    interleaved: bool = False,
-) -> Tensor:
-    _check(x, qright, right_scale, qleft, left_scale, bias, out_features, activation)
+def _forward(*args: Any) -> Tensor:
+    operands = Operands(*args)
+    _check(operands)
+    x, qright, right_scale, qleft, left_scale, bias, out_features, activation, interleaved = (
+        operands
+    )
     (k, rl, ib), l = qright.shape, qleft.shape[0]
     rows = math.prod(x.shape[:-1])
     if rows == 0:
@@ -201,25 +201,17 @@ def _forward(
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
-def _fake(
-    x: Tensor,
-    qright: Tensor,
-    right_scale: Tensor,
-    qleft: Tensor,
-    left_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    activation: str = "per_token",
-    interleaved: bool = False,
-) -> Tensor:
-    _check(x, qright, right_scale, qleft, left_scale, bias, out_features, activation)
-    return x.new_empty(*x.shape[:-1], out_features)
+def _fake(*args: Any) -> Tensor:
+    operands = Operands(*args)
+    _check(operands)
+    return operands.x.new_empty(*operands.x.shape[:-1], operands.out_features)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qright, right_scale, qleft, left_scale, bias, _, _, ctx.interleaved = inputs
-    ctx.save_for_backward(qright, right_scale, qleft, left_scale)
-    ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+    given = Operands(*inputs)
+    ctx.save_for_backward(given.qright, given.right_scale, given.qleft, given.left_scale)
+    ctx.in_features, ctx.interleaved = given.x.shape[-1], given.interleaved
+    ctx.bias_dtype = None if given.bias is None else given.bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

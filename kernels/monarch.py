@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ from rewriter.kernels import monarch_cpu, ops
 from rewriter.kernels.common import register_autocast
 
 __all__ = [
+    "BackwardOperands",
+    "Operands",
     "kernel_name",
     "monarch_dense",
     "monarch_linear",
@@ -55,6 +57,46 @@ _LIB.define(
     " bool interleaved, bool need_x, bool need_right, bool need_left, bool need_bias=False)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+class Operands(NamedTuple):
+    """The arguments of `monarch_linear`, in its order."""
+
+    x: Tensor
+    right: Tensor
+    left: Tensor
+    bias: Tensor | None
+    out_features: int
+    interleaved: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Of x, all leading dimensions together."""
+        return math.prod(self.x.shape[:-1])
+
+
+class BackwardOperands(NamedTuple):
+    """The arguments of `monarch_linear_backward`, in its order."""
+
+    grad: Tensor
+    x: Tensor
+    mid: Tensor
+    right: Tensor
+    left: Tensor
+    interleaved: bool
+    need_x: bool
+    need_right: bool
+    need_left: bool
+    need_bias: bool = False
+
+
+T = TypeVar("T")
+
+
+def _dispatched(kind: Callable[..., Any], function: Callable[[Any], T]) -> Callable[..., T]:
+    """`function` of one tuple, taking its operands one by one, as torch's dispatcher hands them in
+    (which leaves out what has its default)."""
+    return lambda *args: function(kind(*args))
 
 
 def monarch_linear(
@@ -142,7 +184,8 @@ _CHUNK = 1024
 layers of 768 to 4096 features, 1024 measures best, 4 % better than no cut."""
 
 
-def _check(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None, out_features: int) -> None:
+def _check(operands: Operands) -> None:
+    x, right, left, bias, out_features, _ = operands
     if right.ndim != 3 or left.ndim != 3:
         raise ValueError(
             f"monarch_linear: right and left must be 3-D, got {list(right.shape)} and "
@@ -210,18 +253,11 @@ def _finish(mid: Tensor, left: Tensor, bias: Tensor | None, y: Tensor, interleav
     return y if bias is None else y.add_(bias)
 
 
-def _forward(
-    x: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    interleaved: bool = False,
-) -> Tensor:
-    _check(x, right, left, bias, out_features)
-    rows = math.prod(x.shape[:-1])
+def _forward(operands: Operands) -> Tensor:
+    _check(operands)
+    (x, right, left, bias, out_features, interleaved), rows = operands, operands.rows
     if interleaved or rows < 2 * _CHUNK or x.device.type != "cpu":
-        return _forward_train(x, right, left, bias, out_features, interleaved)[0]
+        return _forward_train(operands)[0]
     # So few rows at a time that mid is still in the cache when it is read; one memory for all.
     right, left = right.contiguous(), left.contiguous()
     xb = _rows(x, right.shape[0] * right.shape[2])
@@ -235,15 +271,9 @@ def _forward(
     return y.view(*x.shape[:-1], out_features)
 
 
-def _forward_train(
-    x: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    _check(x, right, left, bias, out_features)
+def _forward_train(operands: Operands) -> tuple[Tensor, Tensor]:
+    _check(operands)
+    x, right, left, bias, out_features, interleaved = operands
     right, left = right.contiguous(), left.contiguous()
     xb = _rows(x, right.shape[0] * right.shape[2])
     # y first, as a dense layer would get it: what is freed before it would else leave a hole under
@@ -254,48 +284,25 @@ def _forward_train(
     return y.view(*x.shape[:-1], out_features), mid
 
 
-def _forward_fake(
-    x: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    interleaved: bool = False,
-) -> Tensor:
-    _check(x, right, left, bias, out_features)
-    return x.new_empty(*x.shape[:-1], out_features)
+def _forward_fake(operands: Operands) -> Tensor:
+    _check(operands)
+    return operands.x.new_empty(*operands.x.shape[:-1], operands.out_features)
 
 
-def _forward_train_fake(
-    x: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    y = _forward_fake(x, right, left, bias, out_features)
-    return y, x.new_empty(right.shape[0], right.shape[1], math.prod(x.shape[:-1]))
+def _forward_train_fake(operands: Operands) -> tuple[Tensor, Tensor]:
+    k, rl, _ = operands.right.shape
+    return _forward_fake(operands), operands.x.new_empty(k, rl, operands.rows)
 
 
 # Backward ----------------------------------------------------------------------------------------
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    mid: Tensor,
-    right: Tensor,
-    left: Tensor,
-    interleaved: bool,
-    need_x: bool,
-    need_right: bool,
-    need_left: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor]:
     """dleft_l = g_lᵀ mid_l;  dmid_l = g_l left_l;  dright_k = dmid_kᵀ x_k;  dx_k = dmid_k right_k.
 
     A gradient that is not needed comes back as an empty tensor.
     """
+    grad, x, mid, right, left, interleaved, need_x, need_right, need_left, _ = operands
     right, left, mid = right.contiguous(), left.contiguous(), mid.contiguous()
     k, ib, (l, ob, kr) = right.shape[0], right.shape[2], left.shape
     in_features = x.shape[-1]
@@ -323,33 +330,23 @@ def _backward(
     return dx, dright, dleft
 
 
-def _backward_all(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op: with the bias's gradient, where the last argument, `need_bias`, asks for it. (A
-    dispatcher leaves out what has its default.)"""
-    return *_backward(grad, *args[:8]), _bias_gradient(grad, args[8:] == (True,))
+def _backward_all(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op: `_backward`, and the bias's gradient."""
+    return *_backward(operands), _bias_gradient(operands)
 
 
-def _bias_gradient(grad: Tensor, need: bool) -> Tensor:
-    return grad.sum_to_size(grad.shape[-1]) if need else grad.new_empty(0)
+def _bias_gradient(operands: BackwardOperands) -> Tensor:
+    grad = operands.grad
+    return grad.sum_to_size(grad.shape[-1]) if operands.need_bias else grad.new_empty(0)
 
 
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    mid: Tensor,
-    right: Tensor,
-    left: Tensor,
-    interleaved: bool,
-    need_x: bool,
-    need_right: bool,
-    need_left: bool,
-    need_bias: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_fake(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, right, left, grad = operands.x, operands.right, operands.left, operands.grad
     return (
-        x.new_empty(x.shape if need_x else 0),
-        right.new_empty(right.shape if need_right else 0),
-        left.new_empty(left.shape if need_left else 0),
-        grad.new_empty(grad.shape[-1] if need_bias else 0),
+        x.new_empty(x.shape if operands.need_x else 0),
+        right.new_empty(right.shape if operands.need_right else 0),
+        left.new_empty(left.shape if operands.need_left else 0),
+        grad.new_empty(grad.shape[-1] if operands.need_bias else 0),
     )
 
 
@@ -408,23 +405,13 @@ def _backward_reference(
 # Registration ------------------------------------------------------------------------------------
 
 
-def _autograd(
-    x: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    interleaved: bool = False,
-) -> Tensor:
+def _autograd(operands: Operands) -> Tensor:
     """With gradients the op becomes `monarch_linear_train`, which hands out `mid` as well."""
-    args = x, right, left, bias, out_features, interleaved
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, right, left, bias)
-    ):
-        y: Tensor = torch.ops.rewriter.monarch_linear_train(*args)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands[:4]):
+        y: Tensor = torch.ops.rewriter.monarch_linear_train(*operands)[0]
         return y
     with torch._C._AutoDispatchBelowAutograd():  # what torch.library does in the same place
-        return monarch_linear(*args)
+        return monarch_linear(*operands)
 
 
 # On a GPU ----------------------------------------------------------------------------------------
@@ -441,46 +428,29 @@ def _fused(x: Tensor) -> Any:
     return monarch_triton
 
 
-def _forward_gpu(
-    x: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    interleaved: bool = False,
-) -> Tensor:
-    args = x, right, left, bias, out_features, interleaved
-    kernels = _fused(x)
+def _forward_gpu(operands: Operands) -> Tensor:
+    kernels = _fused(operands.x)
     if kernels is None:
-        return _forward(*args)
-    _check(*args[:-1])
-    y: Tensor = kernels.monarch_forward(*args, store_mid=False)[0]
+        return _forward(operands)
+    _check(operands)
+    y: Tensor = kernels.monarch_forward(*operands, store_mid=False)[0]
     return y
 
 
-def _forward_train_gpu(
-    x: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    args = x, right, left, bias, out_features, interleaved
-    kernels = _fused(x)
+def _forward_train_gpu(operands: Operands) -> tuple[Tensor, Tensor]:
+    kernels = _fused(operands.x)
     if kernels is None:
-        return _forward_train(*args)
-    _check(*args[:-1])
-    y, mid = kernels.monarch_forward(*args, store_mid=True)
+        return _forward_train(operands)
+    _check(operands)
+    y, mid = kernels.monarch_forward(*operands, store_mid=True)
     return y, mid
 
 
-def _backward_gpu(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = _fused(grad)
+def _backward_gpu(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = _fused(operands.grad)
     if kernels is None:
-        return _backward_all(grad, *args)
-    dx, dright, dleft = kernels.monarch_backward(grad, *args[:8])
-    return dx, dright, dleft, _bias_gradient(grad, args[8:] == (True,))
+        return _backward_all(operands)
+    return *kernels.monarch_backward(*operands[:-1]), _bias_gradient(operands)
 
 
 # On a CPU ----------------------------------------------------------------------------------------
@@ -521,70 +491,73 @@ def _compiled(
     return found == "fused"
 
 
-def _forward_cpu(
-    x: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    interleaved: bool = False,
-) -> Tensor:
-    _check(x, right, left, bias, out_features)
-    if not interleaved and _compiled("forward", x, right, left, out_features, bias):
-        return monarch_cpu.forward(x, right, left, bias, out_features, store_mid=False)[0]
-    return _forward(x, right, left, bias, out_features, interleaved)
+def _compiled_forward(operands: Operands) -> bool:
+    x, right, left, bias, out_features, interleaved = operands
+    return not interleaved and _compiled("forward", x, right, left, out_features, bias)
 
 
-def _forward_train_cpu(
-    x: Tensor,
-    right: Tensor,
-    left: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    _check(x, right, left, bias, out_features)
-    if not interleaved and _compiled("forward", x, right, left, out_features, bias):
-        y, mid = monarch_cpu.forward(x, right, left, bias, out_features, store_mid=True)
+def _forward_cpu(operands: Operands) -> Tensor:
+    _check(operands)
+    if _compiled_forward(operands):
+        return monarch_cpu.forward(*operands[:-1], store_mid=False)[0]
+    return _forward(operands)
+
+
+def _forward_train_cpu(operands: Operands) -> tuple[Tensor, Tensor]:
+    _check(operands)
+    if _compiled_forward(operands):
+        y, mid = monarch_cpu.forward(*operands[:-1], store_mid=True)
         assert mid is not None
         return y, mid
-    return _forward_train(x, right, left, bias, out_features, interleaved)
+    return _forward_train(operands)
 
 
-def _backward_cpu(
-    grad: Tensor,
-    x: Tensor,
-    mid: Tensor,
-    right: Tensor,
-    left: Tensor,
-    interleaved: bool,
-    need_x: bool,
-    need_right: bool,
-    need_left: bool,
-    need_bias: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    args, needs = (grad, x, mid, right, left), (need_x, need_right, need_left, need_bias)
+def _backward_cpu(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, x, mid, right, left, interleaved, *needs = operands
     if not interleaved and _compiled("backward", x, right, left, grad.shape[-1], grad, mid):
-        return monarch_cpu.backward(*args, *needs)
-    return _backward_all(*args, interleaved, *needs)
+        return monarch_cpu.backward(grad, x, mid, right, left, *needs)
+    return _backward_all(operands)
 
 
-_TORCH: dict[str, Callable[..., object]] = {"forward": _forward, "backward": _backward_all}
+_TORCH: dict[str, Callable[..., object]] = {
+    "forward": _dispatched(Operands, _forward),
+    "backward": _dispatched(BackwardOperands, _backward_all),
+}
 
-_LIB.impl("monarch_linear", _forward_cpu, "CPU")
-_LIB.impl("monarch_linear_train", _forward_train_cpu, "CPU")
-_LIB.impl("monarch_linear_backward", _backward_cpu, "CPU")
-_LIB.impl("monarch_linear", _forward_gpu, "CUDA")
-_LIB.impl("monarch_linear_train", _forward_train_gpu, "CUDA")
-_LIB.impl("monarch_linear_backward", _backward_gpu, "CUDA")
-_LIB.impl("monarch_linear", _forward, "CompositeExplicitAutograd")
-_LIB.impl("monarch_linear", _autograd, "Autograd")
+
+def _register(name: str, kind: Any, fake: Any, **by_key: Any) -> None:
+    """The functions of one operation, by dispatch key."""
+    for key, function in by_key.items():
+        _LIB.impl(name, _dispatched(kind, function), key)
+    torch.library.register_fake(f"rewriter::{name}", _dispatched(kind, fake), lib=_LIB)
+
+
+_register(
+    "monarch_linear",
+    Operands,
+    _forward_fake,
+    CPU=_forward_cpu,
+    CUDA=_forward_gpu,
+    CompositeExplicitAutograd=_forward,
+    Autograd=_autograd,
+)
+_register(
+    "monarch_linear_train",
+    Operands,
+    _forward_train_fake,
+    CPU=_forward_train_cpu,
+    CUDA=_forward_train_gpu,
+    CompositeExplicitAutograd=_forward_train,
+)
+_register(
+    "monarch_linear_backward",
+    BackwardOperands,
+    _backward_fake,
+    CPU=_backward_cpu,
+    CUDA=_backward_gpu,
+    CompositeExplicitAutograd=_backward_all,
+)
 register_autocast(_LIB, "monarch_linear", casts=4)
-_LIB.impl("monarch_linear_train", _forward_train, "CompositeExplicitAutograd")
-_LIB.impl("monarch_linear_backward", _backward_all, "CompositeExplicitAutograd")
-torch.library.register_fake("rewriter::monarch_linear", _forward_fake, lib=_LIB)
-torch.library.register_fake("rewriter::monarch_linear_train", _forward_train_fake, lib=_LIB)
-torch.library.register_fake("rewriter::monarch_linear_backward", _backward_fake, lib=_LIB)
 torch.library.register_autograd(
     "rewriter::monarch_linear_train",
     _autograd_backward,

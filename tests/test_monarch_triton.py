@@ -45,7 +45,7 @@ for inputs, outputs, (k, l), rank, rows in CASES:
             x = wide[:, :inputs]  # rows that are not neighbours
             args = [t.float() for t in (x, right, left)]
             own = None if bias is None else bias.float()
-            want, mid = plain._forward_train(*args, own, outputs, interleaved)
+            want, mid = plain._forward_train(plain.Operands(*args, own, outputs, interleaved))
             got, kept = monarch_forward(x, right, left, bias, outputs, interleaved, True)
             assert got.dtype == dtype and got.shape == (rows, outputs)
             assert_reordered(got.float(), want, dtype)
@@ -54,7 +54,8 @@ for inputs, outputs, (k, l), rank, rows in CASES:
             assert torch.equal(bare, got)
             grad = torch.randn(rows, outputs).to(dtype)
             for need in ((True, True, True), (False, True, False), (True, False, True)):
-                wanted = plain._backward(grad.float(), args[0], mid, *args[1:], interleaved, *need)
+                given = grad.float(), args[0], mid, *args[1:], interleaved, *need
+                wanted = plain._backward(plain.BackwardOperands(*given))
                 found = monarch_backward(grad, x, kept, right, left, interleaved, *need)
                 for a, b in zip(found, wanted, strict=True):
                     assert a.shape == b.shape
