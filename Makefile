@@ -2,8 +2,9 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
-# gpu.py needs a CUDA card: it is run by itself, there
-BENCHES := $(filter-out benchmarks/_% benchmarks/zoo.py benchmarks/gpu.py,$(wildcard benchmarks/*.py))
+# The zoo is no benchmark, gpu.py needs a CUDA card, spot_checks.py a version to compare with.
+BENCHES := $(filter-out benchmarks/_% $(addprefix benchmarks/,zoo.py gpu.py spot_checks.py),\
+	$(wildcard benchmarks/*.py))
 
 # Models and data come from packages; nothing may ask a model hub.
 export HF_HUB_OFFLINE := 1

@@ -218,6 +218,7 @@ def loaded_elsewhere(program: Any, package: Any, want: Tensor, folder: pathlib.P
     return run.stdout.strip() or run.stderr
 
 
+@pytest.mark.slow
 def test_a_standalone_package_runs_without_this_one(tmp_path: pathlib.Path) -> None:
     made = rewriter.export(
         net(), ["monarch:nblocks=2"], X, package=tmp_path / "m.pt2", standalone=True

@@ -1,4 +1,7 @@
-"""Every benchmark's short form runs, and what it says about correctness (not about time) holds."""
+"""Every benchmark's short form runs, and what it says about correctness (not about time) holds.
+
+All but the demo are slow: what they check has sharper tests of its own, which are not.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ def tables(folder: pathlib.Path, name: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_coverage(tmp_path: pathlib.Path) -> None:
     """One architecture of every family: no exception, every linear layer accounted for."""
@@ -43,6 +47,7 @@ def test_coverage(tmp_path: pathlib.Path) -> None:
     assert equal == figures["architectures"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_rewrite_time(tmp_path: pathlib.Path) -> None:
     """Every model is captured whole, computes what it computed, and is in the mean."""
@@ -69,6 +74,7 @@ def test_main_job(tmp_path: pathlib.Path) -> None:
         assert row["attention on CPU"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ledger_scale(tmp_path: pathlib.Path) -> None:
     """Two giants with few layers, on meta: MACs are those derived by hand, every weight that a
@@ -90,6 +96,7 @@ def test_ledger_scale(tmp_path: pathlib.Path) -> None:
 @pytest.mark.skipif(
     not any(map(shutil.which, ("chromium", "chromium-browser"))), reason="no Chromium"
 )
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_report_open(tmp_path: pathlib.Path) -> None:
     """The page opens in a browser, with a row for every decision."""
@@ -99,6 +106,7 @@ def test_report_open(tmp_path: pathlib.Path) -> None:
     assert figures["rows of the layer table"] == 2 * figures["layers of the model"] == 100
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_report_example(tmp_path: pathlib.Path) -> None:
     """The example writes the report of the real model in three formats."""
@@ -108,6 +116,7 @@ def test_report_example(tmp_path: pathlib.Path) -> None:
         assert (tmp_path / f"report.{suffix}").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_flops(tmp_path: pathlib.Path) -> None:
     """One architecture of every family: FLOPs of inference and training as torch counts them, and
@@ -123,6 +132,7 @@ def test_flops(tmp_path: pathlib.Path) -> None:
     assert figures["with a train graph, of the whole or of parts"] >= 6
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_memory(tmp_path: pathlib.Path) -> None:
     """Predicted peaks are what is really alive, in inference and in training."""
@@ -134,6 +144,7 @@ def test_memory(tmp_path: pathlib.Path) -> None:
         assert row["MemTracker MB"] == pytest.approx(row["tracker MB"], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_latency(tmp_path: pathlib.Path) -> None:
     """Every case is predicted, and the largest batch of a model is not the fastest."""
@@ -157,6 +168,7 @@ def test_demo(tmp_path: pathlib.Path) -> None:
     assert "bit for bit" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_monarch_speed(tmp_path: pathlib.Path) -> None:
     """Both sides of every ratio run."""
@@ -170,6 +182,7 @@ def test_monarch_speed(tmp_path: pathlib.Path) -> None:
     assert steps == ["dense eager", "Monarch N = 4", "Monarch N = 4, bf16"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_monarch_project(tmp_path: pathlib.Path) -> None:
     """On real weights, a fit to a few activations is closer on others than the projection."""
@@ -181,6 +194,7 @@ def test_monarch_project(tmp_path: pathlib.Path) -> None:
     assert 0 < found["One large matrix"][0]["error"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_training_with_monarch(tmp_path: pathlib.Path) -> None:
     """All ways to train learn; the structured one ends dense; a finished training is not run
@@ -210,6 +224,7 @@ def test_training_with_monarch(tmp_path: pathlib.Path) -> None:
         assert row["loss"] == rows[row["model"]]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_healing_runs() -> None:
     shown = run("examples/heal_minilm.py", "--quick")
@@ -217,6 +232,7 @@ def test_healing_runs() -> None:
     assert "SimLex-999: dense 0.4462, healed" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_backend(tmp_path: pathlib.Path) -> None:
     """What the backend compiles is what `rewrite` and torch.compile give, over many shapes."""
@@ -236,6 +252,7 @@ def test_backend(tmp_path: pathlib.Path) -> None:
         assert row["largest difference"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_backend_example() -> None:
     """The real model in int8, its weights changed, and a few steps of training."""
@@ -247,6 +264,7 @@ def test_backend_example() -> None:
     assert "6 MLPs keep a quarter" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_planner(tmp_path: pathlib.Path) -> None:
     """Plans have eager's gradients bit for bit, the peaks that were predicted and budgets that are
@@ -286,6 +304,30 @@ def test_planner(tmp_path: pathlib.Path) -> None:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_spot_checks(tmp_path: pathlib.Path) -> None:
+    """A version beside itself: all that is counted is equal, and as torch counts or measures it."""
+    run("benchmarks/spot_checks.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "spot_checks")
+    counted = found["Figures without a clock"]
+    assert all(row["equal"] == "yes" for row in counted)
+    figures = {row["figure"]: row["after"] for row in counted}
+    forward = "FLOPs of a forward, "
+    assert figures[forward + "of the ledger"] == figures[forward + "by FlopCounterMode"] > 0
+    both = "FLOPs of forward and backward, "
+    assert figures[both + "of the ledger"] == figures[both + "by FlopCounterMode"] > 0
+    step = "peak of a step"
+    predicted = next(v for k, v in figures.items() if k.startswith(step) and "predicted" in k)
+    assert predicted == figures[f"{step}, measured"]
+    assert figures["errors"] == 0
+    assert [row["figure"].split(",")[0] for row in found["Speeds"]] == [
+        "MiniLM in int8", "Monarch", "MiniLM under the backend without passes: times faster than "
+        "Inductor", "MiniLM",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_training_in_a_budget() -> None:
     """The example keeps what the plan says: half of the peak, the same losses."""

@@ -415,7 +415,6 @@ def test_no_compiler_or_none_wanted(source, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.slow
 def test_the_geometry_of_wider_registers(monkeypatch, tmp_path):
     """16 lanes and tiles of 12 × 32 and 8 × 48, as with AVX-512, on whatever this CPU has."""
     made = tmp_path / "wide.so"

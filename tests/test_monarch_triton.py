@@ -53,7 +53,8 @@ for inputs, outputs, (k, l), rank, rows in CASES:
             bare = monarch_forward(x, right, left, bias, outputs, interleaved, False)[0]
             assert torch.equal(bare, got)
             grad = torch.randn(rows, outputs).to(dtype)
-            for need in ((True, True, True), (False, True, False), (True, False, True)):
+            needs = ((True, True, True), (False, True, False), (True, False, True))
+            for need in needs if dtype == torch.float32 else needs[:1]:
                 given = grad.float(), args[0], mid, *args[1:], interleaved, *need
                 wanted = plain._backward(plain.BackwardOperands(*given))
                 found = monarch_backward(grad, x, kept, right, left, interleaved, *need)
