@@ -107,8 +107,8 @@ def vit(quick: bool) -> tuple[nn.Module, Inputs]:
 
 def resnet(quick: bool) -> tuple[nn.Module, Inputs]:
     small = {"depths": [1, 1], "hidden_sizes": [32, 64], "embedding_size": 16}
-    model = _models.resnet(num_labels=100, **(small if quick else {}))
-    return Classes(model), images(4, 32 if quick else 224)
+    inputs = images(4, 32 if quick else 224)
+    return Classes(_models.resnet(num_labels=100, **(small if quick else {}))), inputs
 
 
 def images(rows: int, size: int) -> Inputs:
