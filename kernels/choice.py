@@ -35,7 +35,7 @@ def rows_bucket(rows: int) -> int:
     return min(1 << max(rows - 1, 0).bit_length(), _MOST_ROWS)
 
 
-def fastest(key: str, version: str, candidates: Callable[[], Candidates]) -> str:
+def fastest(key: str, version: str, candidates: Callable[[], Candidates], lead: float = 0.0) -> str:
     """The name of the candidate with the least time.
 
     Args:
@@ -43,6 +43,8 @@ def fastest(key: str, version: str, candidates: Callable[[], Candidates]) -> str
         version: of the implementations: choices among others do not count.
         candidates: makes the calls to time, by name, on data of their own; called when nothing is
             known of this key yet.
+        lead: by which share of its time the first one must be beaten, or it stays the choice: what
+            is less may be noise.
     """
     full = f"{version} {key}"
     if full in _known:
@@ -51,7 +53,7 @@ def fastest(key: str, version: str, candidates: Callable[[], Candidates]) -> str
         _load()
         if full not in _known:
             with torch.inference_mode(False), torch.no_grad():
-                found = _measure(candidates())
+                found = _measure(candidates(), lead)
             _known[full] = found
             _save(full, found)
     return _known[full]
@@ -65,7 +67,7 @@ def forget() -> None:
         _read.add(_path())
 
 
-def _measure(candidates: Candidates) -> str:
+def _measure(candidates: Candidates, lead: float = 0.0) -> str:
     if len(candidates) == 1:
         return next(iter(candidates))
     # The first call of each warms up; what is hopeless then (bfloat16 without instructions for it,
@@ -79,7 +81,9 @@ def _measure(candidates: Candidates) -> str:
             best[name] = min(best[name], _seconds(candidates[name]))
         if turn >= 1 and time.perf_counter() > end:
             break
-    return min(best, key=best.__getitem__)
+    found, first_name = min(best, key=best.__getitem__), next(iter(candidates))
+    ahead = first_name not in best or best[found] < (1 - lead) * best[first_name]
+    return found if ahead else first_name
 
 
 def _seconds(call: Callable[[], object]) -> float:

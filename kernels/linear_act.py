@@ -25,6 +25,7 @@ from rewriter.kernels.choice import fastest, rows_bucket
 __all__ = ["EPILOGUES", "act_", "linear_act", "linear_act_reference", "pack", "pick", "refusal"]
 
 _VERSION = "linear_act 1"
+_LEAD = 0.05
 
 EPILOGUES: dict[str, tuple[str, str]] = {
     "relu": ("relu", ""),
@@ -96,7 +97,7 @@ def pick(rows: int, in_features: int, out_features: int, activation: str) -> str
             "onednn": lambda: _onednn(x, packed, bias, activation),
         }
 
-    return fastest(key, _VERSION, candidates)
+    return fastest(key, _VERSION, candidates, _LEAD)
 
 
 def linear_act(

@@ -36,6 +36,7 @@ def run(
     recipe = Recipe.of(root) if done is None else copy.deepcopy(done)
     engine = prepare(root, example_inputs, options, strict=strict)
     engine.recipe, engine.model = recipe, model
+    recipe.lower = bool(options.lower)
     steps = [engine.original()]
     for rewrite in passes:  # no comprehension: warnings count the frames up to the user's line
         steps.append(engine.run(rewrite))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.kernels import linear_act as kernel
+from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.lowering.rules import Fused, Place
-from rewriter.modules.timing import medians
 from rewriter.spellings import activation_name, works_in_place
 
 __all__ = ["CONV", "CONV_TRANSPOSE", "JOINED", "LINEAR_ACT"]
@@ -157,8 +157,8 @@ LINEAR_ACT = Fused(
 
 # linears that read one input ---------------------------------------------------------------------
 
-_GAIN = 0.95
-"""Of the time of the single products, that one product must stay below: what is less is noise."""
+_LEAD = 0.1
+"""By which share one product must beat the single ones: its copy of the weights costs memory."""
 
 
 def joined_linear(
@@ -193,15 +193,32 @@ def _not_joined(place: Place) -> str | None:
 
 
 def _slow_joined(place: Place, x: Tensor) -> str | None:
-    weight, bias = _joined(place)
-    (sizes,) = _sizes(place)
-    single, joined = medians(
-        [lambda: [m(x) for m in place.modules], lambda: joined_linear(x, weight, bias, sizes)],
-        x.device, rounds=9, warm=2, limit=0.3,
-    )  # fmt: skip
-    if joined <= _GAIN * single:
+    weights, device = [_weight(m) for m in place.modules], x.device
+    width, (sizes,) = weights[0].shape[1], _sizes(place)
+    rows = rows_bucket(x.numel() // max(width, 1))
+    bias = any(m.bias is not None for m in place.modules)
+    key = f"{x.dtype} {device.type} {rows}x{width}x{sizes} {bias} {torch.get_num_threads()}"
+
+    def candidates() -> dict[str, Callable[[], object]]:
+        given = torch.ones(rows, width, dtype=x.dtype, device=device)
+        parts = [torch.ones(n, width, dtype=x.dtype, device=device) for n in sizes]
+        biases = [given.new_ones(n) if bias else None for n in sizes]
+        one, added = torch.cat(parts), given.new_ones(sum(sizes)) if bias else None
+        single = list(zip(parts, biases, strict=True))
+        return {
+            "single": lambda: _done([F.linear(given, w, b) for w, b in single]),
+            "joined": lambda: _done(joined_linear(given, one, added, sizes)),
+        }
+
+    if fastest(key, "joined_linear 1", candidates, _LEAD) == "joined":
         return None
-    return f"one product takes {joined * 1e3:.3g} ms here, the single ones {single * 1e3:.3g} ms"
+    return f"one product for {len(sizes)} is no faster here on {rows} rows"
+
+
+def _done(results: Sequence[Tensor]) -> None:
+    """Waits for the device, or a time would be that of the launches."""
+    if results[0].device.type == "cuda":
+        torch.cuda.synchronize(results[0].device)
 
 
 JOINED = Fused("joined_linear", joined_linear, _joined, _sizes, _not_joined, _slow_joined)

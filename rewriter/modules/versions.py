@@ -53,7 +53,8 @@ class Stamp:
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, keep: bool = False) -> None:
-        self.memory = [(StorageWeakRef(t.untyped_storage()), t.data_ptr()) for t in tensors]
+        self.memory = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        self.addresses = [t.data_ptr() for t in tensors]
         self.versions = [t._version for t in tensors]
         self.places = [_places(t) for t in tensors]
         views = _views(tensors, self.places)
@@ -65,17 +66,21 @@ class Stamp:
     @property
     def dead(self) -> bool:
         """A tensor is gone, or has other memory."""
-        return any(ref.expired() for ref, _ in self.memory)
+        return any(ref.expired() for ref in self.memory)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same, as they were."""
-        for (ref, address), version, tensor in zip(
-            self.memory, self.versions, tensors, strict=True
+        if [t._version for t in tensors] != self.versions:
+            return False
+        if [t.data_ptr() for t in tensors] != self.addresses:
+            return False
+        # what is kept keeps its address; the weak reference keeps the storage's own from being used
+        # again
+        if self._views is None and any(
+            ref.cdata != t.untyped_storage()._cdata
+            for ref, t in zip(self.memory, tensors, strict=True)
         ):
-            # the weak reference keeps the storage's own address from being used again
-            same = ref.cdata == tensor.untyped_storage()._cdata and address == tensor.data_ptr()
-            if not same or tensor._version != version:
-                return False
+            return False
         views = _views(tensors, self.places) if self._views is None else self._views
         if not all(torch.equal(a, b) for a, b in zip(_together(views), self.values, strict=True)):
             return False

@@ -62,6 +62,7 @@ class Recipe:
         dtypes: of the original's tensors.
         origins: class and constructor arguments of the `Layer`s that the original had.
         memory: the budget that its training steps are planned for.
+        lower: whether the eval graph is lowered again where it is loaded.
     """
 
     installed: dict[str, Installed] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class Recipe:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     origins: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
     memory: MemoryBudget | None = None
+    lower: bool = True
 
     @classmethod
     def of(cls, root: nn.Module) -> Recipe:

@@ -121,10 +121,16 @@ def markdown(report: Ledger) -> str:
 
 def _step_blocks(step: Step) -> Iterator[RenderableType]:
     changed = [d for d in step.decisions if d.changed]
-    kept = [d for d in step.decisions if not d.changed]
+    lowered = [d for d in step.decisions if d.action == "lowered"]
+    kept = [d for d in step.decisions if not d.changed and d.action != "lowered"]
     if changed:
         yield Text(f"{step.name}: {plural(len(changed), 'site')} replaced", style="bold green")
         yield _Drawn(content.replaced(changed))
+        yield Text()
+    if lowered:
+        yield Text(f"{step.name}: {plural(len(lowered), 'place')} fused", style="bold green")
+        for group in content.refusals(lowered):
+            yield _bullet(_refusal(group))
         yield Text()
     if kept:
         yield Text(f"{step.name}: {plural(len(kept), 'site')} left as is", style="bold yellow")

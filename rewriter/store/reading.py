@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from rewriter.capture import Capture
 from rewriter.engine import Engine, Options
 from rewriter.engine.pipeline import prepare
 from rewriter.errors import StoreError, warn
+from rewriter.lowering import DEFAULT_RULES
 from rewriter.modules.tensors import named_tensors, non_persistent, put_tensor, tensor_like
 from rewriter.modules.tree import submodule
 from rewriter.planner import MemoryBudget
@@ -113,6 +114,9 @@ def load(
                     recipe.dtypes[ref] = entry.dtype
         engine.finish(saved.report, recipe)
         filler.fill(root)
+        if saved.lower:
+            engine.options = replace(engine.options, lower=DEFAULT_RULES)
+            engine.lower()
     return root
 
 
@@ -140,6 +144,7 @@ class _Saved:
     report: Report
     weights: str
     memory: MemoryBudget | None = None
+    lower: bool = True
 
 
 def _planned(budget: MemoryBudget, capture: Capture) -> PlannedTraining:
@@ -184,6 +189,7 @@ def _read(path: pathlib.Path, extra: Sequence[type]) -> _Saved:
             Report.from_dict(document["report"]),
             weights.name,
             _budget(document.get("memory")),
+            bool(document.get("lower", True)),
         )
         names = {e.name for e in saved.layers if e.same_as == e.name}
         if len({e.name for e in saved.layers}) < len(saved.layers):

@@ -56,6 +56,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "non_persistent": sorted(non_persistent(model)),
         "example": recipe.example,
         "memory": None if recipe.memory is None else dataclasses.asdict(recipe.memory),
+        "lower": recipe.lower,
         "report": report.to_dict(),
     }
     path = pathlib.Path(directory)

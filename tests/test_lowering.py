@@ -1,0 +1,454 @@
+"""Lowering: fused ops on the eval graph that compute the same, and never get stale."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rewriter
+from rewriter import explain, rewrite
+from rewriter.errors import OptionError, VerifyError
+from rewriter.kernels import linear_act as kernel
+from rewriter.lowering import DEFAULT_RULES, Fused, Place, Rule, fused
+from rewriter.modules.patterns import batch_norm, conv, linear, op, relu
+from rewriter.passes import Monarch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _always_faster() -> Iterator[None]:
+    """No test goes by a time: the fused op counts as the faster one."""
+
+    def last(key: str, version: str, candidates: Any, lead: float = 0.0) -> str:
+        return list(candidates())[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "fastest", last)
+        patch.setattr(fused, "fastest", last)
+        yield
+
+
+class Net(nn.Module):
+    """Every default rule has a place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.depthwise, self.norm2 = nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)
+        self.wide, self.norm3 = nn.ConvTranspose2d(8, 6, 3, groups=2), nn.BatchNorm2d(6)
+        self.q, self.k, self.v = (nn.Linear(6, n, bias=n > 5) for n in (6, 6, 6))
+        self.up, self.act, self.down = nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.conv(x)))
+        x = self.norm2(self.depthwise(x))
+        x = self.norm3(self.wide(x)).mean((2, 3))
+        x = self.q(x) * self.k(x) + self.v(x)
+        return self.down(self.act(self.up(x)))
+
+
+def trained(model: nn.Module, *shape: int) -> nn.Module:
+    """With statistics and scales that are not those of a new batch norm."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(*shape))
+    return model.eval()
+
+
+def plain(model: nn.Module) -> dict[str, Any]:
+    state: Any = vars(model)["_rewriter"]
+    return vars(state)
+
+
+def fused_calls(model: nn.Module) -> int:
+    """How many fused ops the last call ran."""
+    bound = plain(model)["lowered"]._bound
+    return 0 if bound is None or bound.made is None else len(bound.applications)
+
+
+def assert_as_unlowered(model: nn.Module, x: Tensor, calls: int) -> None:
+    """The lowered program runs, with so many fused ops, and computes what the plain one does."""
+    state = vars(model)["_rewriter"]
+    lowered = state.lowered
+    with torch.no_grad():
+        actual = model(x)
+        state.lowered = None
+        expected = model(x)
+        state.lowered = lowered
+    assert fused_calls(model) == calls
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def _rewritten() -> nn.Module:
+    return rewrite(trained(Net(), 8, 3, 12, 12), [], torch.randn(4, 3, 12, 12))
+
+
+@pytest.fixture
+def model(_rewritten: nn.Module) -> nn.Module:
+    return copy.deepcopy(_rewritten)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def test_every_default_rule_has_its_place(model: Any, x: Tensor) -> None:
+    step = model.report.steps[-1]
+    assert step.name == "lowering"
+    assert {(d.site, d.kind) for d in step.decisions if d.action == "lowered"} == {
+        ("conv", "conv >> batch_norm >> relu"),
+        ("depthwise", "conv >> batch_norm"),
+        ("wide", "conv_transpose >> batch_norm"),
+        ("q", "fan(linear)"),
+        ("up", "linear >> gelu"),
+    }
+    assert_as_unlowered(model, x, 5)
+
+
+def test_launches_and_traffic_are_listed_before_and_after(model: Any) -> None:
+    step = model.report.steps[-1]
+    assert step.before.launches - step.after.launches == 1 + 1 + 1 + 2 + 1
+    assert step.after.bytes_moved < step.before.bytes_moved
+    assert (step.after.flops, step.after.params) == (step.before.flops, step.before.params)
+    assert step.after.train_peak_bytes == step.before.train_peak_bytes
+    for decision in step.decisions:
+        assert decision.after.launches < decision.before.launches
+        assert decision.after.bytes_moved < decision.before.bytes_moved
+    assert "launches" in str(step.notes)
+    assert "lowered" in model.report.to_markdown()
+    assert rewriter.Report.from_dict(model.report.to_dict()).steps[-1].decisions == step.decisions
+
+
+def test_the_costs_at_other_sizes_are_those_of_the_lowered_graph(model: Any) -> None:
+    report = explain(trained(Net(), 8, 3, 12, 12), [], torch.randn(4, 3, 12, 12))
+    other = report.at(batch=9)
+    first, last = other.steps[0].after, other.steps[-1].after
+    assert first.launches - last.launches == 6
+    assert last.bytes_moved < first.bytes_moved
+
+
+def test_module_tree_and_state_dict_know_nothing_of_it(model: Any, x: Tensor) -> None:
+    before = list(model.state_dict()), [n for n, _ in model.named_modules()]
+    assert_as_unlowered(model, x, 5)
+    assert (list(model.state_dict()), [n for n, _ in model.named_modules()]) == before
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a checkpoint": lambda m: m.load_state_dict({
+        k: v * 1.5 if v.is_floating_point() else v for k, v in m.state_dict().items()
+    }),
+    "a checkpoint, assigned": lambda m: m.load_state_dict(
+        {k: v + 1 for k, v in m.state_dict().items()}, assign=True
+    ),
+    "a write in place": lambda m: m.up.weight.requires_grad_(False).mul_(2),
+    "a write through data": lambda m: m.conv.weight.data.mul_(2),
+    "other data": lambda m: setattr(m.conv.weight, "data", torch.randn(8, 3, 3, 3)),
+    "a bias through data": lambda m: m.q.bias.data.add_(1),
+    "another Parameter": lambda m: setattr(m.k, "weight", nn.Parameter(torch.randn(6, 6))),
+    "running statistics": lambda m: m.norm.running_mean.add_(1),
+    "running statistics through data": lambda m: m.norm3.running_var.data.mul_(2),
+    "eps": lambda m: setattr(m.norm, "eps", 0.5),
+    "another layer": lambda m: m.set_submodule("norm2", trained(nn.BatchNorm2d(8), 4, 8, 5, 5)),
+    "another layer below the root": lambda m: m._modules.update(down=nn.Linear(32, 4)),
+    "one bias less": lambda m: setattr(m.up, "bias", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_is_noticed_at_the_next_call(change: str, model: Any, x: Tensor) -> None:
+    assert_as_unlowered(model, x, 5)
+    with torch.no_grad():
+        before = model(x)
+        CHANGES[change](model)
+    assert_as_unlowered(model, x, 5)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), before)
+
+
+@pytest.mark.parametrize("fused_step", [False, True])
+def test_a_step_of_an_optimizer_is_noticed(fused_step: bool, model: Any, x: Tensor) -> None:
+    assert_as_unlowered(model, x, 5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused_step)
+    model.train()
+    model(x).square().sum().backward()
+    optimizer.step()
+    model.eval()
+    assert_as_unlowered(model, x, 5)
+
+
+def test_train_mode_runs_the_layers_and_what_it_changes_is_noticed(model: Any, x: Tensor) -> None:
+    assert_as_unlowered(model, x, 5)
+    model.train()
+    before = model.norm.running_mean.clone()
+    with torch.no_grad():
+        model(x)
+    assert not torch.equal(model.norm.running_mean, before)
+    model.eval()
+    assert_as_unlowered(model, x, 5)
+
+
+def test_where_gradients_are_wanted_the_layers_run(model: Any, x: Tensor) -> None:
+    model(x).sum().backward()
+    assert fused_calls(model) == 0
+    assert model.conv.weight.grad is not None
+    model.requires_grad_(False)
+    assert model(x.requires_grad_()).requires_grad
+    assert fused_calls(model) == 0
+    model(x.detach())
+    assert fused_calls(model) == 5
+
+
+def test_inference_mode_makes_no_inference_tensors(model: Any, x: Tensor) -> None:
+    with torch.inference_mode():
+        model(x)
+    assert_as_unlowered(model, x, 5)
+    assert not any(t.is_inference() for t in plain(model)["lowered"]._bound.made.tensors)
+
+
+def test_another_dtype_runs_as_without_lowering(model: Any, x: Tensor) -> None:
+    assert_as_unlowered(model, x, 5)
+    with pytest.warns(rewriter.RewriteWarning, match="float64"), torch.no_grad():
+        wide = model.double()(x.double())
+    assert wide.dtype == torch.float64
+    assert_as_unlowered(model.float(), x, 5)
+
+
+def test_a_hook_takes_its_layer_out_and_back_in(model: Any, x: Tensor) -> None:
+    seen: list[Any] = []
+    assert_as_unlowered(model, x, 5)
+    handle = model.norm.register_forward_hook(lambda *a: seen.append(1))
+    assert_as_unlowered(model, x, 4)
+    assert len(seen) == 2
+    handle.remove()
+    assert_as_unlowered(model, x, 5)
+
+
+def test_batch_norm_in_train_mode_inside_an_eval_model_takes_itself_out(
+    model: Any, x: Tensor
+) -> None:
+    model.norm2.train()
+    assert_as_unlowered(model, x, 4)
+    model.norm2.eval()
+    assert_as_unlowered(model, x, 5)
+
+
+def test_copies_and_pickles_derive_for_themselves(model: Any, x: Tensor) -> None:
+    assert_as_unlowered(model, x, 5)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.conv.weight.data.mul_(-1)
+        assert_as_unlowered(other, x, 5)
+    assert_as_unlowered(model, x, 5)
+
+
+def test_a_loaded_model_is_lowered_again(model: Any, x: Tensor, tmp_path: pathlib.Path) -> None:
+    optimized: Any = rewrite(trained(Net(), 8, 3, 12, 12), [Monarch(2, where="down")], x)
+    optimized.save(tmp_path / "on")
+    loaded = rewriter.load(tmp_path / "on", Net(), example_inputs=x)
+    assert_as_unlowered(loaded, x, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), optimized(x), rtol=1e-5, atol=1e-5)
+    rewrite(trained(Net(), 8, 3, 12, 12), [], x, lower=False).save(tmp_path / "off")
+    assert plain(rewriter.load(tmp_path / "off", Net(), example_inputs=x))["lowered"] is None
+
+
+def test_export_and_compile_see_the_layers(model: Any, x: Tensor) -> None:
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,))
+        torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-5, atol=1e-5)
+        compiled = torch.compile(model, backend="eager")(x)
+    names = {n.target for n in exported.graph.nodes if n.op == "call_function"}
+    assert torch.ops.aten.batch_norm.default in names
+    torch.testing.assert_close(compiled, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_off_by_option(x: Tensor) -> None:
+    optimized: Any = rewrite(trained(Net(), 8, 3, 12, 12), [], x, lower=False)
+    assert [s.name for s in optimized.report.steps] == ["original"]
+    assert plain(optimized)["lowered"] is None
+
+
+def test_without_example_inputs_nothing_is_lowered() -> None:
+    optimized: Any = rewrite(trained(Net(), 8, 3, 12, 12))
+    assert plain(optimized)["lowered"] is None
+
+
+def refusals(model: nn.Module, x: Tensor, **options: Any) -> list[tuple[str, str, str]]:
+    report = explain(model, [], x, **options)
+    return [(d.site, d.action, d.reason) for s in report.steps for d in s.decisions]
+
+
+def test_a_hook_before_the_rewrite_is_a_reason(x: Tensor) -> None:
+    net = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 4, 3, 12, 12)
+    net[0].register_forward_hook(lambda *a: None)  # type: ignore[operator,index]
+    assert refusals(net, x) == [("0", "skipped", "0 has hooks, which would not run")]
+
+
+def test_batch_norm_without_statistics_is_a_reason(x: Tensor) -> None:
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm).eval()
+    reason = "1 keeps no running statistics: it norms by the batch"
+    assert refusals(net, x) == [("0", "skipped", reason)]
+
+
+def test_what_no_kernel_has_is_a_reason() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ELU(0.5)).eval()
+    ((site, action, reason),) = refusals(net, torch.randn(2, 3))
+    assert (site, action) == ("0", "skipped")
+    assert "options of the activation" in reason
+    net = nn.Sequential(nn.Linear(3, 4), nn.GELU()).eval().to(torch.bfloat16)
+    ((_, action, reason),) = refusals(net, torch.randn(2, 3, dtype=torch.bfloat16))
+    assert (action, reason) == (
+        "skipped", "no kernel with an epilogue takes torch.bfloat16 on cpu",
+    )  # fmt: skip
+
+
+def test_an_op_that_is_no_faster_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "fastest", lambda *_: "torch")
+    net = nn.Sequential(nn.Linear(3, 4), nn.GELU()).eval()
+    reason = "torch's own product is the fastest here on 2 rows"
+    assert refusals(net, torch.randn(2, 3)) == [("0", "declined", reason)]
+
+
+def test_a_write_in_place_between_siblings_is_a_reason() -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 2
+            first = self.a(x)
+            x.mul_(3)
+            return first + self.b(x)
+
+    found = refusals(Between().eval(), torch.randn(2, 3))
+    assert all("in place" in reason for _, _, reason in found)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_fold_in_every_number_of_dimensions(
+    dims: int, transposed: bool, groups: int
+) -> None:
+    make: Any = getattr(nn, f"Conv{'Transpose' * transposed}{dims}d")
+    norm: Any = getattr(nn, f"BatchNorm{dims}d")
+    net = nn.Sequential(make(4, 6, 3, stride=2, groups=groups, dilation=2), norm(6), nn.SiLU())
+    x = torch.randn(3, 4, *[9] * dims)
+    optimized = rewrite(trained(net, *x.shape), [], x)
+    assert_as_unlowered(optimized, x, 1)
+
+
+@pytest.mark.parametrize("how", ["zeros", "reflect", "circular"])
+def test_padding_is_kept(how: str) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, (3, 5), padding="same", padding_mode=how), nn.BatchNorm2d(3, affine=False)
+    )
+    x = torch.randn(2, 2, 8, 8)
+    assert_as_unlowered(rewrite(trained(net, *x.shape), [], x), x, 1)
+
+
+@pytest.mark.parametrize("name", kernel.EPILOGUES)
+@pytest.mark.parametrize("rows", [(), (1,), (2, 7)])
+def test_the_kernel_computes_its_formula(name: str, rows: tuple[int, ...]) -> None:
+    x, weight, bias = torch.randn(*rows, 24), torch.randn(10, 24), torch.randn(10)
+    for b in (bias, None):
+        y = kernel.linear_act(x, weight, kernel.pack(weight), b, name)
+        torch.testing.assert_close(
+            y, kernel.linear_act_reference(x, weight, b, name), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_no_rows_at_all_run_too() -> None:
+    weight = torch.randn(10, 24)
+    y = kernel.linear_act(torch.empty(0, 24), weight, kernel.pack(weight), None, "relu")
+    assert y.shape == (0, 10)
+
+
+# a rule of the user's
+
+
+def norm_into_linear(place: Place) -> tuple[Tensor, Tensor]:
+    norm, layer = place.modules
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    return layer.weight * scale, layer.bias + layer.weight @ shift
+
+
+NORM_LINEAR = Rule(batch_norm >> linear, Fused("norm_linear", F.linear, norm_into_linear))
+
+
+def test_a_rule_of_ones_own() -> None:
+    net, x = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3)), torch.randn(16, 8)
+    optimized: Any = rewrite(trained(net, *x.shape), [], x, lower=[*DEFAULT_RULES, NORM_LINEAR])
+    (decision,) = optimized.report.steps[-1].decisions
+    assert (decision.kind, decision.kernel) == ("batch_norm >> linear", "norm_linear")
+    assert_as_unlowered(optimized, x, 1)
+    assert_as_unlowered(pickle.loads(pickle.dumps(optimized)), x, 1)
+
+
+def wrong_values(place: Place) -> tuple[Tensor, Tensor]:
+    weight, bias = norm_into_linear(place)
+    return weight * 1.01, bias
+
+
+def wrong_type(x: Tensor, *_: Tensor) -> Tensor:
+    return x.double()
+
+
+def test_an_op_that_computes_something_else_is_declined() -> None:
+    net, x = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3)), torch.randn(16, 8)
+    rule = Rule(batch_norm >> linear, Fused("wrong", F.linear, wrong_values))
+    ((site, action, reason),) = refusals(trained(net, *x.shape), x, lower=[rule])
+    assert (site, action) == ("0", "declined")
+    assert "more than rounding explains" in reason
+
+
+def test_an_op_of_another_type_is_an_error_that_names_both() -> None:
+    net, x = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3)), torch.randn(16, 8)
+    rule = replace(NORM_LINEAR, fused=Fused("wrong", wrong_type, norm_into_linear))
+    before = copy.deepcopy(net.eval())
+    with pytest.raises(VerifyError, match=r"float64\[16, 8\].*float32\[16, 3\]"):
+        rewrite(net, [], x, lower=[rule], inplace=True)
+    assert type(net) is type(before)
+
+
+def test_a_rule_that_fails_says_which_and_where() -> None:
+    net, x = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3)).eval(), torch.randn(16, 8)
+    rule = Rule(batch_norm >> linear, Fused("broken", F.linear, lambda place: place.missing))
+    with pytest.raises(VerifyError, match=r"batch_norm >> linear → broken fails at 0, 1"):
+        rewrite(net, [], x, lower=[rule])
+
+
+def contradictions() -> Iterator[tuple[Callable[[], Any], str]]:
+    relu_conv = Rule(conv >> relu, Fused("conv_act", F.relu, norm_into_linear))
+    again = Rule(op("conv") >> batch_norm, NORM_LINEAR.fused)
+    yield lambda: [*DEFAULT_RULES, relu_conv], "two fused ops have the name 'conv_act'"
+    yield lambda: [*DEFAULT_RULES, again], "two rules have the pattern conv >> batch_norm: .* and "
+    yield lambda: [Rule(conv, None)], "the pattern has no fused op"  # type: ignore[arg-type]
+    yield lambda: [Rule("conv", NORM_LINEAR.fused)], "the pattern must be"  # type: ignore[arg-type]
+    yield lambda: [Fused("x", lambda x: x, norm_into_linear)], "a function with a name"
+    yield lambda: ["conv"], "is no Rule"
+    yield lambda: 3, "use True, False, or a list"
+
+
+@pytest.mark.parametrize(("rules", "message"), list(contradictions()))
+def test_a_rule_that_contradicts_itself_is_refused(rules: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        rewrite(nn.Linear(2, 2), [], torch.randn(1, 2), lower=rules())
