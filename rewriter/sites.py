@@ -27,6 +27,7 @@ from rewriter.spellings import (
     kind_of,
     op_name,
     operands,
+    source_of,
     spelled,
     swaps,
     user_line,
@@ -194,7 +195,7 @@ def find_matches(root: nn.Module, graph: Graph, pattern: Pattern) -> list[Match]
     """Where a graph on `root` has a pattern of several operations, in the graph's order."""
 
     def source(node: Node) -> Node | None:
-        value = _input(node) if node.op.startswith("call_") else None
+        value = source_of(node) if node.op.startswith("call_") else None
         return value if isinstance(value, Node) else None
 
     return list(find(pattern, graph, lambda node: spelled(node, root), source))
@@ -306,7 +307,7 @@ class _Finder:
 
     def _mlp_parts(self, down: Node) -> dict[str, Site]:
         """The sites that feed `down`: linear → activation, or activation(gate) · up."""
-        source = self._through(_input(down))
+        source = self._through(source_of(down))
         if source is None:
             return {}
         if op_name(source, self.owner) in ("mul", "mul_"):
@@ -326,7 +327,7 @@ class _Finder:
         site = None if node is None else self.at.get(node)
         if node is not None and site is not None and site.kind == ACTIVATION:
             parts["activation"] = site
-            node = self._through(_input(node))
+            node = self._through(source_of(node))
             site = None if node is None else self.at.get(node)
         if site is not None and _is_linear(site):
             parts["up"] = site
@@ -335,17 +336,9 @@ class _Finder:
     def _through(self, value: Any) -> Node | None:
         """Back over ops that only move values (views, casts, dropout) to the one that made them."""
         while isinstance(value, Node) and is_transparent(value, self.owner):
-            value = _input(value)
+            value = source_of(value)
         return value if isinstance(value, Node) else None
 
 
 def _is_linear(site: Site) -> bool:
     return site.kind == LINEAR or isinstance(site.kind, type)
-
-
-def _input(node: Node) -> Any:
-    """The activations that go into a node."""
-    given = operands(node)
-    if given is not None:
-        return given[0]
-    return node.args[0] if node.args else node.kwargs.get("input")

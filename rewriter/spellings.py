@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "MLP",
     "Kind",
     "activation_name",
+    "autocast_at",
     "changes_input",
     "is_activation",
     "is_leaf",
@@ -28,6 +30,7 @@ __all__ = [
     "op_name",
     "operands",
     "spelled",
+    "source_of",
     "swaps",
     "user_line",
     "works_in_place",
@@ -278,3 +281,28 @@ def user_line(node: Node) -> str:
             return f"{'/'.join(path[path.index('site-packages') + 1 :])}:{line}"
         return f"{path[-1]}:{line}"
     return ""
+
+
+def source_of(node: Node) -> Any:
+    """The activations that go into a node: its first operand, whatever it is called."""
+    given = operands(node)
+    if given is not None:
+        return given[0]
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def autocast_at(node: Node) -> AbstractContextManager[object]:
+    """The autocast region of the user's forward that a node lies in."""
+    entered: list[Node] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        name = getattr(other.target, "__name__", "")
+        if name == "_enter_autocast":
+            entered.append(other)
+        elif name == "_exit_autocast":
+            entered.remove(other.args[0])
+    if not entered:
+        return nullcontext()
+    device, dtype, enabled, cache = entered[-1].args
+    return torch.autocast(str(device), dtype=dtype, enabled=bool(enabled), cache_enabled=cache)  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from rewriter.capture.exporting import Region, export_region
 from rewriter.capture.signature import Call
 from rewriter.cost import Fakes
-from rewriter.modules.running import first_line, has_hooks, own_copy, quiet_run
+from rewriter.modules.running import first_line, own_copy, quiet_run
 from rewriter.modules.structure import Unflattenable, flatten
-from rewriter.modules.tree import join
+from rewriter.modules.tree import has_hooks, join
 from rewriter.report import Island
 from rewriter.sites import is_leaf
 

@@ -27,7 +27,7 @@ from rewriter.compiler.dynamo import Lifted
 from rewriter.cost import Device
 from rewriter.errors import OptionError, RewriteError
 from rewriter.kernels import ops
-from rewriter.modules.tree import attribute, find, is_hook_dict
+from rewriter.modules.tree import attribute, find, has_hooks
 
 __all__ = ["INNER", "Flat", "Inner", "flattened", "own_ops"]
 
@@ -219,8 +219,7 @@ def _keep_source(node: fx.Node, source: Any) -> None:
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
-    hooked = any(is_hook_dict(name) and hooks for name, hooks in vars(layer).items())
-    return type(layer) is nn.Linear and not hooked
+    return type(layer) is nn.Linear and not has_hooks(layer)
 
 
 def _tensors(layer: nn.Module) -> dict[str, Tensor]:

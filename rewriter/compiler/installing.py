@@ -19,7 +19,7 @@ from rewriter.capture.hosted import Program
 from rewriter.compiler.dynamo import Lifted
 from rewriter.compiler.user_code import Frame, source_name
 from rewriter.errors import RewriteError, warn
-from rewriter.modules.tree import is_hook_dict, submodule
+from rewriter.modules.tree import has_hooks, submodule
 from rewriter.recipe.recipe import Recipe
 
 __all__ = ["Installation"]
@@ -81,7 +81,7 @@ class _Ready:
                     f"install=True replaces nn.Linear modules, and {fqn} is {kind}: call "
                     "rewriter.rewrite first and compile its result"
                 )
-            if any(is_hook_dict(name) and hooks for name, hooks in vars(old).items()):
+            if has_hooks(old):
                 raise RewriteError(
                     f"{fqn} has hooks, which install=True would lose: call rewriter.rewrite first"
                 )

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from rewriter.base import Moments
 from rewriter.capture import Capture, arguments
 from rewriter.engine.batches import Calibration
-from rewriter.engine.trials import source_of
 from rewriter.errors import CalibrationError
 from rewriter.modules.running import first_line, own_copy, quiet_run
 from rewriter.sites import Site
+from rewriter.spellings import source_of
 
 __all__ = ["gather"]
 

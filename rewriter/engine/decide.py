@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +18,17 @@ from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.engine.batches import Calibration
 from rewriter.errors import OptionError
 from rewriter.lowering import Rule
+from rewriter.modules.running import modes
 from rewriter.modules.timing import medians
-from rewriter.modules.tree import attribute
+from rewriter.modules.tree import attribute, has_hooks
 from rewriter.planner.budget import MemoryBudget
 from rewriter.sites import CONV, LINEAR, MLP, Site, is_leaf
-from rewriter.spellings import changes_input, op_name, operands, swaps
+from rewriter.spellings import autocast_at, changes_input, op_name, source_of, swaps
 
 __all__ = [
     "OBJECTIVES",
     "Options",
     "Proposal",
-    "autocast_at",
     "check_passes",
     "check_patterns",
     "objections",
@@ -230,13 +229,9 @@ def _untouched(
         tied = ", ".join(sorted(others)) or "code that reads it"
         return f"its weight is tied to {tied}: rewritten together or not at all"
     modules = {id(m): m for p in group if (m := p.site.module) is not None}
-    if len(modules) > 1 and any(_hooked(m) for m in modules.values()):
+    if len(modules) > 1 and any(has_hooks(m) for m in modules.values()):
         return "its weight is tied and there are hooks, which one layer for all would mix up"
     return ""
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(bool(v) for k, v in vars(module).items() if k.endswith("_hooks"))
 
 
 def _readers(capture: Capture) -> dict[int, set[fx.Node]]:
@@ -324,8 +319,7 @@ def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> fl
     """
     seconds = 0.0
     for node in site.nodes[: site.calls]:
-        given = operands(node)
-        source = node.args[0] if given is None else given[0]
+        source = source_of(node)
         assert isinstance(source, fx.Node)
         graph, holder = fx.Graph(), nn.Module()
         holder.add_module("layer", layer)
@@ -338,23 +332,6 @@ def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> fl
     return seconds
 
 
-def autocast_at(node: fx.Node) -> AbstractContextManager[object]:
-    """The autocast region of the user's forward that a node lies in."""
-    entered: list[fx.Node] = []
-    for other in node.graph.nodes:
-        if other is node:
-            break
-        name = getattr(other.target, "__name__", "")
-        if name == "_enter_autocast":
-            entered.append(other)
-        elif name == "_exit_autocast":
-            entered.remove(other.args[0])
-    if not entered:
-        return nullcontext()
-    device, dtype, enabled, cache = entered[-1].args
-    return torch.autocast(str(device), dtype=dtype, enabled=bool(enabled), cache_enabled=cache)  # type: ignore[arg-type]
-
-
 def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
     """Median seconds of the site's calls in one forward, (the old layer, the new one): eval mode,
     without gradients, interleaved, on random inputs of the sizes that the example has.
@@ -363,8 +340,7 @@ def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
     """
     inputs = []
     for node in site.nodes[: site.calls]:
-        given = operands(node)
-        source = node.args[0] if given is None else given[0]
+        source = source_of(node)
         value = source.meta.get("val") if isinstance(source, fx.Node) else None
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
             return None
@@ -374,7 +350,8 @@ def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
         return None
     xs = [_random(*kind) for kind in inputs]
     old = _runner(site, xs)
-    with torch.no_grad(), _eval(layer), _eval(site.module), autocast_at(site.nodes[0]):
+    old_modes = nullcontext() if site.module is None else modes(site.module, False)
+    with torch.no_grad(), modes(layer, False), old_modes, autocast_at(site.nodes[0]):
         old_time, new_time = medians((old, lambda: [layer.forward(x) for x in xs]), xs[0].device)
     return old_time, new_time
 
@@ -397,15 +374,3 @@ def _runner(site: Site, xs: Sequence[Tensor]) -> Callable[[], Any]:
 def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(0)
     return torch.rand(shape, generator=generator, device=device).to(dtype)
-
-
-@contextlib.contextmanager
-def _eval(module: nn.Module | None) -> Iterator[None]:
-    modes = [] if module is None else [(m, m.training) for m in module.modules()]
-    try:
-        for m, _ in modes:
-            m.training = False
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from rewriter.capture import Capture
-from rewriter.engine.trials import source_of
 from rewriter.errors import PassError
 from rewriter.layer import Layer
 from rewriter.modules.tree import is_hook_dict
 from rewriter.sites import Site
+from rewriter.spellings import source_of
 
 __all__ = ["names_of", "put"]
 

@@ -11,14 +11,14 @@ from rewriter.base import Layer, Pass
 from rewriter.capture import Capture
 from rewriter.capture.hosted import original_class
 from rewriter.cost import propagate
-from rewriter.engine.decide import Proposal, autocast_at
+from rewriter.engine.decide import Proposal
 from rewriter.engine.verify import relative_error, tolerance, type_of
 from rewriter.errors import VerifyError
 from rewriter.modules.running import run_flat
 from rewriter.sites import Site
-from rewriter.spellings import kind_name, operands
+from rewriter.spellings import autocast_at, kind_name, source_of
 
-__all__ = ["at", "goes_past", "source_of", "try_layer"]
+__all__ = ["at", "goes_past", "try_layer"]
 
 
 def try_layer(capture: Capture, rewrite: Pass, p: Proposal, seen: set[object]) -> None:
@@ -117,14 +117,6 @@ def _noting(called: set[nn.Module], layer: nn.Module, forward: Any) -> Any:
         return forward(*args, **kwargs)
 
     return noted
-
-
-def source_of(node: fx.Node) -> fx.Node:
-    """The activations that go into a call of a site."""
-    given = operands(node)
-    source = given[0] if given is not None else node.args[0] if node.args else node.kwargs["input"]
-    assert isinstance(source, fx.Node), node
-    return source
 
 
 def at(rewrite: Pass, site: Site) -> str:

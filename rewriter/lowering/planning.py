@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rewriter.errors import VerifyError
 from rewriter.lowering.rules import Place, Rule
 from rewriter.modules.patterns import Fan
-from rewriter.modules.running import has_hooks
+from rewriter.modules.tree import has_hooks
 from rewriter.sites import find_matches
 from rewriter.spellings import spelled
 

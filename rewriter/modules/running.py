@@ -21,7 +21,6 @@ from rewriter.modules.tree import is_hook_dict
 __all__ = [
     "difference",
     "first_line",
-    "has_hooks",
     "kept",
     "modes",
     "own_copy",
@@ -45,10 +44,6 @@ def modes(root: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(bool(getattr(module, n, None)) for n in vars(module) if is_hook_dict(n))
 
 
 @contextlib.contextmanager

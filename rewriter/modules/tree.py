@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["attribute", "find", "hooked", "is_hook_dict", "join", "submodule"]
+__all__ = ["attribute", "find", "has_hooks", "hooked", "is_hook_dict", "join", "submodule"]
 
 
 def join(prefix: str, name: str) -> str:
@@ -51,10 +51,15 @@ def is_hook_dict(name: str) -> bool:
     return name in _HOOKS
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around the module's own forward or backward."""
+    return any(getattr(module, name, None) for name in _HOOKS)
+
+
 def hooked(root: nn.Module) -> str | None:
     """The first module below the root that has hooks; None where none has."""
     name: str
     for name, module in root.named_modules():
-        if name and any(getattr(module, h, None) for h in _HOOKS):
+        if name and has_hooks(module):
             return name
     return None
