@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_reordered
 from torch import Tensor, nn
 
 import rewriter
@@ -90,7 +91,7 @@ def assert_as_unlowered(model: nn.Module, x: Tensor, calls: int) -> None:
         expected = model(x)
         state.lowered = lowered
     assert fused_calls(model) == calls
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert_reordered(actual, expected)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def test_a_loaded_model_is_lowered_again(model: Any, x: Tensor, tmp_path: pathli
     loaded = rewriter.load(tmp_path / "on", Net(), example_inputs=x)
     assert_as_unlowered(loaded, x, 5)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(x), optimized(x), rtol=1e-5, atol=1e-5)
+        assert_reordered(loaded(x), optimized(x))
     rewrite(trained(Net(), 8, 3, 12, 12), [], x, lower=False).save(tmp_path / "off")
     assert plain(rewriter.load(tmp_path / "off", Net(), example_inputs=x))["lowered"] is None
 
@@ -270,11 +271,11 @@ def test_a_loaded_model_is_lowered_again(model: Any, x: Tensor, tmp_path: pathli
 def test_export_and_compile_see_the_layers(model: Any, x: Tensor) -> None:
     with torch.no_grad():
         exported = torch.export.export(model, (x,))
-        torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-5, atol=1e-5)
+        assert_reordered(exported.module()(x), model(x))
         compiled = torch.compile(model, backend="eager")(x)
     names = {n.target for n in exported.graph.nodes if n.op == "call_function"}
     assert torch.ops.aten.batch_norm.default in names
-    torch.testing.assert_close(compiled, model(x), rtol=1e-5, atol=1e-5)
+    assert_reordered(compiled, model(x))
 
 
 def test_off_by_option(x: Tensor) -> None:
@@ -370,9 +371,7 @@ def test_the_kernel_computes_its_formula(name: str, rows: tuple[int, ...]) -> No
     x, weight, bias = torch.randn(*rows, 24), torch.randn(10, 24), torch.randn(10)
     for b in (bias, None):
         y = kernel.linear_act(x, weight, kernel.pack(weight), b, name)
-        torch.testing.assert_close(
-            y, kernel.linear_act_reference(x, weight, b, name), rtol=1e-5, atol=1e-5
-        )
+        assert_reordered(y, kernel.linear_act_reference(x, weight, b, name))
 
 
 def test_no_rows_at_all_run_too() -> None:
