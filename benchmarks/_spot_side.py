@@ -126,7 +126,10 @@ def flops(quick: bool) -> dict[str, Any]:
     forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         model.train()(ids).backward()
-    cost = rewrite(model, [], ids).report.before
+    found = rewrite(model, [], ids).report
+    cost = found.before
+    if cost.training is None:
+        raise RuntimeError(f"the ledger has no training step:\n{found}\n{found.capture.notes}")
     return {
         "FLOPs of a forward, of the ledger": cost.flops,
         "FLOPs of a forward, by FlopCounterMode": forward,
