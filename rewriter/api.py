@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from rewriter import lowering
 from rewriter.base import Pass, Where
 from rewriter.capture import capture
 from rewriter.capture.hosted import RewrittenModule, original_class
@@ -19,7 +20,7 @@ from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
 from rewriter.engine.batches import Calibration
 from rewriter.errors import OptionError, RewriteError, RewriteWarning
-from rewriter.lowering import DEFAULT_RULES, Rule, checked
+from rewriter.lowering import Rule, checked
 from rewriter.planner import MemoryBudget
 from rewriter.report import Report
 from rewriter.store import Recipe
@@ -232,7 +233,7 @@ def _settings(
         raise OptionError("memory_budget needs example_inputs: a plan is made for their sizes")
     if kernels != "auto":
         raise OptionError(f"kernels={kernels!r}: this version supports 'auto' only")
-    rules = checked(DEFAULT_RULES if lower is True else lower or ())
+    rules = checked(lowering.DEFAULT_RULES if lower is True else lower or ())
     if max_error is not None and not isinstance(max_error, numbers.Real):
         raise OptionError(f"max_error={max_error!r}: use a number of at least 0, or None")
     if where is not None and not isinstance(where, str) and not callable(where):

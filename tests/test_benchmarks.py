@@ -285,3 +285,15 @@ def test_training_in_a_budget() -> None:
     )
     assert whole[0] == whole[1]
     assert planned[0] == planned[1] <= 0.5 * whole[0]
+
+
+@pytest.mark.timeout(600)
+def test_lowering(tmp_path: pathlib.Path) -> None:
+    """The same outputs up to rounding, with fewer launches and less traffic where it folds."""
+    run("benchmarks/lowering.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "lowering")
+    assert all(row["relative difference"] < 1e-5 for row in found["Times"])
+    folded = found["What was fused, by the cost model"][0]
+    assert folded["lowered"] == 3
+    assert folded["launches after"] == folded["launches before"] - 3
+    assert folded["traffic after MB"] < folded["traffic before MB"]

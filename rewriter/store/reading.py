@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rewriter import lowering
 from rewriter.base import Layer
 from rewriter.capture.hosted import RewrittenModule
 from rewriter.errors import RewriteWarning, StoreError
-from rewriter.lowering import DEFAULT_RULES
 from rewriter.modules.tensors import named_tensors, non_persistent, put_tensor, tensor_like
 from rewriter.modules.tree import submodule
 from rewriter.planner import MemoryBudget
@@ -115,7 +115,7 @@ def load(
         engine.finish(saved.report, recipe)
         filler.fill(root)
         if saved.lower:
-            engine.options = replace(engine.options, lower=DEFAULT_RULES)
+            engine.options = replace(engine.options, lower=lowering.DEFAULT_RULES)
             engine.lower()
     return root
 
