@@ -142,8 +142,8 @@ def main() -> None:
         {"Times": times, "What was fused, by the cost model": ledger},
         command=command(),
         notes="Forward under inference_mode, no passes; medians, the three in turns of four "
-        "untimed and six timed runs, without calls in which a thread waited for a core. Each batch is "
-        "captured for itself. The C heap keeps what is freed. " + " ".join(missing),
+        "untimed and six timed runs, without calls in which a thread waited for a core. Each batch "
+        "is captured for itself. The C heap keeps what is freed. " + " ".join(missing),
         out=args.out,
     )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from rewriter import lowering
 from rewriter.base import Pass, Where
 from rewriter.capture import capture
 from rewriter.compiler.packaging import Exported, exported
@@ -20,7 +21,7 @@ from rewriter.engine import Options, check_passes
 from rewriter.engine.batches import Calibration
 from rewriter.engine.pipeline import copied, restored_on_error, run
 from rewriter.errors import CaptureError, OptionError, RewriteError, warn
-from rewriter.lowering import DEFAULT_RULES, Rule, checked
+from rewriter.lowering import Rule, checked
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.parse import parse_pass
 from rewriter.report import Report
@@ -249,7 +250,7 @@ def _settings(
         raise OptionError("memory_budget needs example_inputs: a plan is made for their sizes")
     if kernels != "auto":
         raise OptionError(f"kernels={kernels!r}: this version supports 'auto' only")
-    rules = checked(DEFAULT_RULES if lower is True else lower or ())
+    rules = checked(lowering.DEFAULT_RULES if lower is True else lower or ())
     if max_error is not None and not isinstance(max_error, numbers.Real):
         raise OptionError(f"max_error={max_error!r}: use a number of at least 0, or None")
     if where is not None and not isinstance(where, str) and not callable(where):

@@ -342,6 +342,7 @@ def test_training_in_a_budget() -> None:
     assert planned[0] == planned[1] <= 0.5 * whole[0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_gpu(tmp_path: pathlib.Path) -> None:
     """Without a card: every comparison with a reference, the Triton kernels interpreted, and each
@@ -429,3 +430,16 @@ def test_measures_this_checkout_where_nothing_is_installed(tmp_path: pathlib.Pat
     path, missing = done.stdout.splitlines()
     assert pathlib.Path(path) == ROOT / "kernels" / "monarch.py"
     assert missing == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_lowering(tmp_path: pathlib.Path) -> None:
+    """The same outputs up to rounding, with fewer launches and less traffic where it folds."""
+    run("benchmarks/lowering.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "lowering")
+    assert all(row["relative difference"] < 1e-5 for row in found["Times"])
+    folded = found["What was fused, by the cost model"][0]
+    assert folded["lowered"] == 3
+    assert folded["launches after"] == folded["launches before"] - 3
+    assert folded["traffic after MB"] < folded["traffic before MB"]

@@ -451,3 +451,12 @@ def contradictions() -> Iterator[tuple[Callable[[], Any], str]]:
 def test_a_rule_that_contradicts_itself_is_refused(rules: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         rewrite(nn.Linear(2, 2), [], torch.randn(1, 2), lower=rules())
+
+
+def test_the_rule_of_contributing_runs() -> None:
+    text = (pathlib.Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    _, _, section = text.partition("## Add a rule")
+    space: dict[str, Any] = {}
+    exec(section.split("```python")[1].split("```")[0], space)  # noqa: S102 (our own example)
+    (decision,) = space["optimized"].report.steps[-1].decisions
+    assert (decision.action, decision.kernel) == ("lowered", "norm_linear")

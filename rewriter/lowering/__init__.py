@@ -1,8 +1,21 @@
 """Lowering: rules pattern → fused op on the eval graph, after all passes."""
 
+from typing import TYPE_CHECKING, Any
+
 from rewriter.lowering.lowered import Lowered
 from rewriter.lowering.lowering import Lowering, lower
 from rewriter.lowering.rules import Fused, Place, Rule, checked
-from rewriter.lowering.table import DEFAULT_RULES
+
+if TYPE_CHECKING:
+    from rewriter.lowering.table import DEFAULT_RULES
 
 __all__ = ["DEFAULT_RULES", "Fused", "Lowered", "Lowering", "Place", "Rule", "checked", "lower"]
+
+
+def __getattr__(name: str) -> Any:
+    """The table, which needs kernels, is made when it is first asked for."""
+    if name != "DEFAULT_RULES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rewriter.lowering.table import DEFAULT_RULES
+
+    return DEFAULT_RULES

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rewriter import lowering
 from rewriter.base import Layer
 from rewriter.capture import Capture
 from rewriter.engine import Engine, Options
 from rewriter.engine.pipeline import prepare
 from rewriter.errors import StoreError, warn
-from rewriter.lowering import DEFAULT_RULES
 from rewriter.modules.tensors import named_tensors, non_persistent, put_tensor, tensor_like
 from rewriter.modules.tree import submodule
 from rewriter.planner import MemoryBudget
@@ -115,7 +115,7 @@ def load(
         engine.finish(saved.report, recipe)
         filler.fill(root)
         if saved.lower:
-            engine.options = replace(engine.options, lower=DEFAULT_RULES)
+            engine.options = replace(engine.options, lower=lowering.DEFAULT_RULES)
             engine.lower()
     return root
 
