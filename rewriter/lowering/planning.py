@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,7 +15,7 @@ from rewriter.lowering.rules import Place, Rule
 from rewriter.modules.patterns import Fan
 from rewriter.modules.tree import has_hooks
 from rewriter.sites import find_matches
-from rewriter.spellings import spelled
+from rewriter.spellings import autocast_at, spelled
 
 __all__ = ["Application", "Key", "Refusal", "lowered_graph", "places"]
 
@@ -76,6 +77,8 @@ def places(
 def _against(rule: Rule, place: Place) -> str | None:
     """What speaks against a rule at a place."""
     for node, module in zip(place.match.nodes, place.modules, strict=True):
+        if isinstance(autocast_at(node), torch.autocast):
+            return f"{node.name} lies under autocast, which chooses its type"
         if module is None:
             if spelled(node, place.root) in _WEIGHTED:
                 return f"{node.name} calls a function: its weights are not a layer's"
@@ -83,7 +86,7 @@ def _against(rule: Rule, place: Place) -> str | None:
             return f"{node.target} has hooks, which would not run"
         elif isinstance(module, _BatchNorm) and module.running_mean is None:
             return f"{node.target} keeps no running statistics: it norms by the batch"
-        elif isinstance(module, _BatchNorm) and module.training:
+        elif isinstance(module, _BatchNorm) and module.training and not place.root.training:
             return f"{node.target} is in train mode: it norms by the batch"
     try:
         return rule.fused.unless(place)
