@@ -101,9 +101,9 @@ def explained(name: str, layers: int) -> dict[str, Any]:
             {"input_ids": tokens, "use_cache": False},
         )
     seconds = time.perf_counter() - start
-    first, monarch, last = (step.after for step in report.steps)
+    first, monarch, last = (step.after for step in report.steps[:3])
     reasons: dict[str, int] = {}
-    for d in report.steps[1].decisions:
+    for d in report.steps[2].decisions:
         if not d.changed:
             reasons[d.reason] = reasons.get(d.reason, 0) + 1
     return {
@@ -112,7 +112,7 @@ def explained(name: str, layers: int) -> dict[str, Any]:
             "layers": layers,
             "params": first.params,
             "captured": "whole" if report.capture.rung == "export" else "by parts",
-            "rewritten": sum(d.changed for d in report.steps[1].decisions),
+            "rewritten": sum(d.changed for d in report.steps[2].decisions),
             "skipped": sum(reasons.values()),
             "errors": len(report.errors),
             "MACs": first.macs,

@@ -1,0 +1,76 @@
+"""Models that version 0.1.0 saved and pickled load, and compute what they computed there.
+
+The files of `data/version_0_1_0` were written by that version: `Sequential(Linear(16, 64), GELU,
+Linear(64, 16))` after one recipe each, and what the result gave for `X`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_reordered
+from torch import Tensor, nn
+
+import rewriter
+from rewriter.store.old_names import MOVED
+
+FILES = pathlib.Path(__file__).parent / "data" / "version_0_1_0"
+OUTPUTS = json.loads((FILES / "outputs.json").read_text())
+X = torch.linspace(-1, 1, 64).reshape(4, 16)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)).eval()
+
+
+def expected(name: str) -> Tensor:
+    return torch.tensor(OUTPUTS[name])
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_pickles_load(name: str) -> None:
+    model: Any = pickle.loads((FILES / f"{name}.pkl").read_bytes())
+    with torch.no_grad():
+        assert_reordered(model(X), expected(name))
+    assert isinstance(model, rewriter.RewrittenModule)
+    assert "2 of 2 linear layers" in str(model.report) or name == "topk"
+    model.train()(X).sum().backward()
+    again = pickle.loads(pickle.dumps(model.eval()))
+    with torch.no_grad():
+        assert_reordered(again(X), expected(name))
+
+
+@pytest.mark.parametrize("name", [n for n in OUTPUTS if (FILES / n).is_dir()])
+@pytest.mark.parametrize("captured", [False, True])
+def test_saves_load(name: str, captured: bool, tmp_path: pathlib.Path) -> None:
+    model: Any = rewriter.load(FILES / name, net(), example_inputs=X if captured else None)
+    with torch.no_grad():
+        assert_reordered(model(X), expected(name))
+    model.save(tmp_path)  # and are the same to this version
+    with torch.no_grad():
+        assert torch.equal(rewriter.load(tmp_path, net())(X), rewriter.load(FILES / name, net())(X))
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_module_has_its_old_name_too(old: str) -> None:
+    assert importlib.import_module(old) is importlib.import_module(MOVED[old])
+    assert importlib.import_module(old).__spec__.name == MOVED[old]
+
+
+def test_import_paths_of_before_stay() -> None:
+    from rewriter.base import Layer, Moments, Pass, Replacement, Skip, as_parameter, unusable
+    from rewriter.capture import Capture, arguments, capture
+    from rewriter.compiler import rewriter_backend
+    from rewriter.engine import Engine, Options, check_passes
+    from rewriter.sites import LINEAR, Site, find_sites
+
+    assert all(
+        [Layer, Moments, Pass, Replacement, Skip, as_parameter, unusable, Capture, arguments]
+        + [capture, rewriter_backend, Engine, Options, check_passes, LINEAR, Site, find_sites]
+    )
