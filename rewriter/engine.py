@@ -96,7 +96,9 @@ class Engine:
         start = time.perf_counter()
         self._price()
         self._remember()
-        self.outputs = self._outputs()
+        self.outputs, self.capture.found = self.capture.found, None
+        if self.outputs is None:
+            self.outputs = self._outputs()
         seconds = time.perf_counter() - start
         total = self.cost.total
         total = self._measured(total)
