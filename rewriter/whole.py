@@ -93,7 +93,7 @@ def export_region(
         _widen(module, region, (False, True))
         return region
     if True in region.graphs:
-        region.signature.dims[True] = region.signature.dims[False].copy()
+        signature.dims[True] = signature.dims[False].copy()
     _widen(module, region, (False,))
     reason = "" if True in region.graphs else _export(module, region, True, deadline, fakes)
     if reason:
