@@ -152,10 +152,11 @@ def minilm(rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parse(parser)
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    layers, rounds = (2, 1) if args.quick else (12, ROUNDS)
+    layers, rounds = (2, 1) if args.quick else (12, args.rounds)
     rows = []
     for name in args.only:
         rows.append(row(name, layers, rounds))

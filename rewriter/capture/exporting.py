@@ -84,7 +84,7 @@ def export_region(
         return str(error)
     if not leaves:
         return "it is called without tensors"
-    deadline = time.perf_counter() + seconds
+    deadline = time.thread_time() + seconds
     region = Region(prefix, {}, {}, signature, leaves)
     reason = _export(module, region, False, deadline, fakes)
     if reason:
@@ -93,7 +93,7 @@ def export_region(
         _widen(module, region, (False, True))
         return region
     if True in region.graphs:
-        region.signature.dims[True] = region.signature.dims[False].copy()
+        signature.dims[True] = signature.dims[False].copy()
     _widen(module, region, (False,))
     reason = "" if True in region.graphs else _export(module, region, True, deadline, fakes)
     if reason:
@@ -168,7 +168,7 @@ class _Observer(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if time.perf_counter() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise CaptureError("tracing took longer than its time limit")
         if func in _HOOKS:
             raise CaptureError("its forward hooks gradients, which a graph would lose")

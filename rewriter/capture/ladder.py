@@ -58,6 +58,8 @@ class Capture:
     strict: bool = False
     fakes: Fakes = field(default_factory=Fakes)
     """Of the model's weights, for pricing."""
+    found: list[Any] | None = None
+    """The flat outputs that the check of the captured graphs computed."""
 
     def host(self, graph_only: tuple[str, ...] = ()) -> None:
         """Lets every region's module run its graphs, as they are now.
@@ -128,7 +130,8 @@ def capture(
         root: the engine's own copy of the model.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; None
             traces symbolically.
-        seconds: time limit of one rung; past it the next one is tried.
+        seconds: time limit of one rung, past which the next one is tried: CPU time of this
+            thread, so that a busy machine captures the same.
         strict: raise on calls with another signature.
 
     Raises:
@@ -243,7 +246,8 @@ def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
 
 def _expected(root: nn.Module, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, str]]:
     try:
-        return _observed(root, args, kwargs, training=False)
+        results, inputs, writes = _observed(root, args, kwargs, training=False)
+        return results + inputs, writes
     except Exception as error:
         raise CaptureError(
             f"{type(root).__name__} itself fails on example_inputs, before any rewrite: "
@@ -266,17 +270,23 @@ def _remedy(root: nn.Module, error: Exception) -> str:
 
 def _observed(
     root: nn.Module, args: Any, kwargs: Any, *, training: bool
-) -> tuple[list[Any], dict[str, str]]:
-    """One call: its flat results, then its inputs as it leaves them; and which modules' forward
-    writes an attribute."""
-    leaves: list[Any] = []
+) -> tuple[list[Any], list[Any], dict[str, str]]:
+    """One call: its flat results; its inputs as it leaves them; and which modules' forward writes
+    an attribute."""
+    results: list[Any] = []
+    inputs: list[Any] = []
     with quiet_run(root, training):
         changes = written(root)
         own = own_copy(args, kwargs)
-        flatten(root(*own[0], **own[1]), leaves, objects=True, opaque=True)
-        flatten([*own], leaves, objects=True, opaque=True)
+        flatten(root(*own[0], **own[1]), results, objects=True, opaque=True)
+        flatten([*own], inputs, objects=True, opaque=True)
         writes = changes()
-        return [t.clone() if isinstance(t, Tensor) else t for t in leaves], writes
+        return _cloned(results), _cloned(inputs), writes
+
+
+def _cloned(leaves: list[Any]) -> list[Any]:
+    """Buffers that are results are about to be restored."""
+    return [t.clone() if isinstance(t, Tensor) else t for t in leaves]
 
 
 def _check_outputs(
@@ -285,14 +295,17 @@ def _check_outputs(
     """The captured model must compute what the model computes, or its graphs are dropped."""
     assert result.example is not None
     types = result.outputs() if result.on_meta and result.rung == "export" else None
+    found: list[Any] | None = None
     try:
         if types is None:
-            actual, _ = _observed(result.root, *result.example, training=False)
+            found, inputs, _ = _observed(result.root, *result.example, training=False)
+            actual = found + inputs
         else:  # no values: that the types agree is all that a run would show
             actual, expected = types, expected[: len(types)]
         reason = difference(actual, expected)
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
+    result.found = None if reason else found
     if not reason:
         return
     reason = f"the captured graph does not reproduce the model's outputs: {reason}"
@@ -320,8 +333,8 @@ def _check_train(result: Capture) -> None:
                 del region.graphs[True]
             result.host()
         try:
-            results, writes = _observed(result.root, *result.example, training=True)
-            outcomes.append(results)
+            results, inputs, writes = _observed(result.root, *result.example, training=True)
+            outcomes.append(results + inputs)
         except Exception as error:  # one row in train mode, say: the graph must fail alike
             outcomes.append([f"{type(error).__name__}: {first_line(error)}"])
     reason = difference(*outcomes)

@@ -124,7 +124,8 @@ def _dropped(then: _Made, args: Any, kwargs: Any) -> tuple[fx.Node, tuple[str, A
     """
     if then.func is _DROPOUT:
         before, now = _as_dropout(*then.args, **then.kwargs), _as_dropout(*args, **kwargs)
-        off, mark = False, ("train", True)
+        off: float = False
+        mark: tuple[str, Any] = "train", True
         target: Any = torch.ops.aten.dropout.default
     elif then.func is _ATTENTION:
         before, now = _as_attention(*then.args, **then.kwargs), _as_attention(*args, **kwargs)

@@ -67,12 +67,12 @@ def capture_parts(
         args, kwargs: one call of it.
         reason: why the root itself stays Python.
         writes: modules that cannot be captured, whatever their trace.
-        seconds: time limit; what is left then stays Python.
+        seconds: of this thread's CPU time; what is left then stays Python.
         fakes: of the model's weights.
     """
     result = Parts()
     calls = _record(root, args, kwargs)
-    deadline = time.perf_counter() + seconds
+    deadline = time.thread_time() + seconds
     done: set[int] = set()
 
     def visit(fqn: str, module: nn.Module, reason: str | None) -> None:
@@ -147,7 +147,7 @@ def _part(
         return refused
     if not any(is_leaf(m) for m in module.modules()):
         return "no layer inside"
-    remaining = deadline - time.perf_counter()
+    remaining = deadline - time.thread_time()
     if remaining <= 0:
         return "the time limit of capture was reached"
     try:

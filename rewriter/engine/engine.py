@@ -76,7 +76,9 @@ class Engine:
         start = time.perf_counter()
         self.prices.price()
         self.prices.remember(sites_of(self.capture))
-        self.outputs = self.capture.outputs()
+        self.outputs, self.capture.found = self.capture.found, None
+        if self.outputs is None:
+            self.outputs = self.capture.outputs()
         seconds = time.perf_counter() - start
         total = self.prices.cost.total = self._measured(self.prices.cost.total)
         return Step(
