@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from rewriter.layer import Layer
 from rewriter.modules.moments import Moments
+from rewriter.modules.patterns import Match, Pattern, find
 from rewriter.modules.tree import attribute, join, submodule
 from rewriter.spellings import (
     ACTIVATION,
@@ -26,6 +27,7 @@ from rewriter.spellings import (
     kind_of,
     op_name,
     operands,
+    spelled,
     swaps,
     user_line,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "MLP",
     "Kind",
     "Site",
+    "find_matches",
     "find_sites",
     "is_leaf",
     "kind_of",
@@ -184,6 +187,16 @@ def find_sites(root: nn.Module, graphs: Graphs, other_mode: Graphs = ()) -> list
         replace(site, nodes=tuple(nodes[key]), calls=calls[key] or len(nodes[key]))
         for key, site in found.items()
     ]
+
+
+def find_matches(root: nn.Module, graph: Graph, pattern: Pattern) -> list[Match]:
+    """Where a graph on `root` has a pattern of several operations, in the graph's order."""
+
+    def source(node: Node) -> Node | None:
+        value = _input(node) if node.op.startswith("call_") else None
+        return value if isinstance(value, Node) else None
+
+    return list(find(pattern, graph, lambda node: spelled(node, root), source))
 
 
 class _Finder:

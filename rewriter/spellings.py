@@ -26,8 +26,10 @@ __all__ = [
     "kind_of",
     "op_name",
     "operands",
+    "spelled",
     "swaps",
     "user_line",
+    "works_in_place",
 ]
 
 LINEAR = "linear"
@@ -97,6 +99,15 @@ _SAME_OP = {
     "__matmul__": "matmul",
 }  # fmt: skip
 
+_SPELLED = {
+    **{f"conv{d}": "conv" for d in ("1d", "2d", "3d")},
+    **{f"conv_transpose{d}": "conv_transpose" for d in ("1d", "2d", "3d")},
+    **{f"batch_norm{d}": "batch_norm" for d in ("1d", "2d", "3d")},
+    "re_lu": "relu", "re_lu6": "relu6", "si_lu": "silu", "leaky_re_lu": "leaky_relu",
+    "gelu_activation": "gelu", "si_lu_activation": "silu", "mish_activation": "mish",
+}  # fmt: skip
+"""Names of modules and functions → the one name of the operation."""
+
 
 def is_leaf(module: nn.Module | None) -> bool:
     """Whether one call of `module` is one node of a graph: a layer with one tensor in, one out."""
@@ -143,6 +154,14 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
     else:
         name = getattr(target, "__name__", str(target))
     return _SAME_OP.get(name, name)
+
+
+def spelled(node: Node, root: nn.Module | None = None) -> str:
+    """The operation of a node whichever front end, module or function wrote it: `conv` of every
+    convolution, `relu` of a module, a function and its form that works in place. What patterns of
+    `rewriter.modules.patterns` are made of."""
+    name = op_name(node, root).rstrip("_")
+    return _SPELLED.get(name, name)
 
 
 def operands(node: Node) -> tuple[Any, Any, Any] | None:
@@ -193,19 +212,20 @@ def is_transparent(node: Node, owner: nn.Module) -> bool:
 def changes_input(node: Node, owner: nn.Module) -> bool:
     """Whether a call works in place on a tensor that other code sees, so that a layer with a
     result of its own cannot take its place."""
-    if not _in_place(node, owner):
+    if not works_in_place(node, owner):
         return False
     source: Any = node.args[0] if node.args else node.kwargs.get("input")
     while isinstance(source, Node):
         if source.op in ("placeholder", "get_attr") or len(source.users) > 1:
             return True
-        if not _in_place(source, owner) and op_name(source, owner) not in _VIEWS:
+        if not works_in_place(source, owner) and op_name(source, owner) not in _VIEWS:
             return False
         source = source.args[0] if source.args else None
     return False
 
 
-def _in_place(node: Node, owner: nn.Module) -> bool:
+def works_in_place(node: Node, owner: nn.Module) -> bool:
+    """Whether a call writes into the tensor that it is given."""
     if node.op == "call_module":
         return bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
     name = op_name(node)

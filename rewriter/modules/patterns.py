@@ -1,0 +1,183 @@
+"""Patterns of several operations, written as one line, and where a graph has them.
+
+    conv >> batch_norm >> relu      a chain: each value is read by the next operation alone
+    linear >> (relu | gelu)         either of two operations at one place
+    fan(linear)                     siblings: two or more calls that read one value
+
+An operation is told by one name whichever front end spelled it (`rewriter.spellings.spelled`), so
+a pattern holds no spelling; `rewriter.sites.find_matches` looks for one in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from rewriter.errors import OptionError
+
+__all__ = [
+    "Chain",
+    "Fan",
+    "Match",
+    "Op",
+    "Pattern",
+    "activation",
+    "batch_norm",
+    "conv",
+    "conv_transpose",
+    "fan",
+    "find",
+    "gelu",
+    "linear",
+    "op",
+    "relu",
+    "silu",
+]
+
+Spell = Callable[[Node], str]
+"""The one name of a node's operation."""
+Source = Callable[[Node], "Node | None"]
+"""The node whose value a node works on: its activations, not its weight."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One call of an operation that has one of these names."""
+
+    names: frozenset[str]
+
+    def __or__(self, other: Op) -> Op:
+        return Op(self.names | other.names)
+
+    def __rshift__(self, other: Op | Chain) -> Chain:
+        return Chain((self,)) >> other
+
+    def __str__(self) -> str:
+        return " | ".join(sorted(self.names))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Operations one after the other; nothing else reads a value between two of them."""
+
+    steps: tuple[Op, ...]
+
+    def __rshift__(self, other: Op | Chain) -> Chain:
+        return Chain(self.steps + (other.steps if isinstance(other, Chain) else (other,)))
+
+    def __str__(self) -> str:
+        return " >> ".join(f"({s})" if len(s.names) > 1 else str(s) for s in self.steps)
+
+
+@dataclass(frozen=True)
+class Fan:
+    """At least `least` calls of one operation that read the same value."""
+
+    op: Op
+    least: int = 2
+
+    def __str__(self) -> str:
+        return f"fan({self.op})"
+
+
+Pattern = Op | Chain | Fan
+
+
+def op(*names: str) -> Op:
+    """An operation that has one of these names.
+
+    Raises:
+        OptionError: no name is given.
+    """
+    if not names or not all(isinstance(n, str) and n for n in names):
+        raise OptionError(f"op{names!r}: give the names of one or more operations")
+    return Op(frozenset(names))
+
+
+def fan(step: Op, least: int = 2) -> Fan:
+    """Siblings that read one value.
+
+    Raises:
+        OptionError: `step` is not one operation, or one call would do.
+    """
+    if not isinstance(step, Op) or least < 2:
+        raise OptionError(f"fan({step}, {least}): give one operation, and two calls at least")
+    return Fan(step, least)
+
+
+conv, conv_transpose, batch_norm = op("conv"), op("conv_transpose"), op("batch_norm")
+linear, relu, gelu, silu = op("linear"), op("relu"), op("gelu"), op("silu")
+activation = op(
+    "relu", "relu6", "gelu", "silu", "mish", "elu", "celu", "selu", "leaky_relu", "hardswish",
+    "hardsigmoid", "hardtanh", "softplus", "tanh", "sigmoid",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """One place where a graph has a pattern.
+
+    Args:
+        pattern: that was found.
+        nodes: the calls: of a chain in its order, of a fan in the graph's.
+        source: the value that goes into the first of them (of a fan: into each).
+    """
+
+    pattern: Pattern
+    nodes: tuple[Node, ...]
+    source: Node
+
+    @property
+    def results(self) -> tuple[Node, ...]:
+        """The calls whose values the rest of the graph reads."""
+        return self.nodes if isinstance(self.pattern, Fan) else self.nodes[-1:]
+
+
+def find(pattern: Pattern, graph: Graph, spell: Spell, source: Source) -> Iterator[Match]:
+    """Every place of `pattern`, in the graph's order. Places of a chain may overlap, those of one
+    fan do not: all calls that read one value are one place.
+
+    Args:
+        pattern: what to look for.
+        graph: where.
+        spell: the one name of a node's operation.
+        source: the node whose value another works on.
+    """
+    if isinstance(pattern, Fan):
+        yield from _fans(pattern, graph, spell, source)
+        return
+    steps = pattern.steps if isinstance(pattern, Chain) else (pattern,)
+    for node in graph.nodes:
+        nodes, start = _along(steps, node, spell, source), source(node)
+        if nodes is not None and start is not None:
+            yield Match(pattern, nodes, start)
+
+
+def _fans(pattern: Fan, graph: Graph, spell: Spell, source: Source) -> Iterator[Match]:
+    readers: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        start = source(node) if spell(node) in pattern.op.names else None
+        if start is not None:
+            readers.setdefault(start, []).append(node)
+    for start, nodes in readers.items():
+        if len(nodes) >= pattern.least:
+            yield Match(pattern, tuple(nodes), start)
+
+
+def _along(
+    steps: tuple[Op, ...], node: Node, spell: Spell, source: Source
+) -> tuple[Node, ...] | None:
+    """The nodes of a chain that begins at `node`; None where it does not go on as it should."""
+    if spell(node) not in steps[0].names:
+        return None
+    if len(steps) == 1:
+        return (node,)
+    if len(node.users) != 1:
+        return None
+    (following,) = node.users
+    if source(following) is not node:
+        return None
+    rest = _along(steps[1:], following, spell, source)
+    return None if rest is None else (node, *rest)
