@@ -23,7 +23,7 @@ __all__ = [
     "thinned",
 ]
 
-_DONE = frozenset({"replaced", "installed"})
+_DONE = frozenset({"replaced", "installed", "removed", "resized"})
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Decision:
     Args:
         site: dotted name of the module (or of the weight, for a functional call).
         kind: what was there: `linear`, `conv`, …, or the class of one of our layers.
-        action: `replaced` or `installed` where the site changed; `skipped` where the pass refused,
+        action: `replaced`, `installed`, `removed` or `resized` where the site changed; `skipped` where the pass refused,
             `declined` where the engine did (`objective`, `max_error`).
         reason: one sentence; may be empty for a replacement.
         error: relative error ‖W − W′‖/‖W‖ of the weights; None where not known.
