@@ -188,16 +188,10 @@ def left_over(view: _Whole, blocks: Sequence[Subgraph]) -> Skip | None:
             if node not in dead and reads and _inside(target, names):
                 return Skip("{} is still read past its result", target)
             if node in dead and reads and not _inside(target, names) and _holds(owner, node):
-                others = [
-                    u for u in hosted.graph.nodes if u not in dead and u.target == node.target
-                ]
-                if not others:
+                if all(n in dead or n.target != node.target for n in hosted.graph.nodes):
                     return Skip("{}, which is outside of it, would be left over", target)
-            if (
-                node in dead
-                and works_in_place(node, owner)
-                and _base(node, dead, owner) not in dead
-            ):
+            writes = node in dead and works_in_place(node, owner)
+            if writes and _base(node, dead, owner) not in dead:
                 return Skip("{} inside it changes its input in place", spelled(node, owner))
         reason = _changed_in_place(hosted, cuts, dead, owner)
         if reason is not None:

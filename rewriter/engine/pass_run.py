@@ -60,7 +60,8 @@ class PassRun:
         notes: what else the report says of the pass.
         plan: of a pass that plans, checked; empty for others.
         before: what the pass may not change.
-        looks, edited: the decisions on what is installed, removed and resized, which read the sites as they were.
+        looks, edited: the decisions on what is installed, and on what is removed and resized,
+            which read the sites as they were.
         error: by which the outputs on the example inputs moved; None where that is not known.
         changed: what stands at removed places, and the layers that were cut.
     """

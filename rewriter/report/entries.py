@@ -33,8 +33,8 @@ class Decision:
     Args:
         site: dotted name of the module (or of the weight, for a functional call).
         kind: what was there: `linear`, `conv`, …, or the class of one of our layers.
-        action: `replaced`, `installed`, `removed` or `resized` where the site changed; `skipped` where the pass refused,
-            `declined` where the engine did (`objective`, `max_error`).
+        action: `replaced`, `installed`, `removed` or `resized` where the site changed; `skipped`
+            where the pass refused, `declined` where the engine did (`objective`, `max_error`).
         reason: one sentence; may be empty for a replacement.
         error: relative error ‖W − W′‖/‖W‖ of the weights; None where not known.
         output_error: relative error of the site's own outputs on calibration rows that nothing was
