@@ -85,7 +85,8 @@ def edit_from_json(data: Mapping[str, Any]) -> Record:
         made[field.name] = tuple(value) if isinstance(value, list) else value
     if cls is Resized and not all(0 <= k < made["size"] for k in made["kept"]):
         raise ValueError("an edit keeps neurons that there are not")
-    return cls(**made)
+    edit: Record = cls(**made)
+    return edit
 
 
 def replayed(tensors: Mapping[str, Tensor], edits: Sequence[Record]) -> dict[str, Tensor]:
