@@ -6,6 +6,8 @@ from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
 from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLinear
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
+from rewriter.passes.removeblocks import RemoveBlocks
+from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.topk import TopK, TopKLinear
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "Quantize",
     "QuantizedLinear",
     "QuantizedMonarch",
+    "RemoveBlocks",
+    "ResizeMLP",
     "TopK",
     "TopKLinear",
 ]

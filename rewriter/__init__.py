@@ -9,6 +9,7 @@ from rewriter.compiler import backend
 from rewriter.compiler.ledgers import last_reports, report_of
 from rewriter.compiler.packaging import Exported
 from rewriter.cost import Cost, Device
+from rewriter.edits import Edit, Keep, Remove, Replace, Resize, View
 from rewriter.errors import (
     CalibrationError,
     CaptureError,
@@ -39,16 +40,21 @@ __all__ = [
     "CaptureError",
     "Cost",
     "Device",
+    "Edit",
     "Exported",
+    "Keep",
     "Layer",
     "MemoryBudget",
     "OptionError",
     "Pass",
     "PassError",
     "Phase",
+    "Remove",
+    "Replace",
     "Replacement",
     "Report",
     "Recovery",
+    "Resize",
     "RewriteError",
     "RewriteWarning",
     "RewrittenModule",
@@ -57,6 +63,7 @@ __all__ = [
     "Skip",
     "StoreError",
     "VerifyError",
+    "View",
     "backend",
     "explain",
     "export",

@@ -19,7 +19,8 @@ from rewriter.compiler.packaging import Exported, exported
 from rewriter.cost import Device
 from rewriter.engine import Options, check_passes
 from rewriter.engine.batches import Calibration
-from rewriter.engine.pipeline import copied, restored_on_error, run
+from rewriter.engine.pipeline import copied, run
+from rewriter.engine.undo import restored_on_error
 from rewriter.errors import CaptureError, OptionError, RewriteError, warn
 from rewriter.lowering import Rule, checked
 from rewriter.planner import MemoryBudget

@@ -21,9 +21,12 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
+from rewriter.edits import Edit, View
 from rewriter.errors import OptionError, nearest
 from rewriter.layer import Layer
 from rewriter.modules.moments import Moments
+from rewriter.modules.patterns import Pattern
+from rewriter.modules.refusal import Skip
 from rewriter.sites import Site
 
 __all__ = [
@@ -73,30 +76,16 @@ class Replacement:
     output_error: float | None = None
 
 
-class Skip:
-    """Why a site stays as it is; the text is formatted only when it is read."""
-
-    def __init__(self, reason: str, *values: object) -> None:
-        self._reason, self._values = reason, values
-
-    @property
-    def reason(self) -> str:
-        return self._reason.format(*self._values)
-
-    def __repr__(self) -> str:
-        return f"Skip({self.reason!r})"
-
-
 @dataclass(frozen=True)
 class Pass:
     """One rewrite: options in the fields, one method, no state.
 
     A subclass is a frozen dataclass that sets `matches` (kinds of `rewriter.sites`, or `Layer`
     classes) and `phase`, validates its options in `__post_init__` (raising `OptionError`), and
-    implements `propose`.
+    implements `propose`, or `plan` where it must see the whole; only that may match patterns.
     """
 
-    matches: ClassVar[tuple[str | type[Layer], ...]] = ()
+    matches: ClassVar[tuple[str | type[Layer] | Pattern, ...]] = ()
     phase: ClassVar[Phase] = Phase.STRUCTURE
 
     where: Where = field(default=None, kw_only=True)
@@ -108,6 +97,11 @@ class Pass:
         return False
 
     @property
+    def plans(self) -> bool:
+        """True where it implements `plan`."""
+        return type(self).plan is not Pass.plan
+
+    @property
     def calibrates(self) -> bool:
         """True where `propose` makes use of `site.moments`."""
         return False
@@ -115,6 +109,10 @@ class Pass:
     def propose(self, site: Site) -> Replacement | Skip:
         """Returns the layer for this site, or why there is none. Must not change anything."""
         raise NotImplementedError(f"{type(self).__name__}.propose")
+
+    def plan(self, view: View) -> list[Edit]:
+        """Returns what to change, each edit with its reason: all of it is done or nothing."""
+        raise NotImplementedError(f"{type(self).__name__}.plan")
 
     @property
     def name(self) -> str:

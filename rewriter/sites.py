@@ -38,9 +38,11 @@ __all__ = [
     "CONV",
     "LINEAR",
     "MLP",
+    "HostedGraph",
     "Kind",
     "Site",
     "find_matches",
+    "find_places",
     "find_sites",
     "is_leaf",
     "kind_name",
@@ -51,6 +53,15 @@ __all__ = [
 
 Graphs = Iterable[tuple[str, Graph]]
 """Pairs (dotted name of the module the graph lives on, graph)."""
+
+
+@dataclass(frozen=True, eq=False)
+class HostedGraph:
+    """A graph and where it lives: of which module (dotted name), in which mode."""
+
+    prefix: str
+    training: bool
+    graph: Graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +210,27 @@ def find_matches(root: nn.Module, graph: Graph, pattern: Pattern) -> list[Match]
         return value if isinstance(value, Node) else None
 
     return list(find(pattern, graph, lambda node: spelled(node, root), source))
+
+
+def find_places(root: nn.Module, graphs: Iterable[HostedGraph], pattern: Pattern) -> list[Site]:
+    """Where a model has a chain of operations, each place once however many graphs have it.
+
+    The place is named like the last step that is a site, and its tensors are that step's; `parts`
+    has the sites of all steps under their positions ("0", "1", …), a fan's in the graph's order.
+    """
+    names = {id(module): name for name, module in root.named_modules()}
+    found: dict[tuple[str, ...], Site] = {}
+    for hosted in graphs:
+        at = _Finder(root, hosted.prefix, hosted.graph, names).at
+        for match in find_matches(root.get_submodule(hosted.prefix), hosted.graph, pattern):
+            parts = {str(i): at[n] for i, n in enumerate(match.nodes) if n in at}
+            if parts:
+                last, key = list(parts.values())[-1], tuple(s.fqn for s in parts.values())
+                known = found.get(key)
+                nodes = match.nodes[-1:] if known is None else known.nodes + match.nodes[-1:]
+                calls = (0 if known is None else known.calls) + (not hosted.training)
+                found[key] = replace(last, kind=str(pattern), nodes=nodes, parts=parts, calls=calls)
+    return list(found.values())
 
 
 class _Finder:

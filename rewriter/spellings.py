@@ -21,10 +21,12 @@ __all__ = [
     "Kind",
     "activation_name",
     "autocast_at",
+    "called_activation",
     "changes_input",
     "is_activation",
     "is_leaf",
     "is_transparent",
+    "is_view",
     "kind_name",
     "kind_of",
     "op_name",
@@ -233,6 +235,19 @@ def is_activation(node: Node) -> bool:
     """Whether a node calls an activation as a function, in place or not."""
     called = node.op in ("call_function", "call_method")
     return called and op_name(node).rstrip("_") in _ACTIVATION_OPS
+
+
+def called_activation(node: Node, owner: nn.Module) -> str:
+    """The activation that a node calls, as a function or as a module; "" where it calls none."""
+    if node.op == "call_module":
+        module = owner.get_submodule(str(node.target))
+        return spelled(node, owner) if is_leaf(module) and kind_of(module) == ACTIVATION else ""
+    return spelled(node) if is_activation(node) else ""
+
+
+def is_view(node: Node, owner: nn.Module) -> bool:
+    """Whether a node's result may be part of its input's memory."""
+    return op_name(node, owner) in _VIEWS
 
 
 def is_transparent(node: Node, owner: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from rewriter.capture import Capture, capture
 from rewriter.capture.hosted import Program
 from rewriter.compiler.dynamo import capture_dynamo
 from rewriter.engine import Engine, Options
-from rewriter.passes import Monarch, Quadratic, TopK
+from rewriter.passes import Monarch, Quadratic, RemoveBlocks, ResizeMLP, TopK
 from rewriter.report.graph_text import graph_text
 
 FRONT_ENDS = ["symbolic", "export", "dynamo"]
@@ -191,5 +191,55 @@ def test_one_weight_read_in_two_ways_stays(front_end: str, golden: Golden) -> No
         %1 = relu(%0) : f32[2,32]
         %2 = quadratic_linear(%1, columns) : f32[2,32]  # was linear
         %3 = matmul(%2, rows) : f32[2,16]               # its weight is tied to code that reads it: rewritten together or not at all
+        """,
+    )
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks = nn.Linear(16, 16), nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(16), Gated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+def test_removeblocks(golden: Golden) -> None:
+    model, x = Blocks().eval(), torch.randn(2, 16)
+    text, result = rewritten("export", model, x, [RemoveBlocks(where="blocks.0")])
+    torch.testing.assert_close(result, model.blocks[1](model.first(x)).detach())
+    golden(
+        text,
+        """
+        removeblocks
+        """,
+    )
+
+
+def test_resizemlp(front_end: str, golden: Golden) -> None:
+    if front_end == "dynamo":
+        pytest.skip("inside torch.compile a pass that plans is refused")
+    model, x = Gated().eval(), torch.randn(2, 16)
+    with torch.no_grad():
+        model.down.weight[:, 40:] = 0
+    expected = model(x).detach()
+    text, result = rewritten(front_end, model, x, [ResizeMLP(keep=40)])
+    torch.testing.assert_close(result, expected)
+    golden(
+        text,
+        """
+        resizemlp
         """,
     )

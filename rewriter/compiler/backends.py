@@ -125,6 +125,11 @@ class Backend:
             raise OptionError(f"passes must be a list of passes or of their texts, not {given!r}")
         self.passes = [parse_pass(p) if isinstance(p, str) else p for p in given]
         check_passes(self.passes)
+        for planning in (p for p in self.passes if p.plans):
+            raise OptionError(
+                f"{planning} takes modules apart, and inside torch.compile there are only graphs: "
+                "give the model to rewriter.rewrite, and compile its result"
+            )
         if self.inner not in INNER:
             raise OptionError(
                 f"inner={self.inner!r} is unknown{nearest(str(self.inner), [*INNER])}"

@@ -18,6 +18,7 @@ from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.engine.batches import Calibration
 from rewriter.errors import OptionError
 from rewriter.lowering import Rule
+from rewriter.modules.patterns import Chain, Fan, Op
 from rewriter.modules.running import modes
 from rewriter.modules.timing import medians
 from rewriter.modules.tree import attribute, has_hooks
@@ -27,6 +28,7 @@ from rewriter.spellings import autocast_at, changes_input, op_name, source_of, s
 
 __all__ = [
     "OBJECTIVES",
+    "Declined",
     "Options",
     "Proposal",
     "check_passes",
@@ -35,6 +37,7 @@ __all__ = [
     "ties",
     "unsafe",
     "unselected",
+    "worth",
 ]
 
 OBJECTIVES = ("latency", "memory", "params")
@@ -84,6 +87,7 @@ def check_passes(passes: Sequence[Pass]) -> None:
         elif not isinstance(p, Pass):
             problems.append(f"passes[{i}] is a {type(p).__name__}, not a pass")
     valid = [p for p in passes if isinstance(p, Pass)]
+    problems += [why for p in valid if (why := _method(type(p)))]
     for p in valid:
         if not (p.where is None or isinstance(p.where, str) or callable(p.where)):
             problems.append(
@@ -99,6 +103,26 @@ def check_passes(passes: Sequence[Pass]) -> None:
     if problems:
         order = " < ".join(p.name for p in Phase)
         raise OptionError(f"impossible passes: {'; '.join(problems)}. Phases run {order}")
+
+
+def _method(cls: type[Pass]) -> str:
+    """Why a pass does not have exactly one method: `propose` or `plan`."""
+    owners = {
+        name: next(c.__name__ for c in cls.__mro__ if name in vars(c))
+        for name in ("propose", "plan")
+    }
+    own = [name for name, owner in owners.items() if owner != Pass.__name__]
+    if not own:
+        return f"{cls.__name__} has neither propose(site) nor plan(view): give it one of them"
+    if len(own) == 2:
+        return (
+            f"{cls.__name__} has both propose(site), of {owners['propose']}, and plan(view), of "
+            f"{owners['plan']}: keep one of them"
+        )
+    patterns = [str(k) for k in cls.matches if isinstance(k, Op | Chain | Fan)]
+    if patterns and own == ["propose"]:
+        return f"{cls.__name__} matches {patterns[0]}, which only a pass with plan(view) may"
+    return ""
 
 
 # selection
@@ -306,6 +330,38 @@ def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -
     if options.objective == "memory" and after.param_bytes >= before.param_bytes:
         return f"{after.param_bytes} bytes are no fewer than {before.param_bytes}"
     return ""
+
+
+class Declined(Exception):
+    """A plan that was carried out is not what the user asked for, and is undone."""
+
+
+def worth(options: Options, before: Cost, after: Cost, error: float | None) -> str:
+    """Why `max_error` or the objective speaks against a plan as a whole; "" where none does.
+
+    Args:
+        options: how to decide.
+        before, after: what the model costs.
+        error: of its outputs on the example inputs; None where that is not known.
+    """
+    limit, objective = options.max_error, options.objective
+    if limit is not None and error is None:
+        return f"its error is not known before it runs, so max_error {limit:.3g} cannot be held"
+    if limit is not None and error is not None and not error <= limit:
+        return f"error {error:.3g} of the outputs is above max_error {limit:.3g}"
+    if objective is None:
+        return ""
+    was, now, unit = before.params, after.params, "parameters"
+    if objective == "memory":
+        was, now, unit = before.param_bytes, after.param_bytes, "bytes"
+    if objective == "latency":
+        name = "measured_s" if options.measure else "latency_s"
+        times = getattr(before, name), getattr(after, name)
+        if None in times:
+            return "its latency is not known: name a device, or pass measure=True"
+        said = f"{'measured' if options.measure else 'predicted'} {times[1] * 1e6:.3g} µs"
+        return "" if times[1] < times[0] else f"{said}, before it {times[0] * 1e6:.3g} µs"
+    return "" if now < was else f"{now} {unit} are no fewer than {was}"
 
 
 def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> float:

@@ -9,28 +9,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from rewriter.base import Pass
+from rewriter.base import Pass, Skip
 from rewriter.capture import Capture
 from rewriter.capture.hosted import original_class
 from rewriter.cost import Cost
-from rewriter.engine.decide import Options, check_passes
-from rewriter.engine.install import names_of, put
+from rewriter.edits import Subgraph
+from rewriter.engine.decide import Declined, Options, check_passes
+from rewriter.engine.install import cut_graphs, names_of, put, remove, resize
 from rewriter.engine.looking import sites_of
 from rewriter.engine.pass_run import PassRun
+from rewriter.engine.plans import view_of
 from rewriter.engine.prices import Prices
 from rewriter.engine.trials import goes_past
+from rewriter.engine.undo import undone_on_error
 from rewriter.engine.verify import relative_error, tolerance
 from rewriter.errors import StoreError, VerifyError
 from rewriter.lowering import Lowering, lower
 from rewriter.modules.running import own_copy, quiet_run
 from rewriter.modules.timing import medians
+from rewriter.recipe.edits import Record, Removed
 from rewriter.recipe.recipe import Recipe, example_to_json
 from rewriter.report import CaptureInfo, Report, Step
 from rewriter.sites import MLP
@@ -101,20 +105,39 @@ class Engine:
         run.ask()
         run.decide()
         run.try_layers()
-        run.install(self.recipe)
-        self.prices.price()
-        run.verify()
-        self.capture.host()
+        with self._all_or_nothing(run):
+            run.install(self.recipe)
+            self.prices.price()
+            run.verify()
+            self.capture.host()
+            run.error = self._compare(rewrite, run.changes, run.notes)
+            self.prices.cost.total = self._measured(self.prices.cost.total)
+            run.weigh(before, self.prices.cost.total)
         sites = sites_of(self.capture)
         self.prices.remember(sites)
-        error = self._compare(rewrite, bool(run.proposals), run.notes)
-        after = self.prices.cost.total = self._measured(self.prices.cost.total)
         run.record(self.prices.of_sites(sites))
         seconds, timeline = time.perf_counter() - start, self.prices.timeline()
         return Step(
-            str(rewrite), before, after, run.decisions, error, rewrite.exact, seconds, run.notes,
-            timeline,
+            str(rewrite), before, self.prices.cost.total, run.decisions, run.error, rewrite.exact,
+            seconds, run.notes, timeline,
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, run: PassRun) -> Iterator[None]:
+        """Graphs, module tree, recipe and prices are as they were where a plan fails, or where
+        what it did is not what the user asked for."""
+        if not run.rewrite.plans:
+            yield
+            return
+        outputs, cost, step = self.outputs, self.prices.cost, self.prices.step
+        try:
+            with undone_on_error(self.capture, self.recipe):
+                yield
+        except BaseException as failure:
+            self.outputs, self.prices.cost, self.prices.step = outputs, cost, step
+            if not isinstance(failure, Declined):
+                raise
+            run.drop(str(failure))
 
     def plan_memory(self, budget: MemoryBudget) -> Step:
         """Plans what a training step keeps; the model then trains by that plan.
@@ -181,6 +204,10 @@ class Engine:
         if call is not None:
             recipe.example = example_to_json(call.arguments)
         graph_only = tuple(n for n, i in recipe.installed.items() if i.graph_only)
+        edited = tuple(n for n in recipe.edited_places() if n not in graph_only)
+        if edited and recipe is self.recipe:  # a model that is loaded brings the answer along
+            recipe.edits_in_graph = bool(goes_past(self.capture, edited, self.outputs))
+        graph_only += edited if recipe.edits_in_graph else ()
         why = goes_past(self.capture, graph_only, self.outputs)
         if why:
             self.capture.notes.append(why)
@@ -189,6 +216,36 @@ class Engine:
         state = self.capture.root.__dict__["_rewriter"]
         state.report, state.recipe, state.memory = report, recipe, self.memory
         recipe.memory = None if self.memory is None else self.memory.budget
+
+    def replay(self, edits: Sequence[Record]) -> None:
+        """Carries out the edits of a saved rewrite, on the graphs that there are and on the tree.
+
+        Raises:
+            StoreError: the model has no such places.
+        """
+        root = self.capture.root
+        removed = [e for e in edits if isinstance(e, Removed)]
+        known = dict(root.named_modules(remove_duplicate=False))
+        names = [n for e in edits for n in (e.names if isinstance(e, Removed) else e.rows)]
+        missing = [n for n in names if n not in known]
+        if missing:
+            raise StoreError(
+                f"the recipe edits {missing[0]}, which {type(root).__name__} does not have: pass "
+                "the model that was rewritten"
+            )
+        if self.capture.regions and removed:
+            view = view_of(self.capture)
+            blocks = [view.block(e.names[0]) for e in removed]
+            for edit, found in zip(removed, blocks, strict=True):
+                if isinstance(found, Skip):
+                    raise StoreError(f"{edit.names[0]} cannot be removed again: {found.reason}")
+            cuts = [c for b in blocks if isinstance(b, Subgraph) for c in b.cuts]
+            cut_graphs(self.capture, cuts, [n for e in removed for n in e.names])
+        for edit in edits:
+            if isinstance(edit, Removed):
+                remove(root, edit)
+            else:
+                resize(root, edit)
 
     def place(self, layers: Mapping[str, nn.Module]) -> None:
         """Installs given layers at their names: a saved rewrite comes back.

@@ -1,20 +1,27 @@
-"""The hands of the engine: a layer put at a site, in the graphs and in the module tree."""
+"""The hands of the engine: a layer put at a site, a block removed, a width cut; in the graphs and
+in the module tree."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx, nn
 
 from rewriter.capture import Capture
+from rewriter.edits import Cut
+from rewriter.edits.blocks import dead_nodes
 from rewriter.errors import PassError
 from rewriter.layer import Layer
+from rewriter.modules.bypass import Bypass
+from rewriter.modules.tensors import named_tensors, put_tensor
 from rewriter.modules.tree import is_hook_dict
-from rewriter.sites import Site
+from rewriter.recipe.edits import Removed, Resized, replayed
+from rewriter.sites import HostedGraph, Site
 from rewriter.spellings import source_of
 
-__all__ = ["names_of", "put"]
+__all__ = ["cut_graphs", "names_of", "put", "remove", "resize"]
 
 
 def names_of(root: nn.Module) -> dict[int, list[str]]:
@@ -53,6 +60,63 @@ def put(capture: Capture, site: Site, layer: nn.Module, names: Mapping[int, list
     if hasattr(holder, name):
         raise PassError(f"{site.fqn} exists already: cannot install a layer there")
     holder.add_module(name, layer)
+
+
+def cut_graphs(capture: Capture, cuts: Sequence[Cut], names: Sequence[str]) -> None:
+    """Takes subgraphs out of all graphs: readers of a result read the source, what is then of no
+    use goes.
+
+    Args:
+        capture: whose graphs are cut.
+        cuts: of these graphs.
+        names: of the modules that go.
+    """
+    graphs = [HostedGraph(r.prefix, mode, g) for r, mode, g in capture.graphs()]
+    dead = {hosted.graph: dead_nodes(hosted, cuts, names) for hosted in graphs}
+    instead: dict[fx.Node, fx.Node] = {c.result: c.source for c in cuts}
+    for result, source in instead.items():
+        while source in instead:
+            source = instead[source]
+        result.replace_all_uses_with(source)
+    for graph, nodes in dead.items():
+        for node in reversed(nodes):
+            graph.erase_node(node)
+
+
+def remove(root: nn.Module, edit: Removed) -> nn.Module:
+    """Takes a module out of the tree; its place, under all of its names, hands on its input."""
+    bypass = Bypass().train(root.training)
+    for name in edit.names:
+        root.set_submodule(name, bypass)
+    return bypass
+
+
+_WIDTHS = {
+    "rows": ("out_features", "nf", "num_features"),
+    "columns": ("in_features", "nx"),
+}
+"""Under which names layers hold their widths: of nn.Linear, transformers' Conv1D, BatchNorm."""
+
+
+def resize(root: nn.Module, edit: Resized) -> list[nn.Module]:
+    """Cuts the tensors of layers to the neurons that stay; the modules are the same ones."""
+    old = named_tensors(root)
+    own = {key: old[key] for key in edit.cuts() if key in old}
+    for key, tensor in replayed(own, [edit]).items():
+        was = own[key]
+        made: Any = tensor
+        if isinstance(was, nn.Parameter):
+            made = nn.Parameter(tensor, requires_grad=was.requires_grad)
+        put_tensor(root, key, made)
+    changed: list[nn.Module] = []
+    for side, names in (("rows", (*edit.rows, *edit.norms)), ("columns", edit.columns)):
+        for name in names:
+            module = root.get_submodule(name)
+            changed.append(module)
+            for width in _WIDTHS[side]:
+                if width in vars(module):
+                    setattr(module, width, len(edit.kept))
+    return changed
 
 
 def _take_hooks(old: nn.Module, new: nn.Module) -> None:

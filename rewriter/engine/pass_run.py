@@ -6,13 +6,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rewriter.base import Pass, Replacement, Skip
 from rewriter.capture import Capture
 from rewriter.cost import Cost
+from rewriter.edits import BLOCK, Cut, Keep, Remove, Resize
 from rewriter.engine.calibration import gather
 from rewriter.engine.decide import (
+    Declined,
     Options,
     Proposal,
     check_patterns,
@@ -20,17 +22,22 @@ from rewriter.engine.decide import (
     ties,
     unsafe,
     unselected,
+    worth,
 )
-from rewriter.engine.install import names_of, put
+from rewriter.engine.install import cut_graphs, names_of, put, remove, resize
 from rewriter.engine.looking import sites_of, unmatched
 from rewriter.engine.other_weights import other_weights
+from rewriter.engine.plans import Plan, blocks_of, checked, view_of
 from rewriter.engine.trials import at, try_layer
+from rewriter.engine.undo import fresh_graphs
 from rewriter.engine.verify import Boundary, boundary, check
 from rewriter.errors import CalibrationError, PassError, warn
 from rewriter.layer import Layer
+from rewriter.modules.patterns import Chain, Fan, Op
+from rewriter.recipe.edits import Resized
 from rewriter.recipe.recipe import Installed, Recipe
 from rewriter.report import Decision
-from rewriter.sites import LINEAR, Site
+from rewriter.sites import LINEAR, Site, find_places
 from rewriter.spellings import kind_name
 
 __all__ = ["PassRun"]
@@ -51,8 +58,12 @@ class PassRun:
         proposals: the replacements that still stand.
         decisions: what became of every site, with the reason.
         notes: what else the report says of the pass.
+        plan: of a pass that plans, checked; empty for others.
         before: what the pass may not change.
-        looks: the decisions on what is installed, which read the sites as they were.
+        looks, edited: the decisions on what is installed, and on what is removed and resized,
+            which read the sites as they were.
+        error: by which the outputs on the example inputs moved; None where that is not known.
+        changed: what stands at removed places, and the layers that were cut.
     """
 
     rewrite: Pass
@@ -63,10 +74,14 @@ class PassRun:
     sites: list[Site] = field(init=False)
     matching: list[Site] = field(init=False)
     proposals: list[Proposal] = field(default_factory=list)
+    plan: Plan = field(default_factory=Plan)
+    changed: list[nn.Module] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     before: Boundary = field(init=False)
     looks: list[Decision] = field(default_factory=list)
+    edited: list[Decision] = field(default_factory=list)
+    error: float | None = None
 
     def look(self) -> None:
         """Finds the sites of the kinds that the pass takes.
@@ -77,9 +92,11 @@ class PassRun:
         self.before = boundary(self.capture)
         self.sites = sites_of(self.capture)
         self.matching = [s for s in self.sites if s.kind in self.rewrite.matches]
+        if self.rewrite.plans:
+            self.matching += self._wide_sites()
         check_patterns(self.rewrite, self.matching, self.options.where, self.rewrite.where)
         if not self.matching:
-            kinds = ", ".join(kind_name(k) for k in self.rewrite.matches)
+            kinds = ", ".join(map(_kind, self.rewrite.matches))
             self.notes.append(f"nothing to do: the model has no site of kind {kinds}")
             warn(f"{self.rewrite}: {self.notes[-1]}")
 
@@ -109,11 +126,14 @@ class PassRun:
         self.matching = [replace(s, moments=found.get(s.fqn)) for s in self.matching]
 
     def ask(self) -> None:
-        """Asks the pass about every site.
+        """Asks the pass about every site, or for its plan of the whole.
 
         Raises:
-            PassError: the pass failed on a site, or its answer is none.
+            PassError: the pass failed on a site, or its answer is none; a plan is impossible.
         """
+        if self.rewrite.plans:
+            self._ask_for_plan()
+            return
         for site in self.matching:
             answer = self._answer(site)
             if isinstance(answer, Skip):
@@ -121,15 +141,50 @@ class PassRun:
             else:
                 self.proposals.append(Proposal(site, answer))
 
+    def _ask_for_plan(self) -> None:
+        chosen = []
+        for site in self.matching:
+            skip = self._unasked(site)
+            if skip is None:
+                chosen.append(site)
+            elif site.kind != BLOCK:  # of those there are too many to list
+                self.decisions.append(_decision(site, "skipped", skip.reason))
+        view = view_of(self.capture, self.sites, chosen)
+        try:
+            with torch.enable_grad():
+                edits = self.rewrite.plan(view)
+        except Exception as error:
+            raise PassError(
+                f"{self.rewrite}.plan failed: {type(error).__name__}: {error}"
+            ) from error
+        self.plan = checked(self.rewrite, view, edits)
+        self.proposals = self.plan.proposals
+        for edit in self.plan.edits:
+            if isinstance(edit, Keep):
+                self.decisions.append(_decision(edit.site, "skipped", edit.reason))
+
+    def _wide_sites(self) -> list[Site]:
+        """Places of the patterns, and the blocks, that a pass with a plan takes."""
+        root, found = self.capture.root, []
+        for kind in self.rewrite.matches:
+            if isinstance(kind, Op | Chain | Fan):
+                found += find_places(root, view_of(self.capture, self.sites).graphs, kind)
+        return found + (blocks_of(root) if BLOCK in self.rewrite.matches else [])
+
     def decide(self) -> None:
         """Leaves the proposals that nothing speaks against; why the others fall is a decision."""
         proposals, refused = ties(self.capture, self.proposals)
-        self.decisions += [_decision(p.site, "skipped", reason) for p, reason in refused]
+        if not self.rewrite.plans:
+            self.decisions += [_decision(p.site, "skipped", reason) for p, reason in refused]
         against = {
             id(p): objections(p, self.options, self.costs.get(p.site.fqn), self.resident)
             for p in proposals
         }
         groups = {p.group: (p, against[id(p)]) for p in proposals if against[id(p)]}
+        if self.rewrite.plans and (refused or groups):
+            p, reason = refused[0] if refused else next(iter(groups.values()))
+            self.drop(f"all of a plan is done or nothing, and at {p.site.fqn}: {reason}")
+            return
         self.proposals = []
         for p in proposals:
             reason = against[id(p)]
@@ -156,14 +211,41 @@ class PassRun:
         """Puts the layers into graphs and module tree, and notes it in the recipe."""
         self.looks = [_decision(p.site, "replaced", p.replacement.note) for p in self.proposals]
         names = names_of(self.capture.root)
+        twins = fresh_graphs(self.capture) if self.plan.changes else {}
         for p in self.proposals:
-            site = p.site
+            site = replace(p.site, nodes=tuple(twins.get(n, n) for n in p.site.nodes))
             own = recipe.installed.setdefault(
                 site.fqn, Installed(site.weight_ref, site.bias_ref, site.transposed)
             )
             own.chain.append((site.kind, self.rewrite))
             own.graph_only |= any(n.op != "call_module" for n in site.nodes)
             put(self.capture, site, p.replacement.layer, names)
+        self._install_edits(recipe, twins)
+
+    def _install_edits(self, recipe: Recipe, twins: dict[fx.Node, fx.Node]) -> None:
+        """Blocks go and widths are cut, in graphs and module tree."""
+        self._look_at_edits()
+        root, removed = self.capture.root, self.plan.removed
+        cuts = [Cut(twins[c.source], twins[c.result]) for s in removed for c in s.cuts]
+        if cuts:
+            cut_graphs(self.capture, cuts, [n for s in removed for n in s.names])
+        for record in self.plan.records():
+            recipe.note(record)
+            if isinstance(record, Resized):
+                self.changed += resize(root, record)
+            else:
+                self.changed.append(remove(root, record))
+
+    def _look_at_edits(self) -> None:
+        for edit in self.plan.edits:
+            if isinstance(edit, Remove):
+                site = edit.subgraph.site
+                inside = [c for n, c in self.costs.items() if f"{n}.".startswith(f"{site.fqn}.")]
+                before = sum(inside[1:], inside[0]) if inside else None
+                self.edited.append(_decision(site, "removed", edit.reason, before=before))
+            elif isinstance(edit, Resize):
+                look = _decision(edit.site, "resized", edit.reason)
+                self.edited.append(replace(look, before=self.costs.get(edit.site.fqn)))
 
     def verify(self) -> None:
         """Checks what must hold after every pass.
@@ -171,7 +253,7 @@ class PassRun:
         Raises:
             VerifyError: something does not hold.
         """
-        check(self.capture, self.before, self.layers, str(self.rewrite))
+        check(self.capture, self.before, [*self.layers, *self.changed], str(self.rewrite))
 
     def record(self, costs: dict[str, Cost]) -> None:
         """Completes the decisions with kernels and costs, and lists what no pass looked at.
@@ -193,6 +275,9 @@ class PassRun:
                     after=costs.get(look.site),
                 )
             )
+        for look in self.edited:
+            after = costs.get(look.site) if look.action == "resized" else None
+            self.decisions.append(replace(look, after=after))
         if LINEAR in self.rewrite.matches:
             left = unmatched(self.rewrite, self.sites)
             self.decisions += [_decision(s, "skipped", reason) for s, reason in left]
@@ -201,6 +286,31 @@ class PassRun:
         self._note_packed()
         order = {site.fqn: i for i, site in enumerate(self.sites)}
         self.decisions.sort(key=lambda d: order.get(d.site, len(order)))
+
+    def weigh(self, before: Cost, after: Cost) -> None:
+        """Compares a plan that was carried out, as a whole, with what the user asked for.
+
+        Raises:
+            Declined: `max_error` or the objective speaks against it.
+        """
+        if self.plan.removed or self.plan.resized:
+            reason = worth(self.options, before, after, self.error)
+            if reason:
+                raise Declined(reason)
+
+    def drop(self, reason: str) -> None:
+        """Nothing of the plan is done: why, at each of its places."""
+        for edit in self.plan.edits:
+            if not isinstance(edit, Keep):
+                site = edit.subgraph.site if isinstance(edit, Remove) else edit.site
+                self.decisions.append(_decision(site, "declined", reason))
+        self.plan, self.proposals, self.looks, self.edited, self.changed = Plan(), [], [], [], []
+        self.error = 0.0
+
+    @property
+    def changes(self) -> bool:
+        """Whether the model is not as it was."""
+        return bool(self.proposals) or self.plan.changes
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -221,6 +331,8 @@ class PassRun:
     def _unasked(self, site: Site) -> Skip | None:
         """Why the pass is not asked about a site; None where it is."""
         skip = unselected(site, self.options.where, self.rewrite.where)
+        if site.kind == BLOCK:
+            return skip
         return skip or unsafe(self.capture, site, self.sites)
 
     def _answer(self, site: Site) -> Replacement | Skip:
@@ -258,6 +370,10 @@ def _decision(site: Site, action: str, reason: str, **more: Any) -> Decision:
         shape=_shape(site),
         **more,
     )
+
+
+def _kind(kind: Any) -> str:
+    return str(kind) if isinstance(kind, Op | Chain | Fan) else kind_name(kind)
 
 
 def _shape(site: Site) -> str:

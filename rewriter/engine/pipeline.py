@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -17,7 +16,7 @@ from rewriter.errors import RewriteError
 from rewriter.recipe.recipe import Recipe
 from rewriter.report import Report
 
-__all__ = ["copied", "prepare", "restored_on_error", "run"]
+__all__ = ["copied", "prepare", "run"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -64,30 +63,3 @@ def copied(model: M) -> M:
             f"{original_class(model).__name__} cannot be copied ({type(error).__name__}: {error}): "
             "pass inplace=True to rewrite the model itself"
         ) from error
-
-
-@contextlib.contextmanager
-def restored_on_error(root: nn.Module) -> Iterator[None]:
-    """An in-place rewrite that fails leaves the model as it was."""
-    saved = [(m, type(m), dict(vars(m))) for m in root.modules()]
-    # hooks, parameters, submodules, …: what a module keeps in containers of its own
-    inner = [
-        (held, copy.copy(held))
-        for _, _, own in saved
-        for held in own.values()
-        if isinstance(held, dict | set)
-    ]
-    grads = [(p, p.requires_grad) for p in root.parameters()]
-    try:
-        yield
-    except BaseException:
-        for module, cls, own in saved:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(own)
-        for container, contents in inner:
-            container.clear()
-            container.update(contents)
-        for parameter, flag in grads:
-            parameter.requires_grad_(flag)
-        raise

@@ -13,6 +13,7 @@ from rewriter.base import Layer
 from rewriter.errors import StoreError
 from rewriter.modules.tensors import named_tensors
 from rewriter.planner.budget import MemoryBudget
+from rewriter.recipe.edits import Record, Removed
 from rewriter.recipe.names import dtype_name, dtype_of
 from rewriter.report import Report
 
@@ -63,6 +64,9 @@ class Recipe:
         origins: class and constructor arguments of the `Layer`s that the original had.
         memory: the budget that its training steps are planned for.
         lower: whether the eval graph is lowered again where it is loaded.
+        edits: blocks that were removed and widths that were cut, in order; they come before the
+            passes of `installed`.
+        edits_in_graph: the Python forward does not go through the edited places.
     """
 
     installed: dict[str, Installed] = field(default_factory=dict)
@@ -71,6 +75,28 @@ class Recipe:
     origins: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
     memory: MemoryBudget | None = None
     lower: bool = True
+    edits: list[Record] = field(default_factory=list)
+    edits_in_graph: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"edits": [], "edits_in_graph": False, **state})  # 0.1.0 has none
+
+    def note(self, edit: Record) -> None:
+        """Notes an edit; layers that were installed inside of a removed block go with it."""
+        self.edits = [*self.edits, edit]
+        gone = tuple(f"{n}." for n in edit.names) if isinstance(edit, Removed) else ()
+        self.installed = {
+            k: v for k, v in self.installed.items() if not gone or not f"{k}.".startswith(gone)
+        }
+
+    def edited_places(self) -> tuple[str, ...]:
+        """Names of the modules that edits left at their places."""
+        found: dict[str, None] = {}
+        for edit in self.edits:
+            own = edit.names if isinstance(edit, Removed) else (*edit.rows, *edit.columns)
+            gone = tuple(f"{n}." for n in own)
+            found = {n: None for n in found if not n.startswith(gone)} | dict.fromkeys(own)
+        return tuple(found)
 
     @classmethod
     def of(cls, root: nn.Module) -> Recipe:

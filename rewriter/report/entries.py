@@ -23,7 +23,7 @@ __all__ = [
     "thinned",
 ]
 
-_DONE = frozenset({"replaced", "installed"})
+_DONE = frozenset({"replaced", "installed", "removed", "resized"})
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Decision:
     Args:
         site: dotted name of the module (or of the weight, for a functional call).
         kind: what was there: `linear`, `conv`, …, or the class of one of our layers.
-        action: `replaced` or `installed` where the site changed; `lowered` where another op runs
-            it in eval mode; `skipped` where the pass or rule refused, `declined` where the engine
-            did (`objective`, `max_error`, no gain).
+        action: `replaced`, `installed`, `removed` or `resized` where the site changed; `lowered`
+            where another op runs it in eval mode; `skipped` where the pass or rule refused,
+            `declined` where the engine did (`objective`, `max_error`, no gain).
         reason: one sentence; may be empty for a replacement.
         error: relative error ‖W − W′‖/‖W‖ of the weights; None where not known.
         output_error: relative error of the site's own outputs on calibration rows that nothing was

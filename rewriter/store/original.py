@@ -15,6 +15,7 @@ from rewriter.modules.tensors import (
     put_tensor,
     tensor_like,
 )
+from rewriter.recipe.edits import replayed
 from rewriter.recipe.recipe import Recipe, recipe_of
 from rewriter.recipe.replaying import original_layer, replay
 
@@ -49,6 +50,7 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     strange = sorted(str(k) for k, t in given.items() if not isinstance(t, Tensor))
     if strange:
         raise StoreError(f"the state_dict has entries that are not tensors: {strange}")
+    given = replayed(given, recipe.edits)  # without what was removed, as narrow as what was cut
     # Under which keys the original has the tensors of each rewritten layer …
     layers: dict[int, list[tuple[str, dict[str, str]]]] = {}
     for fqn in recipe.installed:

@@ -24,6 +24,7 @@ from rewriter.errors import StoreError, warn
 from rewriter.modules.tensors import named_tensors, non_persistent, put_tensor, tensor_like
 from rewriter.modules.tree import submodule
 from rewriter.planner import MemoryBudget
+from rewriter.recipe.edits import Record, edit_from_json, replayed
 from rewriter.recipe.names import (
     FORMAT,
     RECIPE,
@@ -90,18 +91,22 @@ def load(
         raise StoreError(f"{type(model).__name__} cannot be copied: {error}") from error
     with _opened(path / saved.weights) as file:
         filler = _Filler(saved, file)
-        built = {e.name: _build(e, root, filler) for e in saved.layers if e.same_as == e.name}
+        old = replayed(named_tensors(root), saved.edits)
+        built = {e.name: _build(e, root, old, filler) for e in saved.layers if e.same_as == e.name}
         for entry in saved.layers:
             built[entry.name] = built[entry.same_as]
-        if example_inputs is None and any(e.installed.graph_only for e in saved.layers):
+        in_graph = saved.edits_in_graph or any(e.installed.graph_only for e in saved.layers)
+        if example_inputs is None and in_graph:
             example_inputs = example_from_json(saved.example)
         if example_inputs is None:
             engine = Engine(Capture(root, "loaded", []), Options())
         else:
             filler.prepare(root)
             engine = prepare(root, example_inputs)
+        engine.replay(saved.edits)
         engine.place(built)
         recipe = Recipe.of(model)
+        recipe.edits, recipe.edits_in_graph = list(saved.edits), saved.edits_in_graph
         recipe.example = saved.example
         if saved.memory is not None:
             engine.memory = _planned(saved.memory, engine.capture)
@@ -145,6 +150,8 @@ class _Saved:
     weights: str
     memory: MemoryBudget | None = None
     lower: bool = True
+    edits: tuple[Record, ...] = ()
+    edits_in_graph: bool = False
 
 
 def _planned(budget: MemoryBudget, capture: Capture) -> PlannedTraining:
@@ -190,6 +197,8 @@ def _read(path: pathlib.Path, extra: Sequence[type]) -> _Saved:
             weights.name,
             _budget(document.get("memory")),
             bool(document.get("lower", True)),
+            tuple(edit_from_json(e) for e in document.get("edits", ())),
+            bool(document.get("edits_in_graph")),
         )
         names = {e.name for e in saved.layers if e.same_as == e.name}
         if len({e.name for e in saved.layers}) < len(saved.layers):
@@ -232,12 +241,11 @@ def _entry(entry: Any, extra: Sequence[type]) -> _Entry:
     )
 
 
-def _build(entry: _Entry, root: nn.Module, filler: _Filler) -> nn.Module:
+def _build(entry: _Entry, root: nn.Module, old: dict[str, Tensor], filler: _Filler) -> nn.Module:
     try:
         layer = entry.cls(**entry.config, device="meta")
     except Exception as error:
         raise StoreError(f"{entry.name}: cannot build {class_name(entry.cls)}: {error}") from error
-    old = named_tensors(root)
     site = [old[r] for r in (entry.installed.weight_ref,) if r in old]
     site += [t for k, t in old.items() if k.startswith(f"{entry.name}.")]
     features = [getattr(layer, n, None) for n in ("out_features", "in_features")]

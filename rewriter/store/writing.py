@@ -18,6 +18,7 @@ from rewriter.base import Layer
 from rewriter.capture.hosted import original_class
 from rewriter.errors import StoreError
 from rewriter.modules.tensors import non_persistent, unique_tensors
+from rewriter.recipe.edits import edit_to_json
 from rewriter.recipe.names import (
     FORMAT,
     RECIPE,
@@ -51,6 +52,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "model": class_name(original_class(model)),
         "layers": _entries(model, recipe),
+        "edits": [edit_to_json(e) for e in recipe.edits],
+        "edits_in_graph": recipe.edits_in_graph,
         "ties": ties,
         "frozen": sorted(n for n, p in model.named_parameters() if not p.requires_grad),
         "non_persistent": sorted(non_persistent(model)),
