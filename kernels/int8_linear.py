@@ -424,6 +424,8 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, qweight, scale, bias, _ = inputs
     ctx.save_for_backward(qweight, scale)
+    # The dispatcher leaves out trailing arguments at their default: there may be no fourth.
+    ctx.needs_bias = any(ctx.needs_input_grad[3:4])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -433,8 +435,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         dx = (grad * scale.to(grad.dtype)) @ qweight.to(grad.dtype)
-    if ctx.needs_input_grad[3]:
-        dbias = grad.sum(tuple(range(grad.ndim - 1))).to(ctx.bias_dtype)
+    if ctx.needs_bias:
+        dbias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
     return dx, None, None, dbias, None
 
 

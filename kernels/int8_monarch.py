@@ -228,7 +228,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dmid = dmid.unflatten(-2, (-1, rank)).flatten(-2)  # [*, k, (r, l)]
         dx = torch.einsum("...km,kmi->...ki", dmid, right).flatten(-2)[..., : ctx.in_features]
     if ctx.needs_input_grad[5]:
-        dbias = grad.sum(tuple(range(grad.ndim - 1))).to(ctx.bias_dtype)
+        dbias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
     return dx, None, None, None, None, dbias, None, None, None
 
 

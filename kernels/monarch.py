@@ -417,37 +417,46 @@ def _autograd(operands: Operands) -> Tensor:
 # On a GPU ----------------------------------------------------------------------------------------
 
 
-def _fused(x: Tensor) -> Any:
-    """The Triton kernels where they serve these operands; None where torch's products have to."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+def _fused(dtype: torch.dtype, contraction: int, width: int, rank: int) -> Any:
+    """The Triton kernels where they pay for blocks of this size (as `monarch_triton.tiles` counts
+    them); None where torch's products serve better, which read and write in place."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return None
     try:
         from rewriter.kernels import monarch_triton
     except ImportError:  # no triton on this system
         return None
-    return monarch_triton
+    return (
+        monarch_triton if monarch_triton.refusal(dtype, contraction, width, rank) is None else None
+    )
+
+
+def _fused_forward(right: Tensor, left: Tensor) -> Any:
+    return _fused(right.dtype, right.shape[2], left.shape[1], _blocks(right, left)[2])
 
 
 def _forward_gpu(operands: Operands) -> Tensor:
-    kernels = _fused(operands.x)
+    _check(operands)
+    kernels = _fused_forward(operands.right, operands.left)
     if kernels is None:
         return _forward(operands)
-    _check(operands)
     y: Tensor = kernels.monarch_forward(*operands, store_mid=False)[0]
     return y
 
 
 def _forward_train_gpu(operands: Operands) -> tuple[Tensor, Tensor]:
-    kernels = _fused(operands.x)
+    _check(operands)
+    kernels = _fused_forward(operands.right, operands.left)
     if kernels is None:
         return _forward_train(operands)
-    _check(operands)
     y, mid = kernels.monarch_forward(*operands, store_mid=True)
     return y, mid
 
 
 def _backward_gpu(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = _fused(operands.grad)
+    right, left = operands.right, operands.left
+    rank = _blocks(right, left)[2]
+    kernels = _fused(operands.grad.dtype, left.shape[1], right.shape[2], rank)
     if kernels is None:
         return _backward_all(operands)
     return *kernels.monarch_backward(*operands[:-1]), _bias_gradient(operands)
@@ -467,7 +476,7 @@ def kernel_name(
     """What `monarch_linear` runs on such operands at this number of rows, for the report; where
     the compiled kernels cannot run, with the reason."""
     if right.is_cuda:
-        return "triton" if _fused(right) is not None else "torch.bmm"
+        return "triton" if _fused_forward(right, left) is not None else "torch.bmm"
     if right.device.type != "cpu" or interleaved or not tokens:
         return "torch.bmm"
     shapes = tuple(right.shape), tuple(left.shape)

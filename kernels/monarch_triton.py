@@ -9,7 +9,9 @@ only where training keeps it. Sums are float32 whatever the dtype; float32 produ
     of x      program (rows, k, i): dx[m,k,i] = Σ_lr (Σ_s g[m,l,s] left[l,s,k,r]) right[k,r,l,i]
     weights   dright = Σ_m dmid x, dleft = Σ_m g mid: a product a block, summed in order of m
 
-Tiles come from `tiles`, a table by dtype and block size; no GPU speed is claimed for it.
+Tiles come from `tiles`, by dtype and block size, and `refusal` tells where two of torch's products
+serve better: where a tile would repeat too much of the first product, or not fit. Both follow from
+arithmetic and from what compilers report; no GPU speed is claimed for them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["KERNELS", "monarch_backward", "monarch_forward", "tiles"]
+__all__ = ["KERNELS", "monarch_backward", "monarch_forward", "refusal", "shared_bytes", "tiles"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -171,6 +173,18 @@ KERNELS: Mapping[str, Any] = {
 }
 
 
+_RANKS = {2: 128, 4: 32}
+"""The largest padded rank by the dtype's bytes at which no register spills, found by compiling.
+Exact float32 products run without matrix units and hold their operands in registers."""
+
+SHARED = 64 * 1024
+"""Bytes of shared memory that a program may take: what gfx942 has. Of an sm_90's, three fit."""
+
+_REPEATED = 1.4
+"""Multiplications of the fused kernel over those that are needed, at most: with more, two products
+one after the other are faster by construction, as they repeat nothing."""
+
+
 def tiles(dtype: torch.dtype, contraction: int, width: int, rank: int) -> dict[str, int]:
     """Sizes of a program's tile: rows BM, columns BN, depth BK, padded rank RP, warps, stages.
 
@@ -194,6 +208,30 @@ def tiles(dtype: torch.dtype, contraction: int, width: int, rank: int) -> dict[s
         "num_warps": 8 if rows * columns >= 128 * 128 else 4,
         "num_stages": 3 if half else 2,
     }
+
+
+def shared_bytes(dtype: torch.dtype, size: Mapping[str, int]) -> int:
+    """max(stages·BK·(BM+RP), RP·(BM+BN)) values: the loads ahead of the first product, or the
+    operands of the second."""
+    rows, rank = size["BM"], size["RP"]
+    first = size["num_stages"] * size["BK"] * (rows + rank)
+    return dtype.itemsize * max(first, rank * (rows + size["BN"]))
+
+
+def refusal(dtype: torch.dtype, contraction: int, width: int, rank: int) -> str | None:
+    """Why a fused kernel does not pay for such blocks, as for `tiles`; None where it does.
+
+    A program multiplies RP·(ib+BN) times a row, and ⌈ob/BN⌉ of them repeat the first product, where
+    R·(ib+ob) are needed.
+    """
+    size = tiles(dtype, contraction, width, rank)
+    if size["RP"] > _RANKS[dtype.itemsize]:
+        return f"rank {rank} spills registers"
+    if (needed := shared_bytes(dtype, size)) > SHARED:
+        return f"{needed} bytes of shared memory"
+    programs = triton.cdiv(width, size["BN"])
+    repeated = size["RP"] * (programs * contraction + width) / (rank * (contraction + width))
+    return f"multiplies {repeated:.2g} times as often" if repeated > _REPEATED else None
 
 
 def _precision(dtype: torch.dtype) -> str:

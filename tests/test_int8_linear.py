@@ -20,7 +20,7 @@ from rewriter.kernels.int8_linear import (
     quantize_weight,
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear, int8_monarch_linear_reference
-from rewriter.kernels.monarch import monarch_linear
+from rewriter.kernels.monarch import monarch_dense, monarch_linear
 
 KERNELS = available_kernels()
 
@@ -126,6 +126,31 @@ def test_gradients_are_straight_through():
     right, left = dequantize_weight(*rest[:2]), dequantize_weight(*rest[2:])
     want = monarch_linear(xm, right, left, bm, o).sum()
     assert_close((dx, db), torch.autograd.grad(want, (xm, bm)))
+
+
+@pytest.mark.parametrize("shape", [(24,), (6, 24), (2, 3, 24), (0, 24)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_are_those_of_the_dense_layer(shape, with_bias):
+    _, q, scale, bias = problem()
+    leaves = [torch.randn(shape).requires_grad_()] + [bias.requires_grad_()] * with_bias
+    g = torch.randn(*shape[:-1], 12)
+    own = bias if with_bias else None
+    dense = torch.nn.functional.linear(leaves[0], dequantize_weight(q, scale), own)
+    want = torch.autograd.grad(dense, leaves, g)
+    found = torch.autograd.grad(int8_linear(leaves[0], q, scale, own), leaves, g)
+    assert_close(found, want)
+
+
+@pytest.mark.parametrize("shape", [(14,), (5, 14), (2, 3, 14)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_of_monarch_are_those_of_its_dense_layer(shape, with_bias):
+    _, *factors, bias, o = monarch_problem()
+    leaves = [torch.randn(shape).requires_grad_()] + [bias.requires_grad_()] * with_bias
+    own, g = bias if with_bias else None, torch.randn(*shape[:-1], o)
+    right, left = dequantize_weight(*factors[:2]), dequantize_weight(*factors[2:])
+    dense = torch.nn.functional.linear(leaves[0], monarch_dense(right, left, o, 14), own)
+    found = torch.autograd.grad(int8_monarch_linear(leaves[0], *factors, own, o), leaves, g)
+    assert_close(found, torch.autograd.grad(dense, leaves, g))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rewriter
 from rewriter.base import Phase, Replacement, Skip
 from rewriter.errors import OptionError
+from rewriter.kernels import monarch
 from rewriter.kernels.monarch import (
     monarch_dense,
     monarch_linear,
@@ -50,6 +52,43 @@ def _seed() -> None:
 
 
 # The op ------------------------------------------------------------------------------------------
+
+
+class _Products(TorchDispatchMode):
+    """Which aten ops ran, and whether all that batch products read and write lies as BLAS takes it
+    in place: one of the last two strides 1, the other at least that dimension's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func._overloadpacket.__name__)
+        if self.names[-1] in ("bmm", "baddbmm"):
+            for t in (*args[-2:], *(kwargs or {}).values()):
+                (rows, columns), (down, across) = t.shape[-2:], t.stride()[-2:]
+                assert (across == 1 and down >= columns) or (down == 1 and across >= rows), (
+                    t.stride()
+                )
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_torchs_products_read_and_write_in_place(bias):
+    layer = layer64(16, 24, 4, bias=bias)
+    x, grad = torch.randn(6, 16, dtype=torch.float64), torch.randn(6, 24, dtype=torch.float64)
+    operands = monarch.Operands(x, layer.right.detach(), layer.left.detach(), layer.bias, 24)
+    with torch.no_grad(), _Products() as ran:
+        y, mid = monarch._forward_train(operands)
+    assert_close(y, layer(x).detach())
+    assert [n for n in ran.names if "bmm" in n] == ["bmm", "baddbmm" if bias else "bmm"]
+    assert not {"copy_", "clone", "contiguous", "_to_copy"} & set(ran.names)
+    with torch.no_grad(), _Products() as ran:
+        monarch._backward(
+            monarch.BackwardOperands(grad, x, mid, *operands[1:3], False, True, True, True)
+        )
+    assert sum(n == "bmm" for n in ran.names) == 4
+    assert not {"copy_", "clone", "contiguous", "_to_copy"} & set(ran.names)
 
 
 @pytest.mark.parametrize("sizes", SIZES + UNEVEN)

@@ -160,6 +160,59 @@ def spills(made: Any, backend: str) -> int:
     return sum(map(int, found))
 
 
+USED = [
+    (torch.bfloat16, 256, 64),  # 1024 wide, N = 4
+    (torch.bfloat16, 256, 32),  # 2048 wide, N = 8: the most shared memory
+    (torch.bfloat16, 128, 128),
+    (torch.float32, 128, 16),  # 1024 wide, N = 8
+    (torch.float32, 128, 32),
+]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_x"])
+@pytest.mark.parametrize(
+    ("dtype", "block", "rank"),
+    [USED[0], *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in USED[1:])],
+)
+def test_kernels_that_are_used_spill_nothing_and_take_the_memory_foretold(
+    kernel: str, dtype: torch.dtype, block: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from rewriter.kernels.monarch_triton import SHARED, refusal, shared_bytes, tiles
+
+    assert refusal(dtype, block, block, rank) is None
+    monkeypatch.setitem(SIZES, "R", rank)
+    monkeypatch.setitem(SIZES, "IB", block)
+    monkeypatch.setitem(SIZES, "OB", block)
+    made = compiled(kernel, GPUTarget("cuda", 90, 32), dtype)
+    assert not spills(made, "cuda")
+    foretold = shared_bytes(dtype, tiles(dtype, block, block, rank))
+    assert made.metadata.shared <= foretold <= SHARED
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block", "rank", "reason"),
+    [
+        (torch.bfloat16, 2048, 512, "rank 512 spills"),  # 8192 wide, N = 4
+        (torch.bfloat16, 512, 128, "shared memory"),  # 2048 wide, N = 4
+        (torch.bfloat16, 512, 64, "1.5 times"),  # 4096 wide, N = 8
+        (torch.bfloat16, 32, 1, "16 times"),  # 1024 wide, N = 32: a rank padded to 16
+        (torch.float32, 256, 64, "rank 64 spills"),  # 1024 wide, N = 4
+    ],
+)
+def test_torchs_products_take_what_would_not_fit_or_repeat_itself(
+    dtype: torch.dtype, block: int, rank: int, reason: str
+) -> None:
+    from rewriter.kernels import monarch
+    from rewriter.kernels.monarch_triton import refusal
+
+    assert reason in str(refusal(dtype, block, block, rank))
+    assert monarch._fused(dtype, block, block, rank) is None
+    assert monarch._fused(torch.bfloat16, 256, 256, 64) is not None
+    assert monarch._fused(torch.float64, 256, 256, 64) is None
+
+
 def test_tiles_fit_any_layer() -> None:
     from rewriter.kernels.monarch_triton import tiles
 
