@@ -264,7 +264,7 @@ def test_the_planner_packs_with_the_forms_of_records() -> None:
 # ops without a record
 
 
-@torch.library.custom_op("rewriter_test::twice", mutates_args=())
+@torch.library.custom_op("rewriter_test::scaled", mutates_args=())
 def twice(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight @ weight
 
@@ -277,7 +277,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.fixture
 def formula() -> Iterator[None]:
     """A FLOP formula of torch's, and no record."""
-    op = torch.ops.rewriter_test.twice
+    op = torch.ops.rewriter_test.scaled
     register_flop_formula(op)(lambda x, w, **_: 4 * x[0] * w[0] * w[1])
     yield
     flop_registry.pop(op, None)
@@ -289,32 +289,32 @@ class Twice(nn.Module):
         self.register_buffer("weight", torch.randn(8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.rewriter_test.twice(x, self.weight)
+        return torch.ops.rewriter_test.scaled(x, self.weight)
 
 
 def test_an_op_without_formula_and_record_is_an_error_line() -> None:
     (line,) = explain(Twice().eval(), [], torch.randn(4, 8)).errors
-    assert line.startswith("no cost formula for rewriter_test::twice (")
+    assert line.startswith("no cost formula for rewriter_test::scaled (")
     assert "register its record with rewriter.kernels.ops.register; totals are lower" in line
 
 
 def test_an_op_that_multiplies_without_a_record_is_an_error_line(formula: None) -> None:
     report = explain(Twice().eval(), [], torch.randn(4, 8))
     (line,) = report.errors
-    assert line.startswith("rewriter_test::twice multiplies and has no record (")
+    assert line.startswith("rewriter_test::scaled multiplies and has no record (")
     assert line.endswith("register its record with rewriter.kernels.ops.register")
     assert report.after.flops == 4 * 4 * 8 * 8
     assert not report.lower_bounds
 
 
 def test_a_record_may_take_the_formula_that_is_there(formula: None) -> None:
-    ops.register(ops.Record("rewriter_test::twice", "matmul", lambda x, w: x @ w @ w))
+    ops.register(ops.Record("rewriter_test::scaled", "matmul", lambda x, w: x @ w @ w))
     try:
         report = explain(Twice().eval(), [], torch.randn(4, 8))
         assert report.errors == []
         assert [w.kind for w in report.after.work if w.flops] == ["matmul"]
     finally:
-        ops.forget("rewriter_test::twice")
+        ops.forget("rewriter_test::scaled")
 
 
 # records that contradict something
@@ -323,8 +323,8 @@ def test_a_record_may_take_the_formula_that_is_there(formula: None) -> None:
 def record(**changes: Any) -> ops.Record:
     """A right one of `twice`, with changes."""
     right = ops.Record(
-        "rewriter_test::twice",
-        kind="twice",
+        "rewriter_test::scaled",
+        kind="scaled",
         reference=lambda x, w: x @ w @ w,
         size_names=("rows", "width"),
         sizes=lambda x, w: tuple(x.shape),
@@ -357,30 +357,30 @@ def one_sample(*args: Any) -> ops.Samples:
         ({"kind": "Twice!"}, "kind='Twice!' is no lower-case name"),
         ({"kind": "matmul"}, "what is priced as 'matmul' has no parts, gemm or samples"),
         ({"unit": "tensor"}, "unit='tensor' is none of matrix, vector"),
-        ({"reference": None}, "twice has no reference: give the same function in plain torch"),
+        ({"reference": None}, "scaled has no reference: give the same function in plain torch"),
         ({"reference": lambda x: x}, "its reference does not take its samples: too many"),
         ({"sizes": None}, "a kind of its own needs sizes"),
         ({"samples": None}, "a kind of its own needs samples"),
         ({"parts": None}, "it needs either parts or gemm"),
         ({"gemm": lambda *s: s}, "it needs either parts or gemm"),
-        ({"flops": None}, "has no FLOP formula for rewriter_test::twice"),
+        ({"flops": None}, "has no FLOP formula for rewriter_test::scaled"),
         ({"flops": lambda *a, **_: 7}, "its parts have 64 FLOPs at rows=1, width=4, its formula"),
         ({"size_names": ("rows",)}, r"2 sizes, and size_names=\('rows',\)"),
         ({"samples": one_sample(3)}, "its samples must be a tuple that begins with a tensor"),
-        ({"samples": one_sample(torch.rand(2, 2))}, "its samples do not fit rewriter_test::twice"),
+        ({"samples": one_sample(torch.rand(2, 2))}, "its samples do not fit rewriter_test::scaled"),
         ({"samples": one_sample(torch.rand(2, 2), "w")}, "its samples do not fit .*Tensor weight"),
         ({"samples": samples(place=lambda *s: (1,))}, "place gives no point on 2 axes"),
         (
             {"derives": (ops.Derived("mid", 1, ("x",), list, list),)},
-            "the closed form 'mid' is of result 1, which rewriter_test::twice",
+            "the closed form 'mid' is of result 1, which rewriter_test::scaled",
         ),
         (
             {"derives": (ops.Derived("mid", 0, ("z",), list, list),)},
-            "the closed form 'mid' is of 'z', which rewriter_test::twice",
+            "the closed form 'mid' is of 'z', which rewriter_test::scaled",
         ),
         (
-            {"companions": (ops.Companion("rewriter_test::twice"),)},
-            "the record of rewriter_test::twice names rewriter_test::twice twice",
+            {"companions": (ops.Companion("rewriter_test::scaled"),)},
+            "the record of rewriter_test::scaled names rewriter_test::scaled twice",
         ),
     ],
 )
@@ -404,12 +404,12 @@ def test_two_records_of_one_op_are_refused_by_both_names(mine: Any) -> None:
 def test_two_records_of_one_kind_are_refused_by_both_names(mine: Any) -> None:
     with pytest.raises(ops.RecordError) as caught:
         ops.register(record(kind="low_rank"))
-    assert "rewriter_test::twice in " in str(caught.value)
+    assert "rewriter_test::scaled in " in str(caught.value)
     assert "mine::low_rank in mine" in str(caught.value)
 
 
 def test_two_formulas_of_one_op_are_refused(formula: None) -> None:
-    with pytest.raises(ops.RecordError, match="two FLOP formulas for rewriter_test::twice"):
+    with pytest.raises(ops.RecordError, match="two FLOP formulas for rewriter_test::scaled"):
         ops.register(record())
 
 

@@ -65,6 +65,8 @@ class Snapshot:
         sizes: per mode and input its sizes; a name where the size is open.
         sites: per site the nodes that call it, of both graphs.
         fakes: of the model's weights.
+        eval_root: what the eval graph lives on, where that is not the model itself: a lowered one
+            with the tensors that it derived.
     """
 
     def __init__(
@@ -75,10 +77,13 @@ class Snapshot:
         sizes: Mapping[bool, Rows],
         sites: Mapping[str, Sequence[Node]],
         fakes: Fakes,
+        eval_root: nn.Module | None = None,
     ) -> None:
         run = _Shadows(None, fakes=fakes)
         self.root = run.shadow(root)
-        vars(self.root).pop("_rewriter", None)  # which knows the model's weights
+        self.eval_root = self.root if eval_root is None else run.shadow(eval_root)
+        for shadow in (self.root, self.eval_root):
+            vars(shadow).pop("_rewriter", None)  # which knows the model's weights
         with run.mode:
             self.inputs = [run.copy(t) for t in inputs]
         self.sizes = sizes
@@ -114,7 +119,7 @@ class Snapshot:
     def _priced(self, around: Mapping[str, int]) -> Formulas:
         rows = self.sizes[False]
         run = Run(False, rows, around)
-        whole = run_graphs(run, self.root, [(self.root, self.graphs[False], self.inputs)])
+        whole = run_graphs(run, self.eval_root, [(self.eval_root, self.graphs[False], self.inputs)])
         step = StepCost()
         if True in self.graphs and self.sizes.get(True) == rows:
             regions = [(self.root, self.graphs[True], self.inputs)]

@@ -168,8 +168,8 @@ class Engine:
             self.capture, self.options.lower, self.prices.cost, self.capture.fakes
         )
         step, graph = self.lowering.step, self.lowering.graph
-        if step is None or all(d.action == "declined" for d in step.decisions):
-            return []  # nowhere is a fused op any faster
+        if step is None:
+            return []
         if self.lowering.cost is not None:
             self.prices.cost = self.lowering.cost
         self._attach_lowering()

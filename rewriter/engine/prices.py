@@ -148,9 +148,10 @@ class Prices:
         nodes = {s.fqn: s.nodes for s in sites if s.nodes}
         root, graphs = self.capture.root, region.graphs
         if lowered is not None:
-            root, graphs = lowered.root, {**graphs, False: lowered.graph}
+            graphs = {**graphs, False: lowered.graph}
+        eval_root = None if lowered is None else lowered.root
         self.snapshots.append(
-            Snapshot(root, graphs, region.leaves, sizes, nodes, self.capture.fakes)
+            Snapshot(root, graphs, region.leaves, sizes, nodes, self.capture.fakes, eval_root)
         )
 
 
