@@ -241,11 +241,11 @@ class Engine:
                     raise StoreError(f"{edit.names[0]} cannot be removed again: {found.reason}")
             cuts = [c for b in blocks if isinstance(b, Subgraph) for c in b.cuts]
             cut_graphs(self.capture, cuts, [n for e in removed for n in e.names])
-        for edit in edits:
-            if isinstance(edit, Removed):
-                remove(root, edit)
+        for record in edits:
+            if isinstance(record, Removed):
+                remove(root, record)
             else:
-                resize(root, edit)
+                resize(root, record)
 
     def place(self, layers: Mapping[str, nn.Module]) -> None:
         """Installs given layers at their names: a saved rewrite comes back.

@@ -165,7 +165,7 @@ def joined_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """x·[W₁ W₂ …]ᵀ + [b₁ b₂ …], cut into the single results."""
-    return F.linear(x, weight, bias).split(list(sizes), -1)
+    return torch.split(F.linear(x, weight, bias), list(sizes), -1)
 
 
 def _joined(place: Place) -> tuple[Tensor, Tensor | None]:

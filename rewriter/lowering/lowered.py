@@ -92,7 +92,7 @@ def _plain_call(root: nn.Module, leaves: Sequence[Any]) -> bool:
         return False
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch_module._has_any_global_hook()
@@ -114,8 +114,8 @@ class _Bound:
         self.root, self.plain = root, program
         self.applications, refused = places(program.graph, root, rules, chosen)
         named: dict[str, None] = {}
-        for found in (*self.applications, *refused):
-            nodes = found.place.match.nodes
+        for place in [*(a.place for a in self.applications), *(r.place for r in refused)]:
+            nodes = place.match.nodes
             named.update(dict.fromkeys(str(n.target) for n in nodes if n.op == "call_module"))
         self.layers = _Layers(root, named)
         self.made: _Made | None = None
@@ -207,8 +207,8 @@ def derived(found: Application) -> list[Tensor | None]:
         raise failure(found.rule, found.place, error) from error
     wrong = next((t for t in tensors if not (t is None or isinstance(t, Tensor))), None)
     if wrong is not None:
-        error = TypeError(f"derive gave a {type(wrong).__name__}, not a tensor")
-        raise failure(found.rule, found.place, error)
+        given = TypeError(f"derive gave a {type(wrong).__name__}, not a tensor")
+        raise failure(found.rule, found.place, given)
     return [t if t is None else t.detach() for t in tensors]
 
 
