@@ -163,7 +163,6 @@ def spills(made: Any, backend: str) -> int:
 USED = [
     (torch.bfloat16, 256, 64),  # 1024 wide, N = 4
     (torch.bfloat16, 256, 32),  # 2048 wide, N = 8: the most shared memory
-    (torch.bfloat16, 128, 128),
     (torch.float32, 128, 16),  # 1024 wide, N = 8
     (torch.float32, 128, 32),
 ]
