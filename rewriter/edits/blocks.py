@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from rewriter.edits.values import BLOCK, Cut, Subgraph
 from rewriter.modules.refusal import Skip
-from rewriter.modules.tree import attribute, hooked, join, submodule
+from rewriter.modules.running import has_hooks
+from rewriter.modules.tree import attribute, join, submodule
 from rewriter.sites import HostedGraph, Site
 from rewriter.spellings import activation_name, is_view, spelled, works_in_place
 
@@ -70,11 +71,9 @@ def block(view: _Whole, name: str) -> Subgraph | Skip:
 
 def _bound_outside(root: nn.Module, module: nn.Module, names: tuple[str, ...]) -> Skip | None:
     """Why a module cannot go, whatever it computes: hooks, and ties to what stays."""
-    holder = nn.Module()
-    holder.add_module("block", module)
-    found = hooked(holder)
-    if found is not None:
-        return Skip("{} has hooks, which would never run again", names[0] + found[len("block") :])
+    for inside, inner in module.named_modules():
+        if has_hooks(inner):
+            return Skip("{} has hooks, which would never run again", join(names[0], inside))
     own = {id(p): n for n, p in module.named_parameters()}
     for other, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) in own and not _inside(other, names):

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 
 from rewriter.edits.values import Width
 from rewriter.modules.refusal import Skip
-from rewriter.modules.tree import attribute, hooked, join
+from rewriter.modules.running import has_hooks
+from rewriter.modules.tree import attribute, join
 from rewriter.sites import LINEAR, HostedGraph, Site
 from rewriter.spellings import activation_name, op_name, operands, spelled
 
@@ -208,9 +209,7 @@ def _unsafe(view: _Whole, found: Width) -> Skip | None:
             return Skip("{}: {}", site.fqn, reason.reason)
     for fqn in layers:
         module: Any = view.root.get_submodule(fqn)
-        holder = nn.Module()
-        holder.add_module("layer", module)
-        if hooked(holder) is not None:
+        if has_hooks(module):
             return Skip("{} has hooks, which would see other sizes", fqn)
         if parametrize.is_parametrized(module):
             return Skip("{}: its parameters are parametrized", fqn)
