@@ -2,7 +2,8 @@
 
 A pass is a frozen dataclass whose fields are its options and whose one method looks at one `Site`
 and answers with a value: `Replacement(layer)` or `Skip("reason")`. It never touches the graph or
-the model; the engine does.
+the model; the engine does. A pass that must see the whole looks at a `View` and answers with edits
+(`rewriter.edits`).
 """
 
 from __future__ import annotations

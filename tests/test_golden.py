@@ -223,7 +223,14 @@ def test_removeblocks(golden: Golden) -> None:
     golden(
         text,
         """
-        removeblocks
+        %0 = linear(%x, first) : f32[2,16]
+        %1 = layer_norm(%0, blocks.1.norm) : f32[2,16]
+        %2 = linear(%1, blocks.1.mlp.gate) : f32[2,48]
+        %3 = silu(%2) : f32[2,48]
+        %4 = linear(%1, blocks.1.mlp.up) : f32[2,48]
+        %5 = mul(%3, %4) : f32[2,48]
+        %6 = linear(%5, blocks.1.mlp.down) : f32[2,16]
+        %7 = add(%0, %6) : f32[2,16]
         """,
     )
 
@@ -240,6 +247,10 @@ def test_resizemlp(front_end: str, golden: Golden) -> None:
     golden(
         text,
         """
-        resizemlp
+        %0 = linear(%x, gate) : f32[2,40]
+        %1 = silu(%0) : f32[2,40]
+        %2 = linear(%x, up) : f32[2,40]  # was linear
+        %3 = mul(%1, %2) : f32[2,40]
+        %4 = linear(%3, down) : f32[2,16]
         """,
     )

@@ -199,7 +199,7 @@ class InPlace(PreNorm):
     [
         (Caches(), "block", "an output of the model as well"),
         (Feeds(), "block", "up, which is outside of it, would be left over"),
-        (Wide(), "block", r"its input is float32\[n0, 1\] on cpu, its result float32\[n0, 8\]"),
+        (Wide(), "block", r"input is float32\[batch, 1\] on cpu, its result float32\[batch, 8\]"),
         (nn.Sequential(nn.Linear(8, 8), InPlace()), "1", "changes its input in place"),
         (nn.Sequential(PreNorm(), nn.Identity()), "0", "output would be its input"),
         (nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))), "1", "no residual block"),

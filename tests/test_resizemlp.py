@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rewriter
 from rewriter import OptionError, RewriteWarning, explain, rewrite
-from rewriter.passes import Monarch, Quantize, ResizeMLP
+from rewriter.passes import Quadratic, Quantize, ResizeMLP
 
 
 class Plain(nn.Module):
@@ -71,7 +71,7 @@ def test_dead_neurons_go_exactly(make: type[nn.Module]) -> None:
     for size in (5, 2, 1):
         x = torch.randn(size, 6)
         torch.testing.assert_close(out(x), model(x))
-    assert out.report.steps[1].error < 1e-6
+    assert out.report.steps[1].output_error < 1e-6
     (decision,) = (d for d in out.report.steps[1].decisions if d.action == "resized")
     assert decision.reason == "8 of 12 neurons stay, with 100.0% of the score by weight"
     assert decision.before.params > decision.after.params
@@ -100,13 +100,15 @@ def test_every_hidden_layer_of_a_deeper_one() -> None:
 
 def test_by_activation_what_the_batches_never_switch_on_goes() -> None:
     model, x = Plain().eval(), torch.rand(64, 6)
+    model.act = nn.ReLU()
     with torch.no_grad():
+        model.up.bias[:6] = 0
         model.up.weight[:6] = -10 * model.up.weight[:6].abs()  # large, and off for positive inputs
     chosen = ResizeMLP(keep=6, by="activation")
     out = rewrite(model, [chosen], x, calibration=[x[:32], x[32:]])
     torch.testing.assert_close(out(x), model(x))
     by_weight = rewrite(model, [ResizeMLP(keep=6)], x)
-    assert by_weight.report.steps[1].error > 0.01
+    assert by_weight.report.steps[1].output_error > 0.01
     (decision,) = explain(model, [chosen], x).steps[1].decisions
     assert decision.reason == "by='activation' needs calibration batches that reach it"
 
@@ -172,8 +174,10 @@ def test_what_cannot_shrink_stays_with_the_reason(make: Any, words: str) -> None
 
 def test_a_structured_layer_is_not_cut() -> None:
     model, x = Plain().eval(), torch.randn(5, 6)
-    report = explain(model, [Monarch(nblocks=2, where="down"), ResizeMLP(keep=8)], x)
-    assert not [d for d in report.steps[2].decisions if d.changed]
+    report = explain(model, [Quadratic(where="down"), ResizeMLP(keep=8)], x)
+    assert [d.site for d in report.replaced] == ["down"]
+    reason = "its neurons go into quadratic_linear, which fixes how many there are"
+    assert reason in [d.reason for d in report.steps[2].decisions]
 
 
 @pytest.mark.parametrize("options", [{"keep": 0}, {"keep": 1.5}, {"keep": -2}, {"keep": True},

@@ -24,6 +24,8 @@ class _Whole(Protocol):
     def root(self) -> nn.Module: ...
     @property
     def graphs(self) -> tuple[HostedGraph, ...]: ...
+    @property
+    def typed(self) -> bool: ...
     def shape(self, node: Node) -> Any: ...
 
 
@@ -112,10 +114,13 @@ def _cut(
         return Skip("it is no residual block: no sum leads past its layers from input to result")
     was, now = view.shape(result), view.shape(source)
     if was is None or now is None:
-        return Skip("its shapes are not known at all sizes: pass example_inputs")
+        why = "pass example_inputs" if not view.typed else "an operation cannot run with open sizes"
+        return Skip("its shapes are not known at all sizes: {}", why)
     if was != now:
         return Skip("its input is {}, its result {}", _shown(now), _shown(was))
     if source.op == "placeholder" and any(u.op == "output" for u in result.users):
+        if hosted.prefix:
+            return Skip("it is called from Python: {} is a graph of its own", hosted.prefix)
         return Skip("the model's output would be its input")
     return Cut(source, result)
 

@@ -32,6 +32,7 @@ class View:
         chosen: those of the pass's kinds (with moments, where calibrated) that it may edit.
         shapes: of the values of a graph, at all open sizes; None where they are not known.
         unsafe: why the engine cannot change a site.
+        typed: whether example inputs gave the values types.
     """
 
     root: nn.Module
@@ -40,6 +41,7 @@ class View:
     chosen: tuple[Site, ...]
     shapes: Callable[[Graph], Mapping[Node, Shape] | None] = field(repr=False)
     unsafe: Callable[[Site], Skip | None] = field(repr=False)
+    typed: bool = True
 
     def places(self, pattern: Pattern) -> list[Site]:
         """Where the model has a pattern of several operations, each place once; `parts` has the

@@ -81,7 +81,8 @@ def view_of(
         return unsafe(capture, site, known)
 
     graphs = tuple(HostedGraph(r.prefix, mode, g) for r, mode, g in capture.graphs())
-    return View(capture.root, graphs, known, tuple(chosen), shapes, refused)
+    typed = all(r.leaves is not None for r in capture.regions)
+    return View(capture.root, graphs, known, tuple(chosen), shapes, refused, typed)
 
 
 def _shapes(root: nn.Module, region: Region, mode: bool) -> Mapping[fx.Node, Shape] | None:
