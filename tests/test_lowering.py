@@ -327,7 +327,9 @@ def test_an_op_that_is_no_faster_is_declined(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(kernel, "fastest", lambda *_: "torch")
     net = nn.Sequential(nn.Linear(3, 4), nn.GELU()).eval()
     reason = "torch's own product is the fastest here on 2 rows"
-    assert refusals(net, torch.randn(2, 3)) == [("0", "declined", reason)]
+    x = torch.randn(2, 3)
+    assert refusals(net, x, lower=[*DEFAULT_RULES]) == [("0", "declined", reason)]
+    assert refusals(net, x) == []  # of our own rules that is no news
 
 
 def test_a_write_in_place_between_siblings_is_a_reason() -> None:

@@ -77,7 +77,8 @@ def places(
 def _against(rule: Rule, place: Place) -> str | None:
     """What speaks against a rule at a place."""
     for node, module in zip(place.match.nodes, place.modules, strict=True):
-        if isinstance(autocast_at(node), torch.autocast):
+        inside = isinstance(autocast_at(node), torch.autocast)
+        if inside or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
             return f"{node.name} lies under autocast, which chooses its type"
         if module is None:
             if spelled(node, place.root) in _WEIGHTED:
