@@ -136,9 +136,8 @@ def fused(given: Named, outputs: int, interleaved: bool) -> Iterator[tuple[str, 
     x, right, left, bias = given.values()
     wide = [t.double() for t in (x, right, left)]
     for own in (bias, None):
-        y, mid = monarch._forward_train(
-            *wide, None if own is None else own.double(), outputs, interleaved
-        )
+        own_wide = None if own is None else own.double()
+        y, mid = monarch._forward_train(monarch.Operands(*wide, own_wide, outputs, interleaved))
         poison([y.to(x.dtype), mid.to(x.dtype)])
         found, kept = monarch_forward(x, right, left, own, outputs, interleaved, True)
         bare, _ = monarch_forward(x, right, left, own, outputs, interleaved, False)
@@ -146,7 +145,8 @@ def fused(given: Named, outputs: int, interleaved: bool) -> Iterator[tuple[str, 
         yield f"forward, {'no bias' if own is None else 'bias'}", errors
     grad = torch.randn_like(found)
     for need in ((True, True, True), (True, False, False), (False, True, False)):
-        wanted = monarch._backward(grad.double(), wide[0], mid, *wide[1:], interleaved, *need)
+        asked = grad.double(), wide[0], mid, *wide[1:], interleaved, *need
+        wanted = monarch._backward(monarch.BackwardOperands(*asked))[:3]
         poison([t.to(x.dtype) for t in wanted])
         got = monarch_backward(grad, x, kept, right, left, interleaved, *need)
         pairs = zip(("dx", "dright", "dleft"), got, wanted, strict=True)
