@@ -86,7 +86,7 @@ def check_passes(passes: Sequence[Pass]) -> None:
         elif not isinstance(p, Pass):
             problems.append(f"passes[{i}] is a {type(p).__name__}, not a pass")
     valid = [p for p in passes if isinstance(p, Pass)]
-    problems += [why for p in valid if (why := _method(type(p)))]
+    problems += [why for p in valid if (why := _method(p))]
     for p in valid:
         if not (p.where is None or isinstance(p.where, str) or callable(p.where)):
             problems.append(
@@ -104,8 +104,9 @@ def check_passes(passes: Sequence[Pass]) -> None:
         raise OptionError(f"impossible passes: {'; '.join(problems)}. Phases run {order}")
 
 
-def _method(cls: type[Pass]) -> str:
+def _method(rewrite: Pass) -> str:
     """Why a pass does not have exactly one method: `propose` or `plan`."""
+    cls = type(rewrite)
     owners = {
         name: next(c.__name__ for c in cls.__mro__ if name in vars(c))
         for name in ("propose", "plan")
@@ -118,7 +119,7 @@ def _method(cls: type[Pass]) -> str:
             f"{cls.__name__} has both propose(site), of {owners['propose']}, and plan(view), of "
             f"{owners['plan']}: keep one of them"
         )
-    patterns = [str(k) for k in cls.matches if isinstance(k, Op | Chain | Fan)]
+    patterns = [str(k) for k in rewrite.matches if isinstance(k, Op | Chain | Fan)]
     if patterns and own == ["propose"]:
         return f"{cls.__name__} matches {patterns[0]}, which only a pass with plan(view) may"
     return ""
