@@ -16,7 +16,7 @@ import rewriter
 from rewriter import OptionError, explain, rewrite
 from rewriter.base import Pass
 from rewriter.modules.bypass import Bypass
-from rewriter.passes import Monarch, Quantize, RemoveBlocks
+from rewriter.passes import Monarch, Quantize, RemoveBlocks, ResizeMLP
 
 
 class PreNorm(nn.Module):
@@ -124,6 +124,26 @@ def test_a_resnet_block_goes_and_one_with_a_stride_stays() -> None:
     assert found["layer.0"] == ("removed", "x + f(x) → x; its relu went with it")
     assert found["layer.1"][0] == "skipped"
     assert "no sum leads past its layers" in found["layer.1"][1]
+
+
+def test_a_layer_of_bert_goes_as_by_hand() -> None:
+    """Two post-norm blocks in one module, with a mask that all layers read."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=12, max_position_embeddings=16,
+    )  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    batch = {"input_ids": torch.randint(0, 20, (2, 5)), "attention_mask": torch.ones(2, 5).long()}
+    out = rewrite(model, [RemoveBlocks(where="encoder.layer.1"), ResizeMLP(keep=6)], batch)
+    assert out.encoder.layer[0].intermediate.dense.out_features == 6
+    hand: Any = without(model, "encoder.layer.1")
+    mine = out.encoder.layer[0]
+    hand.encoder.layer[0].intermediate.dense = mine.intermediate.dense
+    hand.encoder.layer[0].output.dense = mine.output.dense
+    batch["attention_mask"][0, 3:] = 0
+    torch.testing.assert_close(out(**batch).last_hidden_state, hand(**batch).last_hidden_state)
+    assert not out.report.capture.notes
 
 
 def test_of_nested_blocks_the_outer_one_goes() -> None:

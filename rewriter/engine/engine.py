@@ -238,9 +238,9 @@ class Engine:
         if self.capture.regions and removed:
             view = view_of(self.capture)
             blocks = [view.block(e.names[0]) for e in removed]
-            for edit, found in zip(removed, blocks, strict=True):
+            for gone, found in zip(removed, blocks, strict=True):
                 if isinstance(found, Skip):
-                    raise StoreError(f"{edit.names[0]} cannot be removed again: {found.reason}")
+                    raise StoreError(f"{gone.names[0]} cannot be removed again: {found.reason}")
             cuts = [c for b in blocks if isinstance(b, Subgraph) for c in b.cuts]
             cut_graphs(self.capture, cuts, [n for e in removed for n in e.names])
         for record in edits:
