@@ -17,7 +17,7 @@ from rewriter.cost.machine import calibrate, probes
 from rewriter.cost.machine.datasheets import ALIASES, DATASHEETS
 from rewriter.cost.machine.device import Device, Level
 from rewriter.cost.machine.measured import Measured
-from rewriter.cost.machine.roofline import Table, gemm_efficiency, gemms, parts
+from rewriter.cost.machine.roofline import Table, gemm_efficiency, gemms, plain_works
 from rewriter.cost.work import Work
 from rewriter.errors import OptionError, RewriteWarning
 
@@ -158,16 +158,16 @@ def test_parts_keep_the_flops() -> None:
         work = Work(
             f"rewriter::{kind}", kind, "float32", flops, shape=(rows, out, width, n, n, rank, 1)
         )
-        pieces = parts(work)
+        pieces = plain_works(work)
         assert sum(p.count * p.flops for p in pieces) == flops
         assert {p.kind for p in pieces} >= {"copy"}
     dense = 2 * rows * out * width
     quadratic = Work("rewriter::quadratic_linear", "quadratic", "float32", 3 * dense)
     quadratic = replace(quadratic, shape=(rows, out, width))
-    assert sum(p.count * p.flops for p in parts(quadratic)) == 3 * dense
+    assert sum(p.count * p.flops for p in plain_works(quadratic)) == 3 * dense
     topk = Work("rewriter::topk_linear", "topk", "float32", dense, shape=(rows, out, width, 64))
-    assert sum(p.count * p.flops for p in parts(topk)) == dense
-    assert parts(product(1, 2, 3)) == [product(1, 2, 3)]
+    assert sum(p.count * p.flops for p in plain_works(topk)) == dense
+    assert plain_works(product(1, 2, 3)) == [product(1, 2, 3)]
 
 
 def test_gemms_of_convolutions_and_experts() -> None:

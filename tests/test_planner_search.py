@@ -21,7 +21,7 @@ from rewriter.planner.search.frontier import Frontier
 from rewriter.planner.search.greedy import greedy_plans
 from rewriter.planner.search.mincut import cheap, cut
 from rewriter.planner.search.neighbours import legal, neighbours
-from rewriter.planner.search.segments import Parts
+from rewriter.planner.search.segments import Segments
 from rewriter.planner.search.simulate import Decisions, schedule, simulate, trimmed
 from rewriter.planner.search.solve import Choice
 
@@ -155,7 +155,7 @@ def tangled(layers: int, seed: int = 0) -> Joint:
 
 def test_greedy_plans_are_plans() -> None:
     joint = tangled(60)
-    (part,) = Parts(joint, [], [], []).parts
+    (part,) = Segments(joint, [], [], []).segments
     plans = greedy_plans(joint, part)
     assert plans == greedy_plans(joint, part)
     assert len(plans) > 10
@@ -192,10 +192,10 @@ def test_greedy_is_near_what_integer_programmes_find(
 
 def test_a_part_of_thousands_of_values_is_planned_greedily() -> None:
     joint = tangled(700)
-    parts = Parts(joint, [], [], [])
-    (whole,) = parts.parts
+    segments = Segments(joint, [], [], [])
+    (whole,) = segments.segments
     assert len(whole.values) + len(whole.steps) > solve.BINARIES
-    choices, _ = solve.part_plans(joint, parts, whole)
+    choices, _ = solve.segment_plans(joint, segments, whole)
     peaks = []
     for choice in choices:
         kept, packed, ways = choice.decisions(whole)

@@ -28,7 +28,7 @@ from rewriter.compiler.inner import own_ops
 from rewriter.cost import storage_cost
 from rewriter.cost.machine import calibrate, probes
 from rewriter.cost.machine.measured import Measured
-from rewriter.cost.machine.roofline import Table, gemms, parts
+from rewriter.cost.machine.roofline import Table, gemms, plain_works
 from rewriter.cost.work import Work, on_matrix_unit
 from rewriter.kernels import ops
 from rewriter.planner.joint.reading import read_joint
@@ -85,7 +85,7 @@ def test_a_foreign_op_is_priced_as_its_products(mine: Any) -> None:
     device = Device.get("h100")
     work = Work(NAME, "low_rank", "bfloat16", 2 * 4096 * 256 * 2048, shape=(4096, 1024, 1024, 256))
     assert on_matrix_unit("low_rank")
-    assert [p.shape for p in parts(work)] == [(1, 4096, 256, 1024), (1, 4096, 1024, 256)]
+    assert [p.shape for p in plain_works(work)] == [(1, 4096, 256, 1024), (1, 4096, 1024, 256)]
     assert device.bound(work) == "compute"
     lost = dataclasses.replace(work, kind="other")
     assert device.time(work) < device.time(lost) / 2  # the vector units
@@ -236,16 +236,16 @@ def test_the_parts_have_the_flops_of_the_op_at_every_sample() -> None:
                 flops = flop_registry[record.op](*args, out_val=record.op(*args))
             work = Work(record.name, record.kind, record.dtype or "float32", flops, shape=sizes)
             product = gemms(work)
-            pieces = sum(p.count * p.flops for p in parts(work))
+            pieces = sum(p.count * p.flops for p in plain_works(work))
             assert flops == (2 * math.prod(product) if product else pieces), record.name
 
 
 def test_a_report_of_another_process_finds_the_record_of_its_kind() -> None:
     work = Work("rewriter::quadratic_linear", "quadratic", "float32", 6, shape=(1, 1, 1))
-    assert len(parts(work)) == 2
+    assert len(plain_works(work)) == 2
     unknown = Work("far::away", "far_away", "float32", 10**12, shape=(3,))
     assert on_matrix_unit("far_away")
-    assert parts(unknown) == [unknown]
+    assert plain_works(unknown) == [unknown]
     assert not on_matrix_unit("other")
 
 

@@ -22,7 +22,7 @@ from rewriter.capture.exporting import TRAIN_IN_PYTHON, Region, export_region
 from rewriter.capture.guards import Watch
 from rewriter.capture.hosted import Program, State, host, unhost
 from rewriter.capture.signature import Call
-from rewriter.capture.submodules import capture_parts, refusal
+from rewriter.capture.submodules import capture_submodules, refusal
 from rewriter.cost import Fakes
 from rewriter.errors import CaptureError
 from rewriter.modules.running import (
@@ -85,7 +85,7 @@ class Capture:
         self, example: tuple[Any, Any], reason: str, writes: Mapping[str, str], seconds: float
     ) -> None:
         """Goes down to the second rung."""
-        parts = capture_parts(self.root, *example, reason, writes, seconds, self.fakes)
+        parts = capture_submodules(self.root, *example, reason, writes, seconds, self.fakes)
         self.rung, self.regions, self.islands = "parts", parts.regions, parts.islands
         self.notes += parts.notes
 

@@ -19,14 +19,14 @@ from rewriter.modules.tree import has_hooks, join
 from rewriter.report import Island
 from rewriter.sites import is_leaf
 
-__all__ = ["Parts", "capture_parts", "refusal"]
+__all__ = ["CapturedSubmodules", "capture_submodules", "refusal"]
 
 Writes = Mapping[str, str]
 """Dotted name of a module → an attribute that its forward writes."""
 
 
 @dataclass
-class Parts:
+class CapturedSubmodules:
     """The regions that were captured, and what was not."""
 
     regions: list[Region] = field(default_factory=list)
@@ -51,7 +51,7 @@ def refusal(root: nn.Module, writes: Writes, prefix: str = "") -> str | None:
     return None
 
 
-def capture_parts(
+def capture_submodules(
     root: nn.Module,
     args: Any,
     kwargs: Any,
@@ -59,7 +59,7 @@ def capture_parts(
     writes: Writes,
     seconds: float,
     fakes: Fakes,
-) -> Parts:
+) -> CapturedSubmodules:
     """Captures what can be below the root.
 
     Args:
@@ -70,7 +70,7 @@ def capture_parts(
         seconds: of this thread's CPU time; what is left then stays Python.
         fakes: of the model's weights.
     """
-    result = Parts()
+    result = CapturedSubmodules()
     calls = _record(root, args, kwargs)
     deadline = time.thread_time() + seconds
     done: set[int] = set()

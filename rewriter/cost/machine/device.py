@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from rewriter.cost.cost import Cost, Training
 from rewriter.cost.machine.measured import Measured
-from rewriter.cost.machine.roofline import gemm_efficiency, gemms, parts, vector_operations
+from rewriter.cost.machine.roofline import gemm_efficiency, gemms, plain_works, vector_operations
 from rewriter.cost.work import Work, on_matrix_unit
 from rewriter.errors import OptionError
 
@@ -154,7 +154,7 @@ class Device:
 
     def _roofs(self, work: Work, resident: int) -> tuple[float, float]:
         """(seconds of the arithmetic, seconds of the memory traffic) of one run."""
-        pieces = parts(work)
+        pieces = plain_works(work)
         compute = math.fsum(p.count * self._compute(p) for p in pieces)
         touched = work.bytes_read + work.bytes_written
         weights = min(work.weight_bytes, work.bytes_read)

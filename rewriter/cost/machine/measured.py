@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rewriter.cost.machine.roofline import Table, gemms, parts, sized
+from rewriter.cost.machine.roofline import Table, gemms, plain_works, sized
 from rewriter.cost.work import Work
 from rewriter.kernels import ops
 
@@ -91,7 +91,7 @@ class Measured:
         forward = replace(work, backward=False)
         ratio = self.tables.get(f"ratio/{work.kind}")
         found: float | None
-        if ratio is not None and len(parts(forward)) > 1:
+        if ratio is not None and len(plain_works(forward)) > 1:
             total = self.composite(forward)
             found = total and total * ratio.at(*_place(work))
         else:
@@ -109,7 +109,7 @@ class Measured:
 
     def composite(self, work: Work) -> float | None:
         """The parts of an op that is made of several, each as fast as it is alone."""
-        times = [(piece.count, self.warm(piece)) for piece in parts(work)]
+        times = [(piece.count, self.warm(piece)) for piece in plain_works(work)]
         known = [count * time for count, time in times if time is not None]
         return math.fsum(known) if len(known) == len(times) > 1 else None
 
@@ -199,7 +199,7 @@ def _times_forward(work: Work) -> float:
     elif work.kind == "conv" and (product := gemms(work)) is not None:
         once = 2 * math.prod(product)
     else:
-        pieces = parts(work)
+        pieces = plain_works(work)
         once = sum(p.count * p.flops for p in pieces) if len(pieces) > 1 else 0
     return max(work.flops / once, 1.0) if once and work.flops else 1.0
 

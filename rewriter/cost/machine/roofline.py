@@ -16,7 +16,7 @@ from rewriter.cost.work import Work
 from rewriter.kernels import ops
 from rewriter.kernels.ops import element_size
 
-__all__ = ["Table", "gemm_efficiency", "gemms", "parts", "sized", "vector_operations"]
+__all__ = ["Table", "gemm_efficiency", "gemms", "plain_works", "sized", "vector_operations"]
 
 # What one element of a pointwise op costs in vector operations; others cost 1. Counted from the
 # polynomials that vector libraries use (SLEEF at 1 ulp), divisions and roots as 4.
@@ -85,7 +85,7 @@ def sized(work: Work) -> ops.Record | None:
     return record if record is not None and len(work.shape) == len(record.size_names) else None
 
 
-def parts(work: Work) -> list[Work]:
+def plain_works(work: Work) -> list[Work]:
     """An op as the plain operations that it amounts to, by its record; else [work].
 
     Their flops add up to those of one run.

@@ -12,7 +12,7 @@ from rewriter.planner.search.chain import choose
 from rewriter.planner.search.choices import packings, routes
 from rewriter.planner.search.mincut import free_plans
 from rewriter.planner.search.neighbours import neighbours
-from rewriter.planner.search.segments import Parts, cuts, joined
+from rewriter.planner.search.segments import Segments, cuts, joined
 from rewriter.planner.search.simulate import (
     Decisions,
     Event,
@@ -21,12 +21,12 @@ from rewriter.planner.search.simulate import (
     simulate,
     trimmed,
 )
-from rewriter.planner.search.solve import Choice, assembled, part_plans
+from rewriter.planner.search.solve import Choice, assembled, segment_plans
 
 __all__ = ["Frontier", "Point"]
 
 _LARGE = 2500
-"""Steps of a forward above which fewer sizes of parts and fewer budgets are tried."""
+"""Steps of a forward above which fewer sizes of segments and fewer budgets are tried."""
 _WORK = 300_000
 """Steps simulated by the local search."""
 
@@ -75,7 +75,7 @@ class Frontier:
         borders = cuts(joint)
         large = len(joint.forward) > _LARGE
         points, number = points // 2 if large else points, 1
-        # checkpoints √n parts apart are what is best where all parts are alike (Chen et al. 2016)
+        # checkpoints √n segments apart are best where all segments are alike (Chen et al. 2016)
         while number == 1 or number <= min(len(borders), 1.5 * len(borders) ** 0.5):
             self._solve(joined(borders, number) if number > 1 else borders, points)
             number *= 4 if large else 2
@@ -130,26 +130,26 @@ class Frontier:
 
     def _solve(self, begins: Sequence[int], points: int) -> None:
         joint = self.joint
-        parts = Parts(joint, begins, self.packings, self.routes)
+        segments = Segments(joint, begins, self.packings, self.routes)
         known: dict[tuple[object, ...], list[Choice]] = {}
         choices: list[list[Choice]] = []
-        for part in parts.parts:
-            if part.signature not in known:
-                known[part.signature], gap = part_plans(joint, parts, part)
+        for segment in segments.segments:
+            if segment.signature not in known:
+                known[segment.signature], gap = segment_plans(joint, segments, segment)
                 self.gap = max(self.gap, gap)
             choices.append(
                 [
                     Choice(c.kept, c.packed, c.routes, c.seconds, c.nbytes)
-                    for c in known[part.signature]
+                    for c in known[segment.signature]
                 ]
             )
         for turn in range(max(map(len, choices))):
-            self._measure(parts, [own[turn % len(own)] for own in choices])
+            self._measure(segments, [own[turn % len(own)] for own in choices])
         least = choose(choices, None)
         if least is None:
             return
         smallest = self._add(
-            assembled(parts, [own[i] for own, i in zip(choices, least[0], strict=True)])
+            assembled(segments, [own[i] for own, i in zip(choices, least[0], strict=True)])
         )
         most = max(self.default.peak, smallest.peak)
         for budget in np.linspace(smallest.peak, most, points + 1)[:-1]:
@@ -157,21 +157,23 @@ class Frontier:
             if picks is None:
                 continue
             self.gap = max(self.gap, picks[1])
-            self._add(assembled(parts, [own[i] for own, i in zip(choices, picks[0], strict=True)]))
+            self._add(
+                assembled(segments, [own[i] for own, i in zip(choices, picks[0], strict=True)])
+            )
 
-    def _measure(self, parts: Parts, picks: Sequence[Choice]) -> None:
-        """Notes of each part's choice what is alive during the part, beyond what is kept."""
-        point = self._add(assembled(parts, picks))
+    def _measure(self, segments: Segments, picks: Sequence[Choice]) -> None:
+        """Notes of each segment's choice what is alive during the segment, beyond what is kept."""
+        point = self._add(assembled(segments, picks))
         run = simulate(self.joint, point.decisions, detail=True)
         kept = np.cumsum([0, *(p.nbytes for p in picks)])
-        for pick, part in zip(picks, parts.parts, strict=True):
-            pick.forward.setdefault(part.index, 0)
-            pick.backward.setdefault(part.index, 0)
+        for pick, segment in zip(picks, segments.segments, strict=True):
+            pick.forward.setdefault(segment.index, 0)
+            pick.backward.setdefault(segment.index, 0)
         for _, step, backward, nbytes in run.timeline:
             if backward:
-                j = parts.of_backward[step]
+                j = segments.of_backward[step]
                 beyond, into = nbytes - int(kept[j + 1]), picks[j].backward
             else:
-                j = parts.of_step[step]
+                j = segments.of_step[step]
                 beyond, into = nbytes - int(kept[j]), picks[j].forward
             into[j] = max(into[j], beyond)

@@ -1,4 +1,4 @@
-"""Plans for a part that is too large for an integer programme: greedy, with a look ahead.
+"""Plans for a segment that is too large for an integer programme: greedy, with a look ahead.
 
 From all kept, what gives most bytes per second is dropped first:
 
@@ -7,7 +7,7 @@ From all kept, what gives most bytes per second is dropped first:
 over every kept value v alone, and together with the largest kept value u that it is made from:
 where u is read by v's maker only, dropping either is dear and dropping both is not. Steps that have
 to run again for one another form a chain, whose values may all be alive at once; a bound on the
-bytes of a chain, from all of the part down to 1/64 of it, gives plans with small peaks.
+bytes of a chain, from all of the segment down to 1/64 of it, gives plans with small peaks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from rewriter.planner.joint.joint import Joint
 from rewriter.planner.search.choices import Packing
-from rewriter.planner.search.segments import Part
+from rewriter.planner.search.segments import Segment
 
 __all__ = ["Picked", "greedy_plans"]
 
@@ -30,7 +30,7 @@ _TINY = 1e-9
 
 @dataclass(frozen=True)
 class Picked:
-    """One plan: places in `Part.values` and `Part.packings`, seconds added, bytes kept."""
+    """One plan: places in `Segment.values` and `Segment.packings`, seconds added, bytes kept."""
 
     kept: tuple[int, ...]
     packed: tuple[int, ...]
@@ -38,11 +38,12 @@ class Picked:
     nbytes: int
 
 
-def greedy_plans(joint: Joint, part: Part) -> list[Picked]:
-    """Plans of a part, from the fastest to the smallest for each bound on chains. Deterministic."""
+def greedy_plans(joint: Joint, segment: Segment) -> list[Picked]:
+    """Plans of a segment, for each bound on chains from the fastest to the smallest; always the
+    same ones."""
     found: dict[tuple[object, ...], Picked] = {}
     for bound in _BOUNDS:
-        for picked in _Search(joint, part, bound).plans():
+        for picked in _Search(joint, segment, bound).plans():
             found.setdefault((picked.kept, picked.packed), picked)
     return list(found.values())
 
@@ -64,11 +65,11 @@ class _Move:
 
 
 class _Search:
-    def __init__(self, joint: Joint, part: Part, bound: float) -> None:
-        self.joint, self.part = joint, part
-        self.place = {v: i for i, v in enumerate(part.values)}
+    def __init__(self, joint: Joint, segment: Segment, bound: float) -> None:
+        self.joint, self.segment = joint, segment
+        self.place = {v: i for i, v in enumerate(segment.values)}
         self.size = {
-            v: 0 if v in joint.results else joint.values[v].nbytes for v in part.values
+            v: 0 if v in joint.results else joint.values[v].nbytes for v in segment.values
         }  # fmt: skip
         self.bound = bound * sum(self.size.values())
         self.packed: dict[int, int] = {}
@@ -76,15 +77,15 @@ class _Search:
         self.chain: dict[int, int] = {}  # of steps that run again: union-find
         self.weight: dict[int, int] = {}
         self.readers: dict[int, list[int]] = {}
-        for step in part.steps:
+        for step in segment.steps:
             for value in joint.steps[step].inputs:
                 self.readers.setdefault(value, []).append(step)
         self.forms: dict[int, list[int]] = {}
-        for i, packing in enumerate(part.packings):
+        for i, packing in enumerate(segment.packings):
             if not packing.direct:
                 self.forms.setdefault(packing.value, []).append(i)
-        wanted = part.exported | part.needed
-        self.kept = {v for v in wanted if v in part.exported or self._may_keep(v)}
+        wanted = segment.exported | segment.needed
+        self.kept = {v for v in wanted if v in segment.exported or self._may_keep(v)}
         for value in sorted(wanted - self.kept):
             self._apply(self._dropping((value,)))
 
@@ -133,11 +134,11 @@ class _Search:
         ]
         maker = self.joint.values[value].maker
         assert maker is not None
-        if value not in self.part.exported and not self.joint.steps[maker].fixed:
+        if value not in self.segment.exported and not self.joint.steps[maker].fixed:
             moves.append(self._dropping((value,)))
             before = [
                 u for u in self.joint.steps[maker].inputs
-                if u in self.kept and u not in self.part.exported and self._repeatable(u)
+                if u in self.kept and u not in self.segment.exported and self._repeatable(u)
             ]  # fmt: skip
             if before:
                 largest = max(before, key=lambda u: (self.size[u], -u))
@@ -218,7 +219,7 @@ class _Search:
         return sum(self.size.get(v, 0) for v in self.joint.steps[step].outputs)
 
     def _packing(self, place: int) -> Packing:
-        return self.part.packings[place]
+        return self.segment.packings[place]
 
     def _may_keep(self, value: int) -> bool:
         return value not in self.joint.dropped and self.joint.values[value].node is not None

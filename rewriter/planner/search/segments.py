@@ -1,8 +1,8 @@
-"""The forward in parts, between places where little is alive; equal parts are found as such.
+"""The forward in segments, between places where little is alive; equal segments are found as such.
 
-What a part's backward reads from an earlier part has to be there when it begins: it is kept. So
-parts can be decided one by one, and parts that look the same are decided once. Larger parts, of
-several of these, may drop what is kept at the borders inside them.
+What a segment's backward reads from an earlier segment has to be there when it begins: it is kept.
+So segments can be decided one by one, and segments that look the same are decided once. Larger
+segments, of several of these, may drop what is kept at the borders inside them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from rewriter.planner.joint.joint import Joint, Route
 from rewriter.planner.search.choices import Packing, by_value
 
-__all__ = ["Part", "Parts", "cuts", "joined"]
+__all__ = ["Segment", "Segments", "cuts", "joined"]
 
 
 def cuts(joint: Joint) -> list[int]:
-    """Places in the forward (indices into `joint.forward`; a part begins there) where less is alive
-    for the rest of the forward than nearby."""
+    """Places in the forward (indices into `joint.forward`; a segment begins there) where less is
+    alive for the rest of the forward than nearby."""
     order = joint.forward
     last: dict[int, int] = {}
     for i, number in enumerate(order):
@@ -45,23 +45,23 @@ def cuts(joint: Joint) -> list[int]:
 
 
 def joined(begins: Sequence[int], number: int) -> list[int]:
-    """The borders of parts that are `number` of the given ones, counted from the end: there, a
-    part is alone when its backward begins."""
+    """The borders of segments that are `number` of the given ones, counted from the end: there, a
+    segment is alone when its backward begins."""
     return list(reversed(list(reversed(begins))[number - 1 :: number]))
 
 
 @dataclass
-class Part:
+class Segment:
     """Steps of the forward that are decided together.
 
     Args:
         index: its place.
         steps: numbers of its steps.
         values: what they make and what may be worth keeping, in order.
-        exported: of these, what later parts read for their backward.
+        exported: of these, what later segments read for their backward.
         needed: of these, what its own backward steps read.
         packings, routes: the choices there are for `values`.
-        signature: equal where parts are alike, value by value and step by step.
+        signature: equal where segments are alike, value by value and step by step.
     """
 
     index: int
@@ -74,8 +74,8 @@ class Part:
     signature: tuple[object, ...] = ()
 
 
-class Parts:
-    """A joint graph in parts.
+class Segments:
+    """A joint graph in segments.
 
     Args:
         joint: the graph.
@@ -83,8 +83,8 @@ class Parts:
         packings, routes: all choices.
 
     Attributes:
-        parts: in the order of the forward.
-        of_backward: the part that each backward step belongs to, descending.
+        segments: in the order of the forward.
+        of_backward: the segment that each backward step belongs to, descending.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Parts:
         readers = self._readers()
         forms, routes_to = by_value(packings), by_value(routes)
         wanted = self._wanted(routes_to)
-        self.parts = []
+        self.segments = []
         for i, group in enumerate(groups):
             values = [v for s in group for v in joint.steps[s].outputs if v in wanted]
             exported = frozenset(v for v in values if self._exported(v, readers))
@@ -114,7 +114,7 @@ class Parts:
                 for r in routes_to.get(v, ())
                 if all(self.of_value.get(u, i) == i or self._exported(u, readers) for u in r.inputs)
             ]
-            part = Part(
+            segment = Segment(
                 i,
                 group,
                 values,
@@ -123,15 +123,16 @@ class Parts:
                 [p for v in values for p in forms.get(v, ())],
                 own,
             )
-            part.signature = self._signature(part)
-            self.parts.append(part)
+            segment.signature = self._signature(segment)
+            self.segments.append(segment)
 
     def _exported(self, value: int, readers: dict[int, int]) -> bool:
         own = self.of_value[value]
         return readers.get(value, own) > own
 
     def _backward(self) -> dict[int, int]:
-        """A backward step belongs to the last part that it reads from, or that a later step did."""
+        """A backward step belongs to the last segment that it reads from, or that a later step
+        did."""
         found: dict[int, int] = {}
         now = max(self.of_step.values(), default=0)
         for number in self.joint.backward:
@@ -142,7 +143,7 @@ class Parts:
         return found
 
     def _readers(self) -> dict[int, int]:
-        """The last part in which a value is read, by its backward or to make something again."""
+        """The last segment in which a value is read, by its backward or to make something again."""
         joint = self.joint
         last: dict[int, int] = {}
         for number in joint.backward:
@@ -176,11 +177,11 @@ class Parts:
                     stack.append(u)
         return wanted
 
-    def _signature(self, part: Part) -> tuple[object, ...]:
+    def _signature(self, segment: Segment) -> tuple[object, ...]:
         joint = self.joint
         local: dict[int, int] = {}
         rows: list[object] = []
-        for number in part.steps:
+        for number in segment.steps:
             step = joint.steps[number]
             inputs = tuple(
                 local.setdefault(v, len(local)) if v in self.of_value else -1 for v in step.inputs
@@ -188,9 +189,14 @@ class Parts:
             outputs = []
             for v in step.outputs:
                 local[v] = len(local)
-                flags = v in part.exported, v in part.needed, v in joint.results, v in joint.dropped
-                outputs.append((joint.values[v].nbytes, v in set(part.values), *flags))
+                flags = (
+                    v in segment.exported,
+                    v in segment.needed,
+                    v in joint.results,
+                    v in joint.dropped,
+                )
+                outputs.append((joint.values[v].nbytes, v in set(segment.values), *flags))
             rows.append((step.op, step.flops, bool(step.fixed), inputs, tuple(outputs)))
-        rows += [(p.kind, local[p.value], p.nbytes) for p in part.packings]
-        rows += [(r.name, local[r.value]) for r in part.routes]
+        rows += [(p.kind, local[p.value], p.nbytes) for p in segment.packings]
+        rows += [(r.name, local[r.value]) for r in segment.routes]
         return tuple(rows)
