@@ -12,9 +12,9 @@ be there, and so must what is read to make something again:
     minimise Σ seconds, given Σ bytes kept ≤ κ and Σ bytes that steps make again ≤ ω
 
 for several κ and ω: a few plans for a segment, between all kept and nothing kept. What is unpacked
-or derived is there for a moment; what steps make again may be there all at once. The simulation says
-what each takes while the segment's backward runs, beyond what is kept. `chain.py` then takes one
-plan for each segment.
+or derived is there for a moment; what steps make again may be there all at once. The simulation
+says what each takes while the segment's backward runs, beyond what is kept. `chain.py` then takes
+one plan for each segment.
 """
 
 from __future__ import annotations
