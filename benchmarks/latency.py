@@ -176,7 +176,7 @@ def variants_of(subject: Subject) -> dict[str, nn.Module]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in subject.passes:
-            variants[name] = rewrite(model, PASSES[name], batch)
+            variants[name] = rewrite(model, PASSES[name], batch, lower=False)
     return variants
 
 
