@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from rewriter.compiler.packaging import Exported, exported
 from rewriter.cost import Device
 from rewriter.engine import Options, check_passes
 from rewriter.engine.batches import Calibration
+from rewriter.engine.decide import device_of
 from rewriter.engine.pipeline import copied, run
 from rewriter.engine.undo import restored_on_error
 from rewriter.errors import CaptureError, OptionError, RewriteError, warn
@@ -169,7 +169,7 @@ def plan_memory(
 
     _check_model(model)
     wanted = MemoryBudget.of(budget)
-    found = None if device is None else Device.get(device)
+    found = device_of(device)
     if wanted.lossy:
         raise OptionError("plan_memory runs nothing, so it cannot check a lossy plan: use rewrite")
     with torch.inference_mode(False):
@@ -252,13 +252,7 @@ def _settings(
     if kernels != "auto":
         raise OptionError(f"kernels={kernels!r}: this version supports 'auto' only")
     rules = checked(lowering.DEFAULT_RULES if lower is True else lower or ())
-    if max_error is not None and not isinstance(max_error, numbers.Real):
-        raise OptionError(f"max_error={max_error!r}: use a number of at least 0, or None")
-    if where is not None and not isinstance(where, str) and not callable(where):
-        raise OptionError(f"where={where!r}: use a name pattern, a predicate over sites, or None")
-    if not (device is None or isinstance(device, str | Device)):
-        raise OptionError(f"device={device!r}: use the name of a device, a Device, or None")
-    found = None if device is None else Device.get(device)
+    found = device_of(device)
     batches = None if calibration is None else Calibration.of(calibration)
     if batches is not None and not any(p.calibrates for p in passes):
         warn("calibration is given, but none of the passes makes use of it")

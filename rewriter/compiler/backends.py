@@ -34,6 +34,7 @@ from rewriter.compiler.ledgers import Graph, Sketch, record
 from rewriter.compiler.user_code import Frame, guard_mode, source_name
 from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
+from rewriter.engine.decide import device_of
 from rewriter.engine.prices import Prices
 from rewriter.errors import OptionError, RewriteError, RewriteWarning, nearest, warn
 from rewriter.planner import MemoryBudget
@@ -134,18 +135,9 @@ class Backend:
             raise OptionError(
                 f"inner={self.inner!r} is unknown{nearest(str(self.inner), [*INNER])}"
             )
-        if not (self.device is None or isinstance(self.device, str | Device)):
-            raise OptionError(
-                f"device={self.device!r}: use the name of a device, a Device, or None"
-            )
-        if not (self.where is None or isinstance(self.where, str) or callable(self.where)):
-            raise OptionError(f"where={self.where!r}: use a name pattern, a predicate, or None")
         for name in ("install", "lossy"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r}: use True or False")
-        limit = self.max_error
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
-            raise OptionError(f"max_error={limit!r}: use a number, or None")
         if not (self.mode is None or isinstance(self.mode, str)):
             raise OptionError(f"mode={self.mode!r}: use the name of one of torch.compile's modes")
         if self.memory_budget is not None:
@@ -161,8 +153,8 @@ class Backend:
         strange = [name for name in self.inductor or {} if not isinstance(name, str)]
         if strange:
             raise OptionError(f"inductor: the names of Inductor's options are text, not {strange}")
-        found = None if self.device is None else Device.get(self.device)
-        self._options = Options(self.objective, self.max_error, self.where, found)
+        device = device_of(self.device)
+        self._options = Options(self.objective, self.max_error, self.where, device)
         self._check_conflicts()
         self._inner = self._compiler(self.mode)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "Proposal",
     "check_passes",
     "check_patterns",
+    "device_of",
     "objections",
     "ties",
     "unsafe",
@@ -57,10 +59,27 @@ class Options:
     lower: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
+        limit, where = self.max_error, self.where
         if self.objective not in (None, *OBJECTIVES):
             raise OptionError(f"objective={self.objective!r}: use None or one of {OBJECTIVES}")
-        if self.max_error is not None and not self.max_error >= 0:
-            raise OptionError(f"max_error={self.max_error!r}: use a number of at least 0, or None")
+        number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
+        if limit is not None and not (number and limit >= 0):
+            raise OptionError(f"max_error={limit!r}: use a number of at least 0, or None")
+        if not (where is None or isinstance(where, str) or callable(where)):
+            raise OptionError(
+                f"where={where!r}: use a name pattern, a predicate over sites, or None"
+            )
+
+
+def device_of(device: Any) -> Device | None:
+    """The device of this name, or the device itself.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    if not (device is None or isinstance(device, str | Device)):
+        raise OptionError(f"device={device!r}: use the name of a device, a Device, or None")
+    return None if device is None else Device.get(device)
 
 
 @dataclass
