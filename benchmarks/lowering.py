@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from _harness import arguments, command, keep_the_heap, load_script, parse, write_results
+from _models import mlp
 from torch import Tensor, nn
 
 from rewriter import rewrite
@@ -62,7 +63,9 @@ FOLDING = (
 )
 QUICK = (
     latency.Subject("conv block", Block, {"2x32²": image(2, 32)}),
-    latency.Subject("MLP", latency.mlp, {"12x784": latency.features(12, 784)}),
+    latency.Subject(
+        "MLP", partial(mlp, 784, 1200, 1200, 10), {"12x784": latency.features(12, 784)}
+    ),
 )
 
 
