@@ -60,12 +60,12 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of an op, as its record is asked what it amounts to.
+    """One run of an op, as `Record.parts` is given it.
 
     Args:
         sizes: what `Record.sizes` gave.
         dtype: of the numbers that are multiplied or moved, e.g. "float32".
-        weight_bytes: of the parameters and buffers that it reads.
+        weight_bytes: bytes of the parameters and buffers that the op reads.
     """
 
     sizes: tuple[int, ...]
@@ -98,7 +98,7 @@ class Part:
 
 
 def element_size(dtype: str) -> int:
-    """Bytes of a number that a product is of; of int8 layers, of the numbers around them."""
+    """Bytes of one operand's number in a product of this dtype; for int8, of float32 around it."""
     return 2 if dtype in ("bfloat16", "float16") else 8 if dtype == "float64" else 4
 
 
@@ -106,7 +106,7 @@ def product(run: Run, batch: int, m: int, n: int, k: int, weight_bytes: int = 0)
     """`batch` products [m, k] @ [k, n] in one call, 2·batch·m·n·k FLOPs.
 
     Args:
-        run: whose dtype it has.
+        run: the op's run, whose dtype the product has.
         batch, m, n, k: sizes.
         weight_bytes: what it reads of the op's weights.
     """
@@ -124,7 +124,7 @@ def product(run: Run, batch: int, m: int, n: int, k: int, weight_bytes: int = 0)
 
 
 def moved(run: Run, kind: str, op: str, elements: int, each: int) -> Part:
-    """A pass over `elements`, of each of which it reads and writes `each` bytes together."""
+    """One run over `elements` elements; `each`: bytes read and written per element, together."""
     half = elements * each // 2
     return Part(op, kind, run.dtype, 0, half, half, 0, (elements,))
 
@@ -236,7 +236,7 @@ class Record:
         derives: what the backward can make again.
         forms: smaller forms that it makes of tensors, of which a memory plan may choose.
         companions: the other ops that belong to it, its backward most of all.
-        module: which has to be imported before a program that calls the op is loaded; "" where it
+        module: the module to import before a program that calls the op is loaded; "" where that
             is the one that defines the reference.
     """
 
@@ -274,7 +274,7 @@ class Record:
 
     @property
     def needs(self) -> str:
-        """The module that defines it."""
+        """The module to import, so that the op is defined."""
         return self.module or self.reference.__module__
 
     def sizes_of(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -355,7 +355,7 @@ def of_kind(name: str) -> Record | None:
 
 
 def records() -> Iterator[Record]:
-    """Each once, by name."""
+    """All records, each once, in the order of their names."""
     unique = {id(r): r for r in _by_name.values()}
     return iter(sorted(unique.values(), key=lambda r: r.name))
 
@@ -452,7 +452,7 @@ def _check_derived(record: Record) -> None:
 
 
 def _formula(record: Record, name: str) -> Callable[..., Any] | None:
-    """The formula to register; None where there is one."""
+    """The FLOP formula to register; None where one is registered already."""
     companion = next((c for c in record.companions if c.name == name), None)
     given = record.flops if companion is None else companion.flops or record.flops
     known = _packet(name) in flop_registry

@@ -18,7 +18,7 @@ __all__ = ["block", "dead_nodes", "left_over", "names_of_module"]
 
 
 class _Whole(Protocol):
-    """What of a `View` is read here."""
+    """The attributes of a `View` that this file reads."""
 
     @property
     def root(self) -> nn.Module: ...
@@ -133,7 +133,7 @@ def _shown(shape: tuple[str, str, tuple[int | str, ...]]) -> str:
 def _skip_path(
     node: Node, inside: set[Node], owner: nn.Module, through: dict[str, None]
 ) -> tuple[Node | None, int]:
-    """The value outside of the block that sums carry to `node`, and over how many of them."""
+    """The value outside of the block that additions carry to `node`, and how many do."""
     if node not in inside:
         return (None, 0) if node.op == "get_attr" else (node, 0)
     name = spelled(node, owner)
@@ -178,8 +178,8 @@ def dead_nodes(hosted: HostedGraph, cuts: Iterable[Cut], names: Sequence[str]) -
 
 
 def left_over(view: _Whole, blocks: Sequence[Subgraph]) -> Skip | None:
-    """Why blocks cannot go: something inside stays in use, or something outside would be left
-    without one."""
+    """Why blocks cannot go: something inside stays in use, or something outside would no longer
+    be in use."""
     cuts = [c for b in blocks for c in b.cuts]
     names = [n for b in blocks for n in b.names]
     for hosted in view.graphs:

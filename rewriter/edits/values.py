@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 BLOCK = "block"
-"""The kind of site that a module with modules inside is."""
+"""The kind of a site that is a module with modules inside."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Subgraph:
 
 @dataclass(frozen=True, eq=False)
 class Width:
-    """All that has one entry per hidden neuron; `View.width` finds it.
+    """The layers that have one entry per hidden neuron; `View.width` finds them.
 
     Args:
         size: how many neurons there are.

@@ -28,10 +28,10 @@ class View:
     Args:
         root: the module tree.
         graphs: all that there are, of both modes.
-        sites: all of the model's.
-        chosen: those of the pass's kinds (with moments, where calibrated) that it may edit.
-        shapes: of the values of a graph, at all open sizes; None where they are not known.
-        unsafe: why the engine cannot change a site.
+        sites: all sites of the model.
+        chosen: the sites of the pass's kinds (with moments, where calibrated) that it may edit.
+        shapes: a graph → the shapes of its values at all open sizes; None where not known.
+        unsafe: a site → why the engine cannot change it; None where it can.
         typed: whether example inputs gave the values types.
     """
 
@@ -44,8 +44,8 @@ class View:
     typed: bool = True
 
     def places(self, pattern: Pattern) -> list[Site]:
-        """Where the model has a pattern of several operations, each place once; `parts` has the
-        sites of its steps under their positions."""
+        """Where the model has a pattern of several operations, each place once; `Site.parts` has
+        the site of each step, by its position."""
         return find_places(self.root, self.graphs, pattern)
 
     def block(self, name: str) -> Subgraph | Skip:

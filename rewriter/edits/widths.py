@@ -20,7 +20,7 @@ __all__ = ["width"]
 
 
 class _Whole(Protocol):
-    """What of a `View` is read here."""
+    """The attributes of a `View` that this file reads."""
 
     @property
     def root(self) -> nn.Module: ...
@@ -91,7 +91,7 @@ class _Search:
         return reason or self.unmet()
 
     def make(self, site: Site) -> Skip | None:
-        """A layer that makes the neurons: all of its calls."""
+        """Notes a layer that makes the neurons, and follows all of its calls; why it cannot be."""
         if site.module is None or not isinstance(site.weight, Tensor):
             return Skip("{} is called as a function", site.fqn)
         if site.out_features != self.size:
@@ -173,7 +173,7 @@ class _Search:
         return value.dim() if isinstance(value, Tensor) else 0
 
     def unmet(self) -> Skip | None:
-        """Every call of a layer that reads the neurons must read them."""
+        """Why layers that read the neurons cannot be cut: a call of one reads something else."""
         for site in self.columns.values():
             for node in site.nodes:
                 if node.args[0] not in self.wide:

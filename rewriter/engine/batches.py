@@ -1,4 +1,4 @@
-"""Batches that a user hands over beside the example inputs."""
+"""`Calibration`: batches that a user hands over beside the example inputs."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def unsafe(capture: Capture, site: Site, sites: Sequence[Site]) -> Skip | None:
 def ties(
     capture: Capture, proposals: Sequence[Proposal]
 ) -> tuple[list[Proposal], list[tuple[Proposal, str]]]:
-    """One weight under several names: all of its users get one layer, or none does.
+    """Groups the proposals that share a weight: all of its users get one layer, or none does.
 
     Returns:
         The proposals that stand, those of one weight with one layer and one group; and those that

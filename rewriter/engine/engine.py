@@ -1,4 +1,4 @@
-"""The engine: runs passes over a captured model, and is the only code that mutates.
+"""The engine: runs passes over a captured model; `rewriter.engine.install` changes it for them.
 
 `Engine.run` is the list of a pass's stages (`rewriter.engine.pass_run`); what the model costs in
 between is in `rewriter.engine.prices`.
@@ -55,10 +55,10 @@ class Engine:
         capture: the model; mutated by `run`.
         options: how to decide.
         recipe: what was installed, for the store.
-        prices: what the model costs; made from the first two.
-        outputs: of the model as it is now, on the example inputs.
-        model: the user's own, unchanged, to measure against; None where it is rewritten in place.
-        first_s: measured seconds of the original.
+        prices: what the model costs; made from `capture` and `options.device`.
+        outputs: the flat outputs of the model as it is now, on the example inputs.
+        model: the user's model, unchanged, to measure against; None where it is rewritten in place.
+        first_s: measured seconds of a forward of the original model.
         memory: what trains the model by a memory plan; None without a budget.
         lowering: the fused ops that run in eval mode.
     """
@@ -160,7 +160,7 @@ class Engine:
         return step
 
     def lower(self) -> list[Step]:
-        """Applies the rules of lowering to the eval graphs: the step, where any has a place.
+        """Applies the lowering rules to the eval graphs; their step of the report, [] without one.
 
         Raises:
             VerifyError: a rule changes a type, or fails itself.
@@ -220,7 +220,7 @@ class Engine:
         recipe.memory = None if self.memory is None else self.memory.budget
 
     def replay(self, edits: Sequence[Record]) -> None:
-        """Carries out the edits of a saved rewrite, on the graphs that there are and on the tree.
+        """Carries out the edits of a saved rewrite, on the module tree and on captured graphs.
 
         Raises:
             StoreError: the model has no such places.
@@ -250,7 +250,7 @@ class Engine:
                 resize(root, record)
 
     def place(self, layers: Mapping[str, nn.Module]) -> None:
-        """Installs given layers at their names: a saved rewrite comes back.
+        """Installs the layers of a saved rewrite, each at the site of its dotted name.
 
         Raises:
             StoreError: the model has no site of such a name.

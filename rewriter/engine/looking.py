@@ -14,7 +14,7 @@ __all__ = ["sites_of", "unmatched"]
 
 
 def sites_of(capture: Capture) -> list[Site]:
-    """Called sites first; then layers that the captured forward never calls."""
+    """All sites of a captured model: called ones, then layers that its forward never calls."""
     root = capture.root
     graphs: dict[bool, list[tuple[str, fx.Graph]]] = {False: [], True: []}
     for region, mode, graph in capture.graphs():

@@ -51,19 +51,19 @@ class PassRun:
         rewrite: the pass.
         capture: the model; `install` changes it.
         options: how to decide.
-        costs: of the sites, before the pass, by name.
+        costs: what each site cost before the pass, by name.
         resident: bytes of all weights of the model.
-        sites: all of the model's, before the pass.
-        matching: those of the kinds that the pass takes.
+        sites: all sites of the model, before the pass.
+        matching: the sites of the kinds that the pass takes.
         proposals: the replacements that still stand.
         decisions: what became of every site, with the reason.
         notes: what else the report says of the pass.
-        plan: of a pass that plans, checked; empty for others.
-        before: what the pass may not change.
-        looks, edited: the decisions on what is installed, and on what is removed and resized,
-            which read the sites as they were.
+        plan: the checked plan of a pass that plans; empty for others.
+        before: types and parameters of the model before the pass, which may not change.
+        looks: decisions on the layers that are installed, made while their sites stood.
+        edited: decisions on the removed blocks and resized layers, made while those stood.
         error: by which the outputs on the example inputs moved; None where that is not known.
-        changed: what stands at removed places, and the layers that were cut.
+        changed: the modules at the places of removed blocks, and the layers that were cut.
     """
 
     rewrite: Pass
@@ -172,7 +172,7 @@ class PassRun:
         return found + (blocks_of(root) if BLOCK in self.rewrite.matches else [])
 
     def decide(self) -> None:
-        """Leaves the proposals that nothing speaks against; why the others fall is a decision."""
+        """Keeps the proposals that nothing speaks against; the others become declined decisions."""
         proposals, refused = ties(self.capture, self.proposals)
         if not self.rewrite.plans:
             self.decisions += [_decision(p.site, "skipped", reason) for p, reason in refused]
@@ -259,7 +259,7 @@ class PassRun:
         """Completes the decisions with kernels and costs, and lists what no pass looked at.
 
         Args:
-            costs: of the sites, after the pass, by name.
+            costs: what each site costs after the pass, by name.
         """
         for p, look in zip(self.proposals, self.looks, strict=True):
             layer, kernel = p.replacement.layer, "torch"

@@ -50,7 +50,7 @@ def run(
 def prepare(
     root: nn.Module, example_inputs: Any, options: Options | None = None, *, strict: bool = False
 ) -> Engine:
-    """An engine around the engine's own copy of a model, captured and ready to run passes."""
+    """Captures a model, which the engine may change; the engine for it, ready to run passes."""
     captured = capture(root, example_inputs, strict=strict)
     return Engine(captured, options or Options())
 

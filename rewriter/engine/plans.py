@@ -65,8 +65,8 @@ def view_of(
 
     Args:
         capture: priced, so that values have their types.
-        sites: all that there are.
-        chosen: those that the pass may edit.
+        sites: all sites of the model; None finds them.
+        chosen: the sites that the pass may edit.
     """
     known = tuple(sites_of(capture) if sites is None else sites)
     regions = {id(g): (r, mode) for r, mode, g in capture.graphs()}
@@ -86,7 +86,7 @@ def view_of(
 
 
 def _shapes(root: nn.Module, region: Region, mode: bool) -> Mapping[fx.Node, Shape] | None:
-    """Of all values of a graph at all open sizes; None where they are not known."""
+    """Shapes of all values of a graph at all open sizes; None where they are not known."""
     if region.signature is None or region.leaves is None or mode not in region.signature.dims:
         return None
     sizes = region.signature.open_sizes(mode, region.leaves)
@@ -131,7 +131,7 @@ def checked(rewrite: Pass, view: View, edits: object) -> Plan:
 
 
 def _own(rewrite: Pass, view: View, edit: Edit) -> None:
-    """A site of another model, or of this one before it was changed, is none."""
+    """Raises PassError where an edit's site is of another model, or of this one before a change."""
     site = edit.subgraph.site if isinstance(edit, Remove) else edit.site
     graphs = {g.graph for g in view.graphs}
     nodes = list(site.nodes)
@@ -165,7 +165,7 @@ def _resized(edit: Resize, found: Width) -> Resized:
 
 
 def _removable(rewrite: Pass, view: View, edit: Remove) -> None:
-    """The subgraph is again what the view says of its module: it may have been made by hand."""
+    """Raises PassError where a subgraph, perhaps made by hand, is not the view's of its module."""
     found = view.block(edit.subgraph.site.fqn)
     if isinstance(found, Skip):
         raise PassError(f"{rewrite}: {named(edit)} is impossible: {found.reason}")
@@ -202,7 +202,7 @@ def _proposal(rewrite: Pass, view: View, edit: Replace) -> Proposal:
 
 
 def _apart(rewrite: Pass, edits: Iterable[Edit], widths: Mapping[int, Width]) -> None:
-    """No two edits change one place."""
+    """Raises PassError where two edits change one place."""
     taken: list[tuple[Edit, set[tuple[str, str]]]] = []
     for edit in edits:
         own = places(edit, widths.get(id(edit)))

@@ -15,8 +15,8 @@ __all__ = ["fresh_graphs", "restored_on_error", "undone_on_error"]
 
 
 def fresh_graphs(capture: Capture) -> dict[fx.Node, fx.Node]:
-    """Puts copies in the place of all graphs, which may be changed then while the graphs of
-    before stay as they were; returns the copy of every node."""
+    """Puts a copy in the place of every graph, so that the copies may be changed while the
+    originals stay; returns the copy of every node."""
     twins: dict[fx.Node, fx.Node] = {}
     for region in capture.regions:
         copies: dict[bool, fx.Graph] = {}

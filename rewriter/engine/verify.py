@@ -1,4 +1,4 @@
-"""What must hold after every pass; always on."""
+"""Checks of what must hold after every pass; no option turns them off."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ class Lowered:
     """What runs instead of an eval graph where no gradient is wanted.
 
     Args:
-        rules: that were applied.
-        chosen: where.
+        rules: the table of rules, in the order in which they are tried.
+        chosen: keys of the applications that passed their check.
     """
 
     def __init__(self, rules: Sequence[Rule], chosen: Collection[Key]) -> None:
@@ -84,7 +84,7 @@ class Lowered:
 
 
 def _plain_call(root: nn.Module, leaves: Sequence[Any]) -> bool:
-    """Whether nobody looks on: no gradient, no tracing, no mode that wants to see the layers."""
+    """Whether a call wants no gradient, is not traced, and runs in no mode that sees layers."""
     if torch.is_grad_enabled() and (
         any(p.requires_grad for p in root.parameters())
         or any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
@@ -106,7 +106,7 @@ def _is_plain_tensor(tensor: Tensor) -> bool:
 
 
 class _Bound:
-    """The fused program over one module tree, as that is."""
+    """The rules bound to one module tree: their places, its layers, and the fused program."""
 
     def __init__(
         self, root: nn.Module, program: Program, rules: Sequence[Rule], chosen: Collection[Key]
@@ -149,7 +149,7 @@ class _Bound:
 
 @dataclass(frozen=True)
 class _Made:
-    """A fused program and what goes into it behind the inputs."""
+    """A fused program, the derived tensors that it takes after its inputs, and their stamp."""
 
     program: Program
     tensors: Tensors
@@ -183,7 +183,7 @@ class _Layers:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """Hooks and plain attributes."""
+    """A module's hooks and plain attributes, by name."""
     return {
         k: dict(v) if is_hook_dict(k) else v
         for k, v in vars(module).items()

@@ -49,9 +49,9 @@ class PricedGraph:
 
     Args:
         root: the tree.
-        graph: that lives on it.
+        graph: the lowered graph.
         fused: the node of each application.
-        replaced: the names of the nodes in whose place it is.
+        replaced: names of the nodes of the eval graph that each application replaces.
     """
 
     root: nn.Module
@@ -68,8 +68,8 @@ class Lowering:
         lowered: per region (dotted name) what runs in its eval graph's place.
         step: of the report; None where no rule has a place.
         cost: of the lowered model.
-        graph: of the whole model, to be priced at other sizes; None where it is in parts.
-        held: bytes that each application derives.
+        graph: the lowered graph of a model captured whole, to be priced at other sizes.
+        held: bytes of the tensors that each application derives.
     """
 
     lowered: dict[str, Lowered] = field(default_factory=dict)
@@ -88,8 +88,8 @@ def lower(
         capture: the model after all passes, hosted. Without example inputs, or on meta, nothing
             could be checked, and nothing is done.
         rules: in the order in which they are tried.
-        cost: of the model as it is.
-        fakes: of its weights.
+        cost: what the model costs as it is.
+        fakes: fake tensors of its weights.
 
     Raises:
         VerifyError: a rule gives a value of another type than what it replaces, or fails itself.
@@ -124,7 +124,7 @@ def lower(
 
 
 def _regions(capture: Capture) -> list[Region]:
-    """Whose eval graph runs, and on which inputs is known."""
+    """The regions whose eval graph runs, and whose example inputs are known."""
     return [r for r in capture.regions if r.hosted and False in r.graphs and r.leaves is not None]
 
 
@@ -204,7 +204,7 @@ class _Checker(fx.Interpreter):
 
 
 def _held_bytes(place: Place, tensors: Sequence[Tensor | None]) -> int:
-    """Of derived tensors, but for those that are a layer's own."""
+    """Bytes of the derived tensors, without those that are a layer's own."""
     own = {t.data_ptr() for m in place.modules if m is not None for t in m.parameters()}
     return sum(
         t.numel() * t.element_size()
@@ -239,8 +239,8 @@ def _decisions(
     refusals: Sequence[Refusal],
     checker: _Checker,
 ) -> dict[Key, Decision]:
-    """One a place, in the graph's order. What a longer pattern refuses and a shorter one takes is
-    no refusal."""
+    """One decision per place, in the graph's order. A place that one rule refuses and another
+    takes is no refusal."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     rows = {a.key: (order[a.place.match.nodes[0]], _done(prefix, a, checker)) for a in applications}
     taken = {n for a in applications for n in a.place.match.nodes}
@@ -337,7 +337,7 @@ def _account(
 
 
 def _saved(before: Cost, after: Cost) -> str:
-    """As text: a layer's own formulas over open sizes are not those of a whole place."""
+    """Launches and traffic as text: a layer's formulas over open sizes are not a whole place's."""
     return (
         f"launches {before.launches} → {after.launches}, "
         f"traffic {before.bytes_moved / 1e6:.4g} → {after.bytes_moved / 1e6:.4g} MB on the example"

@@ -20,7 +20,7 @@ from rewriter.spellings import autocast_at, spelled
 __all__ = ["Application", "Key", "Refusal", "lowered_graph", "places"]
 
 Key = tuple[str, str]
-"""(pattern, name of the first node): one application, also in a graph that was pickled."""
+"""Names an application by (pattern, name of its first node), which a pickled graph keeps."""
 _WEIGHTED = frozenset({"conv", "conv_transpose", "batch_norm", "linear"})
 
 
@@ -52,10 +52,10 @@ def places(
     """Where rules apply: an earlier rule before a later one, and every node in one place at most.
 
     Args:
-        graph: of eval mode.
+        graph: an eval graph.
         root: the module tree that it lives on.
-        rules: in their order.
-        only: leaves out all other applications.
+        rules: in the order in which they are tried.
+        only: keys of the applications to look for; None for all.
     """
     taken: set[fx.Node] = set()
     applications: list[Application] = []

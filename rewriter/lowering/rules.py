@@ -1,4 +1,4 @@
-"""A rule says how: pattern → fused op, both of which compute the same up to rounding."""
+"""`Rule`: a pattern of the eval graph, and the fused op that computes the same there."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Fused:
 
     Args:
         name: of the op, as the report has it.
-        run: one value of a chain; a tuple of a fan, in the order of its calls.
+        run: gives one value for a chain; a tuple for a fan, in the order of its calls.
         derive: tensors made of the layers' weights: once, and again whenever those change.
         constants: further arguments, JSON-like.
         unless: why the op cannot stand at a place; None where it can.
@@ -91,14 +91,14 @@ class Fused:
 
 @dataclass(frozen=True)
 class Rule:
-    """pattern → fused op.
+    """A pattern of operations, and the fused op that runs in its place.
 
     Args:
         pattern: of `rewriter.modules.patterns`, e.g. `conv >> batch_norm`.
         fused: what runs there instead.
 
     Raises:
-        OptionError: the pattern is none, or there is no fused op.
+        OptionError: `pattern` is no pattern, or `fused` no `Fused`.
     """
 
     pattern: Pattern
