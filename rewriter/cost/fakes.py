@@ -5,6 +5,7 @@ their layers."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -36,7 +37,7 @@ class Results:
         own = _OWN.get(func)
         if own is not None:
             return own(func, args, kwargs)
-        if not _makes(func):
+        if not _by_types(func):
             return func(*args, **kwargs)
         tensors: list[Tensor] = []
         try:
@@ -45,12 +46,10 @@ class Results:
         except (_Particular, TypeError):  # what has no hash
             return func(*args, **kwargs)
         if types is not None:
-            return _map(types, lambda t: new_fake(self.mode, *t))
+            return _map(types, lambda t: t.tensor(self.mode, tensors))
         result = func(*args, **kwargs)
-        try:
+        with suppress(_Particular):
             self.known[key] = self._made(result, tensors)
-        except _Particular:
-            pass
         return result
 
     def _type(self, value: Any, tensors: list[Tensor]) -> Any:
@@ -68,15 +67,21 @@ class Results:
         return type(value), value
 
     def _made(self, value: Any, sources: Sequence[Tensor]) -> Any:
-        """The types of a result, of new tensors in storages of their own."""
-        storages = {storage_key(t) for t in sources}
+        """The types of a result: of new tensors in storages of their own, or of a view."""
+        storages = {storage_key(t): i for i, t in reversed([*enumerate(sources)])}
+        if isinstance(value, Tensor) and storage_key(value) in storages:
+            self._check(value)
+            source = storages[storage_key(value)]
+            if value is sources[source] or value.dtype != sources[source].dtype:
+                raise _Particular
+            return _Type(value, source)
 
         def type_of(tensor: Tensor) -> _Type:
             self._check(tensor)
             if (key := storage_key(tensor)) in storages or not _fills(tensor):
                 raise _Particular
-            storages.add(key)
-            return _Type((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+            storages[key] = -1
+            return _Type(tensor)
 
         return _map(value, type_of)
 
@@ -104,8 +109,23 @@ class _Particular(Exception):
     """An op is run each time: what it returns may depend on more than types."""
 
 
-class _Type(tuple[Any, ...]):
-    """(shape, strides, dtype, device) of a new tensor."""
+class _Type:
+    """Of a new tensor; or of a view, with the place of the argument whose memory it shares."""
+
+    def __init__(self, tensor: Tensor, source: int | None = None) -> None:
+        self.form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        self.offset, self.source = int(tensor.storage_offset()), source
+
+    def tensor(self, mode: FakeTensorMode, given: Sequence[Tensor]) -> Tensor:
+        """A fake of this type, where `given` are the arguments."""
+        if self.source is None:
+            return new_fake(mode, *self.form)
+        shape, stride, dtype, device = self.form
+        storage = given[self.source].untyped_storage()
+        with torch._C._DisableTorchDispatch():
+            held = torch.empty(0, dtype=dtype, device="meta")
+            held.set_(storage, self.offset, shape, stride)
+            return FakeTensor(mode, held, device)
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -129,15 +149,13 @@ def _fills(tensor: Tensor) -> bool:
 
 
 @cache
-def _makes(func: Any) -> bool:
-    """Whether an op of PyTorch's own makes new tensors of a type that those of its arguments
+def _by_types(func: Any) -> bool:
+    """Whether an op is PyTorch's own, writes nothing, and gives what the types of its arguments
     tell."""
     if not isinstance(func, OpOverload) or func.namespace not in ("aten", "prims"):
         return False
-    schema = func._schema
-    aliased = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
     by_data = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-    return not aliased and by_data.isdisjoint(func.tags)
+    return not func._schema.is_mutable and by_data.isdisjoint(func.tags)
 
 
 def is_plain(tensor: Tensor) -> bool:
