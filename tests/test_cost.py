@@ -11,12 +11,20 @@ from _tracker import Tracker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from rewriter.base import Layer
-from rewriter.cost import Cost, model_cost, propagate, storage_cost
+from rewriter.cost import Cost, Fakes, model_cost, propagate, storage_cost
 from rewriter.errors import RewriteError, StoreError, VerifyError
 
 
@@ -467,3 +475,61 @@ def test_sum_of_costs(a: Cost, b: Cost) -> None:
 def test_from_dict_refuses_foreign_fields() -> None:
     with pytest.raises(StoreError, match="colour"):
         Cost.from_dict({"params": 1, "colour": 2})
+
+
+ATEN = torch.ops.aten
+OPS = [
+    (ATEN.add.Tensor, lambda x: (x, 1)),
+    (ATEN.add.Tensor, lambda x: (x, 1.0)),
+    (ATEN.add.Tensor, lambda x: (x, True)),
+    (ATEN.add.Tensor, lambda x: (x, x.mT)),
+    (ATEN.transpose.int, lambda x: (x, 0, 1)),
+    (ATEN.slice.Tensor, lambda x: (x, 0, 1, 3)),
+    (ATEN.split.Tensor, lambda x: (x, 2)),
+    (ATEN.cat.default, lambda x: ([x, x],)),
+    (ATEN.max.dim, lambda x: (x, 0)),
+    (ATEN._to_copy.default, lambda x: (x,)),
+    (ATEN._unsafe_view.default, lambda x: (x.contiguous(), [16])),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_remembered_result_is_of_the_type_that_pytorch_derives(
+    dtype: torch.dtype, transposed: bool
+) -> None:
+    fakes = Fakes()
+    for _ in range(2):  # the second time from memory
+        x = fakes.of(torch.ones(4, 4, dtype=dtype))
+        with fakes.mode:
+            x = x.mT if transposed else x
+            for op, arguments in OPS:
+                given = arguments(x)
+                found, expected = fakes.results.of(op, given, {}), op(*given)
+                assert typed(found, given[0]) == typed(expected, given[0]), op
+
+
+def typed(value: Any, source: Any) -> Any:
+    """Of each tensor its type, and whether it shares the memory of an argument."""
+    if not isinstance(value, Tensor):
+        return [typed(v, source) for v in value]
+    key = value.untyped_storage()._cdata
+    shares = isinstance(source, Tensor) and key == source.untyped_storage()._cdata
+    offset, size = value.storage_offset(), value.untyped_storage().nbytes()
+    return value.shape, value.stride(), offset, size, value.dtype, value.device, shares
+
+
+def test_what_writes_or_depends_on_data_or_on_open_sizes_is_not_remembered() -> None:
+    fakes = Fakes()
+    x = fakes.of(torch.ones(4, 4))
+    with fakes.mode:
+        assert fakes.results.of(ATEN.add_.Tensor, (x, 1), {}) is x
+        with pytest.raises(DynamicOutputShapeException):
+            fakes.results.of(ATEN.nonzero.default, (x,), {})
+    environment = Fakes(ShapeEnv())
+    context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    y = environment.mode.from_tensor(torch.ones(4, 4), symbolic_context=context)
+    with environment.mode:
+        environment.results.of(ATEN.add.Tensor, (y, 1), {})
+    assert not fakes.results.known
+    assert not environment.results.known

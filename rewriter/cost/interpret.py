@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_aggregate
 
 from rewriter.cost.cost import Cost, storage_cost
+from rewriter.cost.fakes import Results, is_plain, new_fake
 from rewriter.cost.memory import storage_key
 from rewriter.cost.meter import GraphCost, Meter, Tally
 from rewriter.cost.symbolic import Size, condition, largest, number
@@ -119,6 +120,7 @@ class Fakes:
     def __init__(self, environment: ShapeEnv | None = None) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
+        self.results = Results(self.mode)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The fake of a real tensor, the same one every time."""
@@ -126,7 +128,11 @@ class Fakes:
             fake = self.known[id(tensor)][1]
             if fake.shape == tensor.shape and fake.dtype == tensor.dtype:
                 return fake
-        fake = self.mode.from_tensor(tensor.detach(), static_shapes=True)
+        if is_plain(tensor):
+            form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+            fake = new_fake(self.mode, *form)
+        else:
+            fake = self.mode.from_tensor(tensor.detach(), static_shapes=True)
         self.known[id(tensor)] = tensor, fake  # holds the tensor, so that its id stays its own
         return fake
 
@@ -267,6 +273,10 @@ class Run:
             return _number(leaf)
 
         return map_aggregate(value, fake)
+
+    def fake_result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an op on fake tensors."""
+        return self.fakes.results.of(func, args, kwargs)
 
     def number(self, value: Any) -> Size:
         """A size as torch gives it, as a number or a formula."""

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rewriter.cost.cost import Cost
-from rewriter.cost.fakes import fake_result
 from rewriter.cost.formulas import Traffic, flop_formula, is_free, traffic
 from rewriter.cost.memory import Memory, storage_key, tensors_in, touched, traffic_bytes
 from rewriter.cost.symbolic import Size, largest, least
@@ -111,6 +110,10 @@ class Run(Protocol):
         """A size as torch gives it, as a number or a formula."""
         ...
 
+    def fake_result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an op on fake tensors."""
+        ...
+
     def weight(self, tensor: Tensor) -> Tensor:
         """The fake of a parameter, a buffer or a constant."""
         ...
@@ -156,7 +159,7 @@ class Meter(TorchDispatchMode):
                 return out
         args, kwargs = map_aggregate((args, kwargs), self.fake)
         try:
-            out = fake_result(func, args, kwargs)
+            out = self.run.fake_result(func, args, kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
             out = self.data_dependent(func, args, kwargs)
         self.count(func, args, kwargs, out)
