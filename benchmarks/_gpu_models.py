@@ -141,7 +141,7 @@ def training(quick: bool, compile_too: bool) -> Found:
     for name, model in made.items():
         runs: Callable[[Tensor], Tensor] = torch.compile(model) if compile_too else model
         steps[name] = step_of(model, runs, tokens)
-    peaks = {name: _peak_of(step) for name, step in steps.items()}
+    peaks = {name: _peak_of(step, made[name]) for name, step in steps.items()}
     found = times(steps, seconds=6, least=5, most=12)
     for name in steps:
         yield (
@@ -158,16 +158,18 @@ def training(quick: bool, compile_too: bool) -> Found:
         )
 
 
-def _peak_of(step: Call) -> float:
-    """MB above what is held before, optimizer state of the first step included."""
+def _peak_of(step: Call, model: nn.Module) -> float:
+    """MB of the model and of what its first step holds, optimizer state included; not what the
+    other models beside it hold."""
     if not torch.cuda.is_available():
         step()
         return 0.0
     synchronize()
+    others = torch.cuda.memory_allocated() - sum(p.nbytes for p in model.parameters())
     torch.cuda.reset_peak_memory_stats()
     step()
     synchronize()
-    return torch.cuda.max_memory_allocated() / 1e6
+    return (torch.cuda.max_memory_allocated() - others) / 1e6
 
 
 def compiled_ahead(name: str) -> Found:

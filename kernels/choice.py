@@ -7,6 +7,7 @@ CPU and this version of torch, so that the next process chooses alike without me
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import torch
 
 from rewriter.kernels.native import cache_folder, fingerprint
 
-__all__ = ["fastest", "forget", "rows_bucket"]
+__all__ = ["fastest", "forget", "known", "rows_bucket"]
 
 Candidates = Mapping[str, Callable[[], object]]
 _MOST_ROWS = 2048
@@ -30,12 +31,26 @@ _read: set[Path] = set()
 _lock = threading.Lock()
 
 
-def rows_bucket(rows: int) -> int:
-    """Rows up to the next power of two, at most 2048, count as equal: measured at that many."""
-    return min(1 << max(rows - 1, 0).bit_length(), _MOST_ROWS)
+def rows_bucket(rows: int, most: int = _MOST_ROWS) -> int:
+    """Rows up to the next power of two, at most `most`, count as equal: measured at that many."""
+    return min(1 << max(rows - 1, 0).bit_length(), most)
 
 
-def fastest(key: str, version: str, candidates: Callable[[], Candidates], lead: float = 0.0) -> str:
+def known(key: str, version: str) -> str | None:
+    """What `fastest` would answer without measuring; None where it would measure."""
+    if not _read:
+        with _lock:
+            _load()
+    return _known.get(f"{version} {key}")
+
+
+def fastest(
+    key: str,
+    version: str,
+    candidates: Callable[[], Candidates],
+    lead: float = 0.0,
+    device: torch.device | None = None,
+) -> str:
     """The name of the candidate with the least time.
 
     Args:
@@ -45,6 +60,7 @@ def fastest(key: str, version: str, candidates: Callable[[], Candidates], lead: 
             known of this key yet.
         lead: by which share of its time the first one must be beaten, or it stays the choice: what
             is less may be noise.
+        device: a GPU on which the candidates run, whose own time then counts; None on a CPU.
     """
     full = f"{version} {key}"
     if full in _known:
@@ -53,7 +69,7 @@ def fastest(key: str, version: str, candidates: Callable[[], Candidates], lead: 
         _load()
         if full not in _known:
             with torch.inference_mode(False), torch.no_grad():
-                found = _measure(candidates(), lead)
+                found = _measure(candidates(), lead, device)
             _known[full] = found
             _save(full, found)
     return _known[full]
@@ -67,18 +83,22 @@ def forget() -> None:
         _read.add(_path())
 
 
-def _measure(candidates: Candidates, lead: float = 0.0) -> str:
+def _measure(candidates: Candidates, lead: float = 0.0, device: torch.device | None = None) -> str:
     if len(candidates) == 1:
         return next(iter(candidates))
+    timed = _seconds if device is None else functools.partial(_device_seconds, device=device)
+    if device is not None:  # compiling and the first use of a library are no part of a call
+        for call in candidates.values():
+            call()
     # The first call of each warms up; what is hopeless then (bfloat16 without instructions for it,
     # seconds a call) is not called again.
-    first = {name: _seconds(call) for name, call in candidates.items()}
+    first = {name: timed(call) for name, call in candidates.items()}
     limit = max(_HOPELESS * min(first.values()), 0.5)
     best = {name: math.inf for name, taken in first.items() if taken <= limit}
     end = time.perf_counter() + _SECONDS
     for turn in range(_ROUNDS):  # interleaved against drift
         for name in best:
-            best[name] = min(best[name], _seconds(candidates[name]))
+            best[name] = min(best[name], timed(candidates[name]))
         if turn >= 1 and time.perf_counter() > end:
             break
     found, first_name = min(best, key=best.__getitem__), next(iter(candidates))
@@ -90,6 +110,23 @@ def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+_AHEAD = 2_000_000
+"""Cycles for which a GPU waits, about a millisecond, until the call behind them is queued."""
+
+
+def _device_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of the GPU alone: a call that is queued before the GPU gets to it."""
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(_AHEAD)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
 
 
 def _path() -> Path:

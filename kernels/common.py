@@ -10,6 +10,11 @@ from torch import Tensor
 __all__ = ["outer", "register_autocast"]
 
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
 def register_autocast(library: Any, name: str, casts: int) -> None:
     """What aten does for `linear`: below float64, floating tensors go to the autocast dtype.
 
@@ -26,14 +31,16 @@ def register_autocast(library: Any, name: str, casts: int) -> None:
 
 def _casting(name: str, casts: int, device: str) -> Any:
     def cast(value: Any, dtype: torch.dtype) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if floating and value.dtype != torch.float64 else value
+        if not isinstance(value, Tensor) or value.dtype in (dtype, torch.float64):
+            return value
+        return value.to(dtype) if value.is_floating_point() else value
 
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            operation = getattr(torch.ops.rewriter, name)
-            return operation(*(cast(a, dtype) for a in args[:casts]), *args[casts:])
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # as torch.library: no casts below
+            return getattr(torch.ops.rewriter, name)(
+                *(cast(a, dtype) for a in args[:casts]), *args[casts:]
+            )
 
     return kernel
 

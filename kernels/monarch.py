@@ -23,15 +23,16 @@ Training" (PLPᵀR), with the rank of a slice made explicit as in Block Tensor-T
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewriter.kernels import monarch_cpu, ops
+from rewriter.kernels import monarch_cpu, monarch_gpu, ops
 from rewriter.kernels.common import register_autocast
 
 __all__ = [
@@ -326,7 +327,10 @@ def _backward(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor]:
         if need_x:
             dx = x.new_empty(rows, k, ib)
             torch.bmm(dmid.transpose(1, 2), right, out=dx.transpose(0, 1))
-            dx = dx.view(rows, k * ib)[:, :in_features].contiguous().view(x.shape)
+            dx = dx.view(rows, k * ib)
+            if in_features != k * ib:
+                dx = dx[:, :in_features].contiguous()
+            dx = dx.view(x.shape)
     return dx, dright, dleft
 
 
@@ -372,7 +376,7 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple
         dx, dright, dleft = _backward_reference(grad, x, right, left, ctx.interleaved)
         dbias = grad.sum_to_size(grad.shape[-1]) if need_bias else None
     else:
-        dx, dright, dleft, dbias = torch.ops.rewriter.monarch_linear_backward(
+        dx, dright, dleft, dbias = _run_backward(
             grad, x, mid, right, left, ctx.interleaved, need_x, need_right, need_left, need_bias
         )
     return (
@@ -407,19 +411,73 @@ def _backward_reference(
 
 def _autograd(operands: Operands) -> Tensor:
     """With gradients the op becomes `monarch_linear_train`, which hands out `mid` as well."""
+    plain = _plain(operands[:4])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands[:4]):
-        y: Tensor = torch.ops.rewriter.monarch_linear_train(*operands)[0]
+        y: Tensor = (
+            _Training.apply(*operands)  # type: ignore[no-untyped-call]
+            if plain
+            else torch.ops.rewriter.monarch_linear_train(*operands)[0]
+        )
         return y
     with torch._C._AutoDispatchBelowAutograd():  # what torch.library does in the same place
+        if plain:
+            return _FORWARD[operands.x.device.type](operands)
         return monarch_linear(*operands)
+
+
+_KEYS = torch._C.DispatchKey
+_DENSE = 0
+for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"):
+    _DENSE |= torch._C.DispatchKeySet(getattr(_KEYS, _key)).raw_repr()
+_DENSE |= torch._C.DispatchKeySet(_KEYS.ADInplaceOrView).raw_repr()
+
+
+def _plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing but the arithmetic can happen to an op of these: all are dense tensors of a
+    CPU or a GPU, no subclass, fake or batched one, and no mode watches. Such a call spares itself
+    the ways through the dispatcher, which in Python cost more than small products."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and all(t is None or not torch._C._dispatch_keys(t).raw_repr() & ~_DENSE for t in tensors)
+    )
+
+
+class _Training(torch.autograd.Function):
+    """`monarch_linear_train` and its backward, of plain tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        operands = Operands(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            y, mid = _TRAIN[operands.x.device.type](operands)
+        ctx.save_for_backward(operands.x, operands.right, operands.left, mid)
+        ctx.interleaved, ctx.needs_bias = operands.interleaved, operands.bias is not None
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        return _autograd_backward(ctx, grad, None)
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = BackwardOperands(*args)
+    if not _plain(operands[:5]):
+        found: tuple[Tensor, Tensor, Tensor, Tensor]
+        found = torch.ops.rewriter.monarch_linear_backward(*operands)
+        return found
+    with torch._C._AutoDispatchBelowAutograd():
+        return _BACKWARD[operands.x.device.type](operands)
 
 
 # On a GPU ----------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _fused(dtype: torch.dtype, contraction: int, width: int, rank: int) -> Any:
-    """The Triton kernels where they pay for blocks of this size (as `monarch_triton.tiles` counts
-    them); None where torch's products serve better, which read and write in place."""
+    """The Triton kernels where they may pay for blocks of this size (as `monarch_triton.tiles`
+    counts them); None where torch's products serve better, which read and write in place."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return None
     try:
@@ -431,13 +489,26 @@ def _fused(dtype: torch.dtype, contraction: int, width: int, rank: int) -> Any:
     )
 
 
-def _fused_forward(right: Tensor, left: Tensor) -> Any:
-    return _fused(right.dtype, right.shape[2], left.shape[1], _blocks(right, left)[2])
+def _faster(which: str, rows: int, features: int, right: Tensor, left: Tensor, out: int) -> Any:
+    """The Triton kernels where they are the faster of the two on this device; None else."""
+    sides = right.shape[2], left.shape[1]
+    kernels = _fused(
+        right.dtype, *(sides if which == "forward" else sides[::-1]), _blocks(right, left)[2]
+    )
+    if kernels is None:
+        return None
+    found = monarch_gpu.pick_kernel(which, rows, features, out, right, left, kernels, _TORCH)
+    return kernels if found == "triton" else None
+
+
+def _faster_forward(operands: Operands) -> Any:
+    x, right, left, _, out_features, _ = operands
+    return _faster("forward", operands.rows, x.shape[-1], right, left, out_features)
 
 
 def _forward_gpu(operands: Operands) -> Tensor:
     _check(operands)
-    kernels = _fused_forward(operands.right, operands.left)
+    kernels = _faster_forward(operands)
     if kernels is None:
         return _forward(operands)
     y: Tensor = kernels.monarch_forward(*operands, store_mid=False)[0]
@@ -446,7 +517,7 @@ def _forward_gpu(operands: Operands) -> Tensor:
 
 def _forward_train_gpu(operands: Operands) -> tuple[Tensor, Tensor]:
     _check(operands)
-    kernels = _fused_forward(operands.right, operands.left)
+    kernels = _faster_forward(operands)
     if kernels is None:
         return _forward_train(operands)
     y, mid = kernels.monarch_forward(*operands, store_mid=True)
@@ -454,9 +525,8 @@ def _forward_train_gpu(operands: Operands) -> tuple[Tensor, Tensor]:
 
 
 def _backward_gpu(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    right, left = operands.right, operands.left
-    rank = _blocks(right, left)[2]
-    kernels = _fused(operands.grad.dtype, left.shape[1], right.shape[2], rank)
+    grad, x, mid, right, left, *_ = operands
+    kernels = _faster("backward", mid.shape[2], x.shape[-1], right, left, grad.shape[-1])
     if kernels is None:
         return _backward_all(operands)
     return *kernels.monarch_backward(*operands[:-1]), _bias_gradient(operands)
@@ -476,7 +546,8 @@ def kernel_name(
     """What `monarch_linear` runs on such operands at this number of rows, for the report; where
     the compiled kernels cannot run, with the reason."""
     if right.is_cuda:
-        return "triton" if _fused_forward(right, left) is not None else "torch.bmm"
+        found = _faster("forward", tokens, in_features, right, left, out_features)
+        return "torch.bmm" if found is None else "triton"
     if right.device.type != "cpu" or interleaved or not tokens:
         return "torch.bmm"
     shapes = tuple(right.shape), tuple(left.shape)
@@ -531,6 +602,15 @@ def _backward_cpu(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor, T
 _TORCH: dict[str, Callable[..., object]] = {
     "forward": _dispatched(Operands, _forward),
     "backward": _dispatched(BackwardOperands, _backward_all),
+}
+_FORWARD: Mapping[str, Callable[[Operands], Tensor]] = {"cpu": _forward_cpu, "cuda": _forward_gpu}
+_TRAIN: Mapping[str, Callable[[Operands], tuple[Tensor, Tensor]]] = {
+    "cpu": _forward_train_cpu,
+    "cuda": _forward_train_gpu,
+}
+_BACKWARD: Mapping[str, Callable[[BackwardOperands], tuple[Tensor, Tensor, Tensor, Tensor]]] = {
+    "cpu": _backward_cpu,
+    "cuda": _backward_gpu,
 }
 
 

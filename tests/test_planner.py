@@ -226,7 +226,7 @@ class Planned:
             part.graph.set_codegen(_BoxedCodeGen())
             part.recompile()
         held = [*self.held, *self.leaves]
-        output = next(reversed(self.module.graph.nodes))
+        output = next(iter(reversed(self.module.graph.nodes)))
         fresh = [hasattr(d, "mutated_input") for d in output.meta["desc"][: self.results]]
         number = sum("tangents" in n.name for n in backward.graph.nodes if n.op == "placeholder")
         torch.manual_seed(0)

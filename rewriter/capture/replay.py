@@ -62,7 +62,7 @@ class Record:
         """Makes one call and keeps it."""
         args_given, kwargs_given = _copied((args, kwargs))  # that the model may change afterwards
         proxy = get_proxy_mode() if func in (_DROPOUT, _ATTENTION, _CONTIGUOUS) else None
-        last = None if proxy is None else next(reversed(proxy.tracer.graph.nodes))
+        last = None if proxy is None else next(iter(reversed(proxy.tracer.graph.nodes)))
         result = func(*args, **kwargs)
         nodes: list[fx.Node] = []
         if proxy is not None:

@@ -69,7 +69,7 @@ class _Rebuilt:
         for node in list(self.graph.nodes)[end:]:
             if node.op != "output":
                 crossing.update(dict.fromkeys(a for a in node.all_input_nodes if a in forward))
-        output = next(reversed(self.graph.nodes))
+        output = next(iter(reversed(self.graph.nodes)))
         flat: list[Any] = []
         map_aggregate(output.args[0], flat.append)
         back = [n for n in flat[self.num_fwd_outputs :] if isinstance(n, fx.Node)]
@@ -130,7 +130,7 @@ class _Rebuilt:
             step = joint.steps[event.number].node
             assert step is not None
             self.emit(step)
-        output = next(reversed(self.module.graph.nodes))
+        output = next(iter(reversed(self.module.graph.nodes)))
         flat: list[Any] = []
         map_aggregate(output.args[0], flat.append)
         results = [
