@@ -126,7 +126,7 @@ def _device_seconds(call: Callable[[], object], device: torch.device) -> float:
         call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1000
+        return float(start.elapsed_time(end) / 1000)
 
 
 def _path() -> Path:
