@@ -130,14 +130,36 @@ def test_launches_and_traffic_are_listed_before_and_after(model: Any) -> None:
     assert (step.after.flops, step.after.params) == (step.before.flops, step.before.params)
     assert step.after.train_peak_bytes == step.before.train_peak_bytes
     for decision in step.decisions:
-        figures = re.search(r"launches (\d+) → (\d+), traffic (\S+) → (\S+) MB", decision.reason)
+        figures = re.search(r"launches (\d+) → (\d+), traffic (\S+) k?B → \S+ k?B", decision.reason)
         assert figures is not None
-        launches, fewer, traffic, less = map(float, figures.groups())
+        launches, fewer = map(int, figures.groups()[:2])
         assert fewer < launches
-        assert less < traffic
     assert "launches" in str(step.notes)
     assert "lowered" in model.report.to_markdown()
     assert rewriter.Report.from_dict(model.report.to_dict()).steps[-1].decisions == step.decisions
+
+
+def test_the_outputs_are_as_before_up_to_rounding(model: Any) -> None:
+    step = model.report.steps[-1]
+    assert step.exact
+    assert 0 < step.output_error < 1e-5
+    assert "as before up to rounding" in str(model.report)
+
+
+def test_the_peak_counts_the_derived_weights(model: Any) -> None:
+    cost = model.report.steps[-1].after
+    (said,) = re.findall(
+        r"([\d.]+) kB of derived weights are kept", str(model.report.steps[-1].notes)
+    )
+    held = cost.peak_bytes - cost.param_bytes - cost.activation_bytes
+    assert held == pytest.approx(float(said) * 1e3, rel=0.01)
+
+
+def test_the_report_names_rule_layers_and_fused_op(model: Any) -> None:
+    shown = " ".join(str(model.report).split())
+    assert "conv >> batch_norm >> relu of conv, norm, relu → conv_act, differs by" in shown
+    assert "fan(linear) of q, k, v → joined_linear, " in shown
+    assert re.search(r"keeps [\d.]+ k?B of derived weights; launches", shown)
 
 
 def test_the_costs_at_other_sizes_are_those_of_the_lowered_graph(model: Any) -> None:
@@ -244,6 +266,40 @@ def test_a_hook_takes_its_layer_out_and_back_in(model: Any, x: Tensor) -> None:
     assert_as_unlowered(model, x, 5)
 
 
+def doubled(layer: nn.Module) -> None:
+    plain_forward = layer.forward
+    layer.forward = lambda x: plain_forward(x) * 2  # type: ignore[method-assign]
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [doubled, lambda layer: setattr(layer, "__class__", Doubled)],
+    ids=["forward", "class"],
+)
+def test_another_forward_takes_its_layer_out(
+    change: Callable[[Any], object], model: Any, x: Tensor
+) -> None:
+    assert_as_unlowered(model, x, 5)
+    change(model.conv)
+    assert_as_unlowered(model, x, 4)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("conv", 4), ("up", 5)])
+def test_a_parametrization_is_noticed_and_what_it_depends_on_too(
+    name: str, calls: int, model: Any, x: Tensor
+) -> None:
+    assert_as_unlowered(model, x, 5)
+    layer = nn.utils.parametrizations.weight_norm(model.get_submodule(name))
+    assert_as_unlowered(model, x, calls)
+    layer.parametrizations.weight.original0.data.mul_(2)
+    assert_as_unlowered(model, x, calls)
+
+
 def test_batch_norm_in_train_mode_inside_an_eval_model_takes_itself_out(
     model: Any, x: Tensor
 ) -> None:
@@ -345,7 +401,7 @@ def test_a_write_in_place_between_siblings_is_a_reason() -> None:
             return first + self.b(x)
 
     found = refusals(Between().eval(), torch.randn(2, 3))
-    assert all("in place" in reason for _, _, reason in found)
+    assert all("in place" in reason and "(a, b)" in reason for _, _, reason in found)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -437,8 +493,40 @@ def test_an_op_of_another_type_is_an_error_that_names_both() -> None:
 def test_a_rule_that_fails_says_which_and_where() -> None:
     net, x = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3)).eval(), torch.randn(16, 8)
     rule = Rule(batch_norm >> linear, Fused("broken", F.linear, lambda place: place.missing))
-    with pytest.raises(VerifyError, match=r"batch_norm >> linear → broken fails at 0, 1"):
+    with pytest.raises(
+        VerifyError, match=r"^rule batch_norm >> linear → broken fails at 0, 1"
+    ) as e:
         rewrite(net, [], x, lower=[rule])
+    assert len(str(e.value).splitlines()) == 1
+
+
+def nothing(x: Tensor, *_: Tensor) -> None:
+    return None
+
+
+def growing(place: Place) -> tuple[Tensor, Tensor]:
+    place.modules[1].weight.data.mul_(1.5)
+    return norm_into_linear(place)
+
+
+def doubling(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x.mul_(2), weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Fused("f", nothing, norm_into_linear), "run gave a NoneType, not a tensor"),
+        (Fused("f", F.linear, norm_into_linear, slower=lambda *_: 3), "slower gave 3"),  # type: ignore[arg-type, return-value]
+        (Fused("f", F.linear, norm_into_linear, unless=lambda _: True), "unless gave True"),  # type: ignore[arg-type, return-value]
+        (Fused("f", F.linear, growing), "writes into the model's weights"),
+        (Fused("f", doubling, norm_into_linear), "writes into the model's weights or the input"),
+    ],
+)  # fmt: skip
+def test_a_rule_that_breaks_its_contract_says_which_and_where(wrong: Fused, message: str) -> None:
+    net, x = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3)).eval(), torch.randn(16, 8)
+    with pytest.raises(VerifyError, match=rf"^rule .* → f fails at 0, 1: .*{message}.*Correct"):
+        rewrite(net, [], x, lower=[Rule(batch_norm >> linear, wrong)])
 
 
 def contradictions() -> Iterator[tuple[Callable[[], Any], str]]:

@@ -175,11 +175,22 @@ class Engine:
         if self.lowering.cost is not None:
             self.prices.cost = self.lowering.cost
         self._attach_lowering()
+        step.output_error = self._lowered_error()
         total = self._measured(self.prices.predicted(self.prices.cost.total))
         step.after = self.prices.cost.total = total
         step.timeline = self.prices.timeline()
         self.prices.remember(sites_of(self.capture), graph)
         return [step]
+
+    def _lowered_error(self) -> float | None:
+        """How far the fused ops move the outputs on the example inputs: rounding, together."""
+        if self.outputs is None:
+            return None
+        if not self.lowering.lowered:
+            return 0.0
+        previous, self.outputs = self.outputs, self.capture.outputs()
+        assert self.outputs is not None
+        return relative_error(self.outputs, previous)
 
     def _attach_lowering(self) -> None:
         for prefix, lowered in self.lowering.lowered.items():

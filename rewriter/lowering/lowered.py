@@ -1,9 +1,9 @@
 """`Lowered`: the fused form of an eval graph, beside it, made anew whenever its sources change.
 
 The module tree and the state_dict know nothing of it. What was derived is compared at every call
-with what it was derived from: the layers in the tree, their plain attributes and hooks, and their
-tensors (`rewriter.modules.versions`). It is neither copied nor pickled with the model, but made
-again at the first call.
+with what it was derived from: the layers in the tree, their classes, plain attributes and hooks,
+and their tensors (`rewriter.modules.versions`). It is neither copied nor pickled with the model,
+but made again at the first call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rewriter.modules.structure import is_constant
 from rewriter.modules.tree import is_hook_dict
 from rewriter.modules.versions import Stamp, watch_steps
 
-__all__ = ["Lowered", "derived", "with_inputs"]
+__all__ = ["Lowered", "derived", "is_plain_tensor", "with_inputs"]
 
 Tensors = Sequence["Tensor | None"]
 
@@ -96,12 +96,12 @@ def _plain_call(root: nn.Module, leaves: Sequence[Any]) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch_module._has_any_global_hook()
-        and all(not isinstance(t, Tensor) or _is_plain_tensor(t) for t in leaves)
+        and all(not isinstance(t, Tensor) or is_plain_tensor(t) for t in leaves)
         and not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
     )
 
 
-def _is_plain_tensor(tensor: Tensor) -> bool:
+def is_plain_tensor(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
@@ -132,7 +132,7 @@ class _Bound:
         if made is not None and made.holds(sources):
             return made
         self.made = None
-        if not all(_is_plain_tensor(t) and not t.is_inference() for t in sources):
+        if not all(is_plain_tensor(t) and not t.is_inference() for t in sources):
             return None
         with lock, torch.inference_mode(False), torch.no_grad():
             stamp = Stamp(sources, keep=True)
@@ -169,12 +169,16 @@ class _Layers:
             siblings: Any = root.get_submodule(owner)._modules
             self.held.append((siblings, last, siblings[last]))
         modules = {id(m): m for _, _, layer in self.held for m in layer.modules()}
+        self.shapes = [(m, type(m), list(m._modules.items())) for m in modules.values()]
         self.states = [(vars(m), len(vars(m)), _state(m).items()) for m in modules.values()]
         self.stores = [s for m in modules.values() for s in (m._parameters, m._buffers)]
 
     def same(self) -> bool:
         for siblings, last, layer in self.held:
             if siblings.get(last) is not layer:
+                return False
+        for module, kind, below in self.shapes:
+            if type(module) is not kind or list(module._modules.items()) != below:
                 return False
         return all(len(now) == size and then <= now.items() for now, size, then in self.states)
 

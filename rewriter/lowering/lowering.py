@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from rewriter.capture import Capture, Region
 from rewriter.cost import Cost, Fakes, GraphCost, model_cost
 from rewriter.errors import VerifyError
-from rewriter.lowering.lowered import Lowered, derived
+from rewriter.lowering.lowered import Lowered, derived, is_plain_tensor
 from rewriter.lowering.planning import (
     Application,
     Key,
@@ -25,13 +25,16 @@ from rewriter.lowering.planning import (
     failure,
     lowered_graph,
     places,
+    spoken,
 )
 from rewriter.lowering.rules import Place, Rule
 from rewriter.modules.comparing import relative_error, type_of
-from rewriter.modules.patterns import Chain
+from rewriter.modules.patterns import Chain, Fan
 from rewriter.modules.running import own_copy, quiet_run
 from rewriter.modules.tree import join
+from rewriter.modules.versions import Stamp
 from rewriter.report import Decision, Step
+from rewriter.report import format as fmt
 from rewriter.spellings import spelled, user_line
 
 __all__ = ["Lowering", "PricedGraph", "lower"]
@@ -144,6 +147,7 @@ class _Checker(fx.Interpreter):
         self, root: nn.Module, graph: fx.Graph, applications: Sequence[Application]
     ) -> None:
         super().__init__(root, graph=graph)
+        self.extra_traceback = False  # an error speaks of the rule and the place, not of this run
         self.root = root
         self.first = {a.place.match.nodes[0]: a for a in applications}
         self.last = {a.place.match.nodes[-1]: a for a in applications}
@@ -170,21 +174,21 @@ class _Checker(fx.Interpreter):
     def _fuse(self, found: Application) -> None:
         place, op = found.place, found.rule.fused
         x = self.env[place.match.source]
-        try:
-            why = op.slower(place, x)
-            if why is None:
-                tensors = derived(found)
-                results = op.run(x, *tensors, *op.constants(place))
-                self.held[found.key] = _held_bytes(place, tensors)
-        except VerifyError:
-            raise
-        except Exception as error:
-            raise failure(found.rule, place, error) from error
-        if why is not None:
+        if (why := spoken("slower", found.rule, place, x)) is not None:
             self.declined.append(Refusal(found.rule, place, why, "declined"))
             return
-        given = [results] if isinstance(results, Tensor) else list(results)
-        self.given[found] = [t.clone() for t in given]
+        sources = _sources(place, x)
+        stamp = Stamp(sources)
+        tensors = derived(found)
+        try:
+            results = op.run(x, *tensors, *op.constants(place))
+        except Exception as error:
+            raise failure(found.rule, place, error) from error
+        if not stamp.holds(sources) or not torch.equal(Stamp(sources).sums, stamp.sums):
+            wrong = "derive or run writes into the model's weights or the input; make new tensors"
+            raise failure(found.rule, place, RuntimeError(wrong))
+        self.held[found.key] = _held_bytes(place, tensors)
+        self.given[found] = [t.clone() for t in _tensors(found, results)]
 
     def _compare(self, found: Application) -> None:
         expected = [self.values.pop(n) for n in found.place.match.results]
@@ -201,6 +205,29 @@ class _Checker(fx.Interpreter):
             self.declined.append(Refusal(found.rule, found.place, why, "declined"))
         else:
             self.errors[found.key] = error
+
+
+def _sources(place: Place, x: Tensor) -> list[Tensor]:
+    """What a rule may read at a place, and must not write: the input, and the layers' tensors."""
+    found = {id(x): x}
+    for module in place.modules:
+        if module is not None:
+            found.update((id(t), t) for t in (*module.parameters(), *module.buffers()))
+    return [t for t in found.values() if is_plain_tensor(t) and not t.is_inference()]
+
+
+def _tensors(found: Application, results: Any) -> list[Tensor]:
+    """What `run` gave, as a list.
+
+    Raises:
+        VerifyError: it gave something else than a tensor, or than tensors.
+    """
+    given = list(results) if isinstance(results, tuple | list) else [results]
+    for value in given:
+        if not isinstance(value, Tensor):
+            error = TypeError(f"run gave a {type(value).__name__}, not a tensor")
+            raise failure(found.rule, found.place, error)
+    return given
 
 
 def _held_bytes(place: Place, tensors: Sequence[Tensor | None]) -> int:
@@ -248,16 +275,25 @@ def _decisions(
         first = r.place.match.nodes[0]
         if first not in taken:
             key = str(r.rule.pattern), first.name
-            rows[key] = order[first], _decision(prefix, r.rule, r.place, r.action, r.reason)
+            reason = r.reason
+            if isinstance(r.rule.pattern, Fan):  # the row has the name of the first alone
+                reason += f" ({_sites(prefix, r.place)})"
+            rows[key] = order[first], _decision(prefix, r.rule, r.place, r.action, reason)
     return {key: d for key, (_, d) in sorted(rows.items(), key=lambda row: row[1][0])}
 
 
 def _done(prefix: str, found: Application, checker: _Checker) -> Decision:
     held = checker.held[found.key]
-    reason = f"differs by {checker.errors[found.key]:.1e}"
-    reason += f", keeps {held / 1e6:.3g} MB of derived weights" if held else ""
+    name = found.rule.fused.name
+    reason = f"differs by {fmt.error(checker.errors[found.key])}"
+    reason += f", keeps {fmt.size(held)} of derived weights" if held else ""
     made = _decision(prefix, found.rule, found.place, "lowered", reason)
-    return replace(made, kernel=found.rule.fused.name)
+    sites = _sites(prefix, found.place)
+    return replace(made, kernel=name, reason=f"{made.kind} of {sites} → {name}, {reason}")
+
+
+def _sites(prefix: str, place: Place) -> str:
+    return ", ".join(join(prefix, name) for name in place.names)
 
 
 def _decision(prefix: str, rule: Rule, place: Place, action: str, reason: str) -> Decision:
@@ -311,12 +347,12 @@ def _account(
         own = priced.get(r.prefix) or PricedGraph(root, r.graphs[False])
         runs += [(own.root, own.graph, r.leaves or [])] * r.calls
     new = result.cost = model_cost(capture.root, runs, training=False, fakes=fakes)
-    before = cost.total
+    before, held = cost.total, sum(result.held.values())
     new.total = replace(
         new.total,
         params=before.params,
         param_bytes=before.param_bytes,
-        peak_bytes=before.param_bytes + new.total.activation_bytes,
+        peak_bytes=before.param_bytes + held + new.total.activation_bytes,
         training=before.training,
     )
     rows: list[Decision] = []
@@ -328,10 +364,9 @@ def _account(
                 node = own_priced.fused[key]
                 old = [cost.nodes[names[n]] for n in own_priced.replaced[key]]
                 saved = _saved(sum(old[1:], old[0]), new.nodes[node])
-                decision = replace(decision, reason=f"{saved}; {decision.reason}")
+                decision = replace(decision, reason=f"{decision.reason}; {saved}")
             rows.append(decision)
-    held = sum(result.held.values())
-    notes = [f"{held / 1e6:.3g} MB of derived weights are kept beside the model"] if held else []
+    notes = [f"{fmt.size(held)} of derived weights are kept beside the model"] if held else []
     notes.append(_saved(before, new.total))
     return Step("lowering", before, new.total, rows, None, True, 0.0, notes)
 
@@ -340,5 +375,5 @@ def _saved(before: Cost, after: Cost) -> str:
     """Launches and traffic as text: a layer's formulas over open sizes are not a whole place's."""
     return (
         f"launches {before.launches} → {after.launches}, "
-        f"traffic {before.bytes_moved / 1e6:.4g} → {after.bytes_moved / 1e6:.4g} MB on the example"
+        f"traffic {fmt.size(before.bytes_moved)} → {fmt.size(after.bytes_moved)} on the example"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,7 +18,7 @@ from rewriter.modules.tree import has_hooks
 from rewriter.sites import find_matches
 from rewriter.spellings import autocast_at, spelled
 
-__all__ = ["Application", "Key", "Refusal", "lowered_graph", "places"]
+__all__ = ["Application", "Key", "Refusal", "failure", "lowered_graph", "places", "spoken"]
 
 Key = tuple[str, str]
 """Names an application by (pattern, name of its first node), which a pickled graph keeps."""
@@ -85,14 +86,28 @@ def _against(rule: Rule, place: Place) -> str | None:
                 return f"{node.name} calls a function: its weights are not a layer's"
         elif any(has_hooks(m) for m in module.modules()):
             return f"{node.target} has hooks, which would not run"
+        elif any("forward" in vars(m) for m in module.modules()):
+            return f"{node.target} has a forward of its own, which would not run"
         elif isinstance(module, _BatchNorm) and module.running_mean is None:
             return f"{node.target} keeps no running statistics: it norms by the batch"
         elif isinstance(module, _BatchNorm) and module.training and not place.root.training:
             return f"{node.target} is in train mode: it norms by the batch"
+    return spoken("unless", rule, place)
+
+
+def spoken(name: str, rule: Rule, place: Place, *inputs: Any) -> str | None:
+    """What a rule's `unless` or `slower` says at a place.
+
+    Raises:
+        VerifyError: it fails, or gives neither a reason nor None.
+    """
     try:
-        return rule.fused.unless(place)
+        reason = getattr(rule.fused, name)(place, *inputs)
     except Exception as error:
         raise failure(rule, place, error) from error
+    if reason is None or isinstance(reason, str):
+        return reason
+    raise failure(rule, place, TypeError(f"{name} gave {reason!r}, neither a reason nor None"))
 
 
 def failure(rule: Rule, place: Place, error: Exception) -> VerifyError:

@@ -150,6 +150,8 @@ def _refusal(group: Group) -> str:
     names = [f"{d.site} ({d.where})" if d.where else d.site for d in group.members[:_NAMES]]
     if len(group.members) > _NAMES:
         names.append(f"and {len(group.members) - _NAMES} more")
+    if group.action == "lowered":  # the reason ends with figures
+        return f"{', '.join(names)}: {reason}"
     return f"{group.action}, {reason or 'no reason given'}: {', '.join(names)}"
 
 
