@@ -308,11 +308,12 @@ def register(record: Record) -> Record:
     Raises:
         RecordError: the record contradicts its op, itself or another record. Nothing is entered.
     """
+    _check_types(record)
     for name in record.names:
         _check_name(record, name)
     _check_kind(record)
-    _check_reference(record)
     _check_derived(record)
+    _check_signatures(record)
     formulas = {name: f for name in record.names if (f := _formula(record, name)) is not None}
     _check_samples(record, formulas.get(record.name))
     for name, formula in formulas.items():
@@ -383,6 +384,88 @@ def _packet(name: str) -> Any:
     return getattr(getattr(torch.ops, namespace), op)
 
 
+_TUPLES: Mapping[str, type] = {
+    "size_names": str,
+    "derives": Derived,
+    "forms": Form,
+    "companions": Companion,
+}
+_FUNCTIONS = ("sizes", "flops", "parts", "gemm")
+
+
+def _check_types(record: Record) -> None:
+    """What the fields of a record, and of its companions, must be by themselves."""
+    said = f"the record of {record.name}"
+    for key in ("name", "kind", "unit", "dtype", "module"):
+        _is_a(said, key, getattr(record, key), str)
+    for key, entry in _TUPLES.items():
+        _is_tuple(said, key, getattr(record, key), entry)
+    if not callable(record.reference):
+        raise RecordError(
+            f"{said} has no reference: give the same function in plain torch ops, not "
+            f"{record.reference!r}"
+        )
+    for key in _FUNCTIONS:
+        _is_function(said, key, getattr(record, key))
+    for companion in record.companions:
+        theirs = f"{said}, companion {companion.name}"
+        _is_a(theirs, "name", companion.name, str)
+        _is_tuple(theirs, "derives", companion.derives, Derived)
+        _is_function(theirs, "sizes", companion.sizes)
+        _is_function(theirs, "flops", companion.flops)
+    if not callable(record.kernels):
+        raise RecordError(f"{said}: kernels={record.kernels!r} is no function")
+    if record.samples is not None:
+        _is_a(said, "samples", record.samples, Samples)
+    if len(set(record.size_names)) < len(record.size_names):
+        raise RecordError(f"{said}: size_names={record.size_names} has a name twice")
+    if record.dtype and not isinstance(getattr(torch, record.dtype, None), torch.dtype):
+        raise RecordError(f"{said}: dtype={record.dtype!r} is no name of a torch.dtype")
+
+
+def _is_a(said: str, key: str, value: object, wanted: type) -> None:
+    if not isinstance(value, wanted):
+        raise RecordError(f"{said}: {key}={value!r} is no {wanted.__name__}")
+
+
+def _is_function(said: str, key: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise RecordError(f"{said}: {key}={value!r} is no function")
+
+
+def _is_tuple(said: str, key: str, value: object, entry: type) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(v, entry) for v in value):
+        raise RecordError(f"{said}: {key}={value!r} is no tuple of {entry.__name__}")
+
+
+def _check_signatures(record: Record) -> None:
+    """Reference, sizes and FLOP formulas take the arguments of the ops that they are of."""
+    _takes(record, record.name, "reference", record.reference)
+    _takes(record, record.name, "sizes", record.sizes)
+    _takes(record, record.name, "flops", record.flops, out_shape=None)
+    for c in record.companions:
+        _takes(record, c.name, "sizes", c.sizes or record.sizes)
+        _takes(record, c.name, "flops", c.flops or record.flops, out_shape=None)
+
+
+def _takes(record: Record, name: str, what: str, given: Any, **more: object) -> None:
+    schema = _packet(name).default._schema
+    try:
+        signature = inspect.signature(given)
+    except (TypeError, ValueError):  # None, or a builtin, which does not tell its parameters
+        return
+    by_place = [a.name for a in schema.arguments if not a.kwarg_only]
+    by_name = {a.name: None for a in schema.arguments if a.kwarg_only}
+    try:
+        signature.bind(*by_place, **by_name, **more)
+    except TypeError as error:
+        extra = "".join(f", and {key}" for key in more)
+        raise RecordError(
+            f"the record of {record.name}: its {what}{signature} does not take the arguments of "
+            f"{schema}{extra}: {error}"
+        ) from None
+
+
 def _check_name(record: Record, name: str) -> None:
     if not _NAME.fullmatch(name):
         raise RecordError(f"{name!r} names no op: write 'namespace::name'")
@@ -427,14 +510,6 @@ def _check_kind(record: Record) -> None:
         raise RecordError(f"{said}: a kind of its own needs {lost}")
     if (record.parts is None) == (record.gemm is None):
         raise RecordError(f"{said}: it needs either parts or gemm: what it amounts to")
-
-
-def _check_reference(record: Record) -> None:
-    if not callable(record.reference):
-        raise RecordError(
-            f"the record of {record.name} has no reference: give the same function in plain torch "
-            f"ops, not {record.reference!r}"
-        )
 
 
 def _check_derived(record: Record) -> None:
@@ -486,10 +561,6 @@ def _check_samples(record: Record, formula: Callable[..., Any] | None) -> None:
             text = str(error).strip().splitlines()[0]
             schema = record.op.default._schema
             raise RecordError(f"{said}: its samples do not fit {schema}: {text}") from error
-    try:
-        inspect.signature(record.reference).bind(*args)
-    except TypeError as error:
-        raise RecordError(f"{said}: its reference does not take its samples: {error}") from error
     sizes = tuple(record.sizes(*args))
     if len(sizes) != len(record.size_names):
         raise RecordError(f"{said}: {len(sizes)} sizes, and size_names={record.size_names}")
