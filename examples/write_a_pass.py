@@ -27,7 +27,7 @@ class LowRank(Pass):
         u, s, v = torch.linalg.svd(site.weight.detach(), full_matrices=False)
         first = nn.Linear(site.in_features, self.rank, bias=False)
         second = nn.Linear(self.rank, site.out_features, bias=site.bias is not None)
-        first.weight.data = s[: self.rank, None] * v[: self.rank]
+        first.weight.data = (s[: self.rank, None] * v[: self.rank]).contiguous()
         second.weight.data = u[:, : self.rank].contiguous()
         second.bias = site.bias
         error = float(s[self.rank :].norm() / s.norm())

@@ -15,9 +15,15 @@ from rewriter.layer import Layer
 
 __all__ = [
     "ACTIVATION",
+    "ADDITIONS",
+    "AFTER_SUM",
     "CONV",
+    "ELEMENTWISE",
     "LINEAR",
+    "MIXING",
     "MLP",
+    "PAIRWISE",
+    "PRODUCTS",
     "Kind",
     "activation_name",
     "autocast_at",
@@ -29,6 +35,7 @@ __all__ = [
     "is_view",
     "kind_name",
     "kind_of",
+    "mutates",
     "op_name",
     "operands",
     "spelled",
@@ -113,6 +120,30 @@ _SPELLED = {
     "gelu_activation": "gelu", "si_lu_activation": "silu", "mish_activation": "mish",
 }  # fmt: skip
 """Names of modules and functions → the one name of the operation."""
+
+ADDITIONS = frozenset({"add", "iadd", "__add__", "__iadd__", "__radd__"})
+AFTER_SUM = frozenset({
+    "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "dropout",
+})  # fmt: skip
+"""What may follow the sum x + f(x) inside a residual block, and goes with it."""
+ELEMENTWISE = frozenset({
+    "dropout", "clone", "to", "float", "half", "bfloat16", "type_as", "contiguous", "detach",
+    "neg", "abs", "square", "pow", "clamp", "exp",
+})  # fmt: skip
+"""Ops on every entry of a tensor alone."""
+PAIRWISE = frozenset({
+    "mul", "add", "sub", "div", "iadd", "imul", "__mul__", "__add__", "__rmul__", "__radd__",
+})  # fmt: skip
+"""Ops on two tensors, entry by entry."""
+MIXING = frozenset({"layer_norm", "rms_norm", "group_norm", "instance_norm", "softmax"})
+"""Ops that read all entries of a row for each of the result."""
+PRODUCTS = frozenset({
+    "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "mv", "dot",
+    "bilinear", "tensordot", "inner", "_grouped_mm", "grouped_mm", "lstm", "gru", "rnn_tanh",
+    "rnn_relu", "multi_head_attention_forward", "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+})  # fmt: skip
+"""Ops that multiply by a weight."""
 
 
 def is_leaf(module: nn.Module | None) -> bool:
@@ -276,6 +307,11 @@ def works_in_place(node: Node, owner: nn.Module) -> bool:
         return bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
     name = op_name(node)
     return (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
+
+
+def mutates(node: Node) -> bool:
+    """Whether a node is an overload of an op that by its schema writes into what it is given."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 _HERE = pathlib.Path(__file__).parent

@@ -311,7 +311,9 @@ def test_every_op_of_ours_has_a_record() -> None:
     defined = {
         f"rewriter::{match}"
         for n in in_folder("kernels")
-        for match in re.findall(r'define\(\s*"(\w+)\(', FILES[n].read_text())
+        for match in re.findall(
+            r'(?:define\(\s*"|custom_op\(\s*"rewriter::)(\w+)[("]', FILES[n].read_text()
+        )
     }
     assert defined == names
 

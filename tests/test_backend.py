@@ -125,7 +125,7 @@ def test_without_passes_it_is_the_model(inner: str) -> None:
         assert_close(found[name], grad)
     (report,) = rewriter.last_reports()
     assert report.model == "Net"
-    assert [s.name for s in report.steps] == ["original", "lowering"]
+    assert [s.name for s in report.steps] == ["original", f"compiled by {inner}"]
     assert report.before.params == sum(p.numel() for p in model.parameters())
     assert report.before.training is not None
     assert not report.errors

@@ -19,6 +19,7 @@ from rewriter import Report, explain
 from rewriter.cost import Cost, Device, Training, Work
 from rewriter.passes import Monarch, Quantize
 from rewriter.report import CaptureInfo, Decision, Island, Step, Timeline
+from rewriter.report.html import fragment, page
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x_1$ & {{ 7 * 7 }} ]]>"
 VOID = {"meta", "link", "input", "img", "br"}
@@ -327,3 +328,17 @@ def test_schema_covers_every_field() -> None:
     broken = json.loads(real.to_json())
     broken["steps"][0]["after"]["colour"] = 1
     assert not validator.is_valid(broken)
+
+
+def test_fused_places_are_not_called_left_as_is() -> None:
+    report = made()
+    fused = Decision("conv", "conv", "lowered", "norm folded")
+    stays = Decision("fc", "linear", "skipped", "too small")
+    own = Step("lowering", cost(1), cost(1), [fused, stays], None, True, 0.0, [])
+    found = replace(report, steps=[own])
+    assert "lowering: 1 place fused, 1 site left as is" in fragment(found)
+    whole = page(found)
+    assert whole.index("Fused, by rule") < whole.index("norm folded", whole.index("Fused, by rule"))
+    kept = whole[whole.index('<section id="kept"') :]
+    assert "too small" in kept
+    assert "norm folded" not in kept

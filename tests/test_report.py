@@ -19,6 +19,7 @@ from rewriter.cost import Cost, Device, Training, Work
 from rewriter.errors import OptionError, StoreError
 from rewriter.report import CaptureInfo, Decision, Island, Report, Step
 from rewriter.report import format as fmt
+from rewriter.report.render import _broken
 
 DENSE = Cost(
     22_713_216,
@@ -395,3 +396,36 @@ def test_count_is_right_to_three_digits(n: int) -> None:
     value = float(number) * 1000.0 ** ["", "k", "M", "G", "T", "P", "E"].index(unit)
     assert abs(value - n) <= 0.005 * n
     assert len(number) <= 4
+
+
+def test_a_heading_says_what_was_done_and_splits_fused_from_kept() -> None:
+    def step(*actions: str) -> Step:
+        own = [Decision(f"l{i}", "linear", a, "said") for i, a in enumerate(actions)]
+        return Step("Own", DENSE, DENSE, own, None, True, 0.0, [])
+
+    said = {
+        ("removed",): "Own: 1 site removed",
+        ("resized", "resized"): "Own: 2 sites resized",
+        ("replaced", "installed", "replaced"): "Own: 3 sites replaced",
+        ("removed", "resized", "replaced", "replaced"): "Own: 4 sites changed",
+        ("lowered", "lowered"): "Own: 2 places fused",
+        ("skipped",): "Own: 1 site left as is",
+    }
+    for actions, heading in said.items():
+        assert heading in str(replace(report(), steps=[step(*actions)])).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("word", "width", "lines"),
+    [
+        ("Quantize(scheme='int8-dynamic')", 27, ["Quantize(scheme=", "'int8-dynamic')"]),
+        ("layer.0.EncDecAttention.k", 16, ["layer.0.", "EncDecAttention.", "k"]),
+        ("EncDecAttention.k", 10, ["EncDec", "Attention.", "k"]),
+        ("ResizeMLP(keep=0.25)", 16, ["ResizeMLP(keep=", "0.25)"]),
+        ("short", 5, ["short"]),
+    ],
+)
+def test_a_word_breaks_where_names_have_their_joints(
+    word: str, width: int, lines: list[str]
+) -> None:
+    assert _broken(word, width).split("\n") == lines

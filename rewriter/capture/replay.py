@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from rewriter.modules.running import kept, modes, random_state, set_random_state, written
 from rewriter.modules.structure import Structure, flatten, is_constant, same
+from rewriter.spellings import mutates
 
 __all__ = ["Record", "Replayed", "in_train_mode", "replayed"]
 
@@ -179,7 +180,7 @@ def in_train_mode(graph: fx.Graph) -> fx.Graph | None:
             (asked if laid_out else moved)[twin] = None
         if lands or any(n in after for n in twin.all_input_nodes):
             after[twin] = None
-    if asked and any(map(_writes, after)):
+    if asked and any(map(mutates, after)):
         return None
     for node in asked:
         with copied.inserting_after(node):
@@ -204,10 +205,6 @@ def _keeps_layout(node: fx.Node, argument: str) -> bool:
         return False
     value = node.all_input_nodes[0].meta["val"]
     return bool(torch.ops.aten.is_non_overlapping_and_dense.default(value))
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def replayed(

@@ -329,8 +329,9 @@ class _Compilation:
         start = time.perf_counter()
         plans = len(self.graph.steps)
         code = self.inner(module, inputs, lambda plan: self.graph.steps.append(plan.to_step))
+        name = self.inner.name
         notes = [
-            f"{'forward and backward' if self.training else 'forward'} by {self.inner.name}"
+            f"{'forward and backward' if self.training else 'forward'} by {name}"
             + (f", {len(ours)} calls of {', '.join(sorted(set(ours)))}" if ours else "")
         ]
         if self.inner.memory_budget is not None and len(self.graph.steps) == plans:
@@ -341,7 +342,9 @@ class _Compilation:
                 )
             )  # fmt: skip
         seconds = time.perf_counter() - start
-        self.graph.steps.append(lambda c: Step("lowering", c, c, [], None, True, seconds, notes))
+        self.graph.steps.append(
+            lambda c: Step(f"compiled by {name}", c, c, [], None, True, seconds, notes)
+        )
         return code
 
     # the passes

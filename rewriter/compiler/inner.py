@@ -3,7 +3,7 @@
 A rewritten Dynamo graph calls layers of ours. `flattened` writes them out as torch ops whose
 tensors are inputs of the graph, as the user's own parameters are: so one compiled code serves
 every block of the same shape and every version of the weights, and a compiler's cache on disk
-sees nothing but ops and shapes. `lowered` hands the graph to the inner compiler. Our ops stay
+sees nothing but ops and shapes. `Inner` hands the graph to the inner compiler. Our ops stay
 ops: Inductor calls their kernels and fuses what lies between them.
 """
 

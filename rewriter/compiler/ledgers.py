@@ -32,7 +32,8 @@ class Graph:
         frame: whose code it is.
         price: makes the ledger of what was compiled, when it is first asked for.
         notes: what the ledger is to say beside that; it may grow.
-        steps: that come after the passes (memory plans, the lowering), given the cost before.
+        steps: that come after the passes (memory plans, the inner compiler's run), given the cost
+            before.
         beside: the same code, for weights that the passes took in another way.
     """
 

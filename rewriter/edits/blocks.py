@@ -12,7 +12,14 @@ from rewriter.edits.values import BLOCK, Cut, Subgraph
 from rewriter.modules.refusal import Skip
 from rewriter.modules.tree import attribute, has_hooks, join, submodule
 from rewriter.sites import HostedGraph, Site
-from rewriter.spellings import called_activation, is_view, spelled, works_in_place
+from rewriter.spellings import (
+    ADDITIONS,
+    AFTER_SUM,
+    called_activation,
+    is_view,
+    spelled,
+    works_in_place,
+)
 
 __all__ = ["block", "dead_nodes", "left_over", "names_of_module"]
 
@@ -27,13 +34,6 @@ class _Whole(Protocol):
     @property
     def typed(self) -> bool: ...
     def shape(self, node: Node) -> Any: ...
-
-
-_ADD = frozenset({"add", "iadd", "__add__", "__iadd__", "__radd__"})
-_AFTER = frozenset({
-    "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "dropout",
-})  # fmt: skip
-"""What may follow the sum inside a block, and goes with it."""
 
 
 def names_of_module(root: nn.Module, module: nn.Module) -> tuple[str, ...]:
@@ -137,13 +137,13 @@ def _skip_path(
     if node not in inside:
         return (None, 0) if node.op == "get_attr" else (node, 0)
     name = spelled(node, owner)
-    if name in _ADD and not node.kwargs:
+    if name in ADDITIONS and not node.kwargs:
         for operand in node.args[:2]:
             if isinstance(operand, Node):
                 source, sums = _skip_path(operand, inside, owner, through)
                 if source is not None:
                     return source, sums + 1
-    elif (name in _AFTER or called_activation(node, owner)) and node.args:
+    elif (name in AFTER_SUM or called_activation(node, owner)) and node.args:
         if isinstance(node.args[0], Node):
             found = _skip_path(node.args[0], inside, owner, through)
             if found[0] is not None:

@@ -14,7 +14,15 @@ from rewriter.edits.values import Width
 from rewriter.modules.refusal import Skip
 from rewriter.modules.tree import attribute, has_hooks, join
 from rewriter.sites import LINEAR, HostedGraph, Site
-from rewriter.spellings import called_activation, op_name, operands, spelled
+from rewriter.spellings import (
+    ELEMENTWISE,
+    MIXING,
+    PAIRWISE,
+    called_activation,
+    op_name,
+    operands,
+    spelled,
+)
 
 __all__ = ["width"]
 
@@ -29,16 +37,6 @@ class _Whole(Protocol):
     @property
     def sites(self) -> tuple[Site, ...]: ...
     def unsafe(self, site: Site) -> Skip | None: ...
-
-
-_ONE_BY_ONE = frozenset({
-    "dropout", "clone", "to", "float", "half", "bfloat16", "type_as", "contiguous", "detach",
-    "neg", "abs", "square", "pow", "clamp", "exp",
-})  # fmt: skip
-_TWO = frozenset({
-    "mul", "add", "sub", "div", "iadd", "imul", "__mul__", "__add__", "__rmul__", "__radd__",
-})  # fmt: skip
-_MIXING = frozenset({"layer_norm", "rms_norm", "group_norm", "instance_norm", "softmax"})
 
 
 def width(view: _Whole, site: Site) -> Width | Skip:
@@ -120,16 +118,16 @@ class _Search:
             return Skip("its neurons are a result of the graph")
         owner = self.owner(user)
         name = spelled(user, owner)
-        if called_activation(user, owner) or name in _ONE_BY_ONE or _drops(user, owner):
+        if called_activation(user, owner) or name in ELEMENTWISE or _drops(user, owner):
             self.follow(user)
             return None
         if user.op == "call_module" and name == "batch_norm" and self.dims(node) == 2:
             self.norms[join(self.prefixes[user.graph], str(user.target))] = None
             self.follow(user)
             return None
-        if name in _TWO and user.op != "call_module":
+        if name in PAIRWISE and user.op != "call_module":
             return self.pair(user)
-        if name in _MIXING:
+        if name in MIXING:
             return Skip("{} mixes its neurons", name)
         return Skip("its neurons go into {}, which fixes how many there are", name)
 
@@ -163,7 +161,7 @@ class _Search:
         if site is not None:
             return self.make(site)
         owner, source = self.owner(node), node.args[0] if node.args else None
-        plain = called_activation(node, owner) or spelled(node, owner) in _ONE_BY_ONE
+        plain = called_activation(node, owner) or spelled(node, owner) in ELEMENTWISE
         if isinstance(source, Node) and (plain or _drops(node, owner)):
             return self.back(source)
         return Skip("its neurons meet {}, which no linear layer makes", node.name)

@@ -15,16 +15,10 @@ from rewriter.capture import Capture
 from rewriter.modules.tree import find, join
 from rewriter.report import Decision
 from rewriter.sites import Site
-from rewriter.spellings import is_leaf, op_name, user_line
+from rewriter.spellings import PRODUCTS, is_leaf, op_name, user_line
 
 __all__ = ["other_weights"]
 
-_PRODUCTS = frozenset({
-    "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "mv", "dot",
-    "bilinear", "tensordot", "inner", "_grouped_mm", "grouped_mm", "lstm", "gru", "rnn_tanh",
-    "rnn_relu", "multi_head_attention_forward", "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
-})  # fmt: skip
 _STEPS = 6
 """How many moves (slices, casts, transposes) may lie between a parameter and its product."""
 
@@ -75,7 +69,7 @@ def _product(node: fx.Node) -> fx.Node | None:
     for _ in range(_STEPS):
         following = [u for n in front for u in n.users if u not in seen and u.op != "output"]
         for user in following:
-            if user.op != "call_module" and op_name(user) in _PRODUCTS:
+            if user.op != "call_module" and op_name(user) in PRODUCTS:
                 return user
             if isinstance(user.target, HigherOrderOperator):  # which has a graph of its own
                 return user

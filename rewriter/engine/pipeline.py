@@ -29,6 +29,17 @@ def run(
     strict: bool,
     model: nn.Module | None,
 ) -> Report:
+    """The report of a model rewritten in place: captured, passed through the passes, planned,
+    lowered, hosted.
+
+    Args:
+        root: the model that is changed.
+        passes: in turn.
+        example_inputs: one batch; None without.
+        options: what is asked of the engine.
+        strict: whether a part left in Python is an error.
+        model: the user's own, where `root` is a copy of it.
+    """
     state = vars(root).get("_rewriter")
     done = None if state is None else state.recipe
     # after an earlier rewrite, what is stored leads from the original to here
@@ -37,8 +48,7 @@ def run(
     engine.recipe, engine.model = recipe, model
     recipe.lower = bool(options.lower)
     steps = [engine.original()]
-    for rewrite in passes:  # no comprehension: warnings count the frames up to the user's line
-        steps.append(engine.run(rewrite))
+    steps += [engine.run(rewrite) for rewrite in passes]
     if options.memory is not None:
         steps.append(engine.plan_memory(options.memory))
     steps += engine.lower()

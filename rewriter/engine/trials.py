@@ -77,9 +77,13 @@ def goes_past(capture: Capture, graph_only: Sequence[str], outputs: Sequence[Any
         graph_only: names of those places.
         outputs: of the graphs on the example inputs; None without.
     """
-    if not graph_only or outputs is None or capture.example is None:
-        return "it was not run" if graph_only else ""
+    if not graph_only:
+        return ""
     root = capture.root
+    name = original_class(root).__name__
+    start = f"calls unlike the captured one are refused: the Python forward of {name} "
+    if outputs is None or capture.example is None:
+        return start + "was not run"
     layers = {name: root.get_submodule(name) for name in graph_only}
     called: set[nn.Module] = set()
     saved = [(r, r.graphs) for r in capture.regions]
@@ -106,8 +110,6 @@ def goes_past(capture: Capture, graph_only: Sequence[str], outputs: Sequence[Any
     past = [name for name, layer in layers.items() if layer not in called]
     if past and not why:
         why = f"does not go through {', '.join(past)}"
-    name = original_class(root).__name__
-    start = f"calls unlike the captured one are refused: the Python forward of {name} "
     return start + why if why else ""
 
 

@@ -17,13 +17,16 @@ __all__ = [
     "Grid",
     "Group",
     "Layer",
+    "Outcome",
     "bound",
     "calibrated",
     "change",
     "device_of",
+    "done",
     "every_decision",
     "layers",
     "lower_bounds",
+    "outcome",
     "plural",
     "rank",
     "refusals",
@@ -49,6 +52,7 @@ OPTIMIZERS = {
 }
 _ROWS = 20  # of a decision table, before sites are grouped
 _SLOWEST = 10
+_DONE = {"removed": "removed", "resized": "resized"}  # all else is a layer in place of another
 _FIGURE = r"\d+(\.\d+)?(e[+-]?\d+)?"
 
 
@@ -73,6 +77,15 @@ class Group:
     @property
     def varies(self) -> bool:
         return any(d.reason != self.reason for d in self.members)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The decisions of a step: sites that changed, places that rules fused, what stayed."""
+
+    changed: Sequence[Decision]
+    lowered: Sequence[Decision]
+    kept: Sequence[Decision]
 
 
 @dataclass(frozen=True)
@@ -407,6 +420,22 @@ def slowest(report: Ledger) -> Grid | None:
 
 def _sum(costs: Iterable[Cost | None]) -> float:
     return math.fsum(c.latency_s or 0.0 for c in costs if c is not None)
+
+
+def outcome(step: Step) -> Outcome:
+    """The decisions of a step by what became of the sites."""
+    unchanged = [d for d in step.decisions if not d.changed]
+    return Outcome(
+        [d for d in step.decisions if d.changed],
+        [d for d in unchanged if d.action == "lowered"],
+        [d for d in unchanged if d.action != "lowered"],
+    )
+
+
+def done(decisions: Sequence[Decision]) -> str:
+    """`2 sites resized`: how many sites changed and how; `changed` where that differs."""
+    actions = {_DONE.get(d.action, "replaced") for d in decisions}
+    return f"{plural(len(decisions), 'site')} {actions.pop() if len(actions) == 1 else 'changed'}"
 
 
 def replaced(decisions: Sequence[Decision]) -> Grid:

@@ -90,7 +90,8 @@ def page(report: Ledger) -> str:
         "rows": rows,
         "names": list(dict.fromkeys(r.step for r in rows)),
         "actions": sorted({r.action for r in rows}),
-        "kept": list(_kept(report)),
+        "lowered": list(_groups(report, lambda of: of.lowered)),
+        "kept": list(_groups(report, lambda of: of.kept)),
         "notes": [(s.name, s.notes) for s in report.steps if s.notes],
         "tail": [(t, lines) for t, lines in content.tail(report) if t != "Cost not known"],
         "version": _version(),
@@ -107,14 +108,28 @@ def fragment(report: Ledger) -> str:
         lower_bounds=content.lower_bounds(report),
         tables=list(_fragment_tables(report)),
         steps=[
-            (step, content.replaced(changed) if changed else None, list(content.refusals(kept)))
+            (
+                step,
+                ", ".join(_counts(of)),
+                content.replaced(of.changed) if of.changed else None,
+                [*content.refusals(of.lowered), *content.refusals(of.kept)],
+            )
             for step in report.steps
             if step.decisions or step.notes
-            for changed in [[d for d in step.decisions if d.changed]]
-            for kept in [[d for d in step.decisions if not d.changed]]
+            for of in [content.outcome(step)]
         ],
         tail=list(content.tail(report)),
     )
+
+
+def _counts(of: content.Outcome) -> Iterator[str]:
+    """`2 sites replaced`, `3 places fused`, `1 site left as is`, as far as there are any."""
+    if of.changed:
+        yield content.done(of.changed)
+    if of.lowered:
+        yield f"{content.plural(len(of.lowered), 'place')} fused"
+    if of.kept:
+        yield f"{content.plural(len(of.kept), 'site')} left as is"
 
 
 def _fragment_tables(report: Ledger) -> Iterator[tuple[str, Grid, bool]]:
@@ -348,9 +363,12 @@ def _key(value: float | None) -> str:
     return f"{value:.6g}" if math.isfinite(value) else "1e308"
 
 
-def _kept(report: Ledger) -> Iterator[tuple[str, list[Group]]]:
+def _groups(
+    report: Ledger, which: Callable[[content.Outcome], Sequence[Decision]]
+) -> Iterator[tuple[str, list[Group]]]:
+    """(step, its decisions of one outcome by reason)."""
     for step in report.steps:
-        if groups := list(content.refusals([d for d in step.decisions if not d.changed])):
+        if groups := list(content.refusals(which(content.outcome(step)))):
             yield step.name, groups
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +24,8 @@ __all__ = ["blocks", "html", "markdown", "text"]
 WIDTH = 100
 _UNBROKEN = 12  # letters of a column of words that stay on one line
 _NAMES = 6  # of sites that a group names
+_JOINTS = re.compile(r"(?<=[(=,])|(?<=\D\.)|(?<=\.)(?!\d)")
+_HYPHENS = re.compile(r"(?<=[-_])|(?<=[a-z])(?=[A-Z])")
 _CAPTION = "error: how far the step moved the outputs on the example inputs, relative to their size"
 
 
@@ -120,21 +123,19 @@ def markdown(report: Ledger) -> str:
 
 
 def _step_blocks(step: Step) -> Iterator[RenderableType]:
-    changed = [d for d in step.decisions if d.changed]
-    lowered = [d for d in step.decisions if d.action == "lowered"]
-    kept = [d for d in step.decisions if not d.changed and d.action != "lowered"]
-    if changed:
-        yield Text(f"{step.name}: {plural(len(changed), 'site')} replaced", style="bold green")
-        yield _Drawn(content.replaced(changed))
+    of = content.outcome(step)
+    if of.changed:
+        yield Text(f"{step.name}: {content.done(of.changed)}", style="bold green")
+        yield _Drawn(content.replaced(of.changed))
         yield Text()
-    if lowered:
-        yield Text(f"{step.name}: {plural(len(lowered), 'place')} fused", style="bold green")
-        for group in content.refusals(lowered):
+    if of.lowered:
+        yield Text(f"{step.name}: {plural(len(of.lowered), 'place')} fused", style="bold green")
+        for group in content.refusals(of.lowered):
             yield _bullet(_refusal(group))
         yield Text()
-    if kept:
-        yield Text(f"{step.name}: {plural(len(kept), 'site')} left as is", style="bold yellow")
-        for group in content.refusals(kept):
+    if of.kept:
+        yield Text(f"{step.name}: {plural(len(of.kept), 'site')} left as is", style="bold yellow")
+        for group in content.refusals(of.kept):
             yield _bullet(_refusal(group))
         yield Text()
     if step.notes:
@@ -176,8 +177,37 @@ class _Drawn:
                 style="cyan" if i == 0 else None,
             )
         for row in self.grid.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*map(_Cell, row))
         yield table
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Text of a table; a word wider than its column is broken where names have their joints."""
+
+    text: str
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, Text(self.text))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(" ".join(_broken(word, options.max_width) for word in self.text.split(" ")))
+
+
+def _broken(word: str, width: int) -> str:
+    """A word as lines of `width`: broken behind `(`, `=`, `,` and a dot that is no decimal point,
+    else behind `-` and `_` and before a capital letter."""
+    lines = [""]
+    for part in _pieces(_JOINTS, word, width):
+        for piece in _pieces(_HYPHENS, part, width):
+            if lines[-1] and len(lines[-1]) + len(piece) > width:
+                lines.append("")
+            lines[-1] += piece
+    return "\n".join(lines)
+
+
+def _pieces(joint: re.Pattern[str], word: str, width: int) -> list[str]:
+    return [word] if len(word) <= width else joint.split(word)
 
 
 def _bullet(line: str) -> RenderableType:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from rewriter.base import Layer
 from rewriter.errors import OptionError, warn
+from rewriter.modules.tree import submodule
 
 __all__ = ["Remapped", "param_groups", "remap_optimizer"]
 
@@ -187,7 +188,7 @@ def _converted(
 ) -> dict[str, Any]:
     """State of a parameter of an exchanged layer; empty where there is no way."""
     place, _, own = name.rpartition(".")
-    old, new = _module(model, place), _module(optimized, place)
+    old, new = submodule(model, place), submodule(optimized, place)
     if isinstance(new, Layer) and isinstance(old, nn.Linear):
         source = states.get(old.weight, {})
         return _mapped(source, lambda v, square: new.from_dense_gradient(v, square).get(own))
@@ -225,10 +226,3 @@ def _mapped(
         elif key == "step":
             found[key] = _copied(value)
     return found
-
-
-def _module(root: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return root.get_submodule(name)
-    except AttributeError:
-        return None

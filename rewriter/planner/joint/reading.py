@@ -23,6 +23,7 @@ from rewriter.cost.work import Work, work_of
 from rewriter.planner.joint.joint import Joint, Step, Value
 from rewriter.planner.joint.pricing import Pricing
 from rewriter.sites import user_line
+from rewriter.spellings import mutates
 
 __all__ = ["hint", "read_joint"]
 
@@ -167,7 +168,7 @@ class _Reader:
 
     def read(self, node: fx.Node, backward: bool) -> None:
         tensors = _storages(node.meta.get("val"))
-        if not tensors and not self._acts(node):
+        if not tensors and not mutates(node):
             return  # a size, a subgraph, a state
         keys = [t.untyped_storage()._cdata for t in tensors]
         self.alive.append(tensors)
@@ -197,7 +198,7 @@ class _Reader:
         if isinstance(node.meta.get("val"), Tensor):
             self._whole(node, values, node.meta["val"])
         self.joint.node_values[node.name] = values
-        if not runs or (not fresh and not self._acts(node)):
+        if not runs or (not fresh and not mutates(node)):
             return  # a view
         made = tuple(dict.fromkeys(self.known[k] for k, _ in fresh))
         work = self._work(node, tensors, backward)
@@ -235,10 +236,6 @@ class _Reader:
             self.joint.values[number] = replace(
                 value, node=node, order=order, dtype=tensor.dtype, shape=shape
             )
-
-    def _acts(self, node: fx.Node) -> bool:
-        """It writes into what it reads."""
-        return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
     def _work(self, node: fx.Node, made: list[Tensor], backward: bool) -> Work:
         func = node.target
