@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -172,9 +172,13 @@ class Engine:
         idle = step is None or all(d.action == "declined" for d in step.decisions)
         if step is None or (idle and self.options.lower is rules.DEFAULT_RULES):
             return []  # that our own ops are no faster here is no news; that the user's are not is
+        self._attach_lowering()
+        if self.options.lower is rules.DEFAULT_RULES and not self._lowering_pays():
+            self._detach_lowering()
+            self.lowering = Lowering()
+            return []
         if self.lowering.cost is not None:
             self.prices.cost = self.lowering.cost
-        self._attach_lowering()
         step.output_error = self._lowered_error()
         total = self._measured(self.prices.predicted(self.prices.cost.total))
         step.after = self.prices.cost.total = total
@@ -191,6 +195,38 @@ class Engine:
         previous, self.outputs = self.outputs, self.capture.outputs()
         assert self.outputs is not None
         return relative_error(self.outputs, previous)
+
+    def _lowering_pays(self) -> bool:
+        """Whether the lowered model is the faster one on the example inputs.
+
+        Every call checks whether weights have changed, which a short call may not be worth. A long
+        one is not timed: there the check is a small part.
+        """
+        example, root = self.capture.example, self.capture.root
+        tensors = [t for t in self.outputs or () if isinstance(t, torch.Tensor) and not t.is_meta]
+        if example is None or not tensors or not self.lowering.lowered:
+            return True
+        args, kwargs = own_copy(*example)
+
+        def run(attach: Callable[[], None]) -> None:
+            attach()
+            root(*args, **kwargs)
+
+        lowered = functools.partial(run, self._attach_lowering)
+        plain = functools.partial(run, self._detach_lowering)
+        with quiet_run(root, training=False):
+            lowered()  # derives the weights
+            start = time.perf_counter()
+            lowered()
+            if time.perf_counter() - start > _SHORT_CALL:
+                return True
+            with_rules, without = medians((lowered, plain), tensors[0].device)
+        self._attach_lowering()
+        return with_rules < without
+
+    def _detach_lowering(self) -> None:
+        for prefix in self.lowering.lowered:
+            vars(self.capture.root.get_submodule(prefix))["_rewriter"].lowered = None
 
     def _attach_lowering(self) -> None:
         for prefix, lowered in self.lowering.lowered.items():
@@ -324,6 +360,8 @@ class Engine:
             )
         return error
 
+
+_SHORT_CALL = 5e-3  # seconds
 
 _CAPTURED = (
     "costs are those of the captured graph: the model's own Python may hold values for longer, or "
