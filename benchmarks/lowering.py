@@ -23,6 +23,7 @@ from rewriter.lowering import DEFAULT_RULES
 
 latency = load_script("benchmarks/latency.py")
 
+Row = dict[str, Any]
 NAMES = ("eager", "unlowered", "lowered")
 
 

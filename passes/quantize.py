@@ -20,7 +20,7 @@ from rewriter.base import (
     relative_error,
     unusable,
 )
-from rewriter.errors import OptionError, one_of, whole_number
+from rewriter.errors import OptionError, PassError, one_of, whole_number
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     dequantize_weight,
@@ -254,11 +254,11 @@ class Scheme:
     Args:
         name: what `Quantize(scheme=…)` calls it.
         bits: of one weight.
-        dtype: of the weights as they are multiplied.
-        storage: of the buffer that holds them.
+        dtype: of the weights as they are multiplied; for those who read the scheme, as `bits` is.
+        storage: of the buffers that hold them; a layer without such a buffer is an error.
         layers: by kind of site, what makes the layer closest to the one there: (site, activation) →
             a `Layer` with a `dense_weight`. It keeps a bias that is a Parameter.
-        per_element: weights in one element of the buffer.
+        per_element: weights in one element of the buffer, as `Layer.packed` of its layers says.
 
     Raises:
         OptionError: the bits of a weight do not fit its storage, or `Quantize` visits no sites of
@@ -348,9 +348,24 @@ class Quantize(Pass):
         if refused := unusable(*weights, bias):
             return refused
         layer = make(site, self.activation)
+        _check_storage(SCHEMES[self.scheme], site, layer)
         layer.train(old is None or old.training)
         note = _FROZEN if any(w.requires_grad for w in weights) else ""
         return Replacement(layer, relative_error(before(), layer.dense_weight()), note)
+
+
+def _check_storage(scheme: Scheme, site: Site, layer: object) -> None:
+    """Raises PassError where a layer's weights are not stored as its scheme states."""
+    if not isinstance(layer, Layer):
+        raise PassError(f"scheme {scheme.name!r} made a {type(layer).__name__}, which is no Layer")
+    buffers = {n: (b.dtype, layer.packed.get(n, 1)) for n, b in layer.named_buffers()}
+    if (scheme.storage, scheme.per_element) not in buffers.values():
+        got = ", ".join(f"{n} ({dtype}, {count})" for n, (dtype, count) in buffers.items())
+        raise PassError(
+            f"scheme {scheme.name!r} at {site.fqn!r}: its weights are stored in {scheme.storage}, "
+            f"{scheme.per_element} in each element; its {type(layer).__name__} has no such buffer, "
+            f"but {got or 'none at all'}: mend the scheme, the buffer's dtype, or `Layer.packed`"
+        )
 
 
 def _linear(site: Site, activation: Activation) -> Layer:

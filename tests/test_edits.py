@@ -128,6 +128,9 @@ def test_all_kinds_of_edits_in_one_plan() -> None:
     assert found["blocks.1"] == ("removed", "enough")
     assert found["blocks.0.up"] == ("resized", "narrower")
     assert found["q"] == ("skipped", "as it should be")
+    assert found["k"] == ("skipped", "the plan leaves it")
+    assert "blocks.0.down" not in found, "it is cut along"
+    assert not [name for name in found if name.startswith("blocks.1.")], "they go with it"
     hidden = out.first(x)
     hidden = hidden + (hidden @ model.blocks[0].up.weight[:5].T + model.blocks[0].up.bias[:5]).relu(
     ) @ model.blocks[0].down.weight[:, :5].T + model.blocks[0].down.bias  # fmt: skip
@@ -137,7 +140,7 @@ def test_all_kinds_of_edits_in_one_plan() -> None:
 def removed(view: View, name: str) -> Remove:
     block = view.block(name)
     assert isinstance(block, Subgraph), block
-    return Remove(block, "")
+    return Remove(block, "why")
 
 
 def by_hand(view: View) -> list[Any]:
@@ -145,32 +148,41 @@ def by_hand(view: View) -> list[Any]:
     (node, other) = site(view, "q").nodes
     block = removed(view, "blocks.1").subgraph
     cuts = tuple(Cut(n.args[0], n) for n in (node, other))
-    return [Remove(Subgraph(block.site, block.names, cuts), "")]
+    return [Remove(Subgraph(block.site, block.names, cuts), "why")]
 
 
 def foreign(view: View) -> list[Any]:
     other = view_of(engine_of(Net().eval(), torch.randn(3, 6)).capture)
-    return [Resize(site(other, "blocks.0.up"), [0], "")]
+    return [Resize(site(other, "blocks.0.up"), [0], "why")]
 
 
 BAD: list[tuple[Callable[[View], Any], str]] = [
     (by_hand, r"Remove\(blocks.1\) leaves a shape open: q\w* is .*4\)\), blocks\w* is .*6\)\)|"
               r"Remove\(blocks.1\) leaves a shape open: q is .*4.*, .* is .*6"),
-    (lambda v: [removed(v, "blocks.0"), Resize(site(v, "blocks.0.up"), [0], "")],
+    (lambda v: [removed(v, "blocks.0"), Resize(site(v, "blocks.0.up"), [0], "why")],
      r"Remove\(blocks.0\) and Resize\(blocks.0.up\) both change blocks.0.\w+"),
     (lambda v: [removed(v, "blocks.0"), removed(v, "blocks")],
      r"Remove\(blocks.0\) and Remove\(blocks\) both change blocks.0"),
-    (lambda v: [Resize(site(v, "blocks.0.up"), [0], "")] * 2,
+    (lambda v: [Resize(site(v, "blocks.0.up"), [0], "why")] * 2,
      r"Resize\(blocks.0.up\) and Resize\(blocks.0.up\) both change blocks.0.\w+"),
     (foreign, r"Resize\(blocks.0.up\) is on a site that is not the model's"),
-    (lambda v: [Resize(site(v, "blocks.0.up"), [3, 12], "")], "keeps neuron 12, and there are 12"),
-    (lambda v: [Resize(site(v, "blocks.0.down"), [3], "")], r"Resize\(blocks.0.down\) is impossib"),
-    (lambda v: [Resize(site(v, "blocks.0.up"), [3, 1], "")], "ascending whole numbers"),
-    (lambda v: [Replace(v.places(linear >> activation)[0], nn.Linear(6, 12), "")],
+    (lambda v: [Resize(site(v, "blocks.0.up"), [3, 12], "why")], "keeps neuron 12, and there are"),
+    (lambda v: [Resize(site(v, "blocks.0.down"), [3], "why")], r"Resize\(blocks.0.down\) is impos"),
+    (lambda v: [Resize(site(v, "blocks.0.up"), [3, 1], "why")], "ascending whole numbers"),
+    (lambda v: [Replace(v.places(linear >> activation)[0], nn.Linear(6, 12), "why")],
      "linear >> .*, which is several operations"),
-    (lambda v: [Replace(site(v, "q"), "a layer", "")], "has a str, no nn.Module"),  # type: ignore[arg-type]
+    (lambda v: [Replace(site(v, "q"), "a layer", "why")], "has a str, no nn.Module"),  # type: ignore[arg-type]
     (lambda v: ["edit"], "returned a str among its edits"),
     (lambda v: None, "returned a NoneType: return a list"),
+    (lambda v: [Remove(v.block("first"), "why")],  # type: ignore[arg-type]
+     r"Remove of no block: it is no .*hand its reason on with Keep\(site, skip.reason"),
+    (lambda v: [Remove("first", "why")], "Remove of a str: take view.block"),  # type: ignore[arg-type]
+    (lambda v: [Keep(site(v, "q"), " ")], r"Keep\(q\): reason=' ': say in words why"),
+    (lambda v: [Remove(removed(v, "blocks.0").subgraph, "")], r"Remove\(blocks.0\): reason=''"),
+    (lambda v: [Resize(site(v, "blocks.0.up"), [0], "")], r"Resize\(blocks.0.up\): reason=''"),
+    (lambda v: [Replace(site(v, "q"), nn.Linear(6, 4), "")], r"Replace\(q\): reason=''"),
+    (lambda v: [Keep(site(v, "q"), Skip("no"))],  # type: ignore[arg-type]
+     r"Keep\(q\): reason=Skip\('no'\): say in words"),
 ]  # fmt: skip
 
 
@@ -209,7 +221,7 @@ def test_a_plan_that_removes_an_output_is_an_error() -> None:
             first = next(n for n in graph.nodes if n.target == "first")
             cuts.append(Cut(first, results[0]))
         where = next(s for s in view.chosen if s.fqn == "block")
-        return [Remove(Subgraph(where, ("block",), tuple(cuts)), "")]
+        return [Remove(Subgraph(where, ("block",), tuple(cuts)), "why")]
 
     before = state(engine)
     with pytest.raises(PassError, match=r"Remove\(block\) is impossible: .*is an output of"):
@@ -242,11 +254,11 @@ def test_a_failure_after_the_first_change_puts_everything_back(
         raise VerifyError("something does not hold")
 
     def make(view: View) -> list[Any]:
-        narrow = Resize(site(view, "blocks.0.up"), [1, 2], "")
+        narrow = Resize(site(view, "blocks.0.up"), [1, 2], "why")
         return [
             narrow,
             removed(view, "blocks.1"),
-            Replace(site(view, "first"), nn.Linear(6, 6), ""),
+            Replace(site(view, "first"), nn.Linear(6, 6), "why"),
         ]
 
     monkeypatch.setattr(rewriter.engine.pass_run, stage, fails)
@@ -264,8 +276,8 @@ def test_a_failure_after_the_first_change_puts_everything_back(
 def test_a_layer_that_is_declined_takes_the_plan_along() -> None:
     def make(view: View) -> list[Any]:
         return [
-            Replace(site(view, "first"), nn.Linear(6, 6), "", error=0.5),
-            Resize(site(view, "blocks.0.up"), [1], ""),
+            Replace(site(view, "first"), nn.Linear(6, 6), "why", error=0.5),
+            Resize(site(view, "blocks.0.up"), [1], "why"),
         ]
 
     out: Any = rewrite(Net().eval(), [Planned(make)], torch.randn(3, 6), max_error=0.1)
@@ -322,6 +334,10 @@ def test_the_plan_in_contributing_runs() -> None:
     out: Any = rewrite(model, [namespace["EveryOther"](where="[1-4]")], x)
     assert [type(m) for m in out] == [nn.Linear, Block, Bypass, Block, Bypass]
     torch.testing.assert_close(out(x), model[3](model[1](model[0](x))))
+    found = {d.site: (d.action, d.reason) for d in out.report.steps[1].decisions}
+    assert found["1"] == found["3"] == ("skipped", "the plan leaves it")
+    assert found["2"] == found["4"] == ("removed", "every second block")
+    assert len(found) == 4
 
 
 def test_both_passes_and_in_place() -> None:

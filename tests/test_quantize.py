@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from rewriter.base import Phase, Replacement, Skip
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, PassError
 from rewriter.passes import quantize
 from rewriter.passes.monarch import MonarchLinear
 from rewriter.passes.quantize import (
@@ -187,6 +187,24 @@ def test_schemes_that_contradict_themselves_or_each_other(schemes):
         toy(layers={})
     with pytest.raises(OptionError, match="'toy': bits must be an integer of at least 1"):
         toy(bits=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"storage": torch.uint8}, r"in torch.uint8, 1 in each .* qweight \(torch.int8, 1\)"),
+        ({"per_element": 8}, r"torch.int8, 8 in each element; .* qweight \(torch.int8, 1\)"),
+        (
+            {"layers": {LINEAR: lambda site, activation: MonarchLinear(6, 4, 2)}},
+            "its MonarchLinear has no such buffer, but none at all",
+        ),
+        ({"layers": {LINEAR: lambda site, activation: None}}, "made a NoneType, which is no Layer"),
+    ],
+)
+def test_a_layer_that_stores_otherwise_than_its_scheme_says(schemes, changes, words):
+    register(toy(**changes))
+    with pytest.raises(PassError, match=words):
+        propose(nn.Linear(6, 4), "toy")
 
 
 @pytest.mark.parametrize("make", LAYERS)

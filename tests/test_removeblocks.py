@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import rewriter
-from rewriter import OptionError, explain, rewrite
+from rewriter import OptionError, PassError, explain, rewrite
 from rewriter.base import Pass
 from rewriter.modules.bypass import Bypass
 from rewriter.passes import Monarch, Quantize, RemoveBlocks, ResizeMLP
@@ -214,9 +214,26 @@ class InPlace(PreNorm):
         return x.add_(self.down(self.act(self.up(self.norm(x)))))
 
 
+class Hidden(Stack):
+    """Hidden states among the outputs: those of `shown` blocks, and the last."""
+
+    def __init__(self, shown: tuple[int, ...]) -> None:
+        super().__init__()
+        self.first, self.shown = nn.Linear(8, 8), shown
+
+    def forward(self, x: Tensor) -> Any:
+        x, hidden = self.first(x), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            hidden += [x] if i in self.shown else []
+        return x, hidden
+
+
 @pytest.mark.parametrize(
     ("model", "where", "words"),
     [
+        (Hidden((0, 1, 2)), "blocks.1", "result, .*, is an output of the model that would become"
+         " the same tensor as another output, "),
         (Caches(), "block", "an output of the model as well"),
         (Feeds(), "block", "up, which is outside of it, would be left over"),
         (Wide(), "block", r"input is float32\[batch, 1\] on cpu, its result float32\[batch, 8\]"),
@@ -228,6 +245,24 @@ class InPlace(PreNorm):
 def test_what_cannot_go_stays_with_the_reason(model: nn.Module, where: str, words: str) -> None:
     (reason,) = reasons(model.eval(), torch.randn(3, 8), where).values()
     assert re.search(words, reason), reason
+
+
+def test_a_block_whose_result_no_other_output_is_goes() -> None:
+    model, x = Hidden((0, 1, 2)).eval(), torch.randn(3, 8)
+    out: Any = rewrite(model, [RemoveBlocks(where="blocks.*")], x)
+    found = {d.site: d.action for d in out.report.steps[1].decisions}
+    assert found == {"blocks.0": "removed", "blocks.1": "skipped", "blocks.2": "skipped"}
+    with torch.no_grad():
+        torch.testing.assert_close(out(x), without(model, "blocks.0")(x))
+
+
+def test_blocks_that_only_together_make_two_outputs_one_are_an_error() -> None:
+    passes = [RemoveBlocks(where="blocks.[12]")]
+    with pytest.raises(PassError, match=r"blocks.1, blocks.2 cannot be removed together: .* same"):
+        rewrite(Hidden((0,)).eval(), passes, torch.randn(3, 8))
+    model = nn.Sequential(PreNorm(), PreNorm()).eval()
+    with pytest.raises(PassError, match="removed together: the model's output would be its input"):
+        rewrite(model, [RemoveBlocks(where="[01]")], torch.randn(3, 8))
 
 
 def test_hooks_and_ties_keep_a_block() -> None:

@@ -196,7 +196,7 @@ def left_over(view: _Whole, blocks: Sequence[Subgraph]) -> Skip | None:
             writes = node in dead and works_in_place(node, owner)
             if writes and _base(node, dead, owner) not in dead:
                 return Skip("{} inside it changes its input in place", spelled(node, owner))
-        reason = _changed_in_place(hosted, cuts, dead, owner)
+        reason = _same_output(hosted, cuts) or _changed_in_place(hosted, cuts, dead, owner)
         if reason is not None:
             return reason
     return None
@@ -218,6 +218,29 @@ def _base(node: Node, dead: set[Node], owner: nn.Module) -> Any:
             break
         source = source.args[0] if source.args else None
     return source
+
+
+def _same_output(hosted: HostedGraph, cuts: Iterable[Cut]) -> Skip | None:
+    """Two outputs of the model would become one tensor, or an output its input."""
+    instead: Mapping[Node, Node] = {c.result: c.source for c in cuts}
+    (output,) = (n for n in hosted.graph.nodes if n.op == "output")
+    outputs = output.all_input_nodes
+    kept = {n: n.name for n in outputs if n not in instead}
+    for result in (n for n in outputs if n in instead):
+        source = instead[result]
+        while source in instead:
+            source = instead[source]
+        if source in kept:
+            return Skip(
+                "its result, {}, is an output of the model that would become the same tensor as "
+                "another output, {}",
+                result.name,
+                kept[source],
+            )
+        if source.op == "placeholder":
+            return Skip("the model's output would be its input")
+        kept[source] = result.name
+    return None
 
 
 def _changed_in_place(

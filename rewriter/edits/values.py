@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, PassError
+from rewriter.modules.refusal import Skip
 from rewriter.sites import Site
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Width",
     "named",
     "places",
+    "site_of",
 ]
 
 BLOCK = "block"
@@ -82,13 +84,31 @@ class Replace:
     reason: str
     error: float | None = 0.0
 
+    def __post_init__(self) -> None:
+        _check_reason(self)
+
 
 @dataclass(frozen=True, eq=False)
 class Remove:
-    """A subgraph goes, with its modules: its readers read what went into it."""
+    """A subgraph goes, with its modules: its readers read what went into it.
+
+    Raises:
+        PassError: `subgraph` is none: `View.block` may answer with a Skip.
+    """
 
     subgraph: Subgraph
     reason: str
+
+    def __post_init__(self) -> None:
+        given: object = self.subgraph
+        if isinstance(given, Skip):
+            raise PassError(
+                f"Remove of no block: {given.reason}: where view.block answers with a Skip, hand "
+                "its reason on with Keep(site, skip.reason)"
+            )
+        if not isinstance(given, Subgraph):
+            raise PassError(f"Remove of a {type(given).__name__}: take view.block(name)")
+        _check_reason(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +125,7 @@ class Resize:
     reason: str
 
     def __post_init__(self) -> None:
+        _check_reason(self)
         kept: tuple[Any, ...] = tuple(self.kept)
         whole = all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in kept)
         if not kept or not whole or list(kept) != sorted(set(kept)):
@@ -122,14 +143,30 @@ class Keep:
     site: Site
     reason: str
 
+    def __post_init__(self) -> None:
+        _check_reason(self)
+
 
 Edit = Replace | Remove | Resize | Keep
 
 
+def _check_reason(edit: Edit) -> None:
+    reason: object = edit.reason
+    if not isinstance(reason, str) or not reason.strip():
+        raise OptionError(
+            f"{named(edit)}: reason={reason!r}: say in words why, for the report lists each edit "
+            "with its reason"
+        )
+
+
 def named(edit: Edit) -> str:
     """The edit as messages name it: `Remove(encoder.layer.3)`."""
-    site = edit.subgraph.site if isinstance(edit, Remove) else edit.site
-    return f"{type(edit).__name__}({site.fqn})"
+    return f"{type(edit).__name__}({site_of(edit).fqn})"
+
+
+def site_of(edit: Edit) -> Site:
+    """Where an edit is."""
+    return edit.subgraph.site if isinstance(edit, Remove) else edit.site
 
 
 def places(edit: Edit, width: Width | None = None) -> set[tuple[str, str]]:

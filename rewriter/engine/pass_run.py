@@ -12,6 +12,7 @@ from rewriter.base import Pass, Replacement, Skip
 from rewriter.capture import Capture
 from rewriter.cost import Cost
 from rewriter.edits import BLOCK, Cut, Keep, Remove, Resize
+from rewriter.edits.values import site_of
 from rewriter.engine.calibration import gather
 from rewriter.engine.decide import (
     Declined,
@@ -162,6 +163,8 @@ class PassRun:
         for edit in self.plan.edits:
             if isinstance(edit, Keep):
                 self.decisions.append(_decision(edit.site, "skipped", edit.reason))
+        for site in filter(self.plan.leaves, chosen):
+            self.decisions.append(_decision(site, "skipped", "the plan leaves it"))
 
     def _wide_sites(self) -> list[Site]:
         """Places of the patterns, and the blocks, that a pass with a plan takes."""
@@ -302,8 +305,7 @@ class PassRun:
         """Nothing of the plan is done: why, at each of its places."""
         for edit in self.plan.edits:
             if not isinstance(edit, Keep):
-                site = edit.subgraph.site if isinstance(edit, Remove) else edit.site
-                self.decisions.append(_decision(site, "declined", reason))
+                self.decisions.append(_decision(site_of(edit), "declined", reason))
         self.plan, self.proposals, self.looks, self.edited, self.changed = Plan(), [], [], [], []
         self.error = 0.0
 

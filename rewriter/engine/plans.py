@@ -12,7 +12,7 @@ from rewriter.capture import Capture, Region
 from rewriter.cost.open_shapes import Shape, open_shapes
 from rewriter.edits import BLOCK, Edit, Keep, Remove, Replace, Resize, Subgraph, View, Width
 from rewriter.edits.blocks import left_over
-from rewriter.edits.values import named, places
+from rewriter.edits.values import named, places, site_of
 from rewriter.engine.decide import Proposal, unsafe
 from rewriter.engine.looking import sites_of
 from rewriter.errors import PassError, VerifyError
@@ -42,6 +42,15 @@ class Plan:
     @property
     def changes(self) -> bool:
         return bool(self.proposals or self.removed or self.resized)
+
+    def leaves(self, site: Site) -> bool:
+        """Whether no edit is on a site, on a part of it, or on a block around it."""
+        gone = [name for s in self.removed for name in s.names]
+        names = {site_of(e).fqn for e in self.edits}.union(
+            gone, *(r.rows + r.columns for r in self.resized)
+        )
+        own = {site.fqn, *(part.fqn for part in site.parts.values())}
+        return not own & names and not any(site.fqn.startswith(f"{name}.") for name in gone)
 
     def records(self) -> list[Removed | Resized]:
         """What the recipe keeps."""
@@ -132,7 +141,7 @@ def checked(rewrite: Pass, view: View, edits: object) -> Plan:
 
 def _own(rewrite: Pass, view: View, edit: Edit) -> None:
     """Raises PassError where an edit's site is of another model, or of this one before a change."""
-    site = edit.subgraph.site if isinstance(edit, Remove) else edit.site
+    site = site_of(edit)
     graphs = {g.graph for g in view.graphs}
     nodes = list(site.nodes)
     if isinstance(edit, Remove):
