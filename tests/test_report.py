@@ -14,8 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import nn
 
+from rewriter.capture import capture
 from rewriter.cost import Cost, Device, Training, Work
+from rewriter.engine.trials import goes_past
 from rewriter.errors import OptionError, StoreError
 from rewriter.report import CaptureInfo, Decision, Island, Report, Step
 from rewriter.report import format as fmt
@@ -429,3 +432,11 @@ def test_a_word_breaks_where_names_have_their_joints(
     word: str, width: int, lines: list[str]
 ) -> None:
     assert _broken(word, width).split("\n") == lines
+
+
+def test_a_capture_note_of_a_forward_that_was_not_run_is_a_whole_sentence() -> None:
+    captured = capture(nn.Sequential(nn.Linear(2, 2)), None)
+    assert goes_past(captured, [], None) == ""
+    assert goes_past(captured, ["0"], None) == (
+        "calls unlike the captured one are refused: the Python forward of Sequential was not run"
+    )
