@@ -560,3 +560,44 @@ def test_the_rule_of_contributing_runs() -> None:
     exec(section.split("```python")[1].split("```")[0], space)  # noqa: S102 (our own example)
     (decision,) = space["optimized"].report.steps[-1].decisions
     assert (decision.action, decision.kernel) == ("lowered", "norm_linear")
+
+
+class PadsByHand(nn.Conv2d):
+    """Of EfficientNet's kind: a forward of its own, which calls the function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 1, 0, 1))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize(("groups", "bias"), [(1, True), (1, False), (4, True)])
+def test_a_convolution_that_is_called_as_a_function_is_folded(groups: int, bias: bool) -> None:
+    conv = PadsByHand(4, 8, 3, stride=2, groups=groups, bias=bias)
+    x = torch.randn(2, 4, 9, 9)
+    net = trained(nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU6()), *x.shape)
+    model: Any = rewrite(net, [], x)
+    assert_as_unlowered(model, x, 1)
+    (step,) = (s for s in model.report.steps if s.name == "lowering")
+    assert step.before.launches - step.after.launches == 1  # norm; the activation is in place
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        net[0].weight.mul_(2)  # type: ignore[operator, index, union-attr]
+        assert_reordered(model(x), net(x))
+        model[0].weight = nn.Parameter(torch.randn_like(model[0].weight))
+        net[0].weight = model[0].weight  # type: ignore[operator, index]
+        assert_reordered(model(x), net(x))
+
+
+def test_a_convolution_with_a_weight_of_no_layer_is_left_alone() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.norm = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(F.conv2d(x, self.kernel))
+
+    found = refusals(trained(Bare(), 2, 3, 6, 6), torch.randn(2, 3, 6, 6))
+    assert found == [
+        ("conv2d", "skipped", "conv2d calls a function: its weights are not a layer's")
+    ]

@@ -115,8 +115,7 @@ class _Bound:
         self.applications, refused = places(program.graph, root, rules, chosen)
         named: dict[str, None] = {}
         for place in [*(a.place for a in self.applications), *(r.place for r in refused)]:
-            nodes = place.match.nodes
-            named.update(dict.fromkeys(str(n.target) for n in nodes if n.op == "call_module"))
+            named.update(dict.fromkeys(place.owners))
         self.layers = _Layers(root, named)
         self.made: _Made | None = None
 

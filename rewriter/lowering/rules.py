@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewriter.errors import OptionError
+from rewriter.lowering.called import CalledConv
 from rewriter.modules.patterns import Chain, Fan, Match, Op, Pattern
 
 __all__ = ["Fused", "Place", "Rule", "checked"]
@@ -20,7 +21,8 @@ class Place:
 
     Args:
         match: the nodes.
-        modules: the layer that each node calls; None for a function.
+        modules: the layer that each node calls, or the `CalledConv` that it amounts to; None for
+            any other function.
         root: the module tree that the graph lives on.
     """
 
@@ -31,7 +33,7 @@ class Place:
     @classmethod
     def of(cls, match: Match, root: nn.Module) -> Place:
         found = (
-            root.get_submodule(str(n.target)) if n.op == "call_module" else None
+            root.get_submodule(str(n.target)) if n.op == "call_module" else CalledConv.of(n, root)
             for n in match.nodes
         )
         return cls(match, tuple(found), root)
@@ -40,6 +42,12 @@ class Place:
     def names(self) -> list[str]:
         """The dotted name of each layer; of a function the node's."""
         return [str(n.target) if n.op == "call_module" else n.name for n in self.match.nodes]
+
+    @property
+    def owners(self) -> list[str]:
+        """The dotted name of each module whose tensors the place reads."""
+        called = [m.owner for m in self.modules if isinstance(m, CalledConv)]
+        return [str(n.target) for n in self.match.nodes if n.op == "call_module"] + called
 
     @property
     def name(self) -> str:
