@@ -222,7 +222,7 @@ class Engine:
                 return True
             with_rules, without = medians((lowered, plain), tensors[0].device)
         self._attach_lowering()
-        return with_rules < without
+        return with_rules < _LEAD * without
 
     def _detach_lowering(self) -> None:
         for prefix in self.lowering.lowered:
@@ -362,6 +362,7 @@ class Engine:
 
 
 _SHORT_CALL = 5e-3  # seconds
+_LEAD = 0.97  # of the plain call, at most: what is less may be noise
 
 _CAPTURED = (
     "costs are those of the captured graph: the model's own Python may hold values for longer, or "
