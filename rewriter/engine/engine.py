@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +174,7 @@ class Engine:
             return []  # that our own ops are no faster here is no news; that the user's are not is
         self._attach_lowering()
         if self.options.lower is rules.DEFAULT_RULES and not self._lowering_pays():
-            self._detach_lowering()
+            self._attach_lowering(on=False)
             self.lowering = Lowering()
             return []
         if self.lowering.cost is not None:
@@ -208,12 +208,11 @@ class Engine:
             return True
         args, kwargs = own_copy(*example)
 
-        def run(attach: Callable[[], None]) -> None:
-            attach()
+        def run(on: bool) -> None:
+            self._attach_lowering(on)
             root(*args, **kwargs)
 
-        lowered = functools.partial(run, self._attach_lowering)
-        plain = functools.partial(run, self._detach_lowering)
+        lowered, plain = functools.partial(run, True), functools.partial(run, False)
         with quiet_run(root, training=False):
             lowered()  # derives the weights
             start = time.perf_counter()
@@ -224,13 +223,11 @@ class Engine:
         self._attach_lowering()
         return with_rules < _LEAD * without
 
-    def _detach_lowering(self) -> None:
-        for prefix in self.lowering.lowered:
-            vars(self.capture.root.get_submodule(prefix))["_rewriter"].lowered = None
-
-    def _attach_lowering(self) -> None:
+    def _attach_lowering(self, on: bool = True) -> None:
+        """Lets the modules run their fused ops, or with `on` False their graphs as they are."""
         for prefix, lowered in self.lowering.lowered.items():
-            vars(self.capture.root.get_submodule(prefix))["_rewriter"].lowered = lowered
+            state = vars(self.capture.root.get_submodule(prefix))["_rewriter"]
+            state.lowered = lowered if on else None
 
     def report(self, steps: list[Step]) -> Report:
         """The ledger of these steps."""
