@@ -18,10 +18,11 @@ demo: .venv/.stamp
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal
 
 test: .venv/.stamp
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not clients" $(ARGS)
 
-# Those that are marked slow too: every benchmark's and example's short form, whole compilations.
-test-all: .venv/.stamp
+# Those that are marked slow or clients too: every benchmark's and example's short form, whole
+# compilations, and the libraries that rewritten models meet (peft, Trainer, Lightning, ONNX, ...).
+test-all: .venv/.stamp .venv/.clients
 	$(PYTEST) $(ARGS)
 
 # `rewriter.passes` and `rewriter.kernels` exist only once installed (package-dir in pyproject.toml),
@@ -41,4 +42,8 @@ bench: .venv/.stamp
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --no-input -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv/.clients: .venv/.stamp
+	$(PY) -m pip install -q --no-input -c constraints.txt -e ".[clients]"
 	touch $@
