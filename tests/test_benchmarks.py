@@ -162,11 +162,12 @@ def test_latency(tmp_path: pathlib.Path) -> None:
 def test_demo(tmp_path: pathlib.Path) -> None:
     """The demo tells a newcomer what happened, with the model's real scores, and draws it."""
     page = tmp_path / "report.html"
-    printed = run("examples/minilm.py", "--report", str(page))
+    printed = run("examples/minilm.py", "--report", str(page), "--quick")
     assert "<svg" in page.read_text()
     assert "0.7289" in printed
     assert "37 of 37 linear layers" in printed
     assert "bit for bit" in printed
+    assert "without healing, Monarch scores" in printed
 
 
 @pytest.mark.slow

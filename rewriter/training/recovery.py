@@ -254,7 +254,7 @@ class _Run:
         parameters = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(param_groups(self.student, plan.lr, 0.01))
         begin = self._resume("distil", optimizer) or 0
-        task = self.bar.add_task("distillation", total=plan.steps, says="", completed=begin)
+        task = self.bar.add_task("distillation", total=1.0, says="")
         if not begin:
             self.begun = self.seconds
             self._judge(0, names)
@@ -266,7 +266,8 @@ class _Run:
             value.backward()
             self._step(optimizer, parameters, float(value.detach()))
             self.seconds += time.perf_counter() - start
-            self.bar.update(task, advance=1, says=f"loss {float(value.detach()):.4f}")
+            done = self._done(step + 1, plan.steps)
+            self.bar.update(task, completed=done, says=f"loss {float(value.detach()):.4f}")
             over = plan.seconds is not None and self.seconds > plan.seconds
             if (step + 1) % plan.every == 0 or step + 1 == plan.steps or over:
                 self._judge(step + 1, names)
@@ -336,13 +337,18 @@ class _Run:
         torch.manual_seed(self.plan.seed + step)  # dropout
         return self.fitted[int(order[place])]
 
-    def _rate(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
-        """Warm-up over a twentieth, and cosine to the end of the steps, or of the time where that
-        comes sooner."""
+    def _done(self, step: int, steps: int) -> float:
+        """The share of the steps that is done, or of the time where that is more."""
         done = step / max(steps, 1)
         if self.plan.seconds is not None:
             left = max(self.plan.seconds - self.begun, 1e-9)
             done = min(max(done, (self.seconds - self.begun) / left), 1.0)
+        return done
+
+    def _rate(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+        """Warm-up over a twentieth, and cosine to the end of the steps, or of the time where that
+        comes sooner."""
+        done = self._done(step, steps)
         share = min(1.0, 20 * (done + 1 / max(steps, 20))) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = self.plan.lr * group["lr_scale"] * max(share, 0.01)
