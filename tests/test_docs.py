@@ -19,17 +19,22 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-def test_every_line_of_the_readme_runs(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+def test_every_line_of_the_documents_runs(
+    document: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
-    for block in blocks("README.md", "python"):
-        exec(compile(block, "README.md", "exec"), namespace)
+    for block in blocks(document, "python"):
+        exec(compile(block, document, "exec"), namespace)
     printed = capsys.readouterr().out
-    (shown,) = blocks("README.md", "text")
-    # but for times and what rounding moves, the ledger is the one the README shows
+    assert "linear layers rewritten" in printed
+    # but for times and what rounding moves, a ledger that is shown is the one that is printed
+    (shown,) = blocks(document, "text") or [""]
     for line in shown.splitlines():
         if "2 of 2" in line or "replaced" in line or line.startswith(("parameters", "peak")):
             assert line in printed, line
@@ -66,3 +71,19 @@ def test_the_scheme_in_contributing_runs(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_example_pass_runs(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(ROOT / "examples/write_a_pass.py"), run_name="__main__")
     assert "2 of 2 linear layers rewritten" in capsys.readouterr().out
+
+
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md",
+                                      "docs/guide.md", "docs/figures.md"])  # fmt: skip
+def test_every_link_leads_somewhere(document: str) -> None:
+    page = ROOT / document
+    for path, place in LINK.findall(page.read_text()):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if place:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+            assert place in anchors, (path, place)
