@@ -385,9 +385,8 @@ class Monarch(Pass):
         if self.calibrates and moments is not None:
             # A bias takes care of the mean, and the factors need not. (Where the user's code calls
             # a function, the bias is that code's own and stays.)
-            second, movable = moments.second, bias is not None and site.module is not None
-            if movable:
-                second = second - torch.outer(moments.mean, moments.mean)
+            movable = bias is not None and site.module is not None
+            second = moments.covariance if movable else moments.second
             right, left = monarch_fit(weight, second, blocks, rank, self.interleaved)
             dense = monarch_dense(right, left, out_features, in_features, self.interleaved)
             error = relative_error(weight, dense)

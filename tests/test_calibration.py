@@ -283,3 +283,16 @@ def test_moments_give_the_error_of_outputs() -> None:
     want, got = rows @ weight.double().t(), rows @ other.double().t() + shift
     assert error == pytest.approx(float((want - got).norm() / want.norm()))
     assert Moments(50, mean, second, 0, mean, second).output_error(0 * weight, other) is None
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e4])
+def test_one_row_or_equal_rows_fit_like_the_weights_alone(offset: float) -> None:
+    layer: Any = nn.Linear(16, 16).eval()
+    row = torch.rand(1, 16) + offset
+    model = nn.Sequential(layer)
+    made: Any = rewrite(model, [Monarch(nblocks=4)], row, calibration=[row, row.repeat(3, 1)])[0]
+    right, left, _ = monarch_project(layer.weight.detach(), 4, made.rank)
+    dense = monarch_dense(right, left, 16, 16)
+    # the bias takes the mean, so what is left of the rows is nothing to fit to
+    error = torch.dist(made.dense_weight().detach(), layer.weight.detach())
+    assert error < 1.5 * torch.dist(dense, layer.weight.detach())

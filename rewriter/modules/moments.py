@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["Moments"]
@@ -27,6 +28,15 @@ class Moments:
     held_rows: int
     held_mean: Tensor
     held_second: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        """E[x xᵀ] − E[x] E[x]ᵀ, positive definite unless all rows are zero: its diagonal is raised
+        by what products that were summed in float32 can be off by, or one row alone would give
+        noise of either sign."""
+        noise = 1e-6 * self.second.diagonal().mean()
+        centred = self.second - torch.outer(self.mean, self.mean)
+        return centred + noise * torch.eye(len(centred)).to(centred)
 
     def output_error(
         self, weight: Tensor, other: Tensor, shift: Tensor | None = None

@@ -1,0 +1,308 @@
+"""Random models × random recipes: what a rewrite promises, checked on each.
+
+`check(seed)` makes a model (`models.Source`) and a recipe, rewrites, and compares with what the
+model's own Python gives: outputs at the example and at other batch sizes, gradients, after save and
+load, pickle and deepcopy, within a memory budget; the user's model must be as it was. A layer that
+was replaced is put into a copy of the model at its place, whose Python forward then says what is
+right, lossy passes included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import random
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from closeness import ROUNDING
+from models import Source
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rewriter import load, rewrite
+from rewriter.errors import RewriteError, RewriteWarning
+from rewriter.passes import (
+    Densify,
+    Monarch,
+    MonarchChain,
+    MonarchResidual,
+    Quadratic,
+    Quantize,
+    RemoveBlocks,
+    ResizeMLP,
+    TopK,
+)
+
+__all__ = ["Outcome", "check"]
+
+
+@dataclass
+class Outcome:
+    """What a case came to.
+
+    Args:
+        wrong: what did not hold, one line each; empty where all did.
+        refused: refusals, by errors of this package.
+        checks: how many comparisons were made.
+    """
+
+    seed: int
+    wrong: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    checks: int = 0
+
+
+class _Case:
+    def __init__(self, seed: int) -> None:
+        self.outcome = Outcome(seed)
+        self.source = Source(seed)
+        self.random = random.Random(seed + 10**6)
+        self.model = self.source.model()
+        self.call = self.source.call(self.source.rows)
+        self.buffers = dict(self.model.named_buffers())
+        self.passes = self._passes()
+        self.options = self._options()
+
+    def _passes(self) -> list[Any]:
+        pick = self.random
+        if pick.random() < 0.25:
+            return []
+        structure: list[Any] = pick.choices(
+            (
+                [],
+                [Monarch(nblocks=pick.choice((1, 2, 3, 4, "sqrt")))],
+                [MonarchChain(order=pick.choice((2, 3)))],
+                [MonarchResidual(nblocks=2, share=0.3)],
+                [Quadratic()],
+                [Monarch(nblocks=2), Densify()],
+                [ResizeMLP(keep=pick.choice((0.25, 0.5)))],
+                [RemoveBlocks(where=pick.choice(("*1*", "*")))],
+            ),
+            (3, 4, 1, 1, 1, 1, 1, 0.5),
+        )[0]
+        sparsity = [TopK(k=pick.choice((2, 0.5)))] if pick.random() < 0.15 else []
+        precision = [Quantize("int8-dynamic")] if pick.random() < 0.5 else []
+        return [*structure, *sparsity, *precision]
+
+    def _options(self) -> dict[str, Any]:
+        pick = self.random
+        options: dict[str, Any] = {"lower": pick.random() < 0.7}
+        if pick.random() < 0.15:
+            options["max_error"] = 0.5
+        if pick.random() < 0.1:
+            options["objective"] = pick.choice(("params", "memory"))
+        if pick.random() < 0.1:
+            options["where"] = pick.choice(("*l*", lambda site: len(site.fqn) % 2 == 0))
+        if pick.random() < 0.2:
+            options["memory_budget"] = pick.choice((0.5, 0.8, 1.0))
+        if pick.random() < 0.1:
+            options["calibration"] = [self.source.call(self.source.rows, i) for i in (1, 2)]
+        return options
+
+    # running
+
+    def run(self) -> Outcome:
+        try:
+            self._alone(self.model, self.call)
+        except Exception:  # noqa: BLE001 (the model does not run by itself: no case)
+            return self.outcome
+        before = _state(self.model)
+        optimized = self._refusable("rewrite", self._rewrite)
+        self._same("the user's model was changed", _state(self.model), before, exact=True)
+        if optimized is None:
+            return self.outcome
+        reference = self._reference(optimized)
+        for rows in (self.source.rows, self.source.rows + 3, 1, 2):
+            self._eval(optimized, reference, rows)
+        if reference is not None:
+            keys = [sorted(m.state_dict()) for m in (optimized, reference)]
+            self._same("keys of the state_dict", *keys)
+        self._training(optimized, reference)
+        self._stored(optimized)
+        return self.outcome
+
+    def _rewrite(self) -> nn.Module:
+        return rewrite(self.model, self.passes, self.call, **self.options)
+
+    def _reference(self, optimized: nn.Module) -> nn.Module | None:
+        """The original with the replaced layers in place, where they say all of it."""
+        reference = copy.deepcopy(self.model)
+        names = dict(reference.named_modules(remove_duplicate=False))
+        report: Any = optimized.report
+        replaced = {d.site for step in report.steps for d in step.decisions
+                    if d.action == "replaced"}  # fmt: skip
+        if not all(isinstance(names.get(site), nn.Linear) for site in replaced):
+            return None
+        if any(isinstance(p, ResizeMLP | RemoveBlocks) for p in self.passes):
+            return None
+        shared = {names[site] for site in replaced}
+        memo: dict[int, Any] = {}
+        for name, module in names.items():
+            if module in shared:
+                new = copy.deepcopy(optimized.get_submodule(name), memo)
+                reference.set_submodule(name, new)
+        return reference
+
+    def _alone(self, model: nn.Module, call: dict[str, Any]) -> Any:
+        torch.manual_seed(1)
+        return model(**copy.deepcopy(call))
+
+    def _eval(self, optimized: nn.Module, reference: nn.Module | None, rows: int) -> None:
+        call = self.source.call(rows, seed=5)
+        with torch.no_grad():
+            if reference is None:
+                found = self._refusable(f"call with {rows} rows", self._alone, optimized, call)
+                return
+            try:
+                want = self._alone(reference, call)
+            except Exception:  # noqa: BLE001 (not a size that the model takes)
+                return
+            found = self._refusable(f"call with {rows} rows", self._alone, optimized, call)
+        if found is not None:
+            self._same(f"output at {rows} rows", found, want)
+
+    def _training(self, optimized: nn.Module, reference: nn.Module | None) -> None:
+        if reference is None:
+            return
+        want = self._gradients(reference.train())
+        reference.eval()
+        if want is None:
+            return
+        found = self._refusable("training step", self._gradients, optimized.train(), raising=True)
+        optimized.eval()
+        if found is not None:
+            self._same("training step", found, want)
+
+    def _gradients(self, model: nn.Module, *, raising: bool = False) -> Any:
+        """(outputs, loss, gradients by name, buffers) of a step; None where it fails."""
+        model = copy.deepcopy(model)
+        try:
+            output = self._alone(model, self.call)
+            leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+            loss = sum(t.float().square().mean() for t in leaves)
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                return None
+            loss.backward()
+        except Exception:  # noqa: BLE001
+            if raising:
+                raise
+            return None
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        return leaves, loss, grads, {n: b for n, b in model.named_buffers() if n in self.buffers}
+
+    def _stored(self, optimized: nn.Module) -> None:
+        call = self.source.call(self.source.rows, seed=9)
+        with torch.no_grad():
+            want = self._refusable("call", self._alone, optimized, call)
+            if want is None:
+                return
+            copied = copy.deepcopy(optimized)
+            self._same("deepcopy", self._alone(copied, call), want, exact=True)
+            thawed = None
+            if "weight_norm" not in self.source.text:  # torch refuses to pickle those
+                thawed = self._refusable("pickle", lambda: pickle.loads(pickle.dumps(optimized)))
+            if thawed is not None:
+                self._same("pickle", self._alone(thawed, call), want, exact=True)
+            with tempfile.TemporaryDirectory() as directory:
+                kind = self.random.random() < 0.5
+                again = self._refusable("save and load", self._reload, optimized, directory, kind)
+            if again is not None:
+                found = self._refusable("call after load", self._alone, again, call)
+                if found is not None:
+                    self._same("after load", found, want, exact=True)
+                self._same("state after load", again.state_dict(), optimized.state_dict(), True)
+
+    def _reload(self, optimized: nn.Module, directory: str, with_inputs: bool) -> nn.Module:
+        saved: Any = optimized
+        saved.save(directory)
+        fresh = Source(self.source.seed).model()
+        inputs = {"example_inputs": self.call} if with_inputs else {}
+        return load(directory, fresh, **inputs)
+
+    # judging
+
+    def _refusable(self, what: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """The result; None where this package refuses, which is counted, or fails, which is
+        wrong."""
+        try:
+            return call(*args, **kwargs)
+        except RewriteError as error:
+            self.outcome.refused.append(f"{what}: {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is a finding)
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{last.filename.rsplit('/', 1)[-1]}:{last.name}"
+            text = " ".join(str(error).split())[:160]
+            self.outcome.wrong.append(f"{what}: {type(error).__name__}: {text} ({place})")
+        return None
+
+    def _same(self, what: str, found: Any, want: Any, exact: bool = False) -> None:
+        self.outcome.checks += 1
+        a, left = pytree.tree_flatten(found)
+        b, right = pytree.tree_flatten(want)
+        if left != right:
+            self.outcome.wrong.append(f"{what}: another structure")
+            return
+        for x, y in zip(a, b, strict=True):
+            if isinstance(x, Tensor) and isinstance(y, Tensor):
+                problem = _differs(x, y, 0.0 if exact else ROUNDING[self.source.dtype])
+                if problem:
+                    self.outcome.wrong.append(f"{what}: {problem}")
+                    return
+            elif type(x) is not type(y) or (not isinstance(x, Tensor) and x != y):
+                self.outcome.wrong.append(f"{what}: {type(x).__name__} for {type(y).__name__}")
+                return
+
+
+def _differs(found: Tensor, want: Tensor, tolerance: float) -> str:
+    if found.dtype != want.dtype or found.shape != want.shape:
+        return f"{found.dtype}{list(found.shape)} in place of {want.dtype}{list(want.shape)}"
+    if not want.numel():
+        return ""
+    a, b = found.detach().double(), want.detach().double()
+    if not torch.equal(a.isnan(), b.isnan()):
+        return "NaN in other places"
+    a, b = a.nan_to_num(), b.nan_to_num()
+    off, scale = (a - b).abs().max().item(), max(b.abs().max().item(), 1e-30)
+    return f"off by {off / scale:.3g} of the largest value" if off > tolerance * scale else ""
+
+
+def _state(model: nn.Module) -> Any:
+    """What a rewrite must leave as it is."""
+    return {
+        "tensors": {n: t.clone() for n, t in model.state_dict().items()},
+        "modules": {n: str(type(m)) for n, m in model.named_modules(remove_duplicate=False)},
+        "training": [m.training for m in model.modules()],
+        "trained": [p.requires_grad for p in model.parameters()],
+        "grads": [p.grad is None for p in model.parameters()],
+        "hooks": [len(m._forward_hooks) for m in model.modules()],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RewriteWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def check(seed: int) -> Outcome:
+    """One case, of this seed."""
+    with _quiet():
+        case = _Case(seed)
+        return case.run()
+
+
+def describe(seed: int) -> str:
+    """The case in words: the recipe and the model's source."""
+    case = _Case(seed)
+    call = {n: (t.dtype, tuple(t.shape)) for n, t in case.call.items()}
+    return f"passes {case.passes}, options {case.options}, called with {call}\n{case.source.text}"
