@@ -35,10 +35,11 @@ from rewriter.engine.verify import Boundary, boundary, check
 from rewriter.errors import CalibrationError, PassError, warn
 from rewriter.layer import Layer
 from rewriter.modules.patterns import Chain, Fan, Op
+from rewriter.modules.pointwise import inner
 from rewriter.recipe.edits import Resized
 from rewriter.recipe.recipe import Installed, Recipe
 from rewriter.report import Decision
-from rewriter.sites import LINEAR, Site, find_places
+from rewriter.sites import CONV, LINEAR, Site, find_places
 from rewriter.spellings import kind_name
 
 __all__ = ["PassRun"]
@@ -93,6 +94,9 @@ class PassRun:
         self.before = boundary(self.capture)
         self.sites = sites_of(self.capture)
         self.matching = [s for s in self.sites if s.kind in self.rewrite.matches]
+        if CONV in self.rewrite.matches:  # to which a 1×1 convolution is one, and no linear layer
+            convs = {s.fqn for s in self.matching if s.kind == CONV}
+            self.matching = [s for s in self.matching if s.kind == CONV or s.fqn not in convs]
         if self.rewrite.plans:
             self.matching += self._wide_sites()
         check_patterns(self.rewrite, self.matching, self.options.where, self.rewrite.where)
@@ -140,7 +144,8 @@ class PassRun:
             if isinstance(answer, Skip):
                 self.decisions.append(_decision(site, "skipped", answer.reason))
             else:
-                self.proposals.append(Proposal(site, answer))
+                fitted = replace(answer, layer=site.fitted(answer.layer))
+                self.proposals.append(Proposal(site, fitted))
 
     def _ask_for_plan(self) -> None:
         chosen = []
@@ -218,7 +223,8 @@ class PassRun:
         for p in self.proposals:
             site = replace(p.site, nodes=tuple(twins.get(n, n) for n in p.site.nodes))
             own = recipe.installed.setdefault(
-                site.fqn, Installed(site.weight_ref, site.bias_ref, site.transposed)
+                site.fqn,
+                Installed(site.weight_ref, site.bias_ref, site.transposed, channels=site.channels),
             )
             own.chain.append((site.kind, self.rewrite))
             own.graph_only |= any(n.op != "call_module" for n in site.nodes)
@@ -265,7 +271,7 @@ class PassRun:
             costs: what each site costs after the pass, by name.
         """
         for p, look in zip(self.proposals, self.looks, strict=True):
-            layer, kernel = p.replacement.layer, "torch"
+            layer, kernel = inner(p.replacement.layer), "torch"
             if isinstance(layer, Layer) and look.tokens is not None:
                 kernel = layer.kernel(look.tokens)
             self.decisions.append(
@@ -322,7 +328,7 @@ class PassRun:
     def _note_packed(self) -> None:
         held = sum(
             layer.held_bytes(look.tokens or 1)
-            for layer, look in zip(self.layers, self.looks, strict=True)
+            for layer, look in zip(map(inner, self.layers), self.looks, strict=True)
             if isinstance(layer, Layer)
         )
         if held:
@@ -380,6 +386,7 @@ def _kind(kind: Any) -> str:
 
 def _shape(site: Site) -> str:
     try:
-        return f"{site.in_features}→{site.out_features}"
+        sizes = f"{site.in_features}→{site.out_features}"
+        return sizes if site.channels is None else f"{sizes}, {site.channels}"
     except AttributeError:  # no linear map: an activation, a convolution
         return ""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from rewriter.base import Layer
 from rewriter.errors import OptionError, warn
 from rewriter.modules.tree import submodule
+from rewriter.spellings import channels_of
 
 __all__ = ["Remapped", "param_groups", "remap_optimizer"]
 
@@ -189,6 +190,12 @@ def _converted(
     """State of a parameter of an exchanged layer; empty where there is no way."""
     place, _, own = name.rpartition(".")
     old, new = submodule(model, place), submodule(optimized, place)
+    if old is None and isinstance(new, Layer):  # inside of what stands for a 1×1 convolution
+        conv = submodule(model, place.rpartition(".")[0])
+        weight = None if conv is None or channels_of(conv) is None else conv.weight
+        source = states.get(weight, {}) if isinstance(weight, Tensor) else {}
+        flat = {k: v.flatten(1) if isinstance(v, Tensor) and v.dim() > 2 else v for k, v in source.items()}
+        return _mapped(flat, lambda v, square: new.from_dense_gradient(v, square).get(own))
     if isinstance(new, Layer) and isinstance(old, nn.Linear):
         source = states.get(old.weight, {})
         return _mapped(source, lambda v, square: new.from_dense_gradient(v, square).get(own))
