@@ -25,6 +25,7 @@ __all__ = [
     "MLP",
     "PAIRWISE",
     "PRODUCTS",
+    "RECURRENT",
     "Kind",
     "activation_name",
     "autocast_at",
@@ -142,12 +143,18 @@ PAIRWISE = frozenset({
 """Ops on two tensors, entry by entry."""
 MIXING = frozenset({"layer_norm", "rms_norm", "group_norm", "instance_norm", "softmax"})
 """Ops that read all entries of a row for each of the result."""
-PRODUCTS = frozenset({
-    "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "mv", "dot",
-    "bilinear", "tensordot", "inner", "_grouped_mm", "grouped_mm", "lstm", "gru", "rnn_tanh",
-    "rnn_relu", "multi_head_attention_forward", "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
+RECURRENT = frozenset({
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+    "rnn_relu_cell",
 })  # fmt: skip
+"""Layers whose steps each need the one before, and their steps."""
+PRODUCTS = RECURRENT | {
+    "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "mv", "dot",
+    "bilinear", "tensordot", "inner", "_grouped_mm", "grouped_mm", "conv1d", "conv2d", "conv3d",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
+    "multi_head_attention_forward", "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+}  # fmt: skip
 """Ops that multiply by a weight."""
 
 

@@ -25,6 +25,7 @@ from rewriter.edits import Subgraph
 from rewriter.engine.decide import Declined, Options, check_passes
 from rewriter.engine.install import cut_graphs, names_of, put, remove, resize
 from rewriter.engine.looking import sites_of
+from rewriter.engine.other_weights import other_weights
 from rewriter.engine.pass_run import PassRun
 from rewriter.engine.plans import view_of
 from rewriter.engine.prices import Prices
@@ -37,8 +38,8 @@ from rewriter.modules.running import own_copy, quiet_run
 from rewriter.modules.timing import medians
 from rewriter.recipe.edits import Record, Removed
 from rewriter.recipe.recipe import Recipe, example_to_json
-from rewriter.report import CaptureInfo, Report, Step
-from rewriter.sites import MLP
+from rewriter.report import CaptureInfo, Decision, Report, Step
+from rewriter.sites import LINEAR, MLP
 
 if TYPE_CHECKING:
     from rewriter.planner import MemoryBudget
@@ -61,6 +62,8 @@ class Engine:
         first_s: measured seconds of a forward of the original model.
         memory: what trains the model by a memory plan; None without a budget.
         lowering: the fused ops that run in eval mode.
+        untaken: the weights of the model as it came that are no site's, each with the reason.
+        weighed: whether a pass for linear layers has run, so that those are worth a mention.
     """
 
     capture: Capture
@@ -72,6 +75,8 @@ class Engine:
     first_s: float | None = None
     memory: PlannedTraining | None = None
     lowering: Lowering = field(default_factory=Lowering)
+    untaken: list[Decision] = field(default_factory=list)
+    weighed: bool = False
 
     def __post_init__(self) -> None:
         self.prices = Prices(self.capture, self.options.device)
@@ -80,7 +85,10 @@ class Engine:
         """Prices the model as it came; the first step of the report."""
         start = time.perf_counter()
         self.prices.price()
-        self.prices.remember(sites_of(self.capture))
+        sites = sites_of(self.capture)
+        for decision, calls in (others := other_weights(self.capture, sites)):
+            self.untaken.append(replace(decision, before=self.prices.of_calls(calls)))
+        self.prices.remember(sites, others={d.site: calls for d, calls in others})
         self.outputs, self.capture.found = self.capture.found, None
         if self.outputs is None:
             self.outputs = self.capture.outputs()
@@ -102,6 +110,7 @@ class Engine:
         costs = self.prices.of_sites(sites_of(self.capture))
         run = PassRun(rewrite, self.capture, self.options, costs, before.param_bytes)
         run.look()
+        self.weighed |= LINEAR in rewrite.matches
         run.calibrate()
         run.ask()
         run.decide()
@@ -232,8 +241,10 @@ class Engine:
     def report(self, steps: list[Step]) -> Report:
         """The ledger of these steps."""
         capture = self.capture
-        own = (r.signature for r in capture.regions if not r.prefix)
-        signature = next((str(s) for s in own if s is not None), "")
+        if self.weighed:
+            steps[0].decisions += _left(self.untaken, steps)
+        own = ((r.signature, r.leaves) for r in capture.regions if not r.prefix)
+        signature = next((s.named(leaves) for s, leaves in own if s is not None), "")
         info = CaptureInfo(capture.rung, capture.seconds, capture.islands, capture.notes, signature)
         device, model = self.options.device, original_class(capture.root).__name__
         on = "" if device is None else device.name
@@ -356,6 +367,17 @@ class Engine:
                 f"{error:.2e} (relative), more than rounding explains"
             )
         return error
+
+
+def _left(untaken: list[Decision], steps: list[Step]) -> list[Decision]:
+    """The weights that no pass has taken after all, and that are still there."""
+    decided = {d.site for step in steps for d in step.decisions}
+    gone = tuple(f"{d.site}." for step in steps for d in step.decisions if d.action == "removed")
+    return [
+        d
+        for d in untaken
+        if d.site not in decided and not (gone and f"{d.site}.".startswith(gone))
+    ]
 
 
 _SHORT_CALL = 5e-3  # seconds

@@ -27,7 +27,6 @@ from rewriter.engine.decide import (
 )
 from rewriter.engine.install import cut_graphs, names_of, put, remove, resize
 from rewriter.engine.looking import sites_of, unmatched
-from rewriter.engine.other_weights import other_weights
 from rewriter.engine.plans import Plan, blocks_of, checked, view_of
 from rewriter.engine.trials import at, try_layer
 from rewriter.engine.undo import fresh_graphs
@@ -290,8 +289,6 @@ class PassRun:
         if LINEAR in self.rewrite.matches:
             left = unmatched(self.rewrite, self.sites)
             self.decisions += [_decision(s, "skipped", reason) for s, reason in left]
-            listed = [d.site for d in self.decisions]
-            self.decisions += other_weights(self.capture, self.sites, listed)
         self._note_packed()
         order = {site.fqn: i for i, site in enumerate(self.sites)}
         self.decisions.sort(key=lambda d: order.get(d.site, len(order)))

@@ -84,6 +84,11 @@ class Ledger:
         return [d for d in self.decisions if not d.changed]
 
     @property
+    def untaken(self) -> list[Decision]:
+        """Weights that no pass of the rewrite takes, each with its reason."""
+        return [d for s in self.steps[:1] if s.name == "original" for d in s.decisions]
+
+    @property
     def islands(self) -> list[Island]:
         """The modules that stay Python."""
         return self.capture.islands
