@@ -367,7 +367,9 @@ class _Finder:
             return None
         _, weight, bias, options = given
         tensor = self._read(weight)
-        if not isinstance(tensor, nn.Parameter) or not (bias is None or self._is_parameter(bias, 1)):
+        if not isinstance(tensor, nn.Parameter) or not (
+            bias is None or self._is_parameter(bias, 1)
+        ):
             return None
         channels = Channels.of(tensor, *options)
         if channels is None:

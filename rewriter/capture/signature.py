@@ -291,7 +291,10 @@ class Signature:
         shapes = self.dims[False].shapes if self.dims else [[] for _ in self.names]
         return self._listed(
             [
-                [s if isinstance(s, int) else letters.setdefault(s, f"n{len(letters)}") for s in row]
+                [
+                    s if isinstance(s, int) else letters.setdefault(s, f"n{len(letters)}")
+                    for s in row
+                ]
                 for row in shapes
             ]
         )

@@ -50,7 +50,9 @@ def width(view: _Whole, site: Site) -> Width | Skip:
     if known is None or known.weight_ref is None:
         return Skip("{} is no linear layer", site.fqn)
     if known.channels is not None:
-        return Skip("{} is a {} convolution, whose channels other layers read", site.fqn, known.channels)
+        return Skip(
+            "{} is a {} convolution, whose channels other layers read", site.fqn, known.channels
+        )
     search = _Search(view, known.out_features)
     reason = search.run(known)
     if reason is not None:

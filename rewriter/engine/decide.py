@@ -37,6 +37,7 @@ __all__ = [
     "device_of",
     "objections",
     "ties",
+    "timed",
     "unsafe",
     "unselected",
     "worth",
@@ -409,17 +410,27 @@ def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> fl
     return seconds
 
 
-def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
+def timed(
+    site: Site, layer: nn.Module, *, rounds: int = 15, warm: int = 3, only: str = ""
+) -> tuple[float, float] | None:
     """Median seconds of the site's calls in one forward, (the old layer, the new one): eval mode,
     without gradients, interleaved, on random inputs of the sizes that the example has.
 
     None where there are no shapes, or no data on the device.
+
+    Args:
+        site: with the old layer.
+        layer: the new one, as the model would call it.
+        rounds, warm: as of `medians`.
+        only: the one type of device that is timed; "" for any.
     """
     inputs = []
     for node in site.nodes[: site.calls]:
         source = source_of(node)
         value = source.meta.get("val") if isinstance(source, fx.Node) else None
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+            return None
+        if only not in ("", value.device.type):
             return None
         inputs.append((tuple(value.shape), value.dtype, value.device))
     tensors = [*layer.parameters(), *layer.buffers()]
@@ -429,7 +440,8 @@ def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
     old = _runner(site, xs)
     old_modes = nullcontext() if site.place is None else modes(site.place, False)
     with torch.no_grad(), modes(layer, False), old_modes, autocast_at(site.nodes[0]):
-        old_time, new_time = medians((old, lambda: [layer.forward(x) for x in xs]), xs[0].device)
+        calls = old, lambda: [layer.forward(x) for x in xs]
+        old_time, new_time = medians(calls, xs[0].device, rounds=rounds, warm=warm)
     return old_time, new_time
 
 

@@ -30,6 +30,7 @@ from rewriter.engine.pass_run import PassRun
 from rewriter.engine.plans import view_of
 from rewriter.engine.prices import Prices
 from rewriter.engine.trials import goes_past
+from rewriter.engine.slower import Lost
 from rewriter.engine.undo import undone_on_error
 from rewriter.engine.verify import relative_error, tolerance
 from rewriter.errors import StoreError, VerifyError
@@ -38,7 +39,7 @@ from rewriter.modules.running import own_copy, quiet_run
 from rewriter.modules.timing import medians
 from rewriter.recipe.edits import Record, Removed
 from rewriter.recipe.recipe import Recipe, example_to_json
-from rewriter.report import CaptureInfo, Decision, Report, Step
+from rewriter.report import CaptureInfo, Decision, Report, Step, content
 from rewriter.sites import LINEAR, MLP
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Engine:
         memory: what trains the model by a memory plan; None without a budget.
         lowering: the fused ops that run in eval mode.
         untaken: the weights of the model as it came that are no site's, each with the reason.
+        lost: what new layers lose in time; None where nobody asked.
         weighed: whether a pass for linear layers has run, so that those are worth a mention.
     """
 
@@ -76,6 +78,7 @@ class Engine:
     memory: PlannedTraining | None = None
     lowering: Lowering = field(default_factory=Lowering)
     untaken: list[Decision] = field(default_factory=list)
+    lost: Lost | None = None
     weighed: bool = False
 
     def __post_init__(self) -> None:
@@ -94,8 +97,9 @@ class Engine:
             self.outputs = self.capture.outputs()
         seconds = time.perf_counter() - start
         total = self.prices.cost.total = self._measured(self.prices.cost.total)
+        notes = [_CAPTURED] if total.launches else []
         return Step(
-            "original", total, total, [], None, True, seconds, [_CAPTURED], self.prices.timeline()
+            "original", total, total, [], None, True, seconds, notes, self.prices.timeline()
         )
 
     def run(self, rewrite: Pass) -> Step:
@@ -115,6 +119,8 @@ class Engine:
         run.ask()
         run.decide()
         run.try_layers()
+        if self.lost is not None:
+            self.lost.add(run.proposals)
         with self._all_or_nothing(run):
             run.install(self.recipe)
             self.prices.price()
@@ -148,6 +154,42 @@ class Engine:
             if not isinstance(failure, Declined):
                 raise
             run.drop(str(failure))
+
+    def time_losses(self) -> None:
+        """From here on, new layers are timed beside those that they replace, where this machine is
+        the one that is asked for, and nothing else times the model."""
+        options = self.options
+        here = options.device is None or options.device.name == "this machine"
+        if here and not options.measure and options.objective != "latency":
+            self.lost = Lost(time.perf_counter() - self.capture.seconds)
+
+    def speed(self) -> float | None:
+        """How fast the model is beside the original, by the layers that were timed; None where
+        those are no slower, or nothing is known. It runs the model."""
+        if self.lost is None or self.lost.seconds < (1 - content.CLEARLY) * content.SHORTEST:
+            return None
+        fused = bool(self.lowering.lowered)
+        if fused:
+            self._attach_lowering(on=False)
+        plain = after = self._seconds()
+        if fused:
+            self._attach_lowering()
+            after = self._seconds()
+        before = plain - self.lost.seconds
+        return before / after if before >= content.SHORTEST else None
+
+    def _seconds(self) -> float:
+        """Seconds of a forward on the example inputs, the faster of two."""
+        example, root = self.capture.example, self.capture.root
+        assert example is not None
+        with quiet_run(root, training=False):
+            args, kwargs = own_copy(*example)
+            times = []
+            for _ in range(2):
+                start = time.perf_counter()
+                root(*args, **kwargs)
+                times.append(time.perf_counter() - start)
+        return min(times)
 
     def plan_memory(self, budget: MemoryBudget) -> Step:
         """Plans what a training step keeps; the model then trains by that plan.
@@ -371,12 +413,10 @@ class Engine:
 
 def _left(untaken: list[Decision], steps: list[Step]) -> list[Decision]:
     """The weights that no pass has taken after all, and that are still there."""
-    decided = {d.site for step in steps for d in step.decisions}
+    decided = {d.site for step in steps if step.name != "lowering" for d in step.decisions}
     gone = tuple(f"{d.site}." for step in steps for d in step.decisions if d.action == "removed")
     return [
-        d
-        for d in untaken
-        if d.site not in decided and not (gone and f"{d.site}.".startswith(gone))
+        d for d in untaken if d.site not in decided and not (gone and f"{d.site}.".startswith(gone))
     ]
 
 

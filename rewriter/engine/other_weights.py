@@ -110,9 +110,7 @@ def _purpose(owner: nn.Module) -> str:
     return "multiplies no rows by its weights"
 
 
-def _bare(
-    name: str, parameter: Tensor, owner: nn.Module, use: Any, seen: set[object]
-) -> Refusal:
+def _bare(name: str, parameter: Tensor, owner: nn.Module, use: Any, seen: set[object]) -> Refusal:
     """A parameter that is read by hand, or by a layer that is no single call in the graphs."""
     own_class = type(owner).__module__.startswith("torch.nn.")
     kind, shape = "linear", "×".join(map(str, parameter.shape))

@@ -34,6 +34,7 @@ __all__ = [
     "replaced",
     "roofs",
     "roofs_summary",
+    "slower",
     "slowest",
     "steps",
     "summary",
@@ -123,6 +124,8 @@ def summary(report: Ledger) -> list[str]:
         lines.append(f"{rewritten} of {total} linear layers rewritten")
     elif report.decisions:
         lines.append(f"{plural(len({d.site for d in report.replaced}), 'site')} rewritten")
+    if said := slower(report):
+        lines.insert(0, said)
     if said := untaken(report):
         lines.append(said)
     errors = [s for s in report.steps if s.output_error is not None]
@@ -139,6 +142,25 @@ def summary(report: Ledger) -> list[str]:
                 f"(largest in {worst.name})"
             )
     return lines
+
+
+def slower(report: Ledger) -> str:
+    """That the rewritten model takes longer, and who says so; "" where nobody clearly does."""
+    before, after = report.before, report.after
+    speed, who = report.speed, "estimated from its layers, timed here"
+    for old, new, how in (
+        (before.measured_s, after.measured_s, "measured here"),
+        (before.latency_s, after.latency_s, f"predicted for {report.device}"),
+    ):
+        if speed is None and old is not None and new and old >= SHORTEST:
+            speed, who = old / new, how
+    if speed is None or speed > CLEARLY:
+        return ""
+    return f"slower than the original at these sizes: {speed:.2f}× as fast ({who})"
+
+
+CLEARLY, SHORTEST = 0.95, 1e-3
+"""Of the original's speed and seconds: what is faster may be noise, what is shorter nobody minds."""
 
 
 def untaken(report: Ledger) -> str:

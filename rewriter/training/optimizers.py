@@ -194,7 +194,10 @@ def _converted(
         conv = submodule(model, place.rpartition(".")[0])
         weight = None if conv is None or channels_of(conv) is None else conv.weight
         source = states.get(weight, {}) if isinstance(weight, Tensor) else {}
-        flat = {k: v.flatten(1) if isinstance(v, Tensor) and v.dim() > 2 else v for k, v in source.items()}
+        flat = {
+            k: v.flatten(1) if isinstance(v, Tensor) and v.dim() > 2 else v
+            for k, v in source.items()
+        }
         return _mapped(flat, lambda v, square: new.from_dense_gradient(v, square).get(own))
     if isinstance(new, Layer) and isinstance(old, nn.Linear):
         source = states.get(old.weight, {})
