@@ -81,8 +81,8 @@ class _Ready:
             if old is None or root is None or old is root or type(old) not in _REPLACED:
                 kind = "a plain function" if old is None else f"a {type(old).__name__}"
                 raise RewriteError(
-                    f"install=True replaces nn.Linear modules and 1×1 convolutions, and {fqn} is {kind}: call "
-                    "rewriter.rewrite first and compile its result"
+                    f"install=True replaces nn.Linear modules and 1×1 convolutions, and {fqn} is "
+                    f"{kind}: call rewriter.rewrite first and compile its result"
                 )
             if has_hooks(old):
                 raise RewriteError(

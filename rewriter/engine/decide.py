@@ -411,7 +411,7 @@ def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> fl
 
 
 def timed(
-    site: Site, layer: nn.Module, *, rounds: int = 15, warm: int = 3, only: str = ""
+    site: Site, layer: nn.Module, *, only: str = "", **how: Any
 ) -> tuple[float, float] | None:
     """Median seconds of the site's calls in one forward, (the old layer, the new one): eval mode,
     without gradients, interleaved, on random inputs of the sizes that the example has.
@@ -421,8 +421,8 @@ def timed(
     Args:
         site: with the old layer.
         layer: the new one, as the model would call it.
-        rounds, warm: as of `medians`.
         only: the one type of device that is timed; "" for any.
+        how: options of `medians`.
     """
     inputs = []
     for node in site.nodes[: site.calls]:
@@ -441,7 +441,7 @@ def timed(
     old_modes = nullcontext() if site.place is None else modes(site.place, False)
     with torch.no_grad(), modes(layer, False), old_modes, autocast_at(site.nodes[0]):
         calls = old, lambda: [layer.forward(x) for x in xs]
-        old_time, new_time = medians(calls, xs[0].device, rounds=rounds, warm=warm)
+        old_time, new_time = medians(calls, xs[0].device, **how)
     return old_time, new_time
 
 

@@ -79,12 +79,15 @@ class Channels:
         """[*, d₁ … dₙ, channels] → [*, channels, d₁ … dₙ], in memory as the convolution of `like`
         would have left it."""
         y, layout = y.movedim(-1, -1 - self.spatial), torch.contiguous_format
-        if self.spatial > 1 and like.dim() == self.spatial + 2:
-            layout = _layout(like)
+        batched = like.dim() == self.spatial + 2
+        if self.spatial > 1:
+            layout = _layout(like) if batched else layout
             if self.last and layout is torch.contiguous_format:
                 layout = torch.channels_last if self.spatial == 2 else torch.channels_last_3d
         if layout is torch.contiguous_format:  # a copy, since strides of sizes of 1 say layouts too
             return y.clone(memory_format=layout)
+        if not batched:
+            return y[None].contiguous(memory_format=layout)[0]
         return y.contiguous(memory_format=layout)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

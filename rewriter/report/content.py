@@ -160,7 +160,7 @@ def slower(report: Ledger) -> str:
 
 
 CLEARLY, SHORTEST = 0.95, 1e-3
-"""Of the original's speed and seconds: what is faster may be noise, what is shorter nobody minds."""
+"""Of the original's speed, above which it may be noise, and seconds, below which nobody minds."""
 
 
 def untaken(report: Ledger) -> str:
