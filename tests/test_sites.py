@@ -27,6 +27,7 @@ from rewriter import (
     Replacement,
     Site,
     Skip,
+    backend,
     load,
     param_groups,
     remap_optimizer,
@@ -772,6 +773,23 @@ def test_hooks_and_ties_of_pointwise_convolutions_survive() -> None:
     result = rewrite(model, [Monarch(nblocks=2), Quantize()], torch.randn(2, 4, 3, 3))
     result(torch.randn(2, 4, 3, 3))
     assert seen == [(2, 6, 3, 3)]
+
+
+def test_compiled_code_takes_pointwise_convolutions() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 6, 1)), torch.randn(2, 4, 3, 3)
+    expected = model(x).detach()
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=backend([Quadratic()], inner="eager"))
+    with torch.no_grad():
+        assert_close(fast(x), expected)
+        model[0].weight.mul_(2), model[0].bias.mul_(2)
+        assert_close(fast(x), 2 * expected)  # what was derived is derived again
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=backend([Quadratic()], inner="eager", install=True))
+    with pytest.warns(RewriteWarning, match="1 layers with new parameters"):
+        fast(x).sum().backward()
+    assert type(model[0].linear) is QuadraticLinear
+    assert model[0].linear.weight_b.grad is not None
 
 
 class Doubled(Pass):

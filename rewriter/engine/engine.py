@@ -421,7 +421,9 @@ def _left(untaken: list[Decision], steps: list[Step]) -> list[Decision]:
     ]
 
 
-_BELIEVED = 0.1  # of a forward that is left without what new layers lose; less is an error of timing
+_BELIEVED = (
+    0.1  # of a forward that is left without what new layers lose; less is an error of timing
+)
 _SHORT_CALL = 5e-3  # seconds
 _LEAD = 0.97  # of the plain call, at most: what is less may be noise
 
