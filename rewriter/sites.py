@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 from rewriter.layer import Layer
 from rewriter.modules.moments import Moments
 from rewriter.modules.patterns import Match, Pattern, find
+from rewriter.modules.pointwise import Channels, Pointwise, inner
 from rewriter.modules.tree import attribute, join, submodule
 from rewriter.spellings import (
     ACTIVATION,
@@ -20,6 +21,8 @@ from rewriter.spellings import (
     LINEAR,
     MLP,
     Kind,
+    channels_of,
+    convolution,
     is_activation,
     is_leaf,
     is_transparent,
@@ -47,7 +50,9 @@ __all__ = [
     "is_leaf",
     "kind_name",
     "kind_of",
+    "is_conv",
     "op_name",
+    "tensor_refs",
     "user_line",
 ]
 
@@ -82,6 +87,8 @@ class Site:
         calls: how many of the nodes, from the first on, one forward runs; the rest are the same
             calls in the other mode's graphs.
         moments: of its inputs over the calibration batches, for a pass that calibrates.
+        channels: of a 1×1 convolution, which is a linear layer over channels: how it reads them.
+            What a pass proposes is a layer over rows, as everywhere.
     """
 
     kind: Kind
@@ -94,6 +101,7 @@ class Site:
     parts: Mapping[str, Site] = field(default_factory=dict)
     calls: int = 0
     moments: Moments | None = None
+    channels: Channels | None = None
 
     @classmethod
     def of(cls, module: nn.Module, fqn: str = "layer", kind: Kind | None = None) -> Site:
@@ -102,27 +110,35 @@ class Site:
         root.add_module(fqn, module)
         if kind is None:
             kind = type(module) if isinstance(module, Layer) else LINEAR
-        named = dict(module.named_parameters(recurse=False))
-        return cls(
-            kind,
-            fqn,
-            root,
-            weight_ref=f"{fqn}.weight" if "weight" in named else None,
-            bias_ref=f"{fqn}.bias" if "bias" in named else None,
-        )
+        weight, bias = tensor_refs(module, fqn)
+        channels = channels_of(module) if kind == LINEAR else None
+        return cls(kind, fqn, root, weight_ref=weight, bias_ref=bias, channels=channels)
 
     @property
     def module(self) -> nn.Module | None:
-        """The module at the site; None where the user's code calls a function."""
+        """The module that computes `kind`: the one at `fqn`, or in the place of a 1×1 convolution
+        the layer over rows; None where the user's code calls a function."""
+        place = self.place
+        return None if place is None else inner(place)
+
+    @property
+    def place(self) -> nn.Module | None:
+        """The module at `fqn`, which is what the model calls."""
         return submodule(self.root, self.fqn)
+
+    def fitted(self, layer: nn.Module) -> nn.Module:
+        """A layer as the model calls it in this place."""
+        return layer if self.channels is None else Pointwise(layer, self.channels)
 
     @property
     def weight(self) -> Tensor:
         """[out_features, in_features], a view of the stored weight (the Parameter itself where
-        it is stored that way round)."""
+        it is stored that way round). Of a convolution that is no linear layer, as it is stored."""
         if self.weight_ref is None:
             raise AttributeError(f"site {self.fqn!r} ({kind_name(self.kind)}) has no weight")
         weight = _tensor(self.root, self.weight_ref)
+        if self.channels is not None:
+            return weight.flatten(1) if weight.dim() > 2 else weight
         return weight.t() if self.transposed else weight
 
     @property
@@ -132,7 +148,7 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        """Size of the input's last dimension; a convolution's input channels.
+        """Size of the input's last dimension; of a convolution, its input channels.
 
         Raises:
             AttributeError: the site has none (an activation takes any size).
@@ -153,7 +169,8 @@ class Site:
             value = node.meta.get("val")
             if not isinstance(value, Tensor) or not value.dim():
                 return None
-            width = self.out_features if self.kind == CONV else int(value.shape[-1])
+            by_channel = self.kind == CONV or self.channels is not None
+            width = self.out_features if by_channel else int(value.shape[-1])
             rows += int(value.numel()) // max(width, 1)
         return rows if self.calls else None
 
@@ -169,6 +186,15 @@ class Site:
         if not isinstance(size, int):
             raise AttributeError(f"site {self.fqn!r} ({kind_name(self.kind)}) has no {linear}")
         return size
+
+
+def tensor_refs(module: nn.Module, fqn: str) -> tuple[str | None, str | None]:
+    """Dotted names of weight and bias of the layer that computes the linear map of a module; None
+    for those that are no parameters of it."""
+    within = f"{fqn}.linear" if isinstance(module, Pointwise) else fqn
+    named = dict(inner(module).named_parameters(recurse=False))
+    weight, bias = (f"{within}.{n}" if n in named else None for n in ("weight", "bias"))
+    return weight, bias
 
 
 def _tensor(root: nn.Module, fqn: str) -> Tensor:
@@ -192,7 +218,7 @@ def find_sites(root: nn.Module, graphs: Graphs, other_mode: Graphs = ()) -> list
     for first, some in ((True, graphs), (False, other_mode)):
         for prefix, graph in some:
             for node, site in _Finder(root, prefix, graph, names).sites():
-                key = (site.kind, site.fqn, site.transposed, site.bias_ref)
+                key = (site.kind, site.fqn, site.transposed, site.bias_ref, site.channels)
                 found.setdefault(key, site)
                 nodes.setdefault(key, []).append(node)
                 calls[key] = calls.get(key, 0) + first
@@ -258,6 +284,8 @@ class _Finder:
     def sites(self) -> Iterable[tuple[Node, Site]]:
         for node, site in self.at.items():
             yield node, site
+            if site.channels is not None and site.kind == LINEAR and is_conv(site.place):
+                yield node, replace(site, kind=CONV, channels=None)  # which it is as well
             if _is_linear(site):
                 parts = self._mlp_parts(node)
                 if parts:
@@ -268,19 +296,20 @@ class _Finder:
             return self._module(node)
         if is_activation(node):
             return Site(ACTIVATION, self._activation_name(node), self.root, (node,))
-        return self._functional_linear(node)
+        return self._functional_linear(node) or self._functional_conv(node)
 
     def _module(self, node: Node) -> Site | None:
         module = self.owner.get_submodule(str(node.target))
         kind = kind_of(module) if is_leaf(module) else None
         if kind is None:
             return None
-        fqn = self.names[id(module)]
-        plain = kind in (LINEAR, CONV)
-        named = dict(module.named_parameters(recurse=False)) if plain else {}
-        weight, bias = (f"{fqn}.{n}" if n in named else None for n in ("weight", "bias"))
-        transposed = kind == LINEAR and type(module).forward is not nn.Linear.forward
-        return Site(kind, fqn, self.root, (node,), weight, bias, transposed)
+        fqn, channels = self.names[id(module)], channels_of(module)
+        if kind == CONV and channels is not None:
+            kind = LINEAR
+        refs = tensor_refs(module, fqn) if kind in (LINEAR, CONV) else (None, None)
+        plain = channels is not None or type(module).forward is nn.Linear.forward
+        transposed = kind == LINEAR and not plain
+        return Site(kind, fqn, self.root, (node,), *refs, transposed, channels=channels)
 
     def _activation_name(self, node: Node) -> str:
         """A free name in the module that calls the function, e.g. `mlp.relu_0`."""
@@ -331,10 +360,35 @@ class _Finder:
             return replace(site, fqn=name, weight_ref=f"{name}.weight", bias_ref=bias_ref)
         return site
 
-    def _is_parameter(self, node: Node, dims: int) -> bool:
-        if node.op != "get_attr":
-            return False
-        tensor = _tensor(self.root, join(self.prefix, str(node.target)))
+    def _functional_conv(self, node: Node) -> Site | None:
+        """A 1×1 convolution written as a function, of parameters read as they are."""
+        given = convolution(node)
+        if given is None:
+            return None
+        _, weight, bias, options = given
+        tensor = self._read(weight)
+        if not isinstance(tensor, nn.Parameter) or not (
+            bias is None or self._is_parameter(bias, 1)
+        ):
+            return None
+        channels = Channels.of(tensor, *options)
+        if channels is None:
+            return None
+        fqn = join(self.prefix, str(weight.target))
+        bias_ref = None if bias is None else join(self.prefix, str(bias.target))
+        holder, _, last = fqn.rpartition(".")
+        if last == "weight" and is_leaf(self.root.get_submodule(holder)):
+            return None  # the module's own convolution may be another one
+        return Site(LINEAR, fqn, self.root, (node,), fqn, bias_ref, channels=channels)
+
+    def _read(self, node: Any) -> Any:
+        """What a node reads of the module tree; None where it computes."""
+        if not isinstance(node, Node) or node.op != "get_attr":
+            return None
+        return _tensor(self.root, join(self.prefix, str(node.target)))
+
+    def _is_parameter(self, node: Any, dims: int) -> bool:
+        tensor = self._read(node)
         return isinstance(tensor, nn.Parameter) and tensor.dim() == dims
 
     def _mlp_parts(self, down: Node) -> dict[str, Site]:
@@ -348,9 +402,12 @@ class _Finder:
             other = next((s for s in sides if s is not gate), None)
             if gate is None or other is None or "up" not in other:
                 return {}
-            return {"gate": gate["up"], "activation": gate["activation"], "up": other["up"]}
-        parts = self._branch(source)
-        return parts if len(parts) == 2 else {}
+            parts = {"gate": gate["up"], "activation": gate["activation"], "up": other["up"]}
+        else:
+            parts = self._branch(source)
+        rows = [s for s in (self.at[down], *parts.values()) if s.kind != ACTIVATION]
+        alike = len({s.channels and s.channels.spatial for s in rows}) == 1
+        return parts if len(parts) > 1 and alike else {}
 
     def _branch(self, value: Any) -> dict[str, Site]:
         """`up` and, where there is one, the `activation` after it."""
@@ -370,6 +427,11 @@ class _Finder:
         while isinstance(value, Node) and is_transparent(value, self.owner):
             value = source_of(value)
         return value if isinstance(value, Node) else None
+
+
+def is_conv(module: nn.Module | None) -> bool:
+    """Whether a module is a convolution."""
+    return module is not None and is_leaf(module) and kind_of(module) == CONV
 
 
 def _is_linear(site: Site) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from rewriter.layer import Layer
+from rewriter.modules.pointwise import Channels, Pointwise, inner
 
 __all__ = [
     "ACTIVATION",
@@ -24,11 +25,14 @@ __all__ = [
     "MLP",
     "PAIRWISE",
     "PRODUCTS",
+    "RECURRENT",
     "Kind",
     "activation_name",
     "autocast_at",
     "called_activation",
     "changes_input",
+    "channels_of",
+    "convolution",
     "is_activation",
     "is_leaf",
     "is_transparent",
@@ -84,6 +88,8 @@ _PARAMETERS = {
     "matmul": ("input", "other"),
 }
 """Operations that are linear maps: the names of their parameters, in order."""
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _OPERANDS = {
     "linear": ("input", "weight", "bias"),
     "addmm": ("mat1", "mat2", "input"),
@@ -137,12 +143,18 @@ PAIRWISE = frozenset({
 """Ops on two tensors, entry by entry."""
 MIXING = frozenset({"layer_norm", "rms_norm", "group_norm", "instance_norm", "softmax"})
 """Ops that read all entries of a row for each of the result."""
-PRODUCTS = frozenset({
-    "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "mv", "dot",
-    "bilinear", "tensordot", "inner", "_grouped_mm", "grouped_mm", "lstm", "gru", "rnn_tanh",
-    "rnn_relu", "multi_head_attention_forward", "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
+RECURRENT = frozenset({
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+    "rnn_relu_cell",
 })  # fmt: skip
+"""Layers whose steps each need the one before, and their steps."""
+PRODUCTS = RECURRENT | {
+    "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "mv", "dot",
+    "bilinear", "tensordot", "inner", "_grouped_mm", "grouped_mm", "conv1d", "conv2d", "conv3d",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
+    "multi_head_attention_forward", "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+}  # fmt: skip
 """Ops that multiply by a weight."""
 
 
@@ -150,6 +162,8 @@ def is_leaf(module: nn.Module | None) -> bool:
     """Whether one call of `module` is one node of a graph: a layer with one tensor in, one out."""
     if module is None or "forward" in vars(module):
         return False
+    if isinstance(module, Pointwise):
+        return is_leaf(module.linear)
     if isinstance(module, Layer) or type(module).forward in _KIND_OF_FORWARD:
         return True
     name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -158,6 +172,7 @@ def is_leaf(module: nn.Module | None) -> bool:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of site a leaf module is; None for those that no pass looks at."""
+    module = inner(module)
     if isinstance(module, Layer):
         return type(module)
     if type(module).forward in _KIND_OF_FORWARD:
@@ -176,10 +191,9 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
     target: Any = node.target
     if node.op == "call_module":
         module = None if root is None else root.get_submodule(target)
-        if isinstance(module, Layer) and module.op:
-            return module.op
-        name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(module).__name__)
-        return "linear" if name == "Conv1D" else name.lower()
+        if isinstance(module, Pointwise):
+            return f"pointwise_{_class_name(module.linear)}"
+        return _class_name(module)
     if node.op in ("placeholder", "output", "get_attr"):
         return node.op
     if node.op == "call_method":
@@ -191,6 +205,14 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
     else:
         name = getattr(target, "__name__", str(target))
     return _SAME_OP.get(name, name)
+
+
+def _class_name(module: nn.Module | None) -> str:
+    """The operation that a module is: that of a layer of ours, else its class in snake case."""
+    if isinstance(module, Layer) and module.op:
+        return module.op
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(module).__name__)
+    return "linear" if name == "Conv1D" else name.lower()
 
 
 def spelled(node: Node, root: nn.Module | None = None) -> str:
@@ -244,6 +266,28 @@ def operands(node: Node) -> tuple[Any, Any, Any] | None:
             return None
     x, weight, bias = (given.get(role) for role in _OPERANDS[name])
     return x, weight, bias
+
+
+def convolution(node: Node) -> tuple[Any, Any, Any, tuple[Any, Any, Any]] | None:
+    """(x, weight, bias, (stride, padding, groups)) of a call of a convolution function; None for
+    any other node."""
+    if node.op != "call_function" or op_name(node) not in _CONVOLUTIONS:
+        return None
+    given = {**dict(zip(_CONVOLUTION, node.args, strict=False)), **node.kwargs}
+    options = given.get("stride", 1), given.get("padding", 0), given.get("groups", 1)
+    return given.get("input"), given.get("weight"), given.get("bias"), options
+
+
+def channels_of(module: nn.Module) -> Channels | None:
+    """How a 1×1 convolution, or what stands in its place, reads its input; None of others."""
+    if isinstance(module, Pointwise):
+        return module.channels
+    if not is_leaf(module) or kind_of(module) != CONV:
+        return None
+    conv: Any = module
+    if not isinstance(conv.weight, nn.Parameter):  # computed in a hook
+        return None
+    return Channels.of(conv.weight, conv.stride, conv.padding, conv.groups, conv.transposed)
 
 
 def swaps(node: Node) -> bool | None:

@@ -195,6 +195,35 @@ def test_one_weight_read_in_two_ways_stays(front_end: str, golden: Golden) -> No
     )
 
 
+class Convolutions(nn.Module):
+    """One that mixes positions, and a 1×1 one with a stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.conv = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.relu(self.mix(x)))
+
+
+def test_pointwise_convolutions(front_end: str, golden: Golden) -> None:
+    model, x = Convolutions().eval(), torch.randn(2, 3, 4, 6)
+    expected = model(x).detach()
+    text, result = rewritten(front_end, model, x, [Quadratic()])
+    torch.testing.assert_close(result, expected)
+    if front_end == "dynamo":  # which calls every convolution as a function
+        assert "pointwise_quadratic_linear(%1, conv.weight) : f32[2,8,2,3]" in text
+        return
+    golden(
+        text,
+        """
+        %0 = conv2d(%x, mix) : f32[2,16,4,6]                      # a Conv2d that mixes positions: no pass takes one
+        %1 = relu(%0) : f32[2,16,4,6]
+        %2 = pointwise_quadratic_linear(%1, conv) : f32[2,8,2,3]  # was linear
+        """,
+    )
+
+
 class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -164,7 +164,7 @@ def test_products_that_are_no_linear_layer_are_listed() -> None:
     assert "lstm" in reasons["lstm.weight_ih_l0"].lower()
     assert reasons["attention.in_proj_weight"].startswith("its weight goes into linear")
     assert "einsum" in reasons["by_einsum"]
-    assert report.coverage() == (2, 7)
+    assert report.coverage() == (2, 5)  # an LSTM is no linear layer
 
 
 class Experts(nn.Module):

@@ -11,18 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
+from rewriter import rewrite
 from rewriter.capture import capture
 from rewriter.cost import Cost, Device, Training, Work
+from rewriter.engine import Engine, slower
+from rewriter.engine.slower import Lost
 from rewriter.engine.trials import goes_past
-from rewriter.errors import OptionError, StoreError
+from rewriter.errors import OptionError, RewriteWarning, StoreError
+from rewriter.passes import Monarch, Quantize
 from rewriter.report import CaptureInfo, Decision, Island, Report, Step
 from rewriter.report import format as fmt
 from rewriter.report.render import _broken
+from rewriter.sites import Site
 
 DENSE = Cost(
     22_713_216,
@@ -440,3 +446,103 @@ def test_a_capture_note_of_a_forward_that_was_not_run_is_a_whole_sentence() -> N
     assert goes_past(captured, ["0"], None) == (
         "calls unlike the captured one are refused: the Python forward of Sequential was not run"
     )
+
+
+# slower than the original
+
+ADD = Lost.add
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, old: float, new: float, whole: float) -> list[str]:
+    """Every layer takes `old` seconds, what replaces it `new`, the rewritten model `whole`; the
+    names of the layers that are timed."""
+    names: list[str] = []
+
+    def of(site: Site, *_: object, **__: object) -> tuple[float, float]:
+        names.append(site.fqn)
+        return old, new
+
+    monkeypatch.setattr(Lost, "add", ADD)
+    monkeypatch.setattr(slower, "timed", of)
+    monkeypatch.setattr(Engine, "_seconds", lambda _: whole)
+    return names
+
+
+def layers(n: int = 2) -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(n))), torch.randn(4, 8)
+
+
+@pytest.mark.parametrize("pass_", [Quantize(), Monarch(nblocks=2, rank=1)], ids=lambda p: p.name)
+def test_a_rewrite_that_is_slower_says_so_first(
+    pass_: Quantize | Monarch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = timed(monkeypatch, 1e-3, 2e-3, 10e-3)
+    model, x = layers(4)
+    with pytest.warns(
+        RewriteWarning, match=r'Sequential is slower .*: 0.60× .*objective="latency"'
+    ):
+        r = rewrite(model, [pass_], x).report
+    assert names == ["0"]  # layers alike are timed once
+    assert r.speed == pytest.approx(0.6)
+    said = "slower than the original at these sizes: 0.60× as fast (estimated from its layers"
+    for text in (str(r), r.to_markdown(), r.to_html()):
+        assert said in text
+    assert str(r).splitlines()[1].strip().startswith(said)
+    assert Report.from_json(r.to_json()).speed == r.speed
+    assert "slower" not in str(r.at(batch=64))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "whole"),
+    [
+        (2e-3, 1e-3, 10e-3),  # faster
+        (1e-3, 1.2e-3, 10e-3),  # by less than a clock can tell
+        (1e-5, 2e-5, 2e-4),  # a call that is short
+        (1e-3, 2e-3, 1e-3),  # the figures do not agree
+    ],
+)
+def test_what_is_not_clearly_slower_says_nothing(
+    old: float, new: float, whole: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(monkeypatch, old, new, whole)
+    model, x = layers()
+    assert "slower" not in str(rewrite(model, [Quantize()], x).report)
+
+
+def test_nothing_is_timed_where_it_would_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = timed(monkeypatch, 1e-3, 2e-3, 10e-3)
+    model, x = layers()
+    rewrite(model, [Quantize()], x, device="h100")  # another machine
+    rewrite(model, [Quantize()])  # no sizes
+    assert names == []
+    monkeypatch.setattr(slower, "_LEAST", -1.0)  # no time left
+    monkeypatch.setattr(slower, "_SHARE", -1.0)
+    rewrite(model, [Quantize()], x)
+    assert names == []
+
+
+def test_predicted_and_measured_times_say_who_is_slower() -> None:
+    old, new = replace(DENSE, latency_s=8e-3), replace(SMALL, latency_s=10e-3)
+    info, step = CaptureInfo("export"), Step("Monarch()", old, new)
+    predicted = Report("M", info, [step], device="H100-SXM")
+    said = "slower than the original at these sizes: 0.80× as fast"
+    assert f"{said} (predicted for H100-SXM)" in str(predicted)
+    step.before, step.after = replace(old, measured_s=2.0), replace(new, measured_s=4.0)
+    assert "0.50× as fast (measured here)" in str(predicted)
+    step.before, step.after = replace(old, latency_s=8e-5), replace(new, latency_s=1e-4)
+    assert "slower" not in str(predicted)
+
+
+def test_what_is_not_known_is_no_zero() -> None:
+    r = rewrite(nn.Sequential(nn.Linear(8, 8)), [Quantize()]).report
+    rows = {line[:28].strip(): line[28:].split() for line in str(r).splitlines() if line}
+    for name in ("multiply-adds per forward", "memory traffic per forward", "operations launched"):
+        assert rows[name] == ["–", "–", "–"]
+    assert rows["parameters"][0] == "72"
+    assert "in 0" not in str(Report("M", CaptureInfo("dynamo")))
+
+
+def test_sizes_have_one_name() -> None:
+    r = rewrite(nn.Sequential(nn.Linear(8, 8)), [], torch.randn(4, 3, 8)).report
+    assert r.capture.signature == "input: float32[batch, sequence, 8]"
+    assert set(r.sizes) == {"batch", "sequence"}

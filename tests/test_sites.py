@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +18,33 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from rewriter import ACTIVATION, CONV, LINEAR, MLP, Pass, Replacement, Site, Skip, rewrite
+from rewriter import (
+    ACTIVATION,
+    CONV,
+    LINEAR,
+    MLP,
+    Pass,
+    Replacement,
+    Site,
+    Skip,
+    backend,
+    load,
+    param_groups,
+    remap_optimizer,
+    rewrite,
+)
 from rewriter.capture import capture
 from rewriter.errors import RewriteWarning, SignatureError
-from rewriter.passes import Densify, Monarch, Quadratic, TopK
+from rewriter.passes import (
+    Densify,
+    Monarch,
+    MonarchChain,
+    MonarchResidual,
+    Quadratic,
+    Quantize,
+    ResizeMLP,
+    TopK,
+)
 from rewriter.passes.monarch import MonarchLinear
 from rewriter.passes.quadratic import QuadraticLinear
 from rewriter.sites import find_sites
@@ -553,6 +578,336 @@ def test_a_model_that_is_one_layer() -> None:
     assert [d.site for d in result.report.replaced] == ["weight"]
     assert type(result) is not nn.Linear
     assert isinstance(result, nn.Linear)
+
+
+# 1×1 convolutions
+
+
+class Bottleneck(nn.Module):
+    """A 3×3 convolution between 1×1 ones, the second with a stride; then a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.wide, self.act = nn.Conv2d(16, 32, 1, bias=False), nn.ReLU(inplace=True)
+        self.narrow, self.fc = nn.Conv2d(32, 16, 1, stride=2), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.stem(x)))
+        return self.fc(self.narrow(self.act(self.wide(x))).mean((2, 3)))
+
+
+POINTWISE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d": (lambda: nn.Conv1d(4, 6, 1), (2, 4, 5)),
+    "2d": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 3, 5)),
+    "2d, no bias": (lambda: nn.Conv2d(4, 6, (1, 1), bias=False), (2, 4, 3, 5)),
+    "3d": (lambda: nn.Conv3d(4, 6, 1), (2, 4, 2, 3, 5)),
+    "stride": (lambda: nn.Conv2d(4, 6, 1, stride=(2, 1)), (2, 4, 3, 5)),
+    "dilation": (lambda: nn.Conv2d(4, 6, 1, dilation=3), (2, 4, 3, 5)),
+    "padding by name": (lambda: nn.Conv2d(4, 6, 1, padding="same"), (2, 4, 3, 5)),
+    "one channel in": (lambda: nn.Conv2d(1, 6, 1), (2, 1, 3, 5)),
+    "one channel out": (lambda: nn.Conv2d(4, 1, 1), (2, 4, 3, 5)),
+    "one position": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 1, 1)),
+    "no rows": (lambda: nn.Conv2d(4, 6, 1), (0, 4, 3, 5)),
+    "weight channels last": (
+        lambda: nn.Conv2d(4, 6, 1).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        (2, 4, 3, 5),
+    ),
+}
+
+
+def layouts(shape: tuple[int, ...]) -> list[Tensor]:
+    """One input in all the ways that it may lie in memory, and without a batch."""
+    x = torch.randn(shape)
+    found = [x, *([x[0]] if len(x) else []), x.transpose(-1, -2).contiguous().transpose(-1, -2)]
+    if x.dim() == 4:  # in three dimensions it depends on the machine what the convolution does
+        last = torch.channels_last
+        found += [x.to(memory_format=last), x.to(memory_format=last)[..., ::2, :]]
+    return found
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_a_pointwise_layer_lies_in_memory_as_its_convolution_does(name: str) -> None:
+    make, shape = POINTWISE[name]
+    conv = make()
+    site = Site.of(conv)
+    assert site.channels is not None
+    dense = nn.Linear(site.in_features, site.out_features, bias=site.bias is not None)
+    dense.load_state_dict(
+        {k: t.flatten(1) if t.dim() > 1 else t for k, t in conv.state_dict().items()}
+    )
+    layer = site.fitted(dense)
+    for x in layouts(shape):
+        expected = conv(x)
+        assert_close(layer(x), expected)
+        assert layer(x).stride() == expected.stride()
+    with pytest.raises(RuntimeError, match="dimensions"):
+        layer(torch.randn(1, 1, 1, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("name", [n for n in POINTWISE if n != "no rows"])
+def test_a_pointwise_convolution_is_a_linear_site(name: str) -> None:
+    make, shape = POINTWISE[name]
+    model, x = nn.Sequential(make()), torch.randn(shape)
+    (site,) = sites(model, x)
+    conv = model[0]
+    assert (site.in_features, site.out_features) == (conv.in_channels, conv.out_channels)
+    assert site.weight.shape == (conv.out_channels, conv.in_channels)
+    assert site.tokens == model(x).numel() // conv.out_channels
+    result = exact(model, x)
+    assert type(result[0].linear) is QuadraticLinear
+    assert result.report.coverage() == (1, 1)
+
+
+MORE: dict[str, tuple[nn.Module, str]] = {
+    "mixes positions": (nn.Conv2d(4, 6, 3, padding=1), "a Conv2d that mixes positions"),
+    "groups": (nn.Conv2d(4, 6, 1, groups=2), "works on groups of channels"),
+    "pads": (nn.Conv2d(4, 6, 1, padding=1), "pads its input"),
+    "transposed": (nn.ConvTranspose2d(4, 6, 1), "leaves positions between"),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_other_convolutions_are_listed_with_the_reason(name: str) -> None:
+    layer, reason = MORE[name]
+    model = nn.Sequential(layer, nn.Flatten(1), nn.Linear(6, 2))
+    x = torch.randn(2, 4, 1, 1) if name != "pads" else torch.randn(2, 4, 1, 1)
+    if name == "pads":
+        model[2] = nn.Linear(54, 2)
+    report = rewrite(model, [Quadratic()], x).report
+    (conv,) = report.untaken
+    assert (conv.site, conv.kind, conv.action) == ("0", type(layer).__name__, "skipped")
+    assert reason in conv.reason
+    assert conv in report.skipped
+    assert conv.before is not None
+    assert conv.before.macs > 0
+
+
+RECIPES: list[list[Pass]] = [
+    [Monarch(nblocks=2)],
+    [MonarchChain()],
+    [MonarchResidual()],
+    [Quadratic()],
+    [Quantize()],
+    [Monarch(nblocks=2), Quantize()],
+    [Monarch(nblocks=2), Densify()],
+    [TopK(k=8)],
+]
+
+
+@pytest.mark.parametrize("passes", RECIPES, ids=lambda p: " ".join(x.name for x in p))
+def test_every_pass_takes_pointwise_convolutions(passes: list[Pass], tmp_path: Path) -> None:
+    model, x = Bottleneck().eval(), torch.randn(2, 3, 8, 8)
+    result = rewrite(model, passes, x)
+    done = {d.site for d in result.report.replaced}
+    assert done == ({"narrow"} if isinstance(passes[0], TopK) else {"wide", "narrow", "fc"})
+    expected = result(x)
+    result.save(tmp_path / "saved")
+    others = [load(tmp_path / "saved", model, example_inputs=i) for i in (None, x)]
+    others += [copy.deepcopy(result), pickle.loads(pickle.dumps(result))]
+    for other in others:
+        assert torch.equal(other(x), expected)
+    with torch.no_grad():
+        for parameter in others[0].parameters():
+            parameter.zero_()
+    others[0].load_original(model.state_dict())
+    assert_close(others[0](x), expected)
+    assert_close(torch.export.export(result, (x,)).module()(x), expected)
+    result.train()(x).sum().backward()
+    assert result.stem.weight.grad is not None
+
+
+def test_a_pointwise_layer_computes_what_it_does_on_rows() -> None:
+    conv, x = nn.Conv2d(16, 32, 1), torch.randn(2, 16, 4, 4)
+    rows = nn.Linear(16, 32)
+    rows.load_state_dict(
+        {k: t.flatten(1) if t.dim() > 1 else t for k, t in conv.state_dict().items()}
+    )
+    for rewrite_ in (Monarch(nblocks=2), Quantize()):
+        own = rewrite(nn.Sequential(conv), [rewrite_], x)
+        dense = rewrite(nn.Sequential(rows), [rewrite_], x.movedim(1, -1))
+        assert_close(own(x), dense(x.movedim(1, -1)).movedim(-1, 1))
+        assert own.report.after.macs == dense.report.after.macs
+
+
+def test_calibration_sees_the_rows_of_a_pointwise_convolution() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 16, 1, stride=2))
+    mix = torch.randn(16, 4)
+    batches = [torch.einsum("ci,nihw->nchw", mix, torch.randn(8, 4, 8, 8)) for _ in range(4)]
+    plain = rewrite(model, [Monarch()], batches[0])
+    fitted = rewrite(model, [Monarch()], batches[0], calibration=batches)
+    (decision,) = fitted.report.replaced
+    assert decision.output_error is not None
+    expected = model(batches[3])
+
+    def off(rewritten: nn.Module) -> float:
+        return (rewritten(batches[3]) - expected).norm().item()
+
+    assert off(fitted) < off(plain) / 2
+
+
+def test_a_pointwise_convolution_called_as_a_function() -> None:
+    model = Fn(lambda m, x: F.conv2d(x, m.w, m.b, stride=2), w=param(6, 4, 1, 1), b=param(6))
+    x = torch.randn(2, 4, 5, 5)
+    (site,) = sites(model, x)
+    assert (site.fqn, site.module, site.tokens) == ("w", None, 2 * 9)
+    result = exact(model, x)
+    assert result.w.linear.bias is result.b
+    with pytest.warns(RewriteWarning, match="original Python forward"):
+        assert_close(result(x[0]), model(x[0]))  # Python goes through the layer
+    other = Fn(lambda m, x: F.conv2d(x, m.w, padding=1), w=param(6, 4, 1, 1))
+    with pytest.warns(RewriteWarning, match="no site of kind linear"):
+        report = rewrite(other, [Quadratic()], x).report
+    assert [d.site for d in report.untaken] == ["w"]
+
+
+def test_hooks_and_ties_of_pointwise_convolutions_survive() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    model[2].weight, model[2].bias = model[0].weight, model[0].bias
+    result = exact(model, torch.randn(2, 4, 3, 3), symbolic=True)
+    assert result[0] is result[2]
+    seen: list[torch.Size] = []
+    model = nn.Sequential(nn.Conv2d(4, 6, 1))
+    model[0].register_forward_hook(lambda m, args, y: seen.append(y.shape))
+    result = rewrite(model, [Monarch(nblocks=2), Quantize()], torch.randn(2, 4, 3, 3))
+    result(torch.randn(2, 4, 3, 3))
+    assert seen == [(2, 6, 3, 3)]
+
+
+def test_compiled_code_takes_pointwise_convolutions() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 6, 1)), torch.randn(2, 4, 3, 3)
+    expected = model(x).detach()
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=backend([Quadratic()], inner="eager"))
+    with torch.no_grad():
+        assert_close(fast(x), expected)
+        model[0].weight.mul_(2), model[0].bias.mul_(2)
+        assert_close(fast(x), 2 * expected)  # what was derived is derived again
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=backend([Quadratic()], inner="eager", install=True))
+    with pytest.warns(RewriteWarning, match="1 layers with new parameters"):
+        fast(x).sum().backward()
+    assert type(model[0].linear) is QuadraticLinear
+    assert model[0].linear.weight_b.grad is not None
+
+
+class Doubled(Pass):
+    matches = (CONV, LINEAR)
+
+    def propose(self, site: Site) -> Replacement | Skip:
+        assert site.kind == CONV
+        assert site.weight.dim() == 4
+        return Replacement(nn.Sequential(copy.deepcopy(site.module), nn.Identity()))
+
+
+def test_a_pass_for_convolutions_sees_pointwise_ones_as_such() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3)), torch.randn(2, 4, 5, 5)
+    result = rewrite(model, [Doubled()], x)
+    assert [d.site for d in result.report.replaced] == ["0", "1"]
+    assert result.report.untaken == []
+    assert_close(result(x), model(x))
+
+
+def test_channels_are_not_resized() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    (decision,) = rewrite(model, [ResizeMLP()], torch.randn(2, 4, 3, 3)).report.decisions
+    assert decision.reason == "0 is a 1×1 convolution, whose channels other layers read"
+    mixed = Fn(
+        lambda m, x: m.down(torch.relu(m.up(x))), up=nn.Linear(6, 4), down=nn.Conv1d(4, 5, 1)
+    )
+    assert sites(mixed, torch.randn(2, 4, 6), MLP) == []  # neurons and channels are two dimensions
+
+
+def test_an_optimizer_goes_along_with_a_pointwise_convolution() -> None:
+    model, x = nn.Sequential(nn.Conv2d(16, 16, 1)), torch.randn(2, 16, 3, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+    result = rewrite(model, [Monarch()], x)
+    remapped = remap_optimizer(optimizer, model, result)
+    assert remapped.remapped.converted == ["0.linear.right", "0.linear.left"]
+    assert remapped.remapped.reset == []
+    assert {g["lr_scale"] for g in param_groups(result, 1e-3)} > {1.0}
+
+
+# weights that no pass takes
+
+
+class Strays(nn.Module):
+    """One of every kind of weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm_cell, self.gru_cell, self.rnn_cell = (
+            cell(8, 8) for cell in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+        )
+        self.lstm, self.gru, self.rnn = (layer(8, 8) for layer in (nn.LSTM, nn.GRU, nn.RNN))
+        self.pair, self.attention = nn.Bilinear(8, 8, 8), nn.MultiheadAttention(8, 2)
+        self.words, self.bag = nn.Embedding(4, 8), nn.EmbeddingBag(4, 8)
+        self.norm, self.conv = nn.LayerNorm((1, 8)), nn.Conv1d(1, 1, 3, padding=1)
+        self.fc, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.by_einsum, self.place, self.spare = param(8, 8), param(1, 8), param(2, 3)
+        self.experts = param(2, 8, 8)
+
+    def forward(self, x: Tensor, i: Tensor) -> Tensor:
+        h, _ = self.lstm_cell(x + self.place)
+        h = self.rnn_cell(self.gru_cell(h))[:, None]
+        h = self.rnn(self.gru(self.lstm(h)[0])[0])[0]
+        h = torch.einsum("bi,io->bo", self.pair(h, h)[:, 0], self.by_einsum)
+        h = self.attention(h, h, h)[0] + self.words(i) + self.bag(i[:, None])
+        h = torch.bmm(h.expand(2, -1, -1), self.experts).sum(0)
+        return self.fc(self.conv(self.norm(h[:, None]))[:, 0])
+
+
+WHY = {
+    "lstm_cell.weight_ih": "goes into LSTMCell, where each step needs the one before",
+    "gru_cell.weight_hh": "goes into GRUCell, where each step needs the one before",
+    "rnn_cell.weight_ih": "goes into RNNCell, where each step needs the one before",
+    "lstm.weight_ih_l0": "goes into LSTM, where each step needs the one before",
+    "gru.weight_hh_l0": "goes into GRU, where each step needs the one before",
+    "rnn.weight_hh_l0": "goes into RNN, where each step needs the one before",
+    "pair.weight": "goes into bilinear, a product of two inputs",
+    "attention.in_proj_weight": "goes into linear, part by part",
+    "by_einsum": "goes into einsum in a form that is no linear layer",
+    "experts": "goes into bmm in a form that is no linear layer",
+    "words": "an Embedding looks rows up",
+    "bag.weight": "an EmbeddingBag looks rows up",
+    "norm": "a LayerNorm multiplies no rows",
+    "conv": "a Conv1d that mixes positions",
+    "place": "its values go into add, which is no product",
+    "spare": "no call with these example_inputs reads it",
+    "unused": "not called with these example_inputs",
+}
+
+
+@pytest.mark.parametrize("passes", [RECIPES[0], RECIPES[5]], ids=["monarch", "int8 after it"])
+def test_every_weight_is_accounted_for(passes: list[Pass]) -> None:
+    model, inputs = Strays().eval(), (torch.randn(3, 8), torch.tensor([0, 1, 2]))
+    report = rewrite(model, passes, inputs).report
+    reasons = {d.site: d.reason for d in report.skipped}
+    for site, why in WHY.items():
+        assert why in reasons[site]
+    listed = tuple(f"{d.site}." for d in report.decisions)
+    for name, parameter in model.named_parameters():
+        assert parameter.dim() < 2 or f"{name}.".startswith(listed), name
+
+
+def test_the_share_of_what_no_pass_takes_leads_the_report() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 36, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(36, 4),
+    )  # fmt: skip
+    report = rewrite(model, [Quantize()], torch.randn(1, 4, 8, 8)).report
+    convs, all_ = 64 * 9 * (4 * 8 + 8 * 8), report.before.macs
+    assert all_ == convs + 64 * 8 * 36 + 36 * 4
+    line = f"{convs / all_:.0%}".replace("%", " %")
+    assert f"{line} of the multiply-adds are in layers that no pass takes: 2 Conv2d" in str(report)
+    assert "2 of 2 linear layers rewritten" in str(report)
+    assert report.at(batch=4).untaken[0].before.macs == 4 * 64 * 9 * 32
+    assert "no pass takes: 2 Conv2d" in str(rewrite(model, [Quantize()]).report)
+    nothing = rewrite(nn.Sequential(nn.Linear(4, 4)), [Quantize()], torch.randn(1, 4)).report
+    assert "no pass takes" not in str(nothing)
 
 
 # transformers

@@ -288,14 +288,26 @@ class Signature:
     def __str__(self) -> str:
         """The tensors with their dtypes and sizes; a letter stands for a size that may vary."""
         letters: dict[str, str] = {}
-        parts = []
         shapes = self.dims[False].shapes if self.dims else [[] for _ in self.names]
-        for name, dtype, sizes in zip(self.names, self.dtypes, shapes, strict=True):
-            shown = [
-                str(s) if isinstance(s, int) else letters.setdefault(s, f"n{len(letters)}")
-                for s in sizes
+        return self._listed(
+            [
+                [
+                    s if isinstance(s, int) else letters.setdefault(s, f"n{len(letters)}")
+                    for s in row
+                ]
+                for row in shapes
             ]
-            parts.append(f"{name}: {str(dtype).removeprefix('torch.')}[{', '.join(shown)}]")
+        )
+
+    def named(self, leaves: Sequence[Tensor] | None) -> str:
+        """As `str`, with the names that `open_sizes` gives to the sizes that may vary."""
+        return str(self) if leaves is None else self._listed(self.open_sizes(False, leaves).rows)
+
+    def _listed(self, rows: Sequence[Sequence[int | str]]) -> str:
+        parts = []
+        for name, dtype, sizes in zip(self.names, self.dtypes, rows, strict=True):
+            shown = ", ".join(map(str, sizes))
+            parts.append(f"{name}: {str(dtype).removeprefix('torch.')}[{shown}]")
         return ", ".join(parts)
 
 

@@ -61,6 +61,9 @@ class Installation:
         return program(ready.lifted.root, ready.lifted.user_inputs(inputs), "")
 
 
+_REPLACED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 class _Ready:
     """The new layers of one model, and where they go."""
 
@@ -75,11 +78,11 @@ class _Ready:
             source = source_name(lifted.placeholders[position])
             old = frame.module(source)
             root = frame.base(source)
-            if old is None or root is None or old is root or type(old) is not nn.Linear:
+            if old is None or root is None or old is root or type(old) not in _REPLACED:
                 kind = "a plain function" if old is None else f"a {type(old).__name__}"
                 raise RewriteError(
-                    f"install=True replaces nn.Linear modules, and {fqn} is {kind}: call "
-                    "rewriter.rewrite first and compile its result"
+                    f"install=True replaces nn.Linear modules and 1×1 convolutions, and {fqn} is "
+                    f"{kind}: call rewriter.rewrite first and compile its result"
                 )
             if has_hooks(old):
                 raise RewriteError(

@@ -49,6 +49,10 @@ def width(view: _Whole, site: Site) -> Width | Skip:
     known = next((s for s in view.sites if s.kind == LINEAR and s.fqn == site.fqn), None)
     if known is None or known.weight_ref is None:
         return Skip("{} is no linear layer", site.fqn)
+    if known.channels is not None:
+        return Skip(
+            "{} is a {} convolution, whose channels other layers read", site.fqn, known.channels
+        )
     search = _Search(view, known.out_features)
     reason = search.run(known)
     if reason is not None:
@@ -76,7 +80,7 @@ class _Search:
     todo: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        plain = [s for s in self.view.sites if s.kind == LINEAR]
+        plain = [s for s in self.view.sites if s.kind == LINEAR and s.channels is None]
         self.at: Mapping[Node, Site] = {n: s for s in plain for n in s.nodes}
         self.prefixes = {g.graph: g.prefix for g in self.view.graphs}
 

@@ -14,6 +14,7 @@ from rewriter.base import Moments
 from rewriter.capture import Capture, arguments
 from rewriter.engine.batches import Calibration
 from rewriter.errors import CalibrationError
+from rewriter.modules.pointwise import Channels
 from rewriter.modules.running import first_line, own_copy, quiet_run
 from rewriter.sites import Site
 from rewriter.spellings import source_of
@@ -49,6 +50,7 @@ class _Watch:
     width: int
     calls: list[fx.Node]
     module: nn.Module | None
+    channels: Channels | None = None
     sites: list[str] = field(default_factory=list)
     fitted: _Sum = field(default_factory=_Sum)
     held: _Sum = field(default_factory=_Sum)
@@ -57,8 +59,11 @@ class _Watch:
     unfit: str = ""
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.current is not None and isinstance(x, Tensor) and x.shape[-1:] == (self.width,):
-            own = x.detach()
+        own = x
+        if self.channels is not None and isinstance(x, Tensor):
+            own = self.channels.rows(x)
+        if self.current is not None and isinstance(x, Tensor) and own.shape[-1:] == (self.width,):
+            own = own.detach()
             if self.mask is not None and own.shape[:-1] == self.mask.shape:
                 own = own[self.mask]  # padding is nothing that a layer should be good at
             own = own.reshape(-1, self.width).float()
@@ -130,9 +135,10 @@ def _watches(capture: Capture, sites: Sequence[Site]) -> list[_Watch]:
     watches: dict[object, _Watch] = {}
     for site in sites:
         calls = [n for n in site.nodes if id(n.graph) in evaluated]
-        if calls or site.module is not None:
-            sources: object = tuple(source_of(n) for n in calls) or site.fqn
-            watch = watches.setdefault(sources, _Watch(site.in_features, calls, site.module))
+        if calls or site.place is not None:
+            sources: object = (tuple(source_of(n) for n in calls) or site.fqn, site.channels)
+            new = _Watch(site.in_features, calls, site.place, site.channels)
+            watch = watches.setdefault(sources, new)
             watch.sites.append(site.fqn)
     return list(watches.values())
 

@@ -37,6 +37,7 @@ __all__ = [
     "device_of",
     "objections",
     "ties",
+    "timed",
     "unsafe",
     "unselected",
     "worth",
@@ -181,7 +182,7 @@ def unsafe(capture: Capture, site: Site, sites: Sequence[Site]) -> Skip | None:
         site: in question.
         sites: all that there are.
     """
-    module, graphs = site.module, {id(g): r for r, _, g in capture.graphs()}
+    module, graphs = site.place, {id(g): r for r, _, g in capture.graphs()}
     if module is capture.root:
         return Skip("the model itself is this layer: wrap it, e.g. in nn.Sequential")
     if module is not None and parametrize.is_parametrized(module):
@@ -269,10 +270,11 @@ def _untouched(
             own |= {f"{n}.{last}" for n, m in every if n and m is holder}
     others |= names - own
     reading = readers - {n for p in group for n in p.site.nodes}
-    if others or reading or len({p.site.transposed for p in group}) > 1:
+    ways = {(p.site.transposed, p.site.channels) for p in group}
+    if others or reading or len(ways) > 1:
         tied = ", ".join(sorted(others)) or "code that reads it"
         return f"its weight is tied to {tied}: rewritten together or not at all"
-    modules = {id(m): m for p in group if (m := p.site.module) is not None}
+    modules = {id(m): m for p in group if (m := p.site.place) is not None}
     if len(modules) > 1 and any(has_hooks(m) for m in modules.values()):
         return "its weight is tied and there are hooks, which one layer for all would mix up"
     return ""
@@ -340,7 +342,7 @@ def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -
         old_us, new_us = (t * 1e6 for t in times)
         said = f"measured {new_us:.0f} µs, the layer it replaces {old_us:.0f} µs"
         return "" if new_us < old_us else said
-    module = p.site.module
+    module = p.site.place
     tensors = [] if module is not None or p.site.weight_ref is None else [p.site.weight]
     tensors += [p.site.bias] if tensors and p.site.bias is not None else []
     before = storage_cost(*([module] if module is not None else tensors))
@@ -408,11 +410,19 @@ def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> fl
     return seconds
 
 
-def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
+def timed(
+    site: Site, layer: nn.Module, *, only: str = "", **how: Any
+) -> tuple[float, float] | None:
     """Median seconds of the site's calls in one forward, (the old layer, the new one): eval mode,
     without gradients, interleaved, on random inputs of the sizes that the example has.
 
     None where there are no shapes, or no data on the device.
+
+    Args:
+        site: with the old layer.
+        layer: the new one, as the model would call it.
+        only: the one type of device that is timed; "" for any.
+        how: options of `medians`.
     """
     inputs = []
     for node in site.nodes[: site.calls]:
@@ -420,25 +430,30 @@ def timed(site: Site, layer: nn.Module) -> tuple[float, float] | None:
         value = source.meta.get("val") if isinstance(source, fx.Node) else None
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
             return None
+        if only not in ("", value.device.type):
+            return None
         inputs.append((tuple(value.shape), value.dtype, value.device))
     tensors = [*layer.parameters(), *layer.buffers()]
     if not inputs or any(t.is_meta for t in tensors):
         return None
     xs = [_random(*kind) for kind in inputs]
     old = _runner(site, xs)
-    old_modes = nullcontext() if site.module is None else modes(site.module, False)
+    old_modes = nullcontext() if site.place is None else modes(site.place, False)
     with torch.no_grad(), modes(layer, False), old_modes, autocast_at(site.nodes[0]):
-        old_time, new_time = medians((old, lambda: [layer.forward(x) for x in xs]), xs[0].device)
+        calls = old, lambda: [layer.forward(x) for x in xs]
+        old_time, new_time = medians(calls, xs[0].device, **how)
     return old_time, new_time
 
 
 def _runner(site: Site, xs: Sequence[Tensor]) -> Callable[[], Any]:
     """The site as it is now; hooks do not run."""
-    module = site.module
+    module, channels = site.place, site.channels
     if module is not None:
         return lambda: [module.forward(x) for x in xs]
     if site.weight_ref is not None:
         weight, bias = site.weight, site.bias
+        if channels is not None:
+            return lambda: [channels.convolve(x, weight, bias) for x in xs]
         return lambda: [nn.functional.linear(x, weight, bias) for x in xs]
     node = site.nodes[0]
     function: Any = node.target

@@ -25,9 +25,11 @@ from rewriter.edits import Subgraph
 from rewriter.engine.decide import Declined, Options, check_passes
 from rewriter.engine.install import cut_graphs, names_of, put, remove, resize
 from rewriter.engine.looking import sites_of
+from rewriter.engine.other_weights import other_weights
 from rewriter.engine.pass_run import PassRun
 from rewriter.engine.plans import view_of
 from rewriter.engine.prices import Prices
+from rewriter.engine.slower import Lost
 from rewriter.engine.trials import goes_past
 from rewriter.engine.undo import undone_on_error
 from rewriter.engine.verify import relative_error, tolerance
@@ -37,8 +39,8 @@ from rewriter.modules.running import own_copy, quiet_run
 from rewriter.modules.timing import medians
 from rewriter.recipe.edits import Record, Removed
 from rewriter.recipe.recipe import Recipe, example_to_json
-from rewriter.report import CaptureInfo, Report, Step
-from rewriter.sites import MLP
+from rewriter.report import CaptureInfo, Decision, Report, Step, content
+from rewriter.sites import LINEAR, MLP
 
 if TYPE_CHECKING:
     from rewriter.planner import MemoryBudget
@@ -61,6 +63,9 @@ class Engine:
         first_s: measured seconds of a forward of the original model.
         memory: what trains the model by a memory plan; None without a budget.
         lowering: the fused ops that run in eval mode.
+        untaken: the weights of the model as it came that are no site's, each with the reason.
+        lost: what new layers lose in time; None where nobody asked.
+        weighed: whether a pass for linear layers has run, so that those are worth a mention.
     """
 
     capture: Capture
@@ -72,6 +77,9 @@ class Engine:
     first_s: float | None = None
     memory: PlannedTraining | None = None
     lowering: Lowering = field(default_factory=Lowering)
+    untaken: list[Decision] = field(default_factory=list)
+    lost: Lost | None = None
+    weighed: bool = False
 
     def __post_init__(self) -> None:
         self.prices = Prices(self.capture, self.options.device)
@@ -80,14 +88,18 @@ class Engine:
         """Prices the model as it came; the first step of the report."""
         start = time.perf_counter()
         self.prices.price()
-        self.prices.remember(sites_of(self.capture))
+        sites = sites_of(self.capture)
+        for decision, calls in (others := other_weights(self.capture, sites)):
+            self.untaken.append(replace(decision, before=self.prices.of_calls(calls)))
+        self.prices.remember(sites, others={d.site: calls for d, calls in others})
         self.outputs, self.capture.found = self.capture.found, None
         if self.outputs is None:
             self.outputs = self.capture.outputs()
         seconds = time.perf_counter() - start
         total = self.prices.cost.total = self._measured(self.prices.cost.total)
+        notes = [_CAPTURED] if total.launches else []
         return Step(
-            "original", total, total, [], None, True, seconds, [_CAPTURED], self.prices.timeline()
+            "original", total, total, [], None, True, seconds, notes, self.prices.timeline()
         )
 
     def run(self, rewrite: Pass) -> Step:
@@ -102,10 +114,13 @@ class Engine:
         costs = self.prices.of_sites(sites_of(self.capture))
         run = PassRun(rewrite, self.capture, self.options, costs, before.param_bytes)
         run.look()
+        self.weighed |= LINEAR in rewrite.matches
         run.calibrate()
         run.ask()
         run.decide()
         run.try_layers()
+        if self.lost is not None:
+            self.lost.add(run.proposals)
         with self._all_or_nothing(run):
             run.install(self.recipe)
             self.prices.price()
@@ -139,6 +154,43 @@ class Engine:
             if not isinstance(failure, Declined):
                 raise
             run.drop(str(failure))
+
+    def time_losses(self) -> None:
+        """From here on, new layers are timed beside those that they replace, where this machine is
+        the one that is asked for, and nothing else times the model."""
+        options = self.options
+        here = options.device is None or options.device.name == "this machine"
+        if here and not options.measure and options.objective != "latency":
+            self.lost = Lost(time.perf_counter() - self.capture.seconds)
+
+    def speed(self) -> float | None:
+        """How fast the model is beside the original, by the layers that were timed; None where
+        those are no slower, or nothing is known. It runs the model."""
+        if self.lost is None or self.lost.seconds < (1 - content.CLEARLY) * content.SHORTEST:
+            return None
+        fused = bool(self.lowering.lowered)
+        if fused:
+            self._attach_lowering(on=False)
+        plain = after = self._seconds()
+        if fused:
+            self._attach_lowering()
+            after = self._seconds()
+        before = plain - self.lost.seconds
+        known = before >= max(content.SHORTEST, _BELIEVED * plain)
+        return before / after if known else None
+
+    def _seconds(self) -> float:
+        """Seconds of a forward on the example inputs, the least of some."""
+        example, root = self.capture.example, self.capture.root
+        assert example is not None
+        with quiet_run(root, training=False):
+            args, kwargs = own_copy(*example)
+            times: list[float] = []
+            while len(times) < 2 or (len(times) < 10 and sum(times) < _SHORT_CALL):
+                start = time.perf_counter()
+                root(*args, **kwargs)
+                times.append(time.perf_counter() - start)
+        return min(times)
 
     def plan_memory(self, budget: MemoryBudget) -> Step:
         """Plans what a training step keeps; the model then trains by that plan.
@@ -232,8 +284,10 @@ class Engine:
     def report(self, steps: list[Step]) -> Report:
         """The ledger of these steps."""
         capture = self.capture
-        own = (r.signature for r in capture.regions if not r.prefix)
-        signature = next((str(s) for s in own if s is not None), "")
+        if self.weighed:
+            steps[0].decisions += _left(self.untaken, steps)
+        own = ((r.signature, r.leaves) for r in capture.regions if not r.prefix)
+        signature = next((s.named(leaves) for s, leaves in own if s is not None), "")
         info = CaptureInfo(capture.rung, capture.seconds, capture.islands, capture.notes, signature)
         device, model = self.options.device, original_class(capture.root).__name__
         on = "" if device is None else device.name
@@ -358,6 +412,18 @@ class Engine:
         return error
 
 
+def _left(untaken: list[Decision], steps: list[Step]) -> list[Decision]:
+    """The weights that no pass has taken after all, and that are still there."""
+    decided = {d.site for step in steps if step.name != "lowering" for d in step.decisions}
+    gone = tuple(f"{d.site}." for step in steps for d in step.decisions if d.action == "removed")
+    return [
+        d for d in untaken if d.site not in decided and not (gone and f"{d.site}.".startswith(gone))
+    ]
+
+
+_BELIEVED = (
+    0.1  # of a forward that is left without what new layers lose; less is an error of timing
+)
 _SHORT_CALL = 5e-3  # seconds
 _LEAD = 0.97  # of the plain call, at most: what is less may be noise
 

@@ -15,6 +15,7 @@ from rewriter.edits.blocks import dead_nodes
 from rewriter.errors import PassError
 from rewriter.layer import Layer
 from rewriter.modules.bypass import Bypass
+from rewriter.modules.pointwise import Pointwise
 from rewriter.modules.tensors import named_tensors, put_tensor
 from rewriter.modules.tree import is_hook_dict
 from rewriter.recipe.edits import Removed, Resized, replayed
@@ -36,8 +37,8 @@ def put(capture: Capture, site: Site, layer: nn.Module, names: Mapping[int, list
     """Puts a layer at a site; `names` are those that each module had before the pass."""
     root = capture.root
     prefixes = {id(g): r.prefix for r, _, g in capture.graphs()}
-    layer.train(root.training if site.module is None else site.module.training)
-    old = site.module
+    old = site.place
+    layer.train(root.training if old is None else old.training)
     for node in site.nodes:
         if node.op != "call_module":
             prefix = prefixes[id(node.graph)]
@@ -48,6 +49,8 @@ def put(capture: Capture, site: Site, layer: nn.Module, names: Mapping[int, list
         layer.stands_for_transposed = stood if old is not None else site.transposed
     if old is not None:
         _take_hooks(old, layer)
+        if isinstance(old, Pointwise) and isinstance(layer, Pointwise):
+            _take_hooks(old.linear, layer.linear)
         for name in names[id(old)]:
             root.set_submodule(name, layer)
         return

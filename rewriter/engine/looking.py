@@ -8,7 +8,9 @@ from torch import fx
 
 from rewriter.base import Pass
 from rewriter.capture import Capture
-from rewriter.sites import Site, find_sites, is_leaf, kind_of
+from rewriter.modules.pointwise import inner
+from rewriter.sites import CONV, LINEAR, Site, find_sites, is_leaf, kind_of, tensor_refs
+from rewriter.spellings import channels_of
 
 __all__ = ["sites_of", "unmatched"]
 
@@ -20,13 +22,17 @@ def sites_of(capture: Capture) -> list[Site]:
     for region, mode, graph in capture.graphs():
         graphs[mode].append((region.prefix, graph))
     sites = find_sites(root, graphs[False], graphs[True])
-    seen = {id(s.module) for s in sites if s.module is not None}
+    seen = {id(m) for s in sites for m in (s.module, s.place) if m is not None}
     for fqn, module in root.named_modules():
         kind = kind_of(module) if is_leaf(module) else None
         if kind is not None and id(module) not in seen:
-            own = {} if isinstance(kind, type) else dict(module.named_parameters(recurse=False))
-            weight, bias = (f"{fqn}.{n}" if n in own else None for n in ("weight", "bias"))
-            sites.append(Site(kind, fqn, root, (), weight, bias))
+            seen.add(id(inner(module)))
+            channels = channels_of(module)
+            refs = (None, None) if isinstance(kind, type) else tensor_refs(module, fqn)
+            if kind == CONV and channels is not None:
+                kind = LINEAR
+                sites.append(Site(CONV, fqn, root, (), *refs))
+            sites.append(Site(kind, fqn, root, (), *refs, channels=channels))
     return sites
 
 

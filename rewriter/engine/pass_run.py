@@ -27,7 +27,6 @@ from rewriter.engine.decide import (
 )
 from rewriter.engine.install import cut_graphs, names_of, put, remove, resize
 from rewriter.engine.looking import sites_of, unmatched
-from rewriter.engine.other_weights import other_weights
 from rewriter.engine.plans import Plan, blocks_of, checked, view_of
 from rewriter.engine.trials import at, try_layer
 from rewriter.engine.undo import fresh_graphs
@@ -35,10 +34,11 @@ from rewriter.engine.verify import Boundary, boundary, check
 from rewriter.errors import CalibrationError, PassError, warn
 from rewriter.layer import Layer
 from rewriter.modules.patterns import Chain, Fan, Op
+from rewriter.modules.pointwise import inner
 from rewriter.recipe.edits import Resized
 from rewriter.recipe.recipe import Installed, Recipe
 from rewriter.report import Decision
-from rewriter.sites import LINEAR, Site, find_places
+from rewriter.sites import CONV, LINEAR, Site, find_places
 from rewriter.spellings import kind_name
 
 __all__ = ["PassRun"]
@@ -93,6 +93,9 @@ class PassRun:
         self.before = boundary(self.capture)
         self.sites = sites_of(self.capture)
         self.matching = [s for s in self.sites if s.kind in self.rewrite.matches]
+        if CONV in self.rewrite.matches:  # to which a 1×1 convolution is one, and no linear layer
+            convs = {s.fqn for s in self.matching if s.kind == CONV}
+            self.matching = [s for s in self.matching if s.kind == CONV or s.fqn not in convs]
         if self.rewrite.plans:
             self.matching += self._wide_sites()
         check_patterns(self.rewrite, self.matching, self.options.where, self.rewrite.where)
@@ -140,7 +143,8 @@ class PassRun:
             if isinstance(answer, Skip):
                 self.decisions.append(_decision(site, "skipped", answer.reason))
             else:
-                self.proposals.append(Proposal(site, answer))
+                fitted = replace(answer, layer=site.fitted(answer.layer))
+                self.proposals.append(Proposal(site, fitted))
 
     def _ask_for_plan(self) -> None:
         chosen = []
@@ -218,7 +222,8 @@ class PassRun:
         for p in self.proposals:
             site = replace(p.site, nodes=tuple(twins.get(n, n) for n in p.site.nodes))
             own = recipe.installed.setdefault(
-                site.fqn, Installed(site.weight_ref, site.bias_ref, site.transposed)
+                site.fqn,
+                Installed(site.weight_ref, site.bias_ref, site.transposed, channels=site.channels),
             )
             own.chain.append((site.kind, self.rewrite))
             own.graph_only |= any(n.op != "call_module" for n in site.nodes)
@@ -265,7 +270,7 @@ class PassRun:
             costs: what each site costs after the pass, by name.
         """
         for p, look in zip(self.proposals, self.looks, strict=True):
-            layer, kernel = p.replacement.layer, "torch"
+            layer, kernel = inner(p.replacement.layer), "torch"
             if isinstance(layer, Layer) and look.tokens is not None:
                 kernel = layer.kernel(look.tokens)
             self.decisions.append(
@@ -284,8 +289,6 @@ class PassRun:
         if LINEAR in self.rewrite.matches:
             left = unmatched(self.rewrite, self.sites)
             self.decisions += [_decision(s, "skipped", reason) for s, reason in left]
-            listed = [d.site for d in self.decisions]
-            self.decisions += other_weights(self.capture, self.sites, listed)
         self._note_packed()
         order = {site.fqn: i for i, site in enumerate(self.sites)}
         self.decisions.sort(key=lambda d: order.get(d.site, len(order)))
@@ -322,7 +325,7 @@ class PassRun:
     def _note_packed(self) -> None:
         held = sum(
             layer.held_bytes(look.tokens or 1)
-            for layer, look in zip(self.layers, self.looks, strict=True)
+            for layer, look in zip(map(inner, self.layers), self.looks, strict=True)
             if isinstance(layer, Layer)
         )
         if held:
@@ -380,6 +383,7 @@ def _kind(kind: Any) -> str:
 
 def _shape(site: Site) -> str:
     try:
-        return f"{site.in_features}→{site.out_features}"
+        sizes = f"{site.in_features}→{site.out_features}"
+        return sizes if site.channels is None else f"{sizes}, {site.channels}"
     except AttributeError:  # no linear map: an activation, a convolution
         return ""

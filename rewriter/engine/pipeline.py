@@ -12,9 +12,10 @@ from rewriter.base import Pass
 from rewriter.capture import capture
 from rewriter.capture.hosted import original_class
 from rewriter.engine.engine import Engine, Options
-from rewriter.errors import RewriteError
+from rewriter.errors import RewriteError, warn
 from rewriter.recipe.recipe import Recipe
 from rewriter.report import Report
+from rewriter.report.content import slower
 
 __all__ = ["copied", "prepare", "run"]
 
@@ -47,6 +48,7 @@ def run(
     engine = prepare(root, example_inputs, options, strict=strict)
     engine.recipe, engine.model = recipe, model
     recipe.lower = bool(options.lower)
+    engine.time_losses()
     steps = [engine.original()]
     steps += [engine.run(rewrite) for rewrite in passes]
     if options.memory is not None:
@@ -54,6 +56,9 @@ def run(
     steps += engine.lower()
     report = engine.report(steps)
     engine.finish(report)
+    report.speed = engine.speed()
+    if said := slower(report):
+        warn(f'{report.model} is {said}. objective="latency" keeps the layers that are no faster')
     return report
 
 

@@ -207,7 +207,8 @@ def _proposal(rewrite: Pass, view: View, edit: Replace) -> Proposal:
         raise PassError(f"{rewrite}: {named(edit)} is impossible: {reason.reason}")
     if not isinstance(edit.layer, nn.Module):
         raise PassError(f"{rewrite}: {named(edit)} has a {type(edit.layer).__name__}, no nn.Module")
-    return Proposal(edit.site, Replacement(edit.layer, edit.error, edit.reason))
+    layer = edit.site.fitted(edit.layer)
+    return Proposal(edit.site, Replacement(layer, edit.error, edit.reason))
 
 
 def _apart(rewrite: Pass, edits: Iterable[Edit], widths: Mapping[int, Width]) -> None:

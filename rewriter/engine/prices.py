@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch.fx import Node
 
 from rewriter.capture import Capture, Region
 from rewriter.capture.signature import OpenSizes
@@ -88,19 +90,25 @@ class Prices:
         """Cost of each named layer over its calls in the graphs that were priced (eval)."""
         costs: dict[str, Cost] = {}
         for site in sites:
-            own = [self.cost.nodes[n] for n in site.nodes if n in self.cost.nodes]
-            steps = [self.step.nodes[n] for n in site.nodes if n in self.step.nodes]
-            if own:
-                total = sum(own[1:], own[0])  # a layer called twice is stored once
-                costs[site.fqn] = self.predicted(
-                    replace(
-                        total,
-                        params=own[0].params,
-                        param_bytes=own[0].param_bytes,
-                        training=sum(steps[1:], steps[0]) if steps else None,
-                    )
-                )
+            if (cost := self.of_calls(site.nodes)) is not None:
+                costs[site.fqn] = cost
         return costs
+
+    def of_calls(self, nodes: Sequence[Node]) -> Cost | None:
+        """Cost of one layer over its calls; None where none of them was priced."""
+        own = [self.cost.nodes[n] for n in nodes if n in self.cost.nodes]
+        steps = [self.step.nodes[n] for n in nodes if n in self.step.nodes]
+        if not own:
+            return None
+        total = sum(own[1:], own[0])  # a layer called twice is stored once
+        return self.predicted(
+            replace(
+                total,
+                params=own[0].params,
+                param_bytes=own[0].param_bytes,
+                training=sum(steps[1:], steps[0]) if steps else None,
+            )
+        )
 
     def predicted(self, cost: Cost) -> Cost:
         """The cost with the device's times."""
@@ -129,12 +137,18 @@ class Prices:
             return None
         return signature.open_sizes(False, leaves)
 
-    def remember(self, sites: Sequence[Site], lowered: PricedGraph | None = None) -> None:
+    def remember(
+        self,
+        sites: Sequence[Site],
+        lowered: PricedGraph | None = None,
+        others: Mapping[str, Sequence[Node]] | None = None,
+    ) -> None:
         """Keeps the model as it is now, for prices at other sizes.
 
         Args:
             sites: of the model.
             lowered: what runs in place of the eval graph; None where that itself runs.
+            others: further calls to be priced, by name.
         """
         open_, region = self.open_sizes(), next(iter(self.capture.regions), None)
         if open_ is None or not open_.values or region is None:
@@ -145,7 +159,8 @@ class Prices:
         sizes = {
             mode: region.signature.open_sizes(mode, region.leaves).rows for mode in region.graphs
         }
-        nodes = {s.fqn: s.nodes for s in sites if s.nodes}
+        nodes: dict[str, Sequence[Node]] = {s.fqn: s.nodes for s in sites if s.nodes}
+        nodes.update({name: calls for name, calls in (others or {}).items() if calls})
         root, graphs = self.capture.root, region.graphs
         if lowered is not None:
             graphs = {**graphs, False: lowered.graph}

@@ -21,6 +21,7 @@ def medians(
     rounds: int = 15,
     warm: int = 3,
     limit: float = 10.0,
+    pick: Callable[[list[float]], float] = statistics.median,
 ) -> list[float]:
     """Median seconds of each call. The calls take turns, so a machine that is busy for a while
     slows them all.
@@ -31,6 +32,7 @@ def medians(
         rounds: samples of each call.
         warm: runs of each call before the first sample.
         limit: seconds after which no further round begins; three are always run.
+        pick: what of the samples counts; `min` where there are few, on a machine that is busy.
     """
     once = min(_seconds(call, 1, device) for call in calls for _ in range(warm))
     repeats = max(1, round(_SAMPLE / max(once, 1e-7)))
@@ -41,7 +43,7 @@ def medians(
             break
         for call, own in zip(calls, samples, strict=True):
             own.append(_seconds(call, repeats, device))
-    return [statistics.median(s) for s in samples]
+    return [pick(s) for s in samples]
 
 
 def _seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rewriter.base import Layer
 from rewriter.errors import StoreError
+from rewriter.modules.pointwise import Channels, Pointwise, inner
 from rewriter.modules.tensors import named_tensors
 from rewriter.planner.budget import MemoryBudget
 from rewriter.recipe.edits import Record, Removed
@@ -36,6 +37,7 @@ class Installed:
         chain: pairs (kind of site, pass), in order. From a loaded recipe, what is not on the
             allow-list stays JSON: the name of a class, the class and options of a pass.
         graph_only: the Python forward does not go through the new layer.
+        channels: of a 1×1 convolution: how it reads its input.
     """
 
     weight_ref: str | None
@@ -43,6 +45,11 @@ class Installed:
     transposed: bool
     chain: list[tuple[Any, Any]] = field(default_factory=list)
     graph_only: bool = False
+    channels: Channels | None = None
+
+    def fitted(self, layer: nn.Module) -> nn.Module:
+        """A layer as the model calls it in this place."""
+        return layer if self.channels is None else Pointwise(layer, self.channels)
 
     def __getstate__(self) -> dict[str, Any]:
         # `where` is often a lambda, which does not pickle, and has done its work
@@ -103,7 +110,8 @@ class Recipe:
         """The recipe that rewrites nothing of this model yet."""
         dtypes = {k: t.dtype for k, t in named_tensors(root).items()}
         named = root.named_modules(remove_duplicate=False)
-        origins = {n: (type(m), dict(m.config())) for n, m in named if isinstance(m, Layer)}
+        layers = [(n, inner(m)) for n, m in named]
+        origins = {n: (type(m), dict(m.config())) for n, m in layers if isinstance(m, Layer)}
         return cls(dtypes=dtypes, origins=origins)
 
 

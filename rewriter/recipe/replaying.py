@@ -59,7 +59,7 @@ def replay(
         if max_error is not None and (off is None or not off <= max_error):
             raise refusal(f"{fqn}: error {off} of the new weights is above {max_error:.3g}")
         layer, transposed = answer.layer, False
-    return layer
+    return installed.fitted(layer)
 
 
 def original_layer(fqn: str, recipe: Recipe) -> nn.Module:
@@ -83,6 +83,9 @@ def layer_before(fqn: str, recipe: Recipe, given: dict[str, Tensor]) -> nn.Modul
     installed = recipe.installed[fqn]
     kind = installed.chain[0][0]
     weight, bias = given["weight"], given.get("bias")
+    if installed.channels is not None and all(n == 1 for n in weight.shape[2:]):
+        weight = weight.flatten(1)
+        shapes["weight"] = list(weight.shape)
     if kind not in (LINEAR, MLP):
         raise StoreError(f"{fqn} was of kind {kind}, which load_original cannot rebuild")
     features = shapes["weight"][:: -1 if installed.transposed else 1]

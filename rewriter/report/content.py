@@ -24,6 +24,7 @@ __all__ = [
     "device_of",
     "done",
     "every_decision",
+    "is_priced",
     "layers",
     "lower_bounds",
     "outcome",
@@ -33,6 +34,7 @@ __all__ = [
     "replaced",
     "roofs",
     "roofs_summary",
+    "slower",
     "slowest",
     "steps",
     "summary",
@@ -41,6 +43,7 @@ __all__ = [
     "times_note",
     "totals",
     "training",
+    "untaken",
     "without_empty",
 ]
 
@@ -105,7 +108,9 @@ class Layer:
 def summary(report: Ledger) -> list[str]:
     """What was done, in sentences."""
     capture = report.capture
-    how = f"captured by {capture.rung} in {fmt.seconds(capture.seconds)}"
+    how = f"captured by {capture.rung}"
+    if capture.seconds:
+        how += f" in {fmt.seconds(capture.seconds)}"
     if capture.islands:
         how += f"; {plural(len(capture.islands), 'part')} left in Python"
     lines = [how]
@@ -119,6 +124,10 @@ def summary(report: Ledger) -> list[str]:
         lines.append(f"{rewritten} of {total} linear layers rewritten")
     elif report.decisions:
         lines.append(f"{plural(len({d.site for d in report.replaced}), 'site')} rewritten")
+    if said := slower(report):
+        lines.insert(0, said)
+    if said := untaken(report):
+        lines.append(said)
     errors = [s for s in report.steps if s.output_error is not None]
     if errors:
         worst = max(errors, key=lambda s: rank(s.output_error))
@@ -135,6 +144,56 @@ def summary(report: Ledger) -> list[str]:
     return lines
 
 
+def slower(report: Ledger) -> str:
+    """That the rewritten model takes longer, and who says so; "" where nobody clearly does."""
+    before, after = report.before, report.after
+    speed, who = report.speed, "estimated from its layers, timed here"
+    for old, new, how in (
+        (before.measured_s, after.measured_s, "measured here"),
+        (before.latency_s, after.latency_s, f"predicted for {report.device}"),
+    ):
+        if speed is None and old is not None and new and old >= SHORTEST:
+            speed, who = old / new, how
+    if speed is None or speed > CLEARLY:
+        return ""
+    return f"slower than the original at these sizes: {speed:.2f}× as fast ({who})"
+
+
+CLEARLY, SHORTEST = 0.95, 1e-3
+"""Of the original's speed, above which it may be noise, and seconds, below which nobody minds."""
+
+
+def untaken(report: Ledger) -> str:
+    """Which layers that multiply no pass takes, and their share of the work; "" without any."""
+    priced = is_priced(report.before)
+    counted = [d for d in report.untaken if d.kind not in _IDLE]
+    if priced:
+        counted = [d for d in counted if d.before is not None and d.before.macs]
+    if not counted:
+        return ""
+    sites: dict[str, set[str]] = {}
+    for d in report.untaken:
+        if d.kind in {c.kind for c in counted}:
+            sites.setdefault(d.kind, set()).add(_WEIGHT.sub("", d.site))
+    names = ", ".join(
+        f"{len(own)} {kind}" if kind != "linear" else plural(len(own), "other product")
+        for kind, own in sites.items()
+    )
+    if not priced or not report.before.macs:
+        return f"no pass takes: {names} (their share of the multiply-adds is not known)"
+    share = sum(d.before.macs for d in counted if d.before is not None) / report.before.macs
+    return f"{fmt.percent(share)} of the multiply-adds are in layers that no pass takes: {names}"
+
+
+_IDLE = frozenset({"Embedding", "EmbeddingBag", "parameter"})
+_WEIGHT = re.compile(r"\.weight\w*$")
+
+
+def is_priced(cost: Cost) -> bool:
+    """Whether more than the weights is known: without example inputs there are no sizes."""
+    return bool(cost.launches or cost.bytes_moved)
+
+
 def lower_bounds(report: Ledger) -> str:
     """Why the totals are lower bounds; "" where they are not."""
     why = []
@@ -148,8 +207,11 @@ def lower_bounds(report: Ledger) -> str:
 def totals(report: Ledger) -> Grid:
     """The whole model before and after; a row for every figure that is known on both sides."""
     before, after = report.before, report.after
+    priced = is_priced(before) or is_priced(after)
     rows = [
         (name, show(a), show(b), fmt.ratio(a, b))
+        if priced or name.startswith("parameter")
+        else (name, "–", "–", "–")
         for name, a, b, show in (
             ("parameters", before.params, after.params, fmt.count),
             ("parameter memory", before.param_bytes, after.param_bytes, fmt.size),
@@ -191,10 +253,16 @@ def steps(report: Ledger) -> Grid:
             name,
             fmt.count(cost.params),
             fmt.size(cost.param_bytes),
-            fmt.count(cost.macs),
-            fmt.size(cost.bytes_moved),
-            fmt.size(cost.peak_bytes),
-            str(cost.launches),
+            *(
+                (
+                    fmt.count(cost.macs),
+                    fmt.size(cost.bytes_moved),
+                    fmt.size(cost.peak_bytes),
+                    str(cost.launches),
+                )
+                if is_priced(cost)
+                else ("–",) * 4
+            ),
             "" if step is None else fmt.error(step.output_error),
             "" if step is None else fmt.seconds(step.seconds),
         )

@@ -43,6 +43,8 @@ class Ledger:
         sizes: the sizes of the inputs that may vary, as they were priced.
         ranges: the smallest and largest that the captured graph serves (None: any).
         conditions: of the sizes, under which the costs' formulas hold; empty without formulas.
+        speed: of the model as a multiple of the original's, estimated from layers that were timed
+            on the machine of the rewrite; None where they are no slower, or were not timed.
         snapshots, predictor: the model at each step and the device, for `at`; not stored.
     """
 
@@ -54,6 +56,7 @@ class Ledger:
     sizes: dict[str, int] = field(default_factory=dict)
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)
+    speed: float | None = None
     snapshots: list[Snapshot | None] = field(default_factory=list, repr=False, compare=False)
     predictor: Device | None = field(default=None, repr=False, compare=False)
 
@@ -82,6 +85,11 @@ class Ledger:
     def skipped(self) -> list[Decision]:
         """The decisions that left a site as it was, each with its reason."""
         return [d for d in self.decisions if not d.changed]
+
+    @property
+    def untaken(self) -> list[Decision]:
+        """Weights that no pass of the rewrite takes, each with its reason."""
+        return [d for s in self.steps[:1] if s.name == "original" for d in s.decisions]
 
     @property
     def islands(self) -> list[Island]:
@@ -151,7 +159,7 @@ class Ledger:
                 )
             )
         name = "" if device is None else device.name
-        return replace(own, steps=steps, sizes=new, device=name, predictor=device)
+        return replace(own, steps=steps, sizes=new, device=name, predictor=device, speed=None)
 
     def with_formulas(self, around: Mapping[str, int] | None = None) -> Self:
         """The report whose costs hold formulas over the open sizes, as `to_json` then stores them.

@@ -153,11 +153,12 @@ def _fragment_tables(report: Ledger) -> Iterator[tuple[str, Grid, bool]]:
 def _tiles(report: Ledger) -> list[Tile]:
     a, b = report.before, report.after
     device = report.device or "a device"
+    priced = content.is_priced(a) or content.is_priced(b)
     found = [
         _tile("Parameters", a.params, b.params, fmt.count),
         _tile("Parameter memory", a.param_bytes, b.param_bytes, fmt.size),
-        _tile("Multiply-adds", a.macs, b.macs, fmt.count),
-        _tile("Peak, inference", a.peak_bytes, b.peak_bytes, fmt.size),
+        _tile("Multiply-adds", a.macs, b.macs, fmt.count) if priced else None,
+        _tile("Peak, inference", a.peak_bytes, b.peak_bytes, fmt.size) if priced else None,
         _tile("Peak, training (Adam)", a.train_peak_bytes, b.train_peak_bytes, fmt.size),
         _tile(f"Predicted time, {device}", a.latency_s, b.latency_s, fmt.seconds, fmt.speed),
         _tile("Measured time, here", a.measured_s, b.measured_s, fmt.seconds, fmt.speed),

@@ -134,7 +134,11 @@ def _step_blocks(step: Step) -> Iterator[RenderableType]:
             yield _bullet(_refusal(group))
         yield Text()
     if of.kept:
-        yield Text(f"{step.name}: {plural(len(of.kept), 'site')} left as is", style="bold yellow")
+        untaken = step.name == "original"
+        said = f"{plural(len(of.kept), 'site')} left as is"
+        if untaken:
+            said = f"{plural(len(of.kept), 'place')} with weights that no pass takes"
+        yield Text(f"{step.name}: {said}", style="bold yellow")
         for group in content.refusals(of.kept):
             yield _bullet(_refusal(group))
         yield Text()

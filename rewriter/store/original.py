@@ -104,7 +104,8 @@ def _spellings(
 ) -> Iterator[dict[str, str]]:
     """Where an original state_dict may hold the tensors of a rewritten place: role → key."""
     if fqn in recipe.origins:
-        roles = {k: f"{fqn}.{k}" for k in original_layer(fqn, recipe).state_dict()}
+        within = fqn if recipe.installed[fqn].channels is None else f"{fqn}.linear"
+        roles = {k: f"{within}.{k}" for k in original_layer(fqn, recipe).state_dict()}
     else:
         installed = recipe.installed[fqn]
         refs = {"weight": installed.weight_ref, "bias": installed.bias_ref}

@@ -21,6 +21,7 @@ from rewriter.capture import Capture
 from rewriter.engine import Engine, Options
 from rewriter.engine.pipeline import prepare
 from rewriter.errors import StoreError, warn
+from rewriter.modules.pointwise import Channels
 from rewriter.modules.tensors import named_tensors, non_persistent, put_tensor, tensor_like
 from rewriter.modules.tree import submodule
 from rewriter.planner import MemoryBudget
@@ -228,6 +229,7 @@ def _entry(entry: Any, extra: Sequence[type]) -> _Entry:
         bool(entry["transposed"]),
         chain,
         bool(entry["graph_only"]),
+        Channels.from_json(entry.get("channels")),
     )
     dtype, origin = entry["dtype"], entry["origin"]
     return _Entry(
@@ -250,13 +252,15 @@ def _build(entry: _Entry, root: nn.Module, old: dict[str, Tensor], filler: _Fill
     site += [t for k, t in old.items() if k.startswith(f"{entry.name}.")]
     features = [getattr(layer, n, None) for n in ("out_features", "in_features")]
     if entry.installed.weight_ref in old and None not in features:
-        shape = list(site[0].shape)[:: -1 if entry.installed.transposed else 1]
+        weight = site[0] if entry.installed.channels is None else site[0].flatten(1)
+        shape = list(weight.shape)[:: -1 if entry.installed.transposed else 1]
         if shape != features:
             raise StoreError(
                 f"the recipe rewrites {entry.name} of {features[1]} -> {features[0]} features, "
                 f"and {type(root).__name__} has {shape[1]} -> {shape[0]} there: pass the model "
                 "that was rewritten"
             )
+    layer = entry.installed.fitted(layer)
     device = site[0].device if site and not site[0].is_meta else torch.device("cpu")
     filler.fill(layer, f"{entry.name}.", device)
     return layer

@@ -17,6 +17,7 @@ from torch import nn
 from rewriter.base import Layer
 from rewriter.capture.hosted import original_class
 from rewriter.errors import StoreError
+from rewriter.modules.pointwise import inner
 from rewriter.modules.tensors import non_persistent, unique_tensors
 from rewriter.recipe.edits import edit_to_json
 from rewriter.recipe.names import (
@@ -99,8 +100,9 @@ def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         origin = recipe.origins.get(fqn)
         entries.append({
             "name": fqn,
-            "class": class_name(type(layer)),
-            "config": _config(layer, fqn),
+            "class": class_name(type(inner(layer))),
+            "config": _config(inner(layer), fqn),
+            "channels": None if installed.channels is None else installed.channels.to_json(),
             "same_as": next(n for n in recipe.installed if modules.get(n) is layer),
             "weight": installed.weight_ref,
             "bias": installed.bias_ref,

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from rewriter.base import Layer
 from rewriter.errors import OptionError, warn
-from rewriter.modules.tree import submodule
+from rewriter.modules.tree import join, submodule
+from rewriter.spellings import channels_of
 
 __all__ = ["Remapped", "param_groups", "remap_optimizer"]
 
@@ -132,9 +133,12 @@ def remap_optimizer(optimizer: Optimizer, model: nn.Module, optimized: nn.Module
     for name, parameter in new_names.items():
         if not parameter.requires_grad:
             continue
-        same = by_id.get(id(parameter))
-        if same is None and name in owner and owner[name][1].shape == parameter.shape:
-            same = name, owner[name][0]
+        place, _, last = name.rpartition(".")
+        inside = _convolution(model, place) is not None
+        outer = place.rpartition(".")[0] if inside else place  # what was there before
+        old, same = join(outer, last), by_id.get(id(parameter))
+        if same is None and old in owner and owner[old][1].shape == parameter.shape:
+            same = old, owner[old][0]
         if same is not None:
             own_scale = optimizer.param_groups[same[1]].get("lr_scale", 1.0)
             members.setdefault((same[1], own_scale), []).append(parameter)
@@ -142,9 +146,8 @@ def remap_optimizer(optimizer: Optimizer, model: nn.Module, optimized: nn.Module
             result.state[parameter] = {k: _copied(v) for k, v in state.items()}
             done.carried.append(name)
             continue
-        place = name.rpartition(".")[0]
-        before = {n: v for n, v in owner.items() if n.rpartition(".")[0] in (place, name)}
-        before = before or {n: v for n, v in owner.items() if n == place}
+        before = {n: v for n, v in owner.items() if n.rpartition(".")[0] in (outer, name)}
+        before = before or {n: v for n, v in owner.items() if n == outer}
         group = next((i for i, p in before.values() if p.dim() == parameter.dim()), None)
         group = next((i for i, _ in before.values()), 0) if group is None else group
         members.setdefault((group, scales.get(id(parameter), 1.0)), []).append(parameter)
@@ -189,6 +192,13 @@ def _converted(
     """State of a parameter of an exchanged layer; empty where there is no way."""
     place, _, own = name.rpartition(".")
     old, new = submodule(model, place), submodule(optimized, place)
+    conv = _convolution(model, place)
+    if isinstance(new, Layer) and conv is not None:
+        source = {
+            k: v.flatten(1) if isinstance(v, Tensor) and v.dim() > 2 else v
+            for k, v in states.get(conv.weight, {}).items()
+        }
+        return _mapped(source, lambda v, square: new.from_dense_gradient(v, square).get(own))
     if isinstance(new, Layer) and isinstance(old, nn.Linear):
         source = states.get(old.weight, {})
         return _mapped(source, lambda v, square: new.from_dense_gradient(v, square).get(own))
@@ -211,6 +221,13 @@ def _converted(
                 found[key] = _copied(value)
         return found
     return {}
+
+
+def _convolution(model: nn.Module, place: str) -> Any:
+    """The 1×1 convolution in whose place a `Pointwise` now holds the layer of this name."""
+    outer = submodule(model, place.rpartition(".")[0])
+    linear = outer is None or submodule(model, place) is not None
+    return None if linear or outer is None or channels_of(outer) is None else outer
 
 
 def _mapped(

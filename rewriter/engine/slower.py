@@ -1,0 +1,76 @@
+"""Whether a rewrite makes the model slower, found out at small cost: old layers beside new ones.
+
+Each kind of replacement (layer, sizes, rows of the example) is timed once, before it is installed;
+the model as a whole is timed only where the layers together have become slower.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rewriter.engine.decide import Proposal, timed
+from rewriter.layer import Layer
+from rewriter.modules.comparing import type_of
+from rewriter.modules.pointwise import inner
+from rewriter.spellings import source_of
+
+__all__ = ["Lost"]
+
+_SHARE, _LEAST = 0.03, 0.03
+"""Of the rewrite's time that timing may take, and seconds that it may always take."""
+_ROUNDS = 4
+
+
+@dataclass
+class Lost:
+    """Seconds that a forward takes longer in new layers than in those that they replace.
+
+    Args:
+        began: when the rewrite did, by `time.perf_counter`.
+        seconds: lost so far; below zero where the new layers are the faster ones.
+        spent: seconds of timing.
+        known: seconds lost per call of each kind of replacement.
+    """
+
+    began: float
+    seconds: float = 0.0
+    spent: float = 0.0
+    known: dict[object, float] = field(default_factory=dict)
+
+    def add(self, proposals: Sequence[Proposal]) -> None:
+        """Times the kinds of replacement that are new, those of the most arithmetic first, until
+        the time for it is used up; what was not timed counts as equally fast."""
+        kinds: dict[object, list[Proposal]] = {}
+        for p in proposals:
+            if p.site.calls and all(n.meta.get("val") is not None for n in p.site.nodes[:1]):
+                kinds.setdefault(_kind(p), []).append(p)
+        for kind, members in sorted(kinds.items(), key=lambda k: -_work(k[1])):
+            if kind not in self.known:
+                if self.spent > max(_LEAST, _SHARE * (time.perf_counter() - self.began)):
+                    break
+                self._time(kind, members[0])
+            self.seconds += self.known[kind] * len(members)
+
+    def _time(self, kind: object, p: Proposal) -> None:
+        start = time.perf_counter()
+        # the least of a few: what else the machine does only ever adds
+        times = timed(p.site, p.replacement.layer, only="cpu", rounds=_ROUNDS, warm=2, pick=min)
+        self.spent += time.perf_counter() - start
+        self.known[kind] = 0.0 if times is None else times[1] - times[0]
+
+
+def _kind(p: Proposal) -> object:
+    """Equal of replacements that take equally long: the same layers on the same sizes."""
+    layer, place = inner(p.replacement.layer), p.site.place
+    config = str(layer.config()) if isinstance(layer, Layer) else str(id(layer))
+    types = tuple(type_of(source_of(n).meta.get("val")) for n in p.site.nodes[: p.site.calls])
+    old = place if isinstance(place, Layer) else type(place).__name__
+    return type(layer), config, types, type(old), str(old), p.site.transposed, p.site.channels
+
+
+def _work(members: Sequence[Proposal]) -> int:
+    sizes = sum(t.numel() for t in members[0].replacement.layer.parameters())
+    sizes += sum(t.numel() for t in members[0].replacement.layer.buffers())
+    return len(members) * (members[0].site.tokens or 0) * sizes
