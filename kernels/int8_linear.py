@@ -13,7 +13,10 @@ finds them wrong (u8·s8 instructions without VNNI saturate their int16 pair sum
 
     onednn   fbgemm's row-wise quantizer, oneDNN's packed u8·s8 GEMM with the weight scale fused
     int_mm   the same quantizer, `torch._int_mm` on the weight as it lies: no packed copy
-    torch    the formula in float32; every device
+    torch    the same quantizer, products of whole numbers in float32, which are exact
+
+All three give the same bits, so that a result depends neither on the choice nor on the number of
+threads. Other devices, and float64, run the formula in plain torch, in x's range.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", eq. 4 and 7, with dynamic ranges.
@@ -33,7 +36,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rewriter.kernels import ops
 from rewriter.kernels.choice import fastest, rows_bucket
-from rewriter.kernels.common import register_autocast
+from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
 
 __all__ = [
     "ACTIVATIONS",
@@ -55,7 +58,7 @@ __all__ = [
 ACTIVATIONS = ("per_token", "per_tensor")
 _EPS = 1e-8
 _FAST = ("onednn", "int_mm")
-_VERSION = "int8-1"
+_VERSION = "int8-2"
 """Of the kernels: choices that another version of them measured do not count."""
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
@@ -74,9 +77,10 @@ def int8_linear(
 ) -> Tensor:
     """y = (s·q(x) + lo) @ (qweight·scale[:, None])ᵀ + bias; see the module for q, s and lo.
 
-    Costs 2·rows·in·out FLOPs. Accumulated in int32 and float32, whatever the dtype of x. The
-    gradient of x is straight-through, g @ (qweight·scale[:, None]); bias has its gradient;
-    qweight and scale have none. NaN or inf in a row makes that row NaN (per tensor: all of y).
+    Costs 2·rows·in·out FLOPs. Accumulated in int32 and float32 (float64 for x in float64). The
+    gradient of x is straight-through, g @ (qweight·scale[:, None]), in forward mode alike; bias
+    has its gradient; qweight and scale have none. NaN or inf in a row makes that row NaN (per
+    tensor: all of y).
 
     A packed copy of the weight is kept for as long as `qweight` lives, and made anew when
     `qweight` was written in place or its data replaced. Writes through `qweight.data` or NumPy
@@ -136,7 +140,9 @@ def int8_linear_reference(
 ) -> Tensor:
     """The same function as `int8_linear`, written as the formula (float64 inside)."""
     wide, w = x.to(torch.float64), dequantize_weight(qweight, scale.to(torch.float64))
-    if activation == "per_token":
+    if x.numel() == 0:  # nothing has no range
+        lo, s = wide.new_zeros(()), wide.new_ones(())
+    elif activation == "per_token":
         lo, hi = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
         s = (hi - lo + _EPS) / 255
     else:
@@ -146,6 +152,19 @@ def int8_linear_reference(
     q = ((wide - lo) / s).round().clamp(0, 255)
     y = (s * q + lo) @ w.t()
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _formula(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "per_token",
+) -> Tensor:
+    """The reference, with derivatives: rounding counts as the identity."""
+    y = int8_linear_reference(x.detach(), qweight, scale.detach(), bias, activation)
+    weight = dequantize_weight(qweight, scale.detach()).to(x.dtype)
+    return y + (x - x.detach()) @ weight.t()
 
 
 # Choice of the kernel ----------------------------------------------------------------------------
@@ -191,9 +210,11 @@ def kernel_name(
     out_features: int,
     activation: str = "per_token",
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """The kernel that `int8_linear` runs for such a call, for the report."""
-    if torch.device(device).type != "cpu" or not (tokens and in_features and out_features):
+    plain = torch.device(device).type != "cpu" or dtype == torch.float64
+    if plain or not (tokens and in_features and out_features):
         return "torch"
     return pick_kernel(tokens, in_features, out_features, activation)
 
@@ -266,7 +287,7 @@ tensor s and the zero point −lo/s."""
 
 
 def quantize(x: Tensor, activation: str) -> Quantized:
-    """x [rows, k] float32 contiguous, not empty, the fast way."""
+    """x [rows, k] float32 contiguous, on a CPU, not empty."""
     if activation == "per_tensor":
         low, high = (float(v) for v in torch.aminmax(x))
         s = (max(high, 0.0) - min(low, 0.0) + _EPS) / 255
@@ -288,15 +309,35 @@ def quantize(x: Tensor, activation: str) -> Quantized:
 
 
 def quantize_torch(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula in plain torch: q [rows, k] as float32."""
+    """The formula in plain torch, in x's range: q [rows, k] as floats, s and lo."""
     if activation == "per_token":
-        lo = x.amin(-1, keepdim=True)
-        s = (x.amax(-1, keepdim=True) - lo + _EPS) / 255
+        lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     else:
-        low = x.amin().clamp(max=0)
-        s = (x.amax().clamp(min=0) - low + _EPS) / 255
-        lo = -s * (-low / s).round()
-    return ((x - lo) / s).round_().clamp_(0, 255), s, lo
+        lo, hi = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    # a range beyond the largest number: all of such a row by a quarter
+    part = torch.where((hi - lo).isfinite(), 1.0, 0.25)
+    step = (hi * part - lo * part + _EPS * part) / 255
+    s = step / part
+    if activation == "per_tensor":
+        lo = -s * (-lo / s).round()
+    return ((x * part - lo * part) / step).round_().clamp_(0, 255), s, lo
+
+
+_EXACT = 514
+"""Products of a number from 0 to 255 and one from −128 to 127 whose sum is at most 2²⁴: exact in
+float32."""
+
+
+def _whole_product(q: Tensor, qweight: Tensor) -> Tensor:
+    """Σ_k q·qweight, q [*, rows, k] uint8, qweight [*, n, k] int8 → [*, rows, n], whole numbers in
+    float32, or in int32 where one float32 product would round."""
+    if q.shape[-1] <= _EXACT:
+        return torch.matmul(q.float(), qweight.float().mT)
+    parts = zip(q.split(_EXACT, -1), qweight.split(_EXACT, -1), strict=True)
+    first, *more = (torch.matmul(a.float(), b.float().mT).to(torch.int32) for a, b in parts)
+    for part in more:
+        first.add_(part)
+    return first
 
 
 def multiply(
@@ -311,34 +352,62 @@ def multiply(
     """quantized activations × qweight [n, k] (number `index` of the packed stack) → [rows, n]."""
     q, s, lo = quantized
     sums = packed.row_sums if index is None else packed.row_sums[index]
-    if isinstance(s, Tensor):
-        x_scale, zero = 1.0, 0
-    else:
-        assert isinstance(lo, int)
-        x_scale, zero = s, lo
-    y: Tensor
+    k = qweight.shape[1]
     if kernel == "onednn":
         weight = _onednn_weight(packed, index or 0, qweight, q.shape[1])
-        zeros = torch.zeros(scale.shape, dtype=torch.int32)
-        added = None if isinstance(s, Tensor) else bias
+        zeros, zero = torch.zeros(scale.shape, dtype=torch.int32), lo if isinstance(lo, int) else 0
         # u8 activations: s8 ones would fall into a reference loop, 1000 times slower
-        y = torch.ops.onednn.qlinear_pointwise(
-            q, x_scale, zero, weight, scale, zeros, added, 1.0, 0, torch.float32, "none", [], ""
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            q, 1.0, zero, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        if not isinstance(s, Tensor):
-            return y
-    else:
-        assert kernel == "int_mm", kernel
-        q = (q[:, : qweight.shape[1]] ^ 128).view(torch.int8)  # q − 128
-        if qweight.shape[1] == 1:  # torch 2.13 reads past an [1, n] operand that is a transpose
-            q, qweight = F.pad(q, (0, 1)), F.pad(qweight, (0, 1))
-        # exact in int32: what follows loses nothing to cancellation
-        y = torch._int_mm(q, qweight.t()).add_((128 - zero) * sums).float()
-        if not isinstance(s, Tensor):
-            scale = scale * s
-            return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
-        y.mul_(scale)
-    # y·s + lo·scale·row sum + bias in two passes, in place
+        return _scaled(y, s, lo, sums, scale, bias)
+    if kernel == "torch":
+        return _from_products(_whole_product(q[:, :k], qweight), s, lo, sums, scale, bias)
+    assert kernel == "int_mm", kernel
+    signed = (q[:, :k] ^ 128).view(torch.int8)  # q − 128
+    if k == 1:  # torch 2.13 reads past an [1, n] operand that is a transpose
+        signed, qweight = F.pad(signed, (0, 1)), F.pad(qweight, (0, 1))
+    found = torch._int_mm(signed, qweight.t()).add_(128 * sums)
+    return _from_products(found, s, lo, sums, scale, bias)
+
+
+def multiply_blocks(
+    quantized: Quantized, qweight: Tensor, packed: _Packed, scale: Tensor
+) -> Tensor:
+    """`multiply` of the kernel "torch" for a stack: q [N·rows, ≥ k], qweight [N, n, k] →
+    [N, rows, n]."""
+    (q, s, lo), (blocks, _, k) = quantized, qweight.shape
+    found = _whole_product(q.unflatten(0, (blocks, -1))[..., :k], qweight)
+    s = s.unflatten(0, (blocks, -1)) if isinstance(s, Tensor) else s
+    lo = lo.unflatten(0, (blocks, -1)) if isinstance(lo, Tensor) else lo
+    return _from_products(found, s, lo, packed.row_sums[:, None], scale[:, None], None)
+
+
+def _from_products(
+    found: Tensor,
+    s: Tensor | float,
+    lo: Tensor | int,
+    sums: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Σ_k q·qweight [*, rows, n] → y, from what `quantize` and the weight give beside."""
+    if isinstance(lo, int) and lo:  # whole numbers still: nothing is lost to cancellation
+        found.sub_(lo * sums)
+    return _scaled(found.float().mul_(scale), s, lo, sums, scale, bias)
+
+
+def _scaled(
+    y: Tensor,
+    s: Tensor | float,
+    lo: Tensor | int,
+    sums: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """y·s + lo·scale·row sum + bias, in place."""
+    if not isinstance(s, Tensor):
+        return y.mul_(s) if bias is None else torch.add(bias, y, alpha=s, out=y)
     assert isinstance(lo, Tensor)
     y = y.mul_(s) if bias is None else torch.addcmul(bias, y, s, out=y)
     return y.addcmul_(lo, sums * scale)
@@ -352,17 +421,26 @@ def _run(
     bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """x [rows, k] float32 contiguous, rows·k·n > 0 → [rows, n] float32."""
-    if kernel == "torch":
-        q, s, lo = quantize_torch(x, activation)
-        weight = qweight.float()
-        if activation == "per_token":
-            y = torch.addcmul((q @ weight.t()) * (s * scale), lo, weight.sum(-1) * scale)
-        else:  # integers first, so that a zero stays one beside an outlier
-            y = ((q + (lo / s).round()) @ weight.t()) * (s * scale)
-        return y if bias is None else y.add_(bias)
-    packed = packed_weight(qweight)
-    return multiply(kernel, quantize(x, activation), qweight, packed, None, scale, bias)
+    """x [rows, k] float32 contiguous, on a CPU, rows·k·n > 0 → [rows, n] float32."""
+    q, s, lo = quantized = quantize(x, activation)
+    y = multiply(kernel, quantized, qweight, packed_weight(qweight), None, scale, bias)
+    if isinstance(s, Tensor) and not math.isfinite(s.sum().item()):
+        wide = ~s.isfinite().squeeze(1)  # rows whose range is beyond float32, or with NaN or inf
+        y[wide] = _plain(x[wide], qweight, scale, bias, activation)
+    return y
+
+
+def _plain(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """x [rows, k], all floating operands of its dtype → [rows, n], on any device."""
+    q, s, lo = quantize_torch(x, activation)
+    weight = qweight.to(x.dtype)
+    if activation == "per_token":
+        y = torch.addcmul((q @ weight.t()) * (s * scale), lo, weight.sum(-1) * scale)
+    else:  # integers first, so that a zero stays one beside an outlier
+        y = ((q + (lo / s).round()) @ weight.t()) * (s * scale)
+    return y if bias is None else y.add_(bias)
 
 
 def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> None:
@@ -401,10 +479,15 @@ def _forward(
     if rows * n * k == 0:
         y = x.new_zeros(shape)
         return y if bias is None else y.add_(bias)
-    kernel = pick_kernel(rows, k, n, activation) if x.device.type == "cpu" else "torch"
-    x = x.reshape(rows, k).to(torch.float32).contiguous()
-    y = _run(kernel, x, qweight, scale.float(), None if bias is None else bias.float(), activation)
-    return y.view(shape).to(dtype)
+    wide = _wide(dtype)
+    x = x.reshape(rows, k).to(wide).contiguous()
+    scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
+    if has_kernels(x):
+        kernel = pick_kernel(rows, k, n, activation)
+        y = _run(kernel, x, qweight, scale, bias, activation)
+    else:
+        y = _plain(x, qweight, scale, bias, activation)
+    return owned(y.to(dtype), shape)
 
 
 def _fake(
@@ -424,8 +507,6 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, qweight, scale, bias, _ = inputs
     ctx.save_for_backward(qweight, scale)
-    # The dispatcher leaves out trailing arguments at their default: there may be no fourth.
-    ctx.needs_bias = any(ctx.needs_input_grad[3:4])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -435,7 +516,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         dx = (grad * scale.to(grad.dtype)) @ qweight.to(grad.dtype)
-    if ctx.needs_bias:
+    if ctx.needs_input_grad[3]:
         dbias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
     return dx, None, None, dbias, None
 
@@ -444,12 +525,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether the CPU's kernels take such activations."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
 _LIB.impl("int8_linear", _forward, "CompositeExplicitAutograd")
 register_autocast(_LIB, "int8_linear", casts=1)
+register_gradient(_LIB, "int8_linear", _formula, _setup_context, _backward)
+register_vmap(_LIB, "int8_linear", _formula, casts=1)
 torch.library.register_fake("rewriter::int8_linear", _fake, lib=_LIB)
-torch.library.register_autograd(
-    "rewriter::int8_linear", _backward, setup_context=_setup_context, lib=_LIB
-)
 
 
 # Record ------------------------------------------------------------------------------------------

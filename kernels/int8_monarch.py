@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import monarch, ops
-from rewriter.kernels.common import register_autocast
+from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
 
 __all__ = ["Operands", "int8_monarch_linear", "int8_monarch_linear_reference"]
 
@@ -153,21 +153,37 @@ def _check(operands: Operands) -> None:
         )
 
 
+def _formula(*args: Any) -> Tensor:
+    """The reference, with derivatives: rounding counts as the identity."""
+    given = Operands(*args)
+    x, out, options = given.x, given.out_features, (given.activation, given.interleaved)
+    scales = given.right_scale.detach(), given.left_scale.detach()
+    right, left = (
+        int8.dequantize_weight(q, scale).to(x.dtype)
+        for q, scale in zip((given.qright, given.qleft), scales, strict=True)
+    )
+    factors = given.qright, scales[0], given.qleft, scales[1]
+    y = int8_monarch_linear_reference(x.detach(), *factors, given.bias, out, *options)
+    moved = monarch.monarch_linear_reference(
+        x - x.detach(), right, left, None, out, given.interleaved
+    )
+    return y + moved
+
+
 def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> tuple[Tensor, ...]:
-    """x [N, rows, k] float32, contiguous; qweight [N, n, k] → N times [rows, n]."""
+    """x [N, rows, k] contiguous; qweight [N, n, k]; scale [N, n] of x's dtype → N × [rows, n]."""
     blocks, rows, k = x.shape
     n = qweight.shape[1]
-    kernel = int8.pick_kernel(rows, k, n, activation) if x.device.type == "cpu" else "torch"
     flat = x.reshape(blocks * rows, k)
-    if kernel == "torch":
-        levels, step, low = int8.quantize_torch(flat, activation)
-        weight = int8.dequantize_weight(qweight, scale)
-        x = (levels * step + low).view(blocks, rows, k)
-        return torch.bmm(x, weight.transpose(1, 2)).unbind()
+    if not int8.has_kernels(x):
+        return _plain_blocks(flat, qweight, scale, activation)
+    kernel = int8.pick_kernel(rows, k, n, activation)
     packed = int8.packed_weight(qweight)
-    q, s, lo = int8.quantize(flat, activation)
+    q, s, lo = quantized = int8.quantize(flat, activation)
     parts = []
-    for b in range(blocks):
+    if kernel == "torch":  # one product for all blocks
+        parts = list(int8.multiply_blocks(quantized, qweight, packed, scale))
+    for b in range(len(parts), blocks):
         own = slice(b * rows, (b + 1) * rows)
         part: int8.Quantized
         if isinstance(s, Tensor):
@@ -177,7 +193,24 @@ def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> tuple
             assert isinstance(lo, int)
             part = q[own], s, lo
         parts.append(int8.multiply(kernel, part, qweight[b], packed, b, scale[b], None))
+    if isinstance(s, Tensor) and not math.isfinite(s.sum().item()):
+        wide = ~s.isfinite().view(blocks, rows)
+        plain = _plain_blocks(flat, qweight, scale, activation)
+        parts = [
+            torch.where(own[:, None], other, y)
+            for own, other, y in zip(wide, plain, parts, strict=True)
+        ]
     return tuple(parts)
+
+
+def _plain_blocks(
+    flat: Tensor, qweight: Tensor, scale: Tensor, activation: str
+) -> tuple[Tensor, ...]:
+    """The same in plain torch, on any device: flat [N·rows, k]."""
+    levels, step, low = int8.quantize_torch(flat, activation)
+    x = (levels * step + low).view(qweight.shape[0], -1, flat.shape[1])
+    weight = int8.dequantize_weight(qweight, scale)
+    return torch.bmm(x, weight.transpose(1, 2)).unbind()
 
 
 def _forward(*args: Any) -> Tensor:
@@ -187,18 +220,19 @@ def _forward(*args: Any) -> Tensor:
         operands
     )
     (k, rl, ib), l = qright.shape, qleft.shape[0]
-    rows = math.prod(x.shape[:-1])
+    shape = *x.shape[:-1], out_features
+    rows, wide = math.prod(shape[:-1]), torch.promote_types(x.dtype, torch.float32)
     if rows == 0:
-        return x.new_zeros(*x.shape[:-1], out_features)
-    xb = x.reshape(rows, x.shape[-1]).float()
+        return x.new_zeros(shape)
+    xb = x.reshape(rows, x.shape[-1]).to(wide)
     xb = F.pad(xb, (0, k * ib - xb.shape[1])).view(rows, k, ib).transpose(0, 1).contiguous()
-    mid = torch.cat(_blocks(xb, qright, right_scale.float(), activation), 1)  # [rows, (k, r, l)]
+    mid = torch.cat(_blocks(xb, qright, right_scale.to(wide), activation), 1)  # [rows, (k, r, l)]
     mid = mid.view(rows, k * rl // l, l).permute(2, 0, 1).contiguous()  # [l, rows, (k, r)]
-    z = _blocks(mid, qleft, left_scale.float(), activation)  # l times [rows, s]
+    z = _blocks(mid, qleft, left_scale.to(wide), activation)  # l times [rows, s]
     y = torch.stack(z, 2).flatten(1) if interleaved else torch.cat(z, 1)
     y = y[:, :out_features].contiguous()
     y = y if bias is None else y.add_(bias)
-    return y.view(*x.shape[:-1], out_features).to(x.dtype)
+    return owned(y.to(x.dtype), shape)
 
 
 def _fake(*args: Any) -> Tensor:
@@ -222,11 +256,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         right = int8.dequantize_weight(qright, right_scale).to(grad.dtype)
         left = int8.dequantize_weight(qleft, left_scale).to(grad.dtype)
-        g = F.pad(grad, (0, l * ob - grad.shape[-1]))
-        g = g.unflatten(-1, (ob, l)).mT if ctx.interleaved else g.unflatten(-1, (l, ob))
-        dmid = torch.einsum("...ls,lsm->...ml", g, left)  # [*, (k, r), l]
-        dmid = dmid.unflatten(-2, (-1, rank)).flatten(-2)  # [*, k, (r, l)]
-        dx = torch.einsum("...km,kmi->...ki", dmid, right).flatten(-2)[..., : ctx.in_features]
+        rows, width = math.prod(grad.shape[:-1]), l * ob
+        g = F.pad(grad, (0, width - grad.shape[-1])).reshape(rows, width)
+        g = g.reshape(rows, ob, l).mT if ctx.interleaved else g.reshape(rows, l, ob)
+        dmid = torch.bmm(g.transpose(0, 1), left).permute(1, 2, 0)  # [rows, (k, r), l]
+        dmid = dmid.reshape(rows, len(right), rank * l).transpose(0, 1)  # [k, rows, (r, l)]
+        dx = torch.bmm(dmid, right).transpose(0, 1).reshape(rows, len(right) * right.shape[2])
+        dx = dx.narrow(1, 0, ctx.in_features).reshape(*grad.shape[:-1], ctx.in_features)
     if ctx.needs_input_grad[5]:
         dbias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
     return dx, None, None, None, None, dbias, None, None, None
@@ -234,10 +270,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _LIB.impl("int8_monarch_linear", _forward, "CompositeExplicitAutograd")
 register_autocast(_LIB, "int8_monarch_linear", casts=1)
+register_gradient(_LIB, "int8_monarch_linear", _formula, _setup_context, _backward)
+register_vmap(_LIB, "int8_monarch_linear", _formula, casts=1)
 torch.library.register_fake("rewriter::int8_monarch_linear", _fake, lib=_LIB)
-torch.library.register_autograd(
-    "rewriter::int8_monarch_linear", _backward, setup_context=_setup_context, lib=_LIB
-)
 
 
 def _sizes(

@@ -33,7 +33,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import monarch_cpu, monarch_gpu, ops
-from rewriter.kernels.common import register_autocast
+from rewriter.kernels.common import (
+    is_transformed,
+    owned,
+    register_autocast,
+    register_formula,
+    register_gradient,
+    register_vmap,
+)
 
 __all__ = [
     "BackwardOperands",
@@ -269,7 +276,7 @@ def _forward(operands: Operands) -> Tensor:
         mid = _mid(part, right, mid if len(part) == _CHUNK else None)
         own = y[start : start + _CHUNK]
         _finish(_mid_by_output(mid, left.shape[0]), left, bias, own, False)
-    return y.view(*x.shape[:-1], out_features)
+    return owned(y, (*x.shape[:-1], out_features))
 
 
 def _forward_train(operands: Operands) -> tuple[Tensor, Tensor]:
@@ -282,7 +289,7 @@ def _forward_train(operands: Operands) -> tuple[Tensor, Tensor]:
     y = x.new_empty(xb.shape[0], out_features)
     mid = _mid(xb, right)
     _finish(_mid_by_output(mid, left.shape[0]), left, bias, y, interleaved)
-    return y.view(*x.shape[:-1], out_features), mid
+    return owned(y, (*x.shape[:-1], out_features)), mid
 
 
 def _forward_fake(operands: Operands) -> Tensor:
@@ -330,7 +337,7 @@ def _backward(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor]:
             dx = dx.view(rows, k * ib)
             if in_features != k * ib:
                 dx = dx[:, :in_features].contiguous()
-            dx = dx.view(x.shape)
+            dx = owned(dx, x.shape)
     return dx, dright, dleft
 
 
@@ -372,38 +379,36 @@ def _autograd_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple
     x, right, left, mid = ctx.saved_tensors
     need_x, need_right, need_left, need_bias, *_ = ctx.needs_input_grad
     need_bias = need_bias and ctx.needs_bias
-    if torch.is_grad_enabled():  # create_graph=True: gradients that are differentiable themselves
-        dx, dright, dleft = _backward_reference(grad, x, right, left, ctx.interleaved)
-        dbias = grad.sum_to_size(grad.shape[-1]) if need_bias else None
-    else:
-        dx, dright, dleft, dbias = _run_backward(
-            grad, x, mid, right, left, ctx.interleaved, need_x, need_right, need_left, need_bias
-        )
-    return (
-        dx if need_x else None,
-        dright if need_right else None,
-        dleft if need_left else None,
-        dbias if need_bias else None,
-        None,
-        None,
+    found = _run_backward(
+        grad, x, mid, right, left, ctx.interleaved, need_x, need_right, need_left, need_bias
     )
+    needs = need_x, need_right, need_left, need_bias
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
-def _backward_reference(
-    grad: Tensor, x: Tensor, right: Tensor, left: Tensor, interleaved: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward as formulas over [rows, …] tensors, differentiable in all four arguments."""
+def _backward_reference(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op as formulas, differentiable in all but mid, which counts as made of x and right."""
+    grad, x, _, right, left, interleaved = operands[:6]
     (k, l, rank), ib, ob = _blocks(right, left), right.shape[2], left.shape[1]
-    g = _rows(grad, l * ob)
+    g = F.pad(grad, (0, l * ob - grad.shape[-1])).reshape(-1, l * ob)
     g = g.unflatten(1, (ob, l)).transpose(1, 2) if interleaved else g.unflatten(1, (l, ob))
-    xb = torch.unflatten(_rows(x, k * ib), 1, (k, ib))
+    xb = F.pad(x, (0, k * ib - x.shape[-1])).reshape(-1, k * ib).unflatten(1, (k, ib))
     r, lf = torch.unflatten(right, 1, (rank, l)), torch.unflatten(left, 2, (k, rank))
-    mid = torch.einsum("krli,bki->bkrl", r, xb)
-    dmid = torch.einsum("lskr,bls->bkrl", lf, g)
+    dmid, mid = torch.einsum("lskr,bls->bkrl", lf, g), torch.einsum("krli,bki->bkrl", r, xb)
     dx = torch.einsum("krli,bkrl->bki", r, dmid).flatten(1)[:, : x.shape[-1]].reshape(x.shape)
     dright = torch.einsum("bkrl,bki->krli", dmid, xb).reshape(right.shape)
     dleft = torch.einsum("bls,bkrl->lskr", g, mid).reshape(left.shape)
-    return dx, dright, dleft
+    found = dx, dright, dleft, grad.sum_to_size(grad.shape[-1])
+    needs = operands[6:]
+    first, *rest = (d if need else x.new_empty(0) for d, need in zip(found, needs, strict=True))
+    return first, rest[0], rest[1], rest[2]
+
+
+def _train_reference(operands: Operands) -> tuple[Tensor, Tensor]:
+    x, right, left, *_ = operands
+    k, _, ib = right.shape
+    xb = F.pad(x, (0, k * ib - x.shape[-1])).reshape(-1, k * ib).unflatten(1, (k, ib))
+    return monarch_linear_reference(*operands), torch.einsum("kmi,bki->kmb", right, xb)
 
 
 # Registration ------------------------------------------------------------------------------------
@@ -411,6 +416,8 @@ def _backward_reference(
 
 def _autograd(operands: Operands) -> Tensor:
     """With gradients the op becomes `monarch_linear_train`, which hands out `mid` as well."""
+    if is_transformed(operands[:4]):
+        return monarch_linear_reference(*operands)
     plain = _plain(operands[:4])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands[:4]):
         y: Tensor = (
@@ -463,7 +470,7 @@ class _Training(torch.autograd.Function):
 
 def _run_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     operands = BackwardOperands(*args)
-    if not _plain(operands[:5]):
+    if torch.is_grad_enabled() or is_transformed(operands[:5]) or not _plain(operands[:5]):
         found: tuple[Tensor, Tensor, Tensor, Tensor]
         found = torch.ops.rewriter.monarch_linear_backward(*operands)
         return found
@@ -647,11 +654,12 @@ _register(
     CompositeExplicitAutograd=_backward_all,
 )
 register_autocast(_LIB, "monarch_linear", casts=4)
-torch.library.register_autograd(
-    "rewriter::monarch_linear_train",
-    _autograd_backward,
-    setup_context=_setup_context,
-    lib=_LIB,
+register_vmap(_LIB, "monarch_linear", monarch_linear_reference, casts=4)
+_train_formula = _dispatched(Operands, _train_reference)
+register_gradient(_LIB, "monarch_linear_train", _train_formula, _setup_context, _autograd_backward)
+register_vmap(_LIB, "monarch_linear_train", _train_formula)
+register_formula(
+    _LIB, "monarch_linear_backward", _dispatched(BackwardOperands, _backward_reference)
 )
 
 

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewriter.kernels.common import owned
+
 __all__ = [
     "chain_dense",
     "chain_grid",
@@ -75,7 +77,7 @@ def chain_linear(
         out_features: the first so many values of the result's grid.
 
     Returns:
-        [*, out_features].
+        [*, out_features], contiguous.
 
     Raises:
         ValueError: the factors do not fit the grid.
@@ -91,12 +93,13 @@ def chain_linear(
                 f"{list(v.shape[1:])}"
             )
         out, inner = factor.shape[-2:]
-        blocks = last.reshape(rows, -1, inner).transpose(0, 1)  # [others, rows, i]
-        mixed = torch.bmm(blocks, factor.reshape(-1, out, inner).transpose(1, 2))
+        others = math.prod(factor.shape[:-2])
+        blocks = last.reshape(rows, others, inner).transpose(0, 1)  # [others, rows, i]
+        mixed = torch.bmm(blocks, factor.reshape(others, out, inner).transpose(1, 2))
         v = mixed.transpose(0, 1).reshape(*last.shape[:-1], out).movedim(-1, axis + 1)
-    y = v.reshape(rows, -1)[:, :out_features]
-    y = y if bias is None else y + bias
-    return y.reshape(*x.shape[:-1], out_features)
+    y = v.reshape(rows, math.prod(v.shape[1:]))[:, :out_features]
+    y = y.contiguous() if bias is None else y + bias
+    return owned(y, (*x.shape[:-1], out_features))
 
 
 def chain_dense(

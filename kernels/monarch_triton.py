@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rewriter.kernels.common import owned
+
 __all__ = ["KERNELS", "monarch_backward", "monarch_forward", "refusal", "shared_bytes", "tiles"]
 
 
@@ -271,7 +273,7 @@ def monarch_forward(
             K=k, L=l, R=rl // l, IB=ib, OB=ob, INTERLEAVED=interleaved,
             HAS_BIAS=bias is not None, STORE_MID=store_mid, PRECISION=_precision(x.dtype), **size,
         )  # fmt: skip
-    return y.view(*x.shape[:-1], out_features), mid
+    return owned(y, (*x.shape[:-1], out_features)), mid
 
 
 def monarch_backward(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels import ops, pack_cpu
+from rewriter.kernels.common import owned
 
 __all__ = ["GROUP", "pack_bits", "pack_groups", "packed_bytes", "unpack_bits", "unpack_groups"]
 
@@ -109,9 +110,8 @@ def _pack_bits(x: Tensor) -> Tensor:
 
 def _unpack_bits(bits: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
     spread = (bits.to(torch.int64) * _SPREAD).bitwise_and_(_PICK)
-    flat = spread.view(torch.uint8)[: math.prod(size)]
-    mask = flat.ne(0).view(tuple(size))
-    return mask if dtype == torch.bool else mask.to(dtype)
+    mask = spread.view(torch.uint8)[: math.prod(size)].ne(0)
+    return owned(mask.to(dtype), size)
 
 
 _noise = torch.Generator()
@@ -203,8 +203,8 @@ def _unpack_groups(q: Tensor, size: Sequence[int], dtype: torch.dtype, bits: int
         x = getattr(torch.ops.quantized, name)(q)
     else:
         x = _dequantize(q, bits)
-    whole: Tensor = x.view(-1)[: math.prod(size)].view(tuple(size)).to(dtype)
-    return whole
+    whole: Tensor = x.view(-1)[: math.prod(size)].to(dtype)
+    return owned(whole, size)
 
 
 def _dequantize(q: Tensor, bits: int) -> Tensor:

@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewriter.kernels import ops
-from rewriter.kernels.common import outer, register_autocast
+from rewriter.kernels.common import (
+    outer,
+    owned,
+    register_autocast,
+    register_formula,
+    register_gradient,
+    register_vmap,
+)
 
 __all__ = ["quadratic_linear", "quadratic_linear_reference"]
 
@@ -88,7 +95,8 @@ def _forward(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | No
     # bit-equal to it.
     y = F.linear(x, w_c, bias)
     # addcmul_ writes the product into y: three output-sized tensors at the peak, not five.
-    return y.addcmul_(F.linear(x, w_a), F.linear(x, w_b)).contiguous()
+    y = y.addcmul_(F.linear(x, w_a), F.linear(x, w_b)).contiguous()
+    return owned(y, y.shape)
 
 
 def _forward_fake(x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,7 +131,16 @@ def _backward(
             dx.addmm_(gb, w_a)
         if need_a:
             dw_a = gb.t() @ rows
-    return (dx.view(x.shape) if need_x else dx), dw_a, dw_b, dw_c
+    return (owned(dx, x.shape) if need_x else dx), dw_a, dw_b, dw_c
+
+
+def _backward_reference(
+    grad: Tensor, x: Tensor, w_a: Tensor, w_b: Tensor, w_c: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """The same, as it is written: for gradient penalties, whose derivative it has."""
+    ga, gb = grad * (x @ w_a.t()), grad * (x @ w_b.t())
+    found = ga @ w_b + gb @ w_a + grad @ w_c, *(outer(left, x) for left in (gb, ga, grad))
+    return tuple(g if need else x.new_empty(0) for g, need in zip(found, needs, strict=True))
 
 
 def _backward_fake(
@@ -147,49 +164,15 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.needs = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _grad_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The second derivative, for gradient penalties.
-
-    With u the cotangent of (dx, dw_a, dw_b, dw_c), ⟨u, backward(G)⟩ = ⟨G, A∘P_b + B∘P_a + P_c⟩,
-    where P = u_x wᵀ + x u_wᵀ is the change of each product in the direction u.
-    """
-    grad, x, w_a, w_b, w_c = ctx.saved_tensors
-    if all(u is None for u in cotangents):
-        return (None,) * 6
-    ux, ua, ub, uc = (
-        torch.zeros_like(like) if u is None or not need else u
-        for u, like, need in zip(cotangents, (x, w_a, w_b, w_c), ctx.needs, strict=True)
-    )
-    a, b = x @ w_a.t(), x @ w_b.t()  # [*, out]
-    pa, pb, pc = (ux @ w.t() + x @ u.t() for w, u in ((w_a, ua), (w_b, ub), (w_c, uc)))
-    da, db, ga, gb = grad * pb, grad * pa, grad * a, grad * b
-
-    return (
-        a * pb + b * pa + pc,
-        da @ w_a + db @ w_b + gb @ ua + ga @ ub + grad @ uc,
-        outer(da, x) + outer(gb, ux),
-        outer(db, x) + outer(ga, ux),
-        outer(grad, ux),
-        None,
-    )
-
-
 for _device in ("CPU", "CUDA"):
     _lib.impl("quadratic_linear", _forward, _device)
     _lib.impl("quadratic_linear_backward", _backward, _device)
 register_autocast(_lib, "quadratic_linear", casts=5)
 torch.library.register_fake("rewriter::quadratic_linear", _forward_fake, lib=_lib)
 torch.library.register_fake("rewriter::quadratic_linear_backward", _backward_fake, lib=_lib)
-torch.library.register_autograd("rewriter::quadratic_linear", _grad, setup_context=_save, lib=_lib)
-torch.library.register_autograd(
-    "rewriter::quadratic_linear_backward", _grad_backward, setup_context=_save_backward, lib=_lib
-)
+register_gradient(_lib, "quadratic_linear", quadratic_linear_reference, _save, _grad)
+register_vmap(_lib, "quadratic_linear", quadratic_linear_reference, casts=5)
+register_formula(_lib, "quadratic_linear_backward", _backward_reference)
 
 
 def _forward_flops(

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewriter.kernels.common import owned
+
 __all__ = [
     "SIDE",
     "block_sparse_dense",
@@ -97,8 +99,9 @@ def block_sparse_linear(x: Tensor, blocks: Tensor, index: Tensor, out_features: 
     # [O·q, rows, b], blocks first: the product below reads them in place
     picked = padded.view(rows, columns, SIDE).transpose(0, 1)[index.flatten()]
     picked = picked.view(*index.shape, rows, SIDE).permute(0, 2, 1, 3).flatten(2)  # [O, rows, q·b]
-    y = torch.bmm(picked, blocks.transpose(1, 2)).transpose(0, 1).reshape(rows, -1)
-    return y[:, :out_features].reshape(*x.shape[:-1], out_features)
+    y = torch.bmm(picked, blocks.transpose(1, 2)).transpose(0, 1)
+    y = y.reshape(rows, SIDE * len(blocks))[:, :out_features].contiguous()
+    return owned(y, (*x.shape[:-1], out_features))
 
 
 def block_sparse_dense(

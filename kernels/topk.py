@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewriter.kernels import ops
-from rewriter.kernels.common import outer, register_autocast
+from rewriter.kernels.common import (
+    is_transformed,
+    outer,
+    owned,
+    register_autocast,
+    register_formula,
+    register_gradient,
+    register_vmap,
+)
 
 __all__ = ["topk_linear", "topk_linear_reference"]
 
@@ -63,10 +71,10 @@ def topk_linear(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tenso
 
 
 def topk_linear_reference(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
-    """y = (mask ∘ h) weightᵀ + bias with a dense 0/1 mask; autograd does the rest."""
+    """y = (mask ∘ h) weightᵀ + bias with a dense mask; autograd does the rest."""
     kept = h.detach().abs().topk(k, dim=-1, sorted=False).indices
-    mask = torch.zeros_like(h).scatter(-1, kept, 1.0)
-    y = (h * mask) @ weight.t()
+    mask = torch.zeros_like(h, dtype=torch.bool).scatter(-1, kept, True)
+    y = h.where(mask, 0.0) @ weight.t()
     return y if bias is None else y + bias
 
 
@@ -101,7 +109,15 @@ def _train(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tens
     kept = h.abs().topk(k, dim=-1, sorted=False).indices
     values = h.gather(-1, kept)
     y = F.linear(_scatter(values, kept, h.shape[-1]), weight, bias)
-    return y.contiguous(), values, kept.to(_index_dtype(h.shape[-1]))
+    return owned(y.contiguous(), y.shape), values, kept.to(_index_dtype(h.shape[-1]))
+
+
+def _train_reference(
+    h: Tensor, weight: Tensor, bias: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = topk_linear_reference(h, weight, bias, k)
+    kept = h.detach().abs().topk(k, dim=-1, sorted=False).indices
+    return y, h.gather(-1, kept), kept.to(_index_dtype(h.shape[-1]))
 
 
 def _train_fake(
@@ -122,6 +138,8 @@ def _forward_fake(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Ten
 
 def _forward_autograd(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
     """One node in a captured graph; where a gradient is wanted it becomes `topk_linear_train`."""
+    if is_transformed((h, weight, bias)):
+        return topk_linear_reference(h, weight, bias, k)
     wanted = any(t is not None and t.requires_grad for t in (h, weight, bias))
     y: Tensor
     if wanted and torch.is_grad_enabled():
@@ -145,6 +163,24 @@ def _backward(
         assert values is not None
         h = _scatter(values, indices, weight.shape[1])  # [*, in]
         dw = outer(grad, h)
+    return dh, dw
+
+
+def _backward_reference(
+    grad: Tensor, values: Tensor | None, indices: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """The same without writing in place: for gradient penalties, whose derivative it has."""
+
+    def spread(kept: Tensor) -> Tensor:
+        whole = kept.new_zeros((*indices.shape[:-1], weight.shape[1]))
+        return whole.scatter(-1, indices.long(), kept)
+
+    dh, dw = grad.new_empty(0), grad.new_empty(0)
+    if needs[0]:
+        dh = spread((grad @ weight).gather(-1, indices.long()))
+    if needs[1]:
+        assert values is not None
+        dw = outer(grad, spread(values))
     return dh, dw
 
 
@@ -181,27 +217,6 @@ def _grad(
     return dh, dw, db, None
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.needs = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _grad_backward(ctx: Any, uh: Tensor | None, uw: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The second derivative: ⟨uh, dh⟩ + ⟨uw, dW⟩ = Σ (G W)∘mask∘uh + Σ G∘(topk(h) uwᵀ)."""
-    grad, values, indices, weight = ctx.saved_tensors
-    dgrad = dvalues = dweight = None
-    if uh is not None and ctx.needs[0]:
-        masked = _scatter(uh.gather(-1, indices.long()), indices, weight.shape[1])
-        dgrad = masked @ weight.t()
-        dweight = outer(grad, masked)
-    if uw is not None and ctx.needs[1]:
-        through = _scatter(values, indices, weight.shape[1]) @ uw.t()
-        dgrad = through if dgrad is None else dgrad + through
-        dvalues = (grad @ uw).gather(-1, indices.long())
-    return dgrad, dvalues, None, dweight, None
-
-
 for _device in ("CPU", "CUDA"):
     _lib.impl("topk_linear", _forward, _device)
     _lib.impl("topk_linear_train", _train, _device)
@@ -211,10 +226,10 @@ register_autocast(_lib, "topk_linear", casts=3)
 torch.library.register_fake("rewriter::topk_linear", _forward_fake, lib=_lib)
 torch.library.register_fake("rewriter::topk_linear_train", _train_fake, lib=_lib)
 torch.library.register_fake("rewriter::topk_linear_backward", _backward_fake, lib=_lib)
-torch.library.register_autograd("rewriter::topk_linear_train", _grad, setup_context=_save, lib=_lib)
-torch.library.register_autograd(
-    "rewriter::topk_linear_backward", _grad_backward, setup_context=_save_backward, lib=_lib
-)
+register_gradient(_lib, "topk_linear_train", _train_reference, _save, _grad)
+register_formula(_lib, "topk_linear_backward", _backward_reference)
+register_vmap(_lib, "topk_linear", topk_linear_reference, casts=3)
+register_vmap(_lib, "topk_linear_train", _train_reference)
 
 
 def _forward_flops(

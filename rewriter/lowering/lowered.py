@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from rewriter.capture.hosted import Program
@@ -95,6 +96,7 @@ def _plain_call(root: nn.Module, leaves: Sequence[Any]) -> bool:
         and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0  # tangents that fused ops would drop
         and not torch_module._has_any_global_hook()
         and all(not isinstance(t, Tensor) or is_plain_tensor(t) for t in leaves)
         and not any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
