@@ -198,6 +198,11 @@ class State:
                     f"forward does not go through the rewritten {', '.join(self.graph_only)}: "
                     "see report.capture for why"
                 )
+            lost = self._unplanned(module)
+            if lost:
+                self._warn(
+                    f"{type(module).__name__} has no graph for training steps; they run{lost}"
+                )
             return forward(module, *args, **kwargs)
         if self.watch is not None and not torch.compiler.is_compiling():
             changed = self.watch.difference(module.training)
@@ -210,12 +215,17 @@ class State:
         leaves = self.signature.bind(args, kwargs, module.training)
         if isinstance(leaves, str):
             return self._differs(module, forward, args, kwargs, leaves)
-        if self.memory is not None and module.training and torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():
-                rows = self.signature.dims[True].shapes
-                results = self.memory(module, program, leaves, rows)
-                if results is not None:
-                    return program.built(results)
+        lost = self._unplanned(module)
+        if lost and torch.compiler.is_compiling():
+            if not torch.compiler.is_exporting():
+                _say_once_compiled(
+                    f"{type(module).__name__} is traced by torch.compile; its training steps "
+                    f"run{lost}"
+                )
+        elif self.memory is not None and lost:
+            results = self.memory(module, program, leaves, self.signature.dims[True].shapes)
+            if results is not None:
+                return program.built(results)
         device = leaves[0].device if leaves else None
         moved = device is not None and device.type != self.signature.device
         place = str(device) if moved else ""
@@ -240,13 +250,33 @@ class State:
                 f"{name}: {why}. Captured: {self.signature}. Rewrite with example_inputs like "
                 "this call, or without strict_signature=True"
             )
-        if not torch.compiler.is_compiling() and why not in self.warned:
-            self.warned.add(why)
-            warn(
-                f"{name}: {why}; such calls run the original Python forward over the rewritten "
-                "layers"
-            )
+        lost = self._unplanned(module)
+        self._warn(
+            f"{name}: {why}; such calls run the original Python forward over the rewritten "
+            f"layers{lost and f',{lost}'}"
+        )
         return forward(module, *args, **kwargs)
+
+    def _unplanned(self, module: nn.Module) -> str:
+        """What a training step loses that runs without the memory plan; "" for any other call."""
+        if self.memory is None or not module.training or not torch.is_grad_enabled():
+            return ""
+        return (
+            " without the memory plan, and may take more than memory_budget allows. Call it as "
+            "captured, uncompiled (torch.compile has a memory_budget of its own: backend="
+            "'rewriter'), or rewrite it with example_inputs like this call"
+        )
+
+    def _warn(self, text: str) -> None:
+        if not torch.compiler.is_compiling() and text not in self.warned:
+            self.warned.add(text)
+            warn(text)
+
+
+@torch._dynamo.assume_constant_result
+def _say_once_compiled(text: str) -> None:
+    """A warning while torch.compile traces, which runs this once and leaves nothing of it."""
+    warn(text)
 
 
 class Hosted(nn.Module):

@@ -31,6 +31,7 @@ from rewriter.compiler.dynamo import Lifted, capture_dynamo
 from rewriter.compiler.inner import INNER, Flat, Inner, flattened, own_ops
 from rewriter.compiler.installing import Installation
 from rewriter.compiler.ledgers import Graph, Sketch, record
+from rewriter.compiler.refusing import refusing
 from rewriter.compiler.user_code import Frame, guard_mode, source_name
 from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
@@ -57,10 +58,11 @@ def rewriter_backend(
     given = dict(options or {})
     known = [f.name for f in fields(Backend)]
     unknown = [name for name in given if name not in known]
-    if unknown:
-        said = "; ".join(f"there is no option {n!r}{nearest(str(n), known)}" for n in unknown)
-        raise OptionError(f"torch.compile(..., backend='rewriter'): {said}")
-    return Backend(**given)(module, inputs, mode=mode)
+    with refusing():
+        if unknown:
+            said = "; ".join(f"there is no option {n!r}{nearest(str(n), known)}" for n in unknown)
+            raise OptionError(f"torch.compile(..., backend='rewriter'): {said}")
+        return Backend(**given)(module, inputs, mode=mode)
 
 
 def backend(
@@ -224,6 +226,12 @@ class Backend:
         options: Any = None,
     ) -> Callable[..., Any]:
         """Compiles one graph of Dynamo's."""
+        with refusing():
+            return self._compiled(module, inputs, mode, options)
+
+    def _compiled(
+        self, module: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: Any
+    ) -> Callable[..., Any]:
         if options:
             raise OptionError(
                 "options of torch.compile belong into rewriter.backend(...), which is the backend "

@@ -49,9 +49,13 @@ def plan_of(
     planned = PlannedTraining(budget, device)
     while True:
         with modes(root, training=True):
-            planned.traced(root, program, leaves, rows)
+            traced = planned.traced(root, program, leaves, rows)
         plan = planned.plan
-        assert plan is not None
+        if traced.unused is None or plan is None:
+            raise OptionError(
+                "memory_budget: no result of the model depends on a parameter that requires a "
+                "gradient, so there is no backward to plan: leave memory_budget out"
+            )
         if not planned.budget.lossy or capture.on_meta or not plan.lossy:
             return planned
         plan.gradient_error = gradient_error(capture, planned)

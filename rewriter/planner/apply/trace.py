@@ -1,13 +1,15 @@
 """The joint graph of a captured model, traced on fake tensors, and what runs a plan of it.
 
-`Traced` holds for the sizes that the trace left open, one pattern of `requires_grad`, and the
-modes of the modules it saw; `Traced.serves` says whether a call is one of these.
+`Traced` holds for the sizes that the trace left open, and for what it took for granted about the
+model (`assumed`); `Traced.serves` says whether a call is one of these.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +30,14 @@ from torch.fx.graph import _BoxedCodeGen
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rewriter.capture.hosted import Program
+from rewriter.errors import OptionError, RewriteError
+from rewriter.modules.running import first_line
+from rewriter.planner.apply.assumed import weights
+from rewriter.planner.apply.unused import Uses, uses
 
-__all__ = ["Traced", "trace"]
+__all__ = ["TRACING", "Traced", "trace"]
+
+_log = logging.getLogger(__name__)
 
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
@@ -53,12 +61,19 @@ class Traced:
         run: takes parameters, buffers and inputs.
         names: of the parameters and buffers, in order.
         shapes: the environment of the sizes, and the sizes' symbols.
+        unused: which results' gradients each gradient needs; None where there is no backward.
     """
 
     def __init__(
-        self, run: Callable[..., Any], names: list[str], env: ShapeEnv, symbols: list[Any]
+        self,
+        run: Callable[..., Any],
+        names: list[str],
+        env: ShapeEnv,
+        symbols: list[Any],
+        unused: Uses | None,
     ) -> None:
         self.run, self.names, self.env, self.symbols = run, names, env, symbols
+        self.unused = unused
         sizes = [s for row in symbols for s in row if isinstance(s, torch.SymInt)]
         self.guards = env.produce_guards_expression(sizes) if sizes else None
         self.fixed = [tuple(None if isinstance(s, torch.SymInt) else s for s in r) for r in symbols]
@@ -84,16 +99,26 @@ class Traced:
         return bool(self.env.evaluate_guards_expression(self.guards, sizes))
 
     def __call__(self, root: nn.Module, leaves: Sequence[Tensor]) -> Any:
-        held = []
-        for name in self.names:
-            owner, _, own = name.rpartition(".")
-            module = root.get_submodule(owner.removeprefix("root").lstrip("."))
-            held.append(module._parameters[own] if own in module._parameters
-                        else module._buffers[own])  # fmt: skip
-        return self.run(*held, *leaves)
+        held = {name: _held(root, name) for name in self.names}
+        results = self.run(*held.values(), *leaves)
+        if self.unused is not None:
+            self.unused.attach(results, held, leaves)
+        return results
 
 
-@_disable_current_modes()  # who counts the operations of a step must not see those of a trace
+def _held(root: nn.Module, name: str) -> Any:
+    owner, _, own = name.rpartition(".")
+    module = root.get_submodule(owner)
+    for table in (module._parameters, module._buffers, vars(module)):
+        if own in table:
+            return table[own]
+    raise AttributeError(f"{name} is gone")
+
+
+TRACING = threading.RLock()
+"""One thread traces at a time: the switches of AOTAutograd are the process's."""
+
+
 def trace(
     root: nn.Module,
     program: Program,
@@ -111,19 +136,68 @@ def trace(
         partition: a `partition_fn`.
 
     Raises:
-        what `partition` raises, and what tracing does.
+        OptionError: what `partition` raises, and where there is no trace.
     """
+    _refuse(program)
+    try:
+        with TRACING:
+            return _traced(root, program, leaves, rows, partition)
+    except RewriteError as error:
+        refusal = error
+    except Exception as error:
+        _log.info("memory_budget: no trace of the training step", exc_info=error)
+        refusal = OptionError(
+            "memory_budget: the training step of this model cannot be traced: "
+            f"{type(error).__name__}: {first_line(error)}. Leave memory_budget out for it"
+        )
+    # its traceback, or what it came of, would be pages of PyTorch's
+    raise refusal.with_traceback(None) from None
+
+
+_RECURRENT = ("gru", "rnn_tanh", "rnn_relu")
+
+
+def _refuse(program: Program) -> None:
+    """Refuses recurrent layers that PyTorch traces into something else.
+
+    Raises:
+        OptionError: the trace would not have their backward, or their dropout.
+    """
+    for node in program.graph.nodes:
+        packet = getattr(node.target, "overloadpacket", None)
+        name = getattr(packet, "__name__", "") if node.op == "call_function" else ""
+        why = ""
+        if name == "lstm":
+            why = "an LSTM as the kernel for inference, which has no backward"
+        elif name in _RECURRENT:
+            number, dropout, training = node.args[4:7]
+            if number > 1 and dropout and training:
+                why = f"a {name} of {number} layers without the dropout between them"
+        if why:
+            raise OptionError(
+                f"memory_budget: PyTorch traces {why}, so the training step of this model cannot "
+                f"be planned ({node.name}): leave memory_budget out for it"
+            )
+
+
+@_disable_current_modes()  # who counts the operations of a step must not see those of a trace
+def _traced(
+    root: nn.Module,
+    program: Program,
+    leaves: Sequence[Tensor],
+    rows: Sequence[Sequence[int | str]],
+    partition: Partition,
+) -> Traced:
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     fakes = [_fake(mode, t, row, i) for i, (t, row) in enumerate(zip(leaves, rows, strict=True))]
-    memo: dict[int, Any] = {}
-    for tensor in (*root.parameters(), *root.buffers()):
-        memo[id(tensor)] = _weight(mode, tensor).requires_grad_(tensor.requires_grad)
-        if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(memo[id(tensor)], tensor.requires_grad)
-    flat = _Flat(copy.deepcopy(root, memo), program).train()
-    for own, twin in zip(root.modules(), flat.root.modules(), strict=True):
-        twin.training = own.training
+    flat = _Flat(_twin(root, program, mode), program)
+    unused: list[Uses] = []
+
+    def part(module: fx.GraphModule, inputs: Sequence[object], **rest: Any) -> Any:
+        unused.append(uses(module))
+        return partition(module, inputs, **rest)
+
     with contextlib.ExitStack() as stack, torch.enable_grad():
         stack.enter_context(mode)
         joint = aot_export_joint_with_descriptors(stack, flat, tuple(fakes))
@@ -131,10 +205,29 @@ def trace(
         # peak, and why a graph cannot be retained.
         with torch._functorch.config.patch(donated_buffer=True):
             run = aot_compile_joint_with_descriptors(
-                joint, partition_fn=partition, fw_compiler=_plain, bw_compiler=_plain
+                joint, partition_fn=part, fw_compiler=_plain, bw_compiler=_plain
             )
-    names = [*joint.params_spec, *joint.buffers_spec]
-    return Traced(run, names, env, [list(f.shape) for f in fakes])
+    names = [n.removeprefix("root.") for n in (*joint.params_spec, *joint.buffers_spec)]
+    return Traced(run, names, env, [list(f.shape) for f in fakes], next(iter(unused), None))
+
+
+def _twin(root: nn.Module, program: Program, mode: FakeTensorMode) -> nn.Module:
+    """A copy of the model around fakes of its tensors, all of which are parameters or buffers."""
+    held = weights(root, program)
+    memo: dict[int, Any] = {}
+    for tensor in held.values():
+        memo[id(tensor)] = _weight(mode, tensor).requires_grad_(tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(memo[id(tensor)], tensor.requires_grad)
+    twin = copy.deepcopy(root, memo)
+    for own, copied in zip(root.modules(), twin.modules(), strict=True):
+        copied.training = own.training
+    for name in held:
+        owner, _, own = name.rpartition(".")
+        module = twin.get_submodule(owner)
+        if own in vars(module):
+            module.register_buffer(own, vars(module).pop(own))
+    return twin
 
 
 def _weight(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

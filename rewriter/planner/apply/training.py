@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rewriter.capture.hosted import Program
 from rewriter.cost import Device
-from rewriter.errors import warn
-from rewriter.modules.tree import hooked
+from rewriter.errors import OptionError, warn
+from rewriter.planner.apply.assumed import assumed, changed, foreign_hooks
 from rewriter.planner.apply.partition import partitioner
-from rewriter.planner.apply.trace import Traced, trace
+from rewriter.planner.apply.trace import TRACING, Traced, trace
 from rewriter.planner.budget import MemoryBudget, parse_budget
 from rewriter.planner.search.plan import MemoryPlan
 
 __all__ = ["PlannedTraining"]
 
+_log = logging.getLogger(__name__)
+_clock = itertools.count()
+
+MOST = 16
+"""Traces that are kept; the one that was not used for longest goes first."""
+
+
+@dataclass
+class _Known:
+    """A trace, and when it may be used again."""
+
+    graph: fx.Graph
+    assumed: dict[str, Any]
+    traced: Traced
+    used: int = 0
+
 
 class PlannedTraining:
     """Runs forward and backward by a memory plan.
 
-    A trace holds for one pattern of `requires_grad` and of training flags; others get one of their
-    own, under the same budget.
+    A trace holds for what it took for granted about the model (`assumed`); where that changes, the
+    step is planned anew, under the same budget. Threads may train at the same time: one of them
+    plans, and each step's state is its own.
 
     Args:
         budget: what the user asked for.
@@ -37,8 +56,9 @@ class PlannedTraining:
     def __init__(self, budget: MemoryBudget, device: Device | None = None) -> None:
         self.budget, self.device = budget, device
         self.plan: MemoryPlan | None = None
-        self._traces: dict[Any, list[Traced]] = {}
-        self._warned = False
+        self._known: list[_Known] = []
+        self._made = 0
+        self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"budget": self.budget, "device": self.device, "plan": self.plan}
@@ -59,15 +79,25 @@ class PlannedTraining:
         leaves: Sequence[Tensor],
         rows: Sequence[Sequence[int | str]],
     ) -> Any:
-        """The flat results of one training forward; None where the plan cannot serve the call."""
-        own = hooked(root)
-        if own:
-            self._warn(
-                f"{own} has hooks, which a memory plan would not run: the training step runs "
-                "without the plan. Remove the hooks, or rewrite without memory_budget"
+        """The flat results of one training forward; None where it runs without the plan, which
+        it says, or where there is no backward.
+
+        Raises:
+            OptionError: the first step of all cannot be planned.
+        """
+        hooks = foreign_hooks(root)
+        if hooks:
+            return self._without(
+                f"{hooks}, which a memory plan would not run",
+                "Remove the hooks, or rewrite without memory_budget",
             )
-            return None
-        return self.traced(root, program, leaves, rows)(root, leaves)
+        try:
+            traced = self.traced(root, program, leaves, rows)
+        except OptionError as error:
+            if self.plan is None:
+                raise
+            return self._without(str(error), "Or rewrite with example_inputs like this call")
+        return None if traced.unused is None else traced(root, leaves)
 
     def traced(
         self,
@@ -79,24 +109,61 @@ class PlannedTraining:
         """The trace that serves a call; made where there is none yet.
 
         Raises:
-            OptionError: no plan meets the budget on the first inputs.
+            OptionError: no plan meets the budget on the first inputs, or there is no trace.
         """
-        key = (
-            tuple(p.requires_grad for p in root.parameters()),
-            tuple(t.requires_grad for t in leaves),
-            tuple(m.training for m in root.modules()),
-            str(leaves[0].device) if leaves else "",
-            tuple((p.dtype, p.device) for p in root.parameters()),
-        )
-        known = self._traces.setdefault(key, [])
-        for traced in known:
-            if traced.serves(leaves):
-                return traced
+        now = assumed(root, program, leaves)
+        found = self._serving(program, now, leaves)
+        if found is None:
+            with TRACING:  # another thread may have been faster
+                found = self._serving(program, now, leaves)
+                if found is None:
+                    found = self._planned_anew(root, program, leaves, rows, now)
+        found.used = next(_clock)
+        return found.traced
+
+    @property
+    def traces(self) -> int:
+        """How many traces are kept."""
+        return len(self._known)
+
+    def _serving(
+        self, program: Program, now: dict[str, Any], leaves: Sequence[Tensor]
+    ) -> _Known | None:
+        own = (known for known in self._known if known.graph is program.graph)
+        return next((k for k in own if k.traced.serves(leaves) and k.assumed == now), None)
+
+    def _planned_anew(
+        self,
+        root: nn.Module,
+        program: Program,
+        leaves: Sequence[Tensor],
+        rows: Sequence[Sequence[int | str]],
+        now: dict[str, Any],
+    ) -> _Known:
         part = partitioner(
             self.budget, on_plan=self._planned, granted=self._granted(), device=self.device
         )
-        known.append(trace(root, program, leaves, rows, part))
-        return known[-1]
+        self._say_again(program, now)
+        found = _Known(program.graph, now, trace(root, program, leaves, rows, part), next(_clock))
+        # a new list, as other threads go through the old one
+        kept = sorted(self._known, key=lambda known: known.used)[-MOST + 1 :]
+        self._known = [*kept, found]
+        self._made += 1
+        return found
+
+    def _say_again(self, program: Program, now: dict[str, Any]) -> None:
+        """To the log, and once as a warning where a step is planned over and over."""
+        last = next((k for k in reversed(self._known) if k.graph is program.graph), None)
+        if last is None:
+            return
+        reason = changed(last.assumed, now)
+        what = f"{reason} is another" if reason else "the sizes of the inputs are others"
+        _log.info("memory_budget: the training step is planned again, as %s", what)
+        if self._made == MOST:
+            warn(
+                f"memory_budget: the training step was planned {self._made} times and is planned "
+                f"again, now as {what}: each time takes as long as the first. Change it less often"
+            )
 
     def _granted(self) -> int | None:
         """Bytes that the budget came to on the example inputs: a shorter last batch, or a pattern
@@ -110,7 +177,10 @@ class PlannedTraining:
         if self.plan is None:
             self.plan = plan
 
-    def _warn(self, text: str) -> None:
-        if not self._warned and not torch.compiler.is_compiling():
-            self._warned = True
+    def _without(self, why: str, remedy: str) -> None:
+        """Says, once for each reason, that a step runs without the plan."""
+        text = f"{why}: the training step runs without the memory plan, and may take more than "
+        text += f"memory_budget ({self.budget}) allows. {remedy}"
+        if text not in self._said:
+            self._said.add(text)
             warn(text)
