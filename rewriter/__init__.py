@@ -4,7 +4,7 @@
 """
 
 from rewriter.api import explain, export, plan_memory, rewrite
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip
+from rewriter.base import Layer, LinearLayer, Pass, Phase, Replacement, Skip
 from rewriter.compiler import backend
 from rewriter.compiler.ledgers import last_reports, report_of
 from rewriter.compiler.packaging import Exported
@@ -44,6 +44,7 @@ __all__ = [
     "Exported",
     "Keep",
     "Layer",
+    "LinearLayer",
     "MemoryBudget",
     "OptionError",
     "Pass",

@@ -189,7 +189,7 @@ def _converted(
     """State of a parameter of an exchanged layer; empty where there is no way."""
     place, _, own = name.rpartition(".")
     old, new = submodule(model, place), submodule(optimized, place)
-    if isinstance(new, Layer) and isinstance(old, nn.Linear):
+    if isinstance(new, Layer) and type(old) is nn.Linear:
         source = states.get(old.weight, {})
         return _mapped(source, lambda v, square: new.from_dense_gradient(v, square).get(own))
     if isinstance(old, Layer) and isinstance(new, nn.Linear) and own == "weight":
