@@ -24,7 +24,7 @@ from rewriter.errors import (
 from rewriter.planner import MemoryBudget
 from rewriter.report import Report
 from rewriter.sites import ACTIVATION, CONV, LINEAR, MLP, Site
-from rewriter.store import RewrittenModule, load, load_original, save
+from rewriter.store import RewrittenModule, from_pretrained, load, load_original, save
 from rewriter.store.old_names import find_moved
 from rewriter.training.optimizers import param_groups, remap_optimizer
 from rewriter.training.recovery import Recovery, recover
@@ -68,6 +68,7 @@ __all__ = [
     "backend",
     "explain",
     "export",
+    "from_pretrained",
     "last_reports",
     "load",
     "load_original",
