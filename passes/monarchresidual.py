@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.base import (
-    Layer,
+    LinearLayer,
     Pass,
     Phase,
     Replacement,
@@ -47,7 +47,7 @@ def _check(residual: object, share: object) -> None:
         raise OptionError(f"share must be a number between 0 and 1, got {share!r}")
 
 
-class MonarchResidualLinear(Layer):
+class MonarchResidualLinear(LinearLayer):
     """y = (σ(gate)·M + (1 − σ(gate))·E) x + bias, M Monarch and E low-rank or block-sparse.
 
     Args:
@@ -155,11 +155,6 @@ class MonarchResidualLinear(Layer):
         """σ(gate)·M + (1 − σ(gate))·E, [out_features, in_features]."""
         gate, (whole, rest) = torch.sigmoid(self.gate), self.parts()
         return gate * whole + (1 - gate) * rest
-
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly)."""
-        return self.dense_weight()
 
 
 @dataclass(frozen=True)

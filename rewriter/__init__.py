@@ -4,7 +4,7 @@
 """
 
 from rewriter.api import explain, export, plan_memory, rewrite
-from rewriter.base import Layer, Pass, Phase, Replacement, Skip
+from rewriter.base import Layer, LinearLayer, Pass, Phase, Replacement, Skip
 from rewriter.compiler import backend
 from rewriter.compiler.ledgers import last_reports, report_of
 from rewriter.compiler.packaging import Exported
@@ -24,7 +24,7 @@ from rewriter.errors import (
 from rewriter.planner import MemoryBudget
 from rewriter.report import Report
 from rewriter.sites import ACTIVATION, CONV, LINEAR, MLP, Site
-from rewriter.store import RewrittenModule, load, load_original, save
+from rewriter.store import RewrittenModule, from_pretrained, load, load_original, save
 from rewriter.store.old_names import find_moved
 from rewriter.training.optimizers import param_groups, remap_optimizer
 from rewriter.training.recovery import Recovery, recover
@@ -44,6 +44,7 @@ __all__ = [
     "Exported",
     "Keep",
     "Layer",
+    "LinearLayer",
     "MemoryBudget",
     "OptionError",
     "Pass",
@@ -67,6 +68,7 @@ __all__ = [
     "backend",
     "explain",
     "export",
+    "from_pretrained",
     "last_reports",
     "load",
     "load_original",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rewriter.edits import Edit, View
 from rewriter.errors import OptionError, nearest
-from rewriter.layer import Layer
+from rewriter.layer import Layer, LinearLayer
 from rewriter.modules.moments import Moments
 from rewriter.modules.patterns import Pattern
 from rewriter.modules.refusal import Skip
@@ -32,6 +32,7 @@ from rewriter.sites import Site
 
 __all__ = [
     "Layer",
+    "LinearLayer",
     "Moments",
     "Pass",
     "Phase",

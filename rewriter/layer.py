@@ -1,4 +1,4 @@
-"""`Layer`: a module that a pass installs, and that can be saved without pickle."""
+"""`Layer`: a module that a pass installs, and that can be saved without pickle; `LinearLayer`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, warn
+from rewriter.modules.computed import computed
 
-__all__ = ["Layer"]
+__all__ = ["Layer", "LinearLayer"]
 
 
 class Layer(nn.Module):
@@ -124,6 +125,71 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+
+
+class LinearLayer(Layer, nn.Linear):
+    """y = x Wᵀ + bias with a W that is held in another form: `dense_weight()` computes it.
+
+    It is an `nn.Linear` for code that asks (adapters of PEFT, `resize_token_embeddings`), and reads
+    as one. A layer cannot hold a W of any other form, so a write to `weight` (what merges an
+    adapter does) turns it into the plain `nn.Linear` of what was written, with a warning.
+    """
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """`dense_weight()`, [out_features, in_features]: not a parameter, but no write is lost."""
+        return computed(self.dense_weight(), self._become_dense)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise TypeError(
+            f"cannot assign a {type(value).__name__} as the weight of a {type(self).__name__}: an "
+            "nn.Parameter makes it an nn.Linear"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; the parameter "weight" makes this an `nn.Linear`."""
+        if name == "weight" and param is not None:
+            self._become_dense(param)
+        else:
+            super().register_parameter(name, param)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew.
+
+        Raises:
+            OptionError: the layer does not say how.
+        """
+        raise OptionError(f"{type(self).__name__} does not say how it is drawn anew")
+
+    def _become_dense(self, weight: Tensor) -> None:
+        if type(self) is nn.Linear:  # a write may come in two steps
+            with torch.no_grad():
+                self.weight.copy_(weight)
+            return
+        shape, bias = (self.out_features, self.in_features), self.bias
+        if weight.shape != shape:
+            raise ValueError(
+                f"a weight of shape {tuple(weight.shape)} was written to a {type(self).__name__} "
+                f"of {shape[1]} -> {shape[0]} features"
+            )
+        own = [p for n, p in self.named_parameters(recurse=False) if n != "bias"]
+        held = sum(t.numel() for t in (*own, *self.buffers(recurse=False)))
+        warn(
+            f"the weight of a {type(self).__name__}, {shape[1]} -> {shape[0]}, was written to: it "
+            f"is an nn.Linear now, with {weight.numel()} numbers in place of {held}"
+        )
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight.clone(), any(p.requires_grad for p in own))
+        for name in set(self.config()) - {"in_features", "out_features", "bias"}:
+            vars(self).pop(name, None)
+        self._buffers.clear()
+        self._parameters.clear()
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self._parameters.update(weight=weight, bias=bias)
 
 
 _LINEAR = ("input", "weight", "bias")

@@ -28,12 +28,14 @@ __all__ = [
     "RECURRENT",
     "Kind",
     "activation_name",
+    "adapter_part",
     "autocast_at",
     "called_activation",
     "changes_input",
     "channels_of",
     "convolution",
     "is_activation",
+    "is_adapter",
     "is_leaf",
     "is_transparent",
     "is_view",
@@ -80,6 +82,10 @@ _KIND_OF_FORWARD: dict[Any, str | None] = {
 }
 _TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
 _FOREIGN_ACTIVATIONS = "transformers.activations."
+_ADAPTERS = frozenset({"BaseTunerLayer", "AuxiliaryTrainingWrapper"})
+"""Of PEFT: what stands around an adapted layer."""
+_ADAPTED = frozenset({"base_layer", "original_module"})
+"""Under which names it holds the layer that it adapts; all else in it is the adapter's own."""
 
 _PARAMETERS = {
     "linear": ("input", "weight", "bias"),
@@ -184,6 +190,25 @@ def kind_of(module: nn.Module) -> Kind | None:
 def kind_name(kind: Kind) -> str:
     """The kind of a site as people read it: `linear`, or the op of one of our layers."""
     return kind if isinstance(kind, str) else kind.op or kind.__name__
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is PEFT's, around a layer that it adapts."""
+    own = (c for c in type(module).__mro__ if c.__module__.startswith("peft."))
+    return any(c.__name__ in _ADAPTERS for c in own)
+
+
+def adapter_part(root: nn.Module, fqn: str) -> str:
+    """Of which part of an adapter a name is, e.g. `lora_A`; "" where it is of none."""
+    holder, parts = root, fqn.split(".")
+    for part in parts:
+        if is_adapter(holder) and part not in _ADAPTED:
+            return part
+        child = holder._modules.get(part)
+        if child is None:
+            return ""
+        holder = child
+    return ""
 
 
 def op_name(node: Node, root: nn.Module | None = None) -> str:

@@ -149,6 +149,7 @@ MAY_MUTATE = {
     "rewriter/engine/trials.py": "tries a layer in a graph of its own; notes calls, and undoes it",
     "rewriter/engine/decide.py": "prices a layer in a graph of its own",
     "rewriter/engine/calibration.py": "looks at the inputs of sites, and undoes it",
+    "rewriter/layer.py": "a layer that computes its weight turns dense where that is written to",
     # making graphs, and hosting them
     "rewriter/capture/hosted.py": "gives a module its generated forward",
     "rewriter/capture/ladder.py": "drops constants that no graph reads",

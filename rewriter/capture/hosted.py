@@ -24,7 +24,7 @@ import functools
 import inspect
 import itertools
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -175,6 +175,7 @@ class State:
         warned: which differences of calls were warned of.
         memory: runs training steps by a memory plan; None without a budget.
         lowered: the fused form of the eval graph, for calls that want no gradient.
+        saving: a method of the library that the model comes from is writing it.
     """
 
     signature: Signature | None = None
@@ -187,6 +188,7 @@ class State:
     warned: set[str] = field(default_factory=set)
     memory: PlannedSteps | None = None
     lowered: Lowered | None = None
+    saving: bool = False
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         program = self.programs.get(module.training)
@@ -281,6 +283,9 @@ def _say_once_compiled(text: str) -> None:
 
 class Hosted(nn.Module):
     """Mixin of the dynamic subclasses: how they are pickled, and moved between devices."""
+
+    around: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {}
+    """What wraps a method of the model's own class that has `save_pretrained`, by its name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -377,7 +382,10 @@ def _new_class(cls: type[nn.Module], root: bool, own: tuple[str, ...]) -> type[n
         # the class's forward as it is now: it may have been patched since
         return self.__dict__["_rewriter"].run(self, cls.forward, args, kwargs)
 
+    mixin: Any = _mixin(root)
+    around = mixin.around if hasattr(cls, "save_pretrained") else {}
     namespace: dict[str, Any] = {
+        **{name: wrap(getattr(cls, name)) for name, wrap in around.items() if hasattr(cls, name)},
         **{name: _OwnAttribute(name) for name in own},
         "forward": forward,
         "_original_class": cls,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from rewriter.base import Pass, Phase, Replacement, Skip, Where
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip, Where
 from rewriter.capture import Capture
 from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.engine.batches import Calibration
@@ -22,10 +22,18 @@ from rewriter.lowering import Rule
 from rewriter.modules.patterns import Chain, Fan, Op
 from rewriter.modules.running import modes
 from rewriter.modules.timing import medians
-from rewriter.modules.tree import attribute, has_hooks
+from rewriter.modules.tree import attribute, has_hooks, submodule
 from rewriter.planner.budget import MemoryBudget
 from rewriter.sites import CONV, LINEAR, MLP, Site, is_leaf
-from rewriter.spellings import autocast_at, changes_input, op_name, source_of, swaps
+from rewriter.spellings import (
+    adapter_part,
+    autocast_at,
+    changes_input,
+    is_adapter,
+    op_name,
+    source_of,
+    swaps,
+)
 
 __all__ = [
     "OBJECTIVES",
@@ -156,6 +164,9 @@ def unselected(site: Site, *wheres: Where) -> Skip | None:
             return Skip("not selected by where={!r}", where)
         if callable(where) and not where(site):
             return Skip("not selected by where")
+    part = adapter_part(site.root, site.fqn)
+    if part and not any(isinstance(where, str) and part in where for where in wheres):
+        return Skip("an adapter's own weights: to rewrite them, name {} in where=", part)
     return None
 
 
@@ -304,6 +315,12 @@ def _end_uses(node: fx.Node) -> Iterator[fx.Node]:
 # is it better?
 
 
+def _is_adapted(site: Site) -> bool:
+    """Whether an adapter stands around the module at a site."""
+    holder = submodule(site.root, site.fqn.rpartition(".")[0])
+    return site.module is not None and holder is not None and is_adapter(holder)
+
+
 def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -> str:
     """Why `max_error`, the objective or a lost bias speaks against a replacement; "" where none
     does.
@@ -317,10 +334,15 @@ def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -
     # of outputs on calibration rows, where there are some: that is what the layer was fitted to
     error = p.replacement.output_error
     error = p.replacement.error if error is None else error
-    limit, bias = options.max_error, p.site.bias
+    limit, bias, layer = options.max_error, p.site.bias, p.replacement.layer
     if bias is not None and p.site.module is None:
-        if all(bias is not own for own in p.replacement.layer.parameters()):
+        if all(bias is not own for own in layer.parameters()):
             return f"its layer has another bias than {p.site.bias_ref}, which would be left over"
+    if _is_adapted(p.site) and isinstance(layer, Layer) and not isinstance(layer, nn.Linear):
+        return (
+            f"an adapter stands around it, and a {type(layer).__name__} is not linear: merged into "
+            "its weight, the adapter would compute something else; merge it first"
+        )
     if limit is not None and error is None:
         return f"its error is not known before it runs, so max_error {limit:.3g} cannot be held"
     if limit is not None and error is not None and not error <= limit:

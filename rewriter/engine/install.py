@@ -20,7 +20,7 @@ from rewriter.modules.tensors import named_tensors, put_tensor
 from rewriter.modules.tree import is_hook_dict
 from rewriter.recipe.edits import Removed, Resized, replayed
 from rewriter.sites import HostedGraph, Site
-from rewriter.spellings import source_of
+from rewriter.spellings import is_adapter, source_of
 
 __all__ = ["cut_graphs", "names_of", "put", "remove", "resize"]
 
@@ -53,6 +53,9 @@ def put(capture: Capture, site: Site, layer: nn.Module, names: Mapping[int, list
             _take_hooks(old.linear, layer.linear)
         for name in names[id(old)]:
             root.set_submodule(name, layer)
+            holder = root.get_submodule(name.rpartition(".")[0])
+            if site.transposed and is_adapter(holder):
+                holder.fan_in_fan_out = False  # the new layer's weight is [out, in]
         return
     owner, _, name = site.fqn.rpartition(".")
     holder = root.get_submodule(owner)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +13,9 @@ from rewriter.modules.tree import join
 
 __all__ = [
     "CONSTANT",
+    "gathered",
     "is_constant",
+    "is_sharded",
     "named_tensors",
     "non_persistent",
     "put_tensor",
@@ -62,8 +67,30 @@ def tensor_like(value: Tensor, old: Tensor, dtype: torch.dtype) -> Tensor:
     return new
 
 
-def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to write, each once, and the further names of those that have several."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold the model's tensors together (FSDP2, tensor parallel)."""
+    return any(hasattr(t, "full_tensor") for t in named_tensors(model).values())
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of a sharded model as a whole, by name; all processes call it together."""
+    whole: dict[int, Tensor] = {}
+    for tensor in named_tensors(model).values():
+        if id(tensor) not in whole:
+            full: Any = tensor
+            whole[id(tensor)] = full.full_tensor() if hasattr(full, "full_tensor") else full
+    return {name: whole[id(tensor)] for name, tensor in named_tensors(model).items()}
+
+
+def unique_tensors(
+    model: nn.Module, values: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to write, each once, and the further names of those that have several.
+
+    Args:
+        model: whose tensors.
+        values: what to write in place of the tensors of these names.
+    """
     for fqn, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise StoreError(
@@ -81,7 +108,7 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
             ties[name] = first[id(tensor)]
             continue
         try:
-            plain = tensor.detach().cpu().contiguous()
+            plain = (values or {}).get(name, tensor).detach().cpu().contiguous()
             storage = plain.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError) as error:
             raise StoreError(

@@ -7,8 +7,9 @@ content, so a crash leaves the old save whole.
 """
 
 from rewriter.store.original import load_original
+from rewriter.store.pretrained import from_pretrained
 from rewriter.store.reading import load
 from rewriter.store.rewritten import RewrittenModule
 from rewriter.store.writing import save
 
-__all__ = ["RewrittenModule", "load", "load_original", "save"]
+__all__ = ["RewrittenModule", "from_pretrained", "load", "load_original", "save"]

@@ -39,7 +39,6 @@ from rewriter.recipe.names import (
 )
 from rewriter.recipe.recipe import Installed, Recipe, example_from_json
 from rewriter.report import Report
-from rewriter.store.rewritten import RewrittenModule
 
 if TYPE_CHECKING:
     from rewriter.planner.apply.training import PlannedTraining
@@ -78,7 +77,7 @@ def load(
         StoreError: not a saved rewrite, truncated, from a newer version, for another model, or it
             names a class that is not on the allow-list.
     """
-    if isinstance(model, RewrittenModule):
+    if getattr(vars(model).get("_rewriter"), "recipe", None) is not None:
         raise StoreError(
             f"load needs the original {type(model).__name__}, and this one is rewritten already: "
             "build the original again, with any weights"

@@ -11,6 +11,7 @@ from torch import Tensor
 from rewriter.capture.hosted import Hosted, State, offer_on_root
 from rewriter.report import Report
 from rewriter.store.original import load_original
+from rewriter.store.pretrained import AROUND
 from rewriter.store.writing import save
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ __all__ = ["RewrittenModule"]
 @offer_on_root
 class RewrittenModule(Hosted):
     """What `rewrite` returns: the model's own class, and on top of it the ledger and storage."""
+
+    around = AROUND
 
     @property
     def report(self) -> Report:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import uuid
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from rewriter.base import Layer
 from rewriter.capture.hosted import original_class
 from rewriter.errors import StoreError
 from rewriter.modules.pointwise import inner
-from rewriter.modules.tensors import non_persistent, unique_tensors
+from rewriter.modules.tensors import gathered, is_sharded, non_persistent, unique_tensors
 from rewriter.recipe.edits import edit_to_json
 from rewriter.recipe.names import (
     FORMAT,
@@ -36,19 +39,53 @@ __all__ = [
 ]
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def _on_one_rank(writes: Callable[..., None]) -> Callable[..., None]:
+    """Gathers the tensors of a sharded model on all processes, and writes on the first."""
+
+    @functools.wraps(writes)
+    def save(
+        model: nn.Module,
+        directory: str | os.PathLike[str],
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if state_dict is not None or not is_sharded(model):
+            writes(model, directory, state_dict)
+            return
+        whole = gathered(model)
+        try:
+            if torch.distributed.get_rank() == 0:
+                writes(model, directory, whole)
+        finally:
+            torch.distributed.barrier()
+
+    return save
+
+
+@_on_one_rank
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes a rewritten model to `directory`: `weights-….safetensors` and `recipe.json`.
 
     Holds every parameter and buffer (also those that a state_dict leaves out), which parameters
     are tied or frozen, and the report. An earlier save in the directory is replaced as a whole or,
-    if anything fails, not at all.
+    if anything fails, not at all. All processes that share a sharded model (FSDP2, tensor parallel)
+    call it together, and the first one writes.
+
+    Args:
+        model: a rewritten model.
+        directory: where to.
+        state_dict: what to write in place of the model's own tensors of these names, such as one
+            that was gathered from all processes.
 
     Raises:
         StoreError: the model was not made by `rewrite`, an installed layer cannot be rebuilt from
             JSON, or the directory cannot be written.
     """
     recipe, report = recipe_of(model)
-    tensors, ties = unique_tensors(model)
+    tensors, ties = unique_tensors(model, state_dict)
     document: dict[str, Any] = {
         "format": FORMAT,
         "model": class_name(original_class(model)),

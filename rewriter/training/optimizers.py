@@ -199,7 +199,7 @@ def _converted(
             for k, v in states.get(conv.weight, {}).items()
         }
         return _mapped(source, lambda v, square: new.from_dense_gradient(v, square).get(own))
-    if isinstance(new, Layer) and isinstance(old, nn.Linear):
+    if isinstance(new, Layer) and type(old) is nn.Linear:
         source = states.get(old.weight, {})
         return _mapped(source, lambda v, square: new.from_dense_gradient(v, square).get(own))
     if isinstance(old, Layer) and isinstance(new, nn.Linear) and own == "weight":

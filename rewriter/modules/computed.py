@@ -1,0 +1,85 @@
+"""`Computed`: a weight that a layer computes when it is asked for it; a write to it is noticed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["computed"]
+
+
+def computed(weight: Tensor, written: Callable[[Tensor], None]) -> Tensor:
+    """`weight`, which was computed just now, such that no write to it is lost.
+
+    Reads, also those of autograd, see an ordinary tensor.
+
+    Args:
+        weight: of no one else.
+        written: is called with all of the new weight after `w += d`, `w.data = v`,
+            `w.data[:2].copy_(v)`, `nn.init.zeros_(w)` and the like.
+    """
+    if torch.compiler.is_compiling() or type(weight) is not Tensor:
+        return weight  # a tracer's
+    if weight.is_inference():  # counts no versions
+        with torch.inference_mode(False):
+            weight = weight.clone()
+    return _alias(weight, weight.detach(), written)
+
+
+def _alias(tensor: Tensor, whole: Tensor, written: Callable[[Tensor], None]) -> Tensor:
+    found = tensor.as_subclass(_Computed)
+    found._whole, found._written = whole, written
+    return found
+
+
+class _Computed(Tensor):
+    """A computed weight, or a view of one.
+
+    Attributes:
+        _whole: all of the weight, in the same memory.
+        _written: called with it after a write.
+    """
+
+    _whole: Tensor
+    _written: Callable[[Tensor], None]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        own = [t for t in (*args, *kwargs.values()) if isinstance(t, _Computed)]
+        with torch._C.DisableTorchFunctionSubclass():
+            if func == _SET_DATA and isinstance(args[0], _Computed):
+                args[0]._written(args[1].detach().as_subclass(Tensor))
+                return None
+            before = [t._version for t in own]
+            result = func(*args, **kwargs)
+            for tensor, version in zip(own, before, strict=True):
+                if tensor._version != version:
+                    tensor._written(tensor._whole)
+            if own and type(result) is Tensor and _shares(result, own[0]):
+                return _alias(result, own[0]._whole, own[0]._written)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self.detach()).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(_plain(self), memo)
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
+
+
+def _shares(view: Tensor, tensor: Tensor) -> bool:
+    return view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()

@@ -1,0 +1,116 @@
+"""Layers that compute their weight: they are linear layers to those who ask, and lose no write."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_reordered
+from torch import nn
+
+from rewriter import Pass, RewriteWarning, load, rewrite
+from rewriter.passes import Monarch, MonarchChain, MonarchResidual, Quantize
+
+RECIPES: dict[str, list[Pass]] = {
+    "monarch": [Monarch(nblocks=2)],
+    "chain": [MonarchChain()],
+    "residual": [MonarchResidual(nblocks=2)],
+    "int8": [Quantize("int8-dynamic")],
+    "int8 monarch": [Monarch(nblocks=2), Quantize("int8-dynamic")],
+}
+
+
+def rewritten(recipe: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).eval()
+    return rewrite(model, RECIPES[recipe], torch.randn(4, 16))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_reads_as_a_linear_layer(recipe: str) -> None:
+    layer = rewritten(recipe)[2]
+    assert isinstance(layer, nn.Linear)
+    assert layer.weight.shape == (16, 32)
+    assert torch.equal(layer.weight, layer.dense_weight())
+    assert type(layer.weight + 1) is torch.Tensor
+    assert type(copy.deepcopy(layer.weight.detach())) is torch.Tensor
+    assert torch.equal(pickle.loads(pickle.dumps(layer.weight.detach())), layer.dense_weight())
+
+
+def test_gradients_go_through_a_weight_that_is_read() -> None:
+    layer = rewritten("monarch")[2]
+    layer.weight.square().sum().backward()
+    through, layer.right.grad = layer.right.grad, None
+    layer.dense_weight().square().sum().backward()
+    assert torch.equal(through, layer.right.grad)
+
+
+def add_to_data(layer: Any) -> None:
+    layer.weight.data += 1
+
+
+def set_data(layer: Any) -> None:
+    layer.weight.data = layer.weight.data + 1
+
+
+def copy_into(layer: Any) -> None:
+    layer.weight.data.copy_(layer.dense_weight() + 1)
+
+
+def rows_of_data(layer: Any) -> None:
+    layer.weight.data[:5] += 1
+    layer.weight.data[5:].add_(1)
+
+
+def in_place(layer: Any) -> None:
+    with torch.no_grad():
+        layer.weight.add_(1)
+
+
+def a_parameter(layer: Any) -> None:
+    layer.weight = nn.Parameter(layer.dense_weight().detach() + 1)
+
+
+def inference(layer: Any) -> None:
+    with torch.inference_mode():
+        layer.weight.data += 1
+
+
+WRITES = [add_to_data, set_data, copy_into, rows_of_data, in_place, a_parameter, inference]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda w: w.__name__)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_write_to_a_computed_weight_is_lost(recipe: str, write: Callable[[Any], None]) -> None:
+    layer, x = rewritten(recipe)[2], torch.randn(4, 32)
+    wanted = layer.dense_weight().detach() + 1
+    with pytest.warns(RewriteWarning, match="16, was written to: it is an nn.Linear now"):
+        write(layer)
+    assert type(layer) is nn.Linear
+    assert_reordered(layer(x), nn.functional.linear(x, wanted, layer.bias))
+    assert set(dict(layer.named_parameters())) == {"weight", "bias"}
+    assert not dict(layer.named_buffers())
+
+
+def test_a_weight_of_another_shape_is_refused() -> None:
+    layer = rewritten("monarch")[2]
+    with pytest.raises(ValueError, match=r"\(3, 3\) was written to a MonarchLinear of 32 -> 16"):
+        layer.weight.data = torch.zeros(3, 3)
+    with pytest.raises(TypeError, match="an nn.Parameter makes it an nn.Linear"):
+        layer.weight = torch.zeros(16, 32)
+    assert type(layer).__name__ == "MonarchLinear"
+
+
+def test_a_layer_that_was_written_to_saves_and_loads(tmp_path: Any) -> None:
+    model = rewritten("monarch")
+    with pytest.warns(RewriteWarning, match="was written to"):
+        model[2].weight.data += 1
+    model.save(tmp_path)
+    again = load(tmp_path, nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).eval())
+    assert type(again[2]) is nn.Linear
+    x = torch.randn(4, 16)
+    assert_reordered(again(x), model(x))

@@ -1,0 +1,236 @@
+"""Adapters of PEFT on rewritten layers, and rewrites of adapted models."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_reordered
+from torch import nn
+
+from rewriter import Pass, RewriteWarning, rewrite
+from rewriter.passes import (
+    Monarch,
+    MonarchChain,
+    MonarchResidual,
+    Quadratic,
+    Quantize,
+    TopK,
+)
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.clients
+
+NAMES = ["up", "down"]
+METHODS: dict[str, Callable[[], Any]] = {
+    "LoRA": lambda: peft.LoraConfig(r=4, target_modules=NAMES),
+    "all-linear": lambda: peft.LoraConfig(r=4, target_modules="all-linear"),
+    "DoRA": lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=NAMES),
+    "rsLoRA": lambda: peft.LoraConfig(r=4, use_rslora=True, target_modules=NAMES),
+    "IA3": lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=["down"]),
+    "LoHa": lambda: peft.LoHaConfig(r=4, target_modules=NAMES),
+    "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=NAMES),
+}
+LINEAR_RECIPES: dict[str, list[Pass]] = {
+    "monarch": [Monarch(nblocks=2)],
+    "chain": [MonarchChain()],
+    "residual": [MonarchResidual(nblocks=2)],
+    "int8": [Quantize("int8-dynamic")],
+    "int8 monarch": [Monarch(nblocks=2), Quantize("int8-dynamic")],
+}
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def rows(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def rewritten(passes: list[Pass]) -> nn.Module:
+    torch.manual_seed(0)
+    return rewrite(MLP().eval(), passes, rows(4, 16))
+
+
+def trained(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """With adapters away from where they start, by some noise and one step."""
+    own = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in own:
+            p.add_(0.1 * torch.randn_like(p))
+    optimizer = torch.optim.SGD(own, 0.01)
+    model.train()(x=x).square().sum().backward()
+    assert all(p.grad is not None for p in own)
+    optimizer.step()
+    return model.eval()
+
+
+def quietly(function: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("recipe", LINEAR_RECIPES)
+def test_an_adapter_trains_saves_and_merges(
+    recipe: str, method: str, tmp_path: pathlib.Path
+) -> None:
+    x, passes = rows(4, 16), LINEAR_RECIPES[recipe]
+    model = rewritten(passes)
+    layer, before = type(model.up), model(x)
+    held = {n: t.clone() for n, t in model.state_dict().items()}
+    adapted = quietly(lambda: trained(peft.get_peft_model(model, METHODS[method]()), x))
+    after = adapted(x=x).detach()
+    assert (after - before).norm() > 0.01 * before.norm()
+    base = adapted.get_base_model().up.base_layer
+    assert type(base) is layer
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, held[f"up.{name}"])  # the base does not train
+
+    quietly(lambda: adapted.save_pretrained(tmp_path))
+    again = quietly(lambda: peft.PeftModel.from_pretrained(rewritten(passes), tmp_path).eval())
+    assert torch.equal(again(x=x), after)
+
+    for safe in (False, True):
+        whole = copy.deepcopy(adapted)
+        with pytest.warns(RewriteWarning, match="it is an nn.Linear now"):
+            merged = whole.merge_and_unload(safe_merge=safe)
+        assert type(merged.up) is nn.Linear
+        if "int8" in recipe:  # inputs are no longer rounded
+            assert (quietly(lambda m=merged: m(x)) - after).norm() < 0.02 * after.norm()
+        else:
+            assert_reordered(quietly(lambda m=merged: m(x)), after)
+
+
+def test_a_merged_adapter_can_be_taken_out_again() -> None:
+    x = rows(4, 16)
+    model = peft.get_peft_model(rewritten([Monarch(nblocks=2)]), METHODS["LoRA"]())
+    quietly(lambda: trained(model, x))
+    after = model(x=x).detach()
+    with model.disable_adapter():
+        before = model(x=x)
+    quietly(model.merge_adapter)
+    assert_reordered(model(x=x), after)
+    model.unmerge_adapter()
+    assert_reordered(model(x=x), after)
+    with model.disable_adapter():
+        assert_reordered(model(x=x), before)
+
+
+def test_adapters_over_int8_have_the_gradients_of_the_float_base() -> None:
+    """dL/dA and dL/dB with the straight-through estimate: those over W = q·scale, nearly."""
+    x = rows(32, 16)
+    model = rewritten([Quantize("int8-dynamic")])
+    dense = MLP().eval()
+    for name in NAMES:
+        own = model.get_submodule(name)
+        dense.get_submodule(name).load_state_dict(
+            {"weight": own.dense_weight(), "bias": own.bias.detach()}
+        )
+    gradients = []
+    for base in (model, dense):
+        torch.manual_seed(3)
+        config = peft.LoraConfig(r=4, target_modules=NAMES, init_lora_weights=False)
+        adapted = quietly(lambda b=base, c=config: peft.get_peft_model(b, c))
+        quietly(lambda a=adapted: a(x=x).square().sum().backward())
+        gradients.append({n: p.grad for n, p in adapted.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        other = gradients[1][name]
+        assert (gradient - other).norm() < 0.02 * other.norm(), name
+
+
+def adapted_model(method: str, **options: Any) -> tuple[nn.Module, torch.Tensor]:
+    model = quietly(lambda: peft.get_peft_model(MLP(), METHODS[method]()))
+    return quietly(lambda: trained(model, rows(4, 16))), rows(4, 16)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "rsLoRA", "IA3", "LoHa", "OFT"])
+@pytest.mark.parametrize("recipe", ["monarch", "int8"])
+def test_a_rewrite_of_an_adapted_model_leaves_the_adapters(recipe: str, method: str) -> None:
+    model, x = adapted_model(method)
+    optimized = rewrite(model, LINEAR_RECIPES[recipe], {"x": x})
+    assert {d.site.rpartition(".")[2] for d in optimized.report.replaced} == {"base_layer"}
+    own = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert own == {n for n, p in optimized.named_parameters() if p.requires_grad}
+    quietly(lambda: trained(optimized, x))
+    after = optimized(x=x).detach()
+    with pytest.warns(RewriteWarning, match="was written to"):
+        merged = optimized.merge_and_unload()
+    assert type(merged.up) is nn.Linear
+    if recipe == "int8":
+        assert (merged(x) - after).norm() < 0.02 * after.norm()
+    else:
+        assert_reordered(merged(x), after)
+
+
+def test_the_report_says_why_adapters_stay() -> None:
+    model, x = adapted_model("LoRA")
+    skipped = rewrite(model, [Monarch(nblocks=2)], {"x": x}).report.skipped
+    reasons = {d.site.rpartition(".")[0].rpartition(".")[2]: d.reason for d in skipped}
+    assert set(reasons) == {"lora_A", "lora_B"}
+    assert "name lora_A in where=" in reasons["lora_A"]
+
+
+def test_adapters_that_where_names_are_rewritten() -> None:
+    model, x = adapted_model("LoRA")
+    optimized = rewrite(model, [Quantize("int8-dynamic", where="*.lora_A.*")], {"x": x})
+    assert [d.site for d in optimized.report.replaced] == [
+        "base_model.model.up.lora_A.default",
+        "base_model.model.down.lora_A.default",
+    ]
+
+
+def test_a_trained_copy_of_a_module_stays_too() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["up"], modules_to_save=["down"])
+    model, x = peft.get_peft_model(MLP(), config).eval(), rows(4, 16)
+    report = rewrite(model, [Quantize("int8-dynamic")], {"x": x}).report
+    assert [d.site for d in report.replaced] == ["base_model.model.up.base_layer"]
+    assert (
+        "modules_to_save" in next(d for d in report.skipped if "modules_to_save" in d.site).reason
+    )
+
+
+@pytest.mark.parametrize("passes", [[Quadratic()], [TopK(4)]], ids=["quadratic", "topk"])
+def test_what_is_not_linear_is_not_put_under_an_adapter(passes: list[Pass]) -> None:
+    """y = W topk(h) + B A h is not (W + B A) topk(h), which a merge would make of it."""
+    config = peft.LoraConfig(r=4, target_modules=["down"], init_lora_weights=False)
+    model, x = peft.get_peft_model(MLP(), config).eval(), rows(4, 16)
+    optimized = rewrite(model, passes, {"x": x})
+    declined = [d for d in optimized.report.decisions if d.action == "declined"]
+    assert [d.site for d in declined] == ["base_model.model.down.base_layer"]
+    assert "is not linear" in declined[0].reason
+    after = optimized(x=x)
+    assert_reordered(optimized.merge_and_unload()(x), after)
+
+
+def test_a_transposed_base_merges_the_right_way_round() -> None:
+    """transformers' Conv1D holds [in, out], and a square adapter would merge without an error."""
+    conv = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential()
+    model.add_module("up", conv(16, 16))
+    config = peft.LoraConfig(
+        r=4, target_modules=["up"], fan_in_fan_out=True, init_lora_weights=False
+    )
+    adapted, x = peft.get_peft_model(model, config).eval(), rows(4, 16)
+    optimized = rewrite(adapted, [Monarch(nblocks=2)], {"input": x})
+    after = optimized(input=x)
+    merged = quietly(optimized.merge_and_unload)
+    assert_reordered(merged(x), after)
