@@ -9,7 +9,7 @@ BENCHES := $(filter-out benchmarks/_% $(addprefix benchmarks/,zoo.py gpu.py spot
 # Models and data come from packages; nothing may ask a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint bench
+.PHONY: demo test test-all interop lint bench
 
 demo: .venv/.stamp
 	$(PY) examples/minilm.py $(ARGS)
@@ -24,6 +24,10 @@ test: .venv/.stamp
 # compilations, and the libraries that rewritten models meet (peft, Trainer, Lightning, ONNX, ...).
 test-all: .venv/.stamp .venv/.clients
 	$(PYTEST) $(ARGS)
+
+# What every pass works with: runs the table and writes docs/interop.md.
+interop: .venv/.stamp .venv/.clients
+	PYTHONPATH=benchmarks:tests:tests/helpers $(PY) -m interop $(ARGS)
 
 # `rewriter.passes` and `rewriter.kernels` exist only once installed (package-dir in pyproject.toml),
 # so mypy reads an installed copy; `build` goes first, or setuptools would ship files deleted since.

@@ -34,6 +34,13 @@ class PostNorm(PreNorm):
         return self.norm(x + self.down(self.act(self.up(x))))
 
 
+class CastNorm(PreNorm):
+    """As a Llama's: a cast to float32, which leaves x as it is, lies on the way past the layers."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x.to(torch.float32), scale)
+
+
 class Stack(nn.Module):
     """Blocks in turn, called with an argument that only they read."""
 
@@ -88,7 +95,9 @@ def reasons(model: nn.Module, x: Any, where: str, *passes: Pass) -> dict[str, st
     return {d.site: d.reason for d in report.steps[1 + len(passes)].decisions}
 
 
-@pytest.mark.parametrize(("kind", "said"), [(PreNorm, ""), (PostNorm, "layer_norm went with it")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [(PreNorm, ""), (CastNorm, ""), (PostNorm, "layer_norm went with it")]
+)
 def test_a_block_goes_from_both_modes_and_from_the_tree(kind: type[PreNorm], said: str) -> None:
     model, x = Stack(kind).eval(), torch.randn(3, 8)
     out = rewrite(model, [RemoveBlocks(where="blocks.1*")], x)

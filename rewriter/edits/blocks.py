@@ -143,6 +143,8 @@ def _skip_path(
                 source, sums = _skip_path(operand, inside, owner, through)
                 if source is not None:
                     return source, sums + 1
+    elif name == "to" and _same_type(node):  # of a norm in float32 that returns what it was given
+        return _skip_path(node.all_input_nodes[0], inside, owner, through)
     elif (name in AFTER_SUM or called_activation(node, owner)) and node.args:
         if isinstance(node.args[0], Node):
             found = _skip_path(node.args[0], inside, owner, through)
@@ -150,6 +152,13 @@ def _skip_path(
                 through[name] = None
             return found
     return None, 0
+
+
+def _same_type(cast: Node) -> bool:
+    """Whether a cast leaves its tensor as it is."""
+    source, result = cast.all_input_nodes[0].meta.get("val"), cast.meta.get("val")
+    known = isinstance(source, Tensor) and isinstance(result, Tensor)
+    return known and (source.dtype, source.device) == (result.dtype, result.device)
 
 
 def dead_nodes(hosted: HostedGraph, cuts: Iterable[Cut], names: Sequence[str]) -> list[Node]:

@@ -1,0 +1,67 @@
+"""The run of the whole table, and its Markdown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from interop import clients, group
+from interop.outcomes import Outcome, outcome
+from interop.recipes import RECIPES, Recipe
+
+Table = Mapping[str, Sequence[Outcome]]
+"""Client → one outcome per recipe."""
+
+HEAD = """# What rewritten models work with
+
+Every pass and every client, as `make interop` found them: each cell runs a small model rewritten by
+the pass through the client, and compares outputs or gradients with the same rewritten model left
+alone. *Works* means that they are equal; *refused* that an error says why, as the footnote does.
+The passes, models and checks are in [tests/interop](../tests/interop).
+"""
+
+
+def run(names: Iterable[str], recipes: Sequence[Recipe] = RECIPES, said: bool = False) -> Table:
+    """Runs the cells of the named clients.
+
+    Args:
+        said: prints each client with its seconds as it is done.
+    """
+    table: dict[str, Sequence[Outcome]] = {}
+    wanted = list(names)
+    for name in (n for n in wanted if n in clients.CLIENTS):
+        began = time.perf_counter()
+        table[name] = [outcome(clients.CLIENTS[name], recipe) for recipe in recipes]
+        if said:
+            print(f"{time.perf_counter() - began:6.1f} s  {name}", flush=True)
+    together = {n: c for n, c in group.CLIENTS.items() if n in wanted}
+    if together:
+        began = time.perf_counter()
+        table.update(group.outcomes(together, tuple(recipes)))
+        if said:
+            print(f"{time.perf_counter() - began:6.1f} s  {', '.join(together)}", flush=True)
+    return {name: table[name] for name in wanted}
+
+
+def markdown(table: Table, recipes: Sequence[Recipe] = RECIPES) -> str:
+    """The page: one row per client, one column per recipe, and the reasons below."""
+    notes: dict[str, int] = {}
+
+    def cell(found: Outcome) -> str:
+        if not found.reason:
+            return found.status
+        return f"{found.status}[^{notes.setdefault(found.reason, len(notes) + 1)}]"
+
+    rows = [
+        ["", *(r.name for r in recipes)],
+        ["---"] * (len(recipes) + 1),
+        *([name, *map(cell, cells)] for name, cells in table.items()),
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    foot = [f"[^{number}]: {_plain(reason)}" for reason, number in notes.items()]
+    return "\n".join([HEAD, *lines, "", *foot]).rstrip() + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
