@@ -19,6 +19,10 @@ from rewriter.spellings import PRODUCTS, is_leaf, op_name, user_line
 
 __all__ = ["other_weights"]
 
+_PATCHED = (
+    "its layer has a forward of its own, set on the object, which calls no linear function with "
+    "this weight; a copy of the model may still call the original's: try inplace=True"
+)
 _STEPS = 6
 """How many moves (slices, casts, transposes) may lie between a parameter and its product."""
 
@@ -58,6 +62,8 @@ def other_weights(capture: Capture, sites: Iterable[Site], listed: Sequence[str]
         if id(parameter) in uses or path in islands:
             op, where = uses.get(id(parameter), (f"the Python code of {type(owner).__name__}", ""))
             reason = f"its weight goes into {op} in a form that is no linear layer"
+            if "forward" in vars(owner):
+                reason = _PATCHED
             shape = "×".join(map(str, parameter.shape))
             decisions.append(Decision(name, "linear", "skipped", reason, where=where, shape=shape))
     return decisions
