@@ -51,12 +51,16 @@ def rewrite(
     lower: bool | Sequence[Rule] = True,
     inplace: bool = False,
     strict_signature: bool = False,
+    capture_seconds: float = 60.0,
 ) -> M:
     """model → capture → each pass in turn → an ordinary module of the model's own class.
 
     The result has the model's class, attributes, hooks, ties and state_dict keys (but for the
     rewritten layers), switches between `train()` and `eval()`, and carries its ledger as
     `result.report`.
+
+    Several threads may rewrite at once, also copies of one model. A model that is rewritten
+    `inplace` must not run in another thread meanwhile: its layers change under the call.
 
     Args:
         model: any `nn.Module`; never changed unless `inplace`.
@@ -92,6 +96,8 @@ def rewrite(
         inplace: rewrite `model` itself, to save memory; it stays as it was if anything fails.
         strict_signature: raise on calls that differ from the captured one, instead of running the
             original Python forward over the rewritten layers.
+        capture_seconds: of CPU time, for tracing the model; what is not traced then stays Python,
+            with a warning.
 
     Returns:
         The rewritten model, a `RewrittenModule` and still an instance of the model's class.
@@ -106,7 +112,7 @@ def rewrite(
     _check_model(model)
     settings = _settings(
         passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels,
-        example_inputs, lower,
+        example_inputs, lower, capture_seconds,
     )  # fmt: skip
     with torch.inference_mode(False):  # or the result could never train
         root = model if inplace else copied(model)
@@ -131,6 +137,7 @@ def explain(
     measure: bool = False,
     kernels: str = "auto",
     lower: bool | Sequence[Rule] = True,
+    capture_seconds: float = 60.0,
 ) -> Report:
     """The dry run: the report that `rewrite` with the same arguments would give, and no model.
 
@@ -140,7 +147,7 @@ def explain(
     _check_model(model)
     settings = _settings(
         passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels,
-        example_inputs, lower,
+        example_inputs, lower, capture_seconds,
     )  # fmt: skip
     with torch.inference_mode(False):
         return run(copied(model), passes, example_inputs, settings, False, model)
@@ -241,6 +248,7 @@ def _settings(
     kernels: Any,
     example_inputs: Any,
     lower: Any,
+    capture_seconds: Any,
 ) -> Options:
     """The engine's options, or what is impossible about the arguments."""
     if not isinstance(passes, list | tuple | Pass):
@@ -256,7 +264,9 @@ def _settings(
     batches = None if calibration is None else Calibration.of(calibration)
     if batches is not None and not any(p.calibrates for p in passes):
         warn("calibration is given, but none of the passes makes use of it")
-    return Options(objective, max_error, where, found, bool(measure), batches, memory, rules)
+    return Options(
+        objective, max_error, where, found, bool(measure), batches, memory, rules, capture_seconds
+    )
 
 
 def _check_model(model: Any) -> None:

@@ -207,6 +207,10 @@ class _Transposed:
 
 def _as_called(layer: Layer, x: Tensor, bias: Tensor | None) -> Tensor:
     own = getattr(layer, "bias", None)
+    if own is None and bias is not None:  # made on the fly: it was no part of the layer
+        result = layer(x)
+        assert isinstance(result, Tensor)
+        return result + bias
     if bias is not None and bias is not own:
         raise TypeError(f"{type(layer).__name__} has another bias than the one it is called with")
     if bias is None and own is not None:

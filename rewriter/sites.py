@@ -24,6 +24,7 @@ from rewriter.spellings import (
     channels_of,
     convolution,
     is_activation,
+    is_added,
     is_leaf,
     is_transparent,
     kind_name,
@@ -342,8 +343,11 @@ class _Finder:
             return None
         fqn = join(self.prefix, str(weight.target))
         bias_ref = None
-        if bias is not None:
-            if not isinstance(bias, Node) or not self._is_parameter(bias, 1):
+        if isinstance(bias, Node) and not self._is_parameter(bias, 1):
+            if not is_added(bias):
+                return None  # else it is made on the fly, and stays an addition
+        elif bias is not None:
+            if not isinstance(bias, Node):
                 return None
             bias_ref = join(self.prefix, str(bias.target))
             if _tensor(self.root, bias_ref).numel() != _tensor(self.root, fqn).shape[transposed]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 import re
+import types
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from rewriter.layer import Layer
@@ -36,6 +38,7 @@ __all__ = [
     "convolution",
     "is_activation",
     "is_adapter",
+    "is_added",
     "is_leaf",
     "is_transparent",
     "is_view",
@@ -48,6 +51,7 @@ __all__ = [
     "source_of",
     "swaps",
     "user_line",
+    "weight_handler",
     "works_in_place",
 ]
 
@@ -313,6 +317,50 @@ def channels_of(module: nn.Module) -> Channels | None:
     if not isinstance(conv.weight, nn.Parameter):  # computed in a hook
         return None
     return Channels.of(conv.weight, conv.stride, conv.padding, conv.groups, conv.transposed)
+
+
+def is_added(bias: Node) -> bool:
+    """Whether what a linear function is given as its bias is a vector that the model makes on the
+    fly, which may as well be added to the result: `torch.cat((q_bias, zeros, v_bias))`."""
+    value = bias.meta.get("val")
+    return bias.op.startswith("call_") and isinstance(value, Tensor) and value.dim() == 1
+
+
+def weight_handler(module: nn.Module, name: str) -> str:
+    """What a module's class does with a parameter besides its forward: the method by which it
+    merges or moves it (`train` of loralib's layers); "" where its methods are torch's own."""
+    cls = type(module)
+    for method in _LIFE:
+        for owner in cls.__mro__:
+            if owner.__module__.startswith("torch."):
+                break
+            if method in vars(owner):
+                if _names(cls, vars(owner)[method], name, set()):
+                    return f"{cls.__name__}.{method}"
+                break
+    return ""
+
+
+_LIFE = ("train", "eval", "_apply", "to", "half", "float", "double", "bfloat16", "requires_grad_")
+"""Methods that clients call on a model in whatever state."""
+
+
+def _names(cls: type, method: Any, name: str, seen: set[str]) -> bool:
+    """Whether the code of a method, or of others of the class that it calls, names an attribute."""
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    if code is None:
+        return False
+    codes = [code, *(c for c in code.co_consts if isinstance(c, types.CodeType))]
+    named = {n for c in codes for n in c.co_names} - seen
+    seen |= named
+    own = [getattr(cls, n) for n in named if inspect.isfunction(_vars_of(cls).get(n))]
+    return name in named or any(_names(cls, m, name, seen) for m in own)
+
+
+def _vars_of(cls: type) -> dict[str, Any]:
+    """What a class and its bases outside of torch define."""
+    bases = [c for c in reversed(cls.__mro__) if not c.__module__.startswith("torch.")]
+    return {k: v for c in bases for k, v in vars(c).items()}
 
 
 def swaps(node: Node) -> bool | None:

@@ -7,11 +7,8 @@ arguments by `Signature`; attributes and hooks by `Watch`) or refused here, with
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,21 +23,23 @@ from rewriter.capture.replay import Record, Replayed, in_train_mode, replayed
 from rewriter.capture.signature import Call, Dims, Signature
 from rewriter.cost import Fakes, GraphCost, model_cost
 from rewriter.errors import CaptureError, RewriteError, VerifyError
+from rewriter.modules.isolation import kept_numbers
+from rewriter.modules.keeping import kept_values
+from rewriter.modules.quiet import TRACING, quietly, traced_here_alone
 from rewriter.modules.running import (
     difference,
     first_line,
     modes,
     own_copy,
     quiet_run,
-    random_state,
     run_flat,
-    set_random_state,
     without_hooks,
 )
 from rewriter.modules.structure import Structure, Unflattenable, flatten
 
-__all__ = ["TRAIN_IN_PYTHON", "Region", "export_region"]
+__all__ = ["TOO_LONG", "TRAIN_IN_PYTHON", "Region", "export_region", "unusual"]
 
+TOO_LONG = "tracing took longer than its time limit"
 TRAIN_IN_PYTHON = "train mode runs the original Python forward over the rewritten layers"
 
 
@@ -84,6 +83,8 @@ def export_region(
         return str(error)
     if not leaves:
         return "it is called without tensors"
+    if reason := next(filter(None, map(unusual, leaves)), ""):
+        return reason
     deadline = time.thread_time() + seconds
     region = Region(prefix, {}, {}, signature, leaves)
     reason = _export(module, region, False, deadline, fakes)
@@ -103,12 +104,33 @@ def export_region(
     return region
 
 
+def unusual(value: Any) -> str:
+    """Why no graph here can be given a value; "" of plain tensors, and of what is no tensor."""
+    if not isinstance(value, Tensor) or (value.layout is torch.strided and not value.is_nested):
+        return ""
+    kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    return f"it is called with a {kind} tensor, which neither graphs nor passes take"
+
+
 class _Result:
     """Where the traced forward leaves its output's structure, and what its replay in train mode
     found (export undoes attribute writes)."""
 
     structure: Structure | None = None
     replayed: Replayed | None = None
+
+
+class _Untraceable(CaptureError):
+    """Why a forward cannot be traced. torch prints the graph that an error holds, so that this one
+    takes none."""
+
+    @property
+    def partial_fx_graph(self) -> Any:
+        raise AttributeError("partial_fx_graph")
+
+    @partial_fx_graph.setter
+    def partial_fx_graph(self, graph: Any) -> None:
+        pass
 
 
 class _Flat(nn.Module):
@@ -128,12 +150,18 @@ class _Flat(nn.Module):
             args, kwargs = self.signature.arguments(leaves)
             return self.module(*args, **kwargs)
 
-        with self.observer:
-            self.result.structure = flatten(call(), results, objects=True)
+        try:
+            with traced_here_alone(), self.observer:
+                self.result.structure = flatten(call(), results, objects=True)
+        except RewriteError as error:
+            raise _Untraceable(first_line(error)) from error
+        except Exception as error:
+            raise _Untraceable(f"{type(error).__name__}: {first_line(error)}") from error
         if self.observer.record is not None:
-            self.result.replayed = replayed(
-                self.module, call, self.observer.record, results, self.result.structure
-            )
+            with traced_here_alone():
+                self.result.replayed = replayed(
+                    self.module, call, self.observer.record, results, self.result.structure
+                )
         return results
 
 
@@ -169,7 +197,7 @@ class _Observer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if time.thread_time() > self.deadline:
-            raise CaptureError("tracing took longer than its time limit")
+            raise CaptureError(TOO_LONG)
         if func in _HOOKS:
             raise CaptureError("its forward hooks gradients, which a graph would lose")
         if func in _LAYOUT:
@@ -255,24 +283,23 @@ def _traced(
     record = Record() if replay and not training else None
     observer = _Observer(module, deadline, record)
     flat = _Flat(module, signature, observer)
-    before = random_state()
-    try:
-        with (
-            modes(module, training),
-            without_hooks(module),
-            _quietly(),
-            _own_backward_refused(),
-            torch.enable_grad(),
-        ):
-            program = torch.export.export(
-                flat, tuple(examples), dynamic_shapes=(_dynamic(examples),), strict=False
-            )
-        if random_state() != before:
+    with (
+        TRACING,
+        modes(module, training),
+        without_hooks(module),
+        quietly(logs=True),
+        _own_backward_refused(),
+        torch.enable_grad(),
+        kept_values(module),
+        kept_numbers() as drew,
+    ):
+        program = torch.export.export(
+            flat, tuple(examples), dynamic_shapes=(_dynamic(examples),), strict=False
+        )
+        if drew():
             raise CaptureError(
                 "its forward draws from Python's or NumPy's random numbers, which a graph would fix"
             )
-    finally:
-        set_random_state(before)
     found = flat.result.replayed
     if found is not None and not found.clean:
         return _traced(module, signature, examples, leaves, training, deadline, replay=False)
@@ -314,24 +341,6 @@ def _own_backward_refused() -> Iterator[None]:
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         hooks.__enter__ = enter  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """A failed trace logs its whole graph; here it is one rung that did not hold, and the reason
-    goes into the report."""
-    disabled = logging.root.manager.disable
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
 
 
 # sizes

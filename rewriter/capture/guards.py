@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.modules.structure import is_constant
-from rewriter.modules.tree import is_hook_dict, join
+from rewriter.modules.tree import is_hook_dict, is_recorder, join, recorded_inside
 
 __all__ = ["Watch"]
 
@@ -76,6 +76,8 @@ class Watch:
 
     def difference(self, training: bool) -> str | None:
         """What has changed since, or None."""
+        if recorded_inside(self._root):
+            return "outputs of layers inside are recorded, which a graph would bypass"
         fast = self._fast
         if fast is None:
             fast = self._fast = [
@@ -115,6 +117,8 @@ class Watch:
                     if changed:
                         return f"{changed} was replaced after the rewrite"
                     then[key] = dict(now[key])
+                elif is_hook_dict(key) and key in now and _users(now[key]) == _users(value):
+                    then[key] = dict(now[key])
                 elif is_hook_dict(key):
                     return f"hooks of {label} were changed after the rewrite"
                 else:
@@ -136,6 +140,11 @@ class Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fast": None}
+
+
+def _users(hooks: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Hooks without those that a framework records outputs with."""
+    return {k: hook for k, hook in hooks.items() if not is_recorder(hook)}
 
 
 def _equal(now: Any, then: Any) -> bool:

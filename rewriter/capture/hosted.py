@@ -22,8 +22,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import itertools
-import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -34,6 +32,7 @@ from torch import fx, nn
 from rewriter.capture.guards import Watch
 from rewriter.capture.signature import Signature
 from rewriter.errors import SignatureError, warn
+from rewriter.modules.generated import function_of
 from rewriter.modules.structure import Structure
 from rewriter.report import Report
 
@@ -48,7 +47,6 @@ __all__ = [
     "unhost",
 ]
 
-_counter = itertools.count()
 _MODE_TARGETS = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
 _DEVICES = ("cpu", "cuda")
 
@@ -98,12 +96,7 @@ class Program:
             for node in graph.nodes:
                 node.args = fx.node.map_aggregate(node.args, lambda a: _moved(a, device))
                 node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: _moved(a, device))
-        code = graph.python_code("self")
-        filename = f"<rewriter graph {next(_counter)}>"
-        linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
-        namespace = dict(code.globals)
-        exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 (fx's own codegen)
-        return cast(Callable[..., Any], namespace["forward"])
+        return function_of(graph)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # a finished graph never changes again

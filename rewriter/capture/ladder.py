@@ -18,13 +18,16 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
-from rewriter.capture.exporting import TRAIN_IN_PYTHON, Region, export_region
+from rewriter.capture.exporting import TOO_LONG, TRAIN_IN_PYTHON, Region, export_region
 from rewriter.capture.guards import Watch
 from rewriter.capture.hosted import Program, State, host, unhost
 from rewriter.capture.signature import Call
 from rewriter.capture.submodules import capture_submodules, refusal
 from rewriter.cost import Fakes
-from rewriter.errors import CaptureError
+from rewriter.errors import CaptureError, warn
+from rewriter.modules.isolation import forget
+from rewriter.modules.keeping import written
+from rewriter.modules.quiet import TRACING
 from rewriter.modules.running import (
     difference,
     first_line,
@@ -32,7 +35,6 @@ from rewriter.modules.running import (
     own_copy,
     quiet_run,
     run_flat,
-    written,
 )
 from rewriter.modules.structure import flatten
 from rewriter.modules.tensors import CONSTANT
@@ -139,6 +141,7 @@ def capture(
             empty, on another device than the model, or the model itself fails on them.
     """
     start = time.perf_counter()
+    forget(root)
     for module in root.modules():  # a model that was rewritten before is captured anew
         state = vars(module).get("_rewriter")
         if isinstance(state, State) and not state.graph_only:
@@ -171,8 +174,19 @@ def capture(
         if not (result.on_meta and all(r.alike for r in result.regions if r.hosted)):
             _check_train(result)
     _drop_constants(result)
+    _warn_of_limit(result, seconds)
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _warn_of_limit(result: Capture, seconds: float) -> None:
+    said = [*result.notes, *(f"{i.fqn or 'the model'}: {i.reason}" for i in result.islands)]
+    cut = [text for text in said if TOO_LONG in text]
+    if cut:
+        warn(
+            f"capture stopped at its limit of {seconds:g} s of CPU time ({'; '.join(cut[:3])}): "
+            "give it more by capture_seconds"
+        )
 
 
 # example inputs
@@ -382,7 +396,7 @@ def _symbolic(root: nn.Module) -> Capture:
         if reason:
             raise CaptureError(reason)
         for training in (False, True):
-            with modes(root, training):
+            with TRACING, modes(root, training):
                 graphs[training] = _Tracer().trace(root)
     except Exception as error:
         raise CaptureError(

@@ -26,7 +26,9 @@ from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
 
-from rewriter.modules.running import kept, modes, random_state, set_random_state, written
+from rewriter.modules.isolation import kept_numbers
+from rewriter.modules.keeping import kept, written
+from rewriter.modules.running import modes
 from rewriter.modules.structure import Structure, flatten, is_constant, same
 from rewriter.spellings import mutates
 
@@ -227,14 +229,15 @@ def replayed(
     if proxy is None:
         return Replayed(alike=False, clean=True)
     nodes = proxy.tracer.graph.nodes
-    before, grad, random = len(nodes), torch.is_grad_enabled(), random_state()
+    before, grad = len(nodes), torch.is_grad_enabled()
     changes = written(module)
     replay = _Replay(record)
     again: list[Any] = []
     try:
-        with kept(module, data=False), modes(module, True), _unseen_modules(), replay:
-            own = flatten(call(), again, objects=True)
-            alike = not changes() and random_state() == random
+        with kept_numbers() as drew, kept(module, data=False), modes(module, True):
+            with _unseen_modules(), replay:
+                own = flatten(call(), again, objects=True)
+                alike = not changes() and not drew()
         alike = (
             alike
             and next(replay.left, None) is None
@@ -245,7 +248,6 @@ def replayed(
         alike = False
     finally:
         _set_grad(grad)
-        set_random_state(random)
     # comparisons of sizes are traced too: nothing uses them, so that they fall away
     new = itertools.islice(nodes, before, None)
     clean = all(isinstance(n.meta.get("val"), _SYMBOLIC) for n in new)

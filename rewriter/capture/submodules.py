@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
-from rewriter.capture.exporting import Region, export_region
+from rewriter.capture.exporting import TOO_LONG, Region, export_region, unusual
 from rewriter.capture.signature import Call
 from rewriter.cost import Fakes
 from rewriter.modules.running import first_line, own_copy, quiet_run
 from rewriter.modules.structure import Unflattenable, flatten
-from rewriter.modules.tree import has_hooks, join
+from rewriter.modules.tree import has_hooks, join, recorded_inside
 from rewriter.report import Island
-from rewriter.sites import is_leaf
+from rewriter.sites import is_leaf, kind_of
 
 __all__ = ["CapturedSubmodules", "capture_submodules", "refusal"]
 
@@ -71,9 +73,12 @@ def capture_submodules(
         fakes: of the model's weights.
     """
     result = CapturedSubmodules()
-    calls = _record(root, args, kwargs)
+    linears = _Linears(root)
+    calls, seen_inside = _record(root, args, kwargs, linears)
+    called = linears.calls()
     deadline = time.thread_time() + seconds
     done: set[int] = set()
+    graphed: set[int] = set()
 
     def visit(fqn: str, module: nn.Module, reason: str | None) -> None:
         if id(module) in done:
@@ -81,9 +86,15 @@ def capture_submodules(
         done.add(id(module))
         recorded = calls.get(id(module), [])
         if is_leaf(module):
-            if recorded:
+            given = [a for args, kwargs in recorded for a in [*args, *kwargs.values()]]
+            if reason := next(filter(None, map(unusual, given)), ""):
+                if kind_of(module) is not None:
+                    result.islands.append(Island(fqn, type(module).__name__, reason, [fqn]))
+            elif recorded:
                 result.regions.append(_leaf_region(fqn, recorded))
             return
+        if id(module) in seen_inside:
+            reason = reason or "outputs of layers inside are recorded, which a graph would bypass"
         if reason is None and recorded:
             region = _part(fqn, module, recorded, writes, deadline, fakes)
             if isinstance(region, Region):
@@ -92,8 +103,12 @@ def capture_submodules(
                 if region.train_reason:
                     result.notes.append(f"{fqn}: {region.train_reason}")
                 done.update(id(m) for m in module.modules())
+                graphed.update(id(m) for m in module.modules())
                 return
             reason = region
+        own = [n for n in called if n.rpartition(".")[0] == fqn]
+        if own and reason == _NO_LAYER:
+            return  # nothing but functions of its own weights, which are listed below
         if recorded and reason is not None:
             layers = [join(fqn, n) for n, m in module.named_children() if is_leaf(m)]
             result.islands.append(Island(fqn, type(module).__name__, reason, layers))
@@ -101,15 +116,26 @@ def capture_submodules(
             visit(join(fqn, name), child, None)
 
     visit("", root, reason)
+    for name, made in called.items():
+        owner, _, last = name.rpartition(".")
+        module = root.get_submodule(owner)
+        if id(module) not in graphed and not is_leaf(module):
+            result.regions.append(_function_region(owner, last, made))
     return result
 
 
-def _record(root: nn.Module, args: Any, kwargs: Any) -> dict[int, list[tuple[Any, Any]]]:
-    """What each module was called with, for modules that one forward calls."""
+def _record(
+    root: nn.Module, args: Any, kwargs: Any, linears: _Linears
+) -> tuple[dict[int, list[tuple[Any, Any]]], set[int]]:
+    """What each module was called with, for modules that one forward calls; and the modules
+    inside of which a framework recorded outputs meanwhile."""
+    recorded: set[int] = set()
     calls: dict[int, list[tuple[Any, Any]]] = {}
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
         own = calls.setdefault(id(module), [])
+        if recorded_inside(module):
+            recorded.add(id(module))
         if is_leaf(module):  # only the shape matters: one element stands for all
             args = tuple(_outline(a) for a in args)
             kwargs = {k: _outline(a) for k, a in kwargs.items()}
@@ -121,15 +147,70 @@ def _record(root: nn.Module, args: Any, kwargs: Any) -> dict[int, list[tuple[Any
             for module in root.modules():
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             own_args, own_kwargs = own_copy(args, kwargs)
-            root(*own_args, **own_kwargs)
+            with linears:
+                root(*own_args, **own_kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-    return calls
+    return calls, recorded
+
+
+_NO_LAYER = "no layer inside"
+
+
+class _Linears(TorchFunctionMode):
+    """Notes what `F.linear` is called with, where its weight is a parameter of the model: Python
+    code that does no more with it may be given a layer in its place."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = {id(p): name for name, p in root.named_parameters()}
+        self.made: dict[str, list[tuple[Tensor, str]]] = {}
+        self.read: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+        if func is torch.nn.functional.linear and id(given["weight"]) in self.names:
+            self._note(self.names[id(given["weight"])], given["input"], given.get("bias"))
+        else:
+            self.read |= {
+                self.names[id(a)] for a in (*args, *kwargs.values()) if id(a) in self.names
+            }
+        return func(*args, **kwargs)
+
+    def _note(self, name: str, x: Tensor, bias: Tensor | None) -> None:
+        named = "" if bias is None else self.names.get(id(bias), "?")
+        if (
+            unusual(x)
+            or named == "?"
+            or named.rpartition(".")[0] not in ("", name.rpartition(".")[0])
+        ):
+            self.read.add(name)  # in a form that no layer stands for
+        else:
+            self.made.setdefault(name, []).append((_outline(x), named.rpartition(".")[2]))
+
+    def calls(self) -> dict[str, list[tuple[Tensor, str]]]:
+        """(input, name of the bias) of each call, by the weight's name."""
+        return {n: m for n, m in self.made.items() if n not in self.read}
+
+
+def _function_region(owner: str, weight: str, made: list[tuple[Tensor, str]]) -> Region:
+    """A graph that only describes the calls of one linear function that Python makes."""
+    graph = fx.Graph()
+    results = []
+    for i, (_, bias) in enumerate(made):
+        x = graph.placeholder(f"x{i}")
+        own = [graph.create_node("get_attr", name) for name in (weight, bias) if name]
+        linear = torch.nn.functional.linear
+        results.append(graph.call_function(linear, (x, *own)))
+    graph.output(tuple(results))
+    leaves = [x for x, _ in made]
+    return Region(owner, {False: graph}, {False: None}, None, leaves, hosted=False)
 
 
 def _outline(value: Any) -> Any:
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or unusual(value):
         return value
     return value.detach().new_zeros(()).expand(value.shape)
 
@@ -146,10 +227,10 @@ def _part(
     if refused:
         return refused
     if not any(is_leaf(m) for m in module.modules()):
-        return "no layer inside"
+        return _NO_LAYER
     remaining = deadline - time.thread_time()
     if remaining <= 0:
-        return "the time limit of capture was reached"
+        return TOO_LONG
     try:
         bound = [Call.of(type(module).forward.__get__(module), a, k) for a, k in recorded]
         keys = {str(_shape_of(c)) for c in bound}

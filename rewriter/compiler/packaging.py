@@ -16,6 +16,7 @@ from rewriter.capture import arguments
 from rewriter.errors import CaptureError, RewriteError
 from rewriter.kernels import ops as kernel_ops
 from rewriter.kernels.ops import Record
+from rewriter.modules.generated import unwritable
 from rewriter.report import Report
 
 __all__ = ["Exported", "exported"]
@@ -76,6 +77,11 @@ def exported(
     """
     report: Any = ready.report
     args, kwargs = arguments(example_inputs)
+    if (name := unwritable(ready)) is not None:
+        raise CaptureError(
+            f"{type(ready).__name__} holds the name {name!r}, which torch.export would write into "
+            "Python code as it is: rename it"
+        )
     with torch.no_grad():
         try:
             program = torch.export.export(ready, args, kwargs, dynamic_shapes=dynamic_shapes)

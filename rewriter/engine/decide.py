@@ -33,6 +33,7 @@ from rewriter.spellings import (
     op_name,
     source_of,
     swaps,
+    weight_handler,
 )
 
 __all__ = [
@@ -66,6 +67,7 @@ class Options:
     calibration: Calibration | None = None
     memory: MemoryBudget | None = None
     lower: tuple[Rule, ...] = ()
+    capture_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         limit, where = self.max_error, self.where
@@ -74,6 +76,9 @@ class Options:
         number = isinstance(limit, numbers.Real) and not isinstance(limit, bool)
         if limit is not None and not (number and limit >= 0):
             raise OptionError(f"max_error={limit!r}: use a number of at least 0, or None")
+        most = self.capture_seconds
+        if isinstance(most, bool) or not (isinstance(most, numbers.Real) and most > 0):
+            raise OptionError(f"capture_seconds={most!r}: use a number of seconds above 0")
         if not (where is None or isinstance(where, str) or callable(where)):
             raise OptionError(
                 f"where={where!r}: use a name pattern, a predicate over sites, or None"
@@ -202,6 +207,10 @@ def unsafe(capture: Capture, site: Site, sites: Sequence[Site]) -> Skip | None:
         hooks for name, hooks in vars(module).items() if "state_dict" in name and "hooks" in name
     ):
         return Skip("it has state_dict hooks, which the new layer's tensors would not fit")
+    for ref in filter(None, (site.weight_ref, site.bias_ref)):
+        owner, _, name = ref.rpartition(".")
+        if method := weight_handler(capture.root.get_submodule(owner), name):
+            return Skip("{} handles its {}, which the new layer does not have", method, name)
     plain = site.parts["down"].kind == LINEAR if site.kind == MLP else site.kind in (LINEAR, CONV)
     if site.weight_ref is None and plain:
         return Skip("its weight is computed in a hook (torch.nn.utils); remove it first")
@@ -209,6 +218,8 @@ def unsafe(capture: Capture, site: Site, sites: Sequence[Site]) -> Skip | None:
         for island in capture.islands:
             if site.fqn in island.layers and capture.rung == "symbolic":
                 return Skip("inside {}: {}", island.fqn, island.reason)
+            if site.fqn == island.fqn:
+                return Skip("{}", island.reason)
         readers = _readers(capture)
         own = [] if module is None else module.parameters(recurse=False)
         used = sorted({op_name(n) for p in own for n in readers.get(id(p), ())})

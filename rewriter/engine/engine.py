@@ -265,7 +265,7 @@ class Engine:
             root(*args, **kwargs)
 
         lowered, plain = functools.partial(run, True), functools.partial(run, False)
-        with quiet_run(root, training=False):
+        with quiet_run(root, training=False, timed=True):
             lowered()  # derives the weights
             start = time.perf_counter()
             lowered()
@@ -380,7 +380,7 @@ class Engine:
         models = [self.capture.root] if self.model is None else [self.model, self.capture.root]
         with contextlib.ExitStack() as stack:
             for model in models:
-                stack.enter_context(quiet_run(model, training=False))
+                stack.enter_context(quiet_run(model, training=False, timed=True))
             args, kwargs = own_copy(*example)
             calls = [functools.partial(model, *args, **kwargs) for model in models]
             times = medians(calls, tensors[0].device)

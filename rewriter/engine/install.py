@@ -7,6 +7,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from rewriter.capture import Capture
@@ -20,7 +21,7 @@ from rewriter.modules.tensors import named_tensors, put_tensor
 from rewriter.modules.tree import is_hook_dict
 from rewriter.recipe.edits import Removed, Resized, replayed
 from rewriter.sites import HostedGraph, Site
-from rewriter.spellings import is_adapter, source_of
+from rewriter.spellings import is_adapter, operands, source_of
 
 __all__ = ["cut_graphs", "names_of", "put", "remove", "resize"]
 
@@ -42,7 +43,8 @@ def put(capture: Capture, site: Site, layer: nn.Module, names: Mapping[int, list
     for node in site.nodes:
         if node.op != "call_module":
             prefix = prefixes[id(node.graph)]
-            _call_instead(node, site.fqn.removeprefix(f"{prefix}.") if prefix else site.fqn)
+            name = site.fqn.removeprefix(f"{prefix}.") if prefix else site.fqn
+            _call_instead(node, name, kept_bias=site.bias_ref is None)
     if isinstance(layer, Layer):
         # what Python code that reads the weight by hand sees in its place
         stood = getattr(old, "stands_for_transposed", False)
@@ -141,13 +143,24 @@ def _take_hooks(old: nn.Module, new: nn.Module) -> None:
         new._is_full_backward_hook = old._is_full_backward_hook
 
 
-def _call_instead(node: fx.Node, target: str) -> None:
-    """Calls the module at `target` where `node` called a function; drops what fed its weight."""
+def _call_instead(node: fx.Node, target: str, kept_bias: bool) -> None:
+    """Calls the module at `target` where `node` called a function; drops what fed its weight.
+
+    Args:
+        node: the call.
+        target: dotted name of the module.
+        kept_bias: a bias that the function was given is no part of the module: it is added.
+    """
     graph, source = node.graph, source_of(node)
-    feeding = [a for a in node.all_input_nodes if a is not source]
+    given = operands(node)
+    bias = given[2] if given is not None and kept_bias else None
+    feeding = [a for a in node.all_input_nodes if a is not source and a is not bias]
     with graph.inserting_before(node):
         new = graph.create_node("call_module", target, (source,))
-    new.meta = copy.copy(node.meta)
+        new.meta = copy.copy(node.meta)
+        if bias is not None:
+            new = graph.call_function(torch.ops.aten.add.Tensor, (new, bias))
+            new.meta = copy.copy(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     while feeding:

@@ -22,6 +22,10 @@ from rewriter.spellings import PRODUCTS, RECURRENT, is_leaf, op_name, user_line
 
 __all__ = ["other_weights"]
 
+_PATCHED = (
+    "its layer has a forward of its own, set on the object, which calls no linear function with "
+    "this weight; a copy of the model may still call the original's: try inplace=True"
+)
 _STEPS = 6
 """How many moves (slices, casts, transposes) may lie between a parameter and its product."""
 _SELECTING = frozenset({"index", "index_select", "gather", "getitem", "embedding"})
@@ -67,6 +71,8 @@ def other_weights(capture: Capture, sites: Iterable[Site]) -> list[Refusal]:
             refusals.append(_conv(convs[place]))
         elif place == path:
             reason = f"{_a(owner)} {_purpose(owner)}: no pass takes one"
+            if "forward" in vars(owner):
+                reason = _PATCHED
             shape = "×".join(map(str, parameter.shape))
             refusals.append((Decision(place, _class(owner), "skipped", reason, shape=shape), ()))
         else:
@@ -114,7 +120,9 @@ def _bare(name: str, parameter: Tensor, owner: nn.Module, use: Any, seen: set[ob
     """A parameter that is read by hand, or by a layer that is no single call in the graphs."""
     own_class = type(owner).__module__.startswith("torch.nn.")
     kind, shape = "linear", "×".join(map(str, parameter.shape))
-    if isinstance(owner, nn.RNNBase | nn.RNNCellBase):  # whether it is opened up or not
+    if "forward" in vars(owner):
+        reason = _PATCHED
+    elif isinstance(owner, nn.RNNBase | nn.RNNCellBase):  # whether it is opened up or not
         kind = _class(owner)
         reason = f"its weight goes into {kind}, {_HOW['lstm']}"
     elif isinstance(use, str):

@@ -66,8 +66,9 @@ def prepare(
     root: nn.Module, example_inputs: Any, options: Options | None = None, *, strict: bool = False
 ) -> Engine:
     """Captures a model, which the engine may change; the engine for it, ready to run passes."""
-    captured = capture(root, example_inputs, strict=strict)
-    return Engine(captured, options or Options())
+    options = options or Options()
+    captured = capture(root, example_inputs, seconds=options.capture_seconds, strict=strict)
+    return Engine(captured, options)
 
 
 def copied(model: M) -> M:

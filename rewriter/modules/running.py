@@ -4,32 +4,28 @@ attribute, no hook's side effect, no input changed in place."""
 from __future__ import annotations
 
 import contextlib
-import random
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rewriter.modules.structure import flatten, same
-from rewriter.modules.tree import is_hook_dict
+from rewriter.modules.isolation import isolated, kept_numbers
+from rewriter.modules.keeping import kept, tensors_of
+from rewriter.modules.quiet import quietly
+from rewriter.modules.structure import flatten
+from rewriter.modules.tree import is_hook_dict, is_recorder
 
 __all__ = [
     "difference",
     "first_line",
-    "kept",
     "modes",
     "own_copy",
     "quiet_run",
-    "random_state",
     "run_flat",
-    "set_random_state",
     "without_hooks",
-    "written",
 ]
 
 
@@ -49,20 +45,22 @@ def modes(root: nn.Module, training: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def without_hooks(root: nn.Module) -> Iterator[None]:
     """No user hook runs inside: tracing would bake what hooks do into the graph, and checks would
-    repeat their side effects."""
-    kept = [
+    repeat their side effects. What a framework records outputs with belongs to the model."""
+    found = [
         (hooks, dict(hooks))
         for module in root.modules()
         if not _weight_hooks(module)
         for name, hooks in vars(module).items()
-        if is_hook_dict(name) and hooks
+        if is_hook_dict(name)
     ]
     try:
-        for hooks, _ in kept:
-            hooks.clear()
+        for hooks, contents in found:
+            for key in [k for k, hook in contents.items() if not is_recorder(hook)]:
+                del hooks[key]
         yield
     finally:
-        for hooks, contents in kept:
+        for hooks, contents in found:
+            hooks.clear()
             hooks.update(contents)
 
 
@@ -72,81 +70,6 @@ def _weight_hooks(module: nn.Module) -> bool:
         type(hook).__module__.startswith("torch.nn.utils")
         for hook in module._forward_pre_hooks.values()
     )
-
-
-_CONTAINERS = ("_parameters", "_buffers", "_modules")
-
-
-@contextlib.contextmanager
-def kept(root: nn.Module, *, data: bool = True) -> Iterator[None]:
-    """Restores every attribute, and with `data` the values of buffers, of all modules."""
-    values = [(b, b.detach().clone()) for b in root.buffers() if data and not b.is_meta]
-    saved = [(m, dict(vars(m)), {c: dict(getattr(m, c)) for c in _CONTAINERS}) for m in
-             root.modules()]  # fmt: skip
-    lists = [(v, _content(v)) for _, own, _ in saved for v in own.values()
-             if type(v) in (list, dict)]  # fmt: skip
-    try:
-        yield
-    finally:
-        for module, own, containers in saved:
-            now = vars(module)
-            if now.keys() != own.keys() or any(now[k] is not v for k, v in own.items()):
-                now.clear()
-                now.update(own)
-            for name, content in containers.items():
-                held = getattr(module, name)
-                if list(map(id, held.values())) != list(map(id, content.values())):
-                    held.clear()
-                    held.update(content)
-        for value, content in lists:
-            if type(value) is list:
-                value[:] = content
-            else:
-                value.clear()
-                value.update(content)
-        # without data nothing is called: under a tracer that would be traced
-        with torch.no_grad() if values else contextlib.nullcontext():
-            for buffer, tensor in values:  # batch norm does not count as a version
-                if not torch.equal(buffer, tensor):
-                    buffer.copy_(tensor)
-
-
-def written(root: nn.Module) -> Callable[[], dict[str, str]]:
-    """Starts watching; the function it returns tells which modules, by dotted name, have got an
-    attribute (or another tensor as a buffer) since."""
-    before = [(name, module, _state_of(module)) for name, module in root.named_modules()]
-
-    def changes() -> dict[str, str]:
-        found: dict[str, str] = {}
-        for name, module, then in before:
-            now = _state_of(module)
-            for key in {**then, **now}:
-                if key not in now or key not in then or not _unchanged(now[key], then[key]):
-                    found[name] = key
-        return found
-
-    return changes
-
-
-def _state_of(module: nn.Module) -> dict[str, Any]:
-    own = {k: _content(v) for k, v in vars(module).items() if _own_state(k)}
-    return {**own, **module._buffers}
-
-
-def _own_state(name: str) -> bool:
-    return name not in (*_CONTAINERS, "training", "_rewriter") and not is_hook_dict(name)
-
-
-def _content(value: Any) -> Any:
-    return value.copy() if type(value) in (list, dict) else value
-
-
-def _unchanged(now: Any, then: Any) -> bool:
-    if type(now) in (list, dict) and type(now) is type(then) and len(now) == len(then):
-        if isinstance(now, list):
-            return all(map(_unchanged, now, then))
-        return all(k in then and _unchanged(v, then[k]) for k, v in now.items())
-    return same(now, then)
 
 
 def own_copy(args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -175,38 +98,30 @@ def without_values(root: nn.Module) -> contextlib.AbstractContextManager[object]
     return contextlib.nullcontext()
 
 
-def random_state() -> tuple[Any, tuple[Any, ...]]:
-    """The states of Python's and NumPy's global random numbers, comparable."""
-    state: Any = np.random.get_state()
-    return random.getstate(), (state[0], state[1].tobytes(), *state[2:])
-
-
-def set_random_state(state: tuple[Any, tuple[Any, ...]]) -> None:
-    """The inverse of `random_state`."""
-    python, (name, keys, *rest) = state
-    random.setstate(python)
-    np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
-
-
 @contextlib.contextmanager
-def quiet_run(root: nn.Module, training: bool) -> Iterator[None]:
-    """One mode, no hooks, no gradients, no warnings; the same random numbers every time."""
-    state = random_state()
+def quiet_run(root: nn.Module, training: bool, *, timed: bool = False) -> Iterator[None]:
+    """One mode, no hooks, no gradients, no warnings; the same random numbers every time; nothing
+    that the run writes into the model stays.
+
+    Args:
+        root: the model.
+        training: its mode.
+        timed: nothing looks at the operations, which would take time: torch's random numbers are
+            those of the process, and values of tensors stay as they are written.
+    """
+    on_meta = any(p.is_meta for p in root.parameters())
+    alone = timed or on_meta
     with (
         modes(root, training),
         without_hooks(root),
         kept(root),
         torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
+        kept_numbers(),
         without_values(root),
-        warnings.catch_warnings(),
+        quietly(),
+        contextlib.nullcontext() if alone else isolated(root, training, lambda: tensors_of(root)),
     ):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        try:
-            yield
-        finally:
-            set_random_state(state)
+        yield
 
 
 def run_flat(root: nn.Module, args: Any, kwargs: Any, *, training: bool = False) -> list[Any]:
@@ -225,6 +140,13 @@ def difference(actual: Sequence[Any], expected: Sequence[Any]) -> str | None:
         return f"{len(actual)} results instead of {len(expected)}"
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         if isinstance(e, Tensor) and isinstance(a, Tensor):
+            if a.is_nested and e.is_nested:
+                inner = difference(a.unbind(), e.unbind())
+                if inner is not None:
+                    return f"result {i}: {inner}"
+                continue
+            if a.is_nested or e.is_nested:
+                return f"result {i} is nested only in one of them"
             if a.shape != e.shape or a.dtype != e.dtype or a.device != e.device:
                 return f"result {i} is {a.dtype}{list(a.shape)}, not {e.dtype}{list(e.shape)}"
             if a.is_meta:

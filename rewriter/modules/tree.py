@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 
-__all__ = ["attribute", "find", "has_hooks", "hooked", "is_hook_dict", "join", "submodule"]
+__all__ = [
+    "attribute",
+    "find",
+    "has_hooks",
+    "hooked",
+    "is_hook_dict",
+    "is_recorder",
+    "join",
+    "recorded_inside",
+    "submodule",
+]
 
 
 def join(prefix: str, name: str) -> str:
@@ -51,9 +62,28 @@ def is_hook_dict(name: str) -> bool:
     return name in _HOOKS
 
 
+_RECORDING = "transformers.utils.output_capturing"
+
+
+def is_recorder(hook: Any) -> bool:
+    """Whether a hook is not the user's, but what transformers records the outputs of layers with:
+    it stays where it was put when it was first asked for, and changes nothing."""
+    return getattr(hook, "__module__", None) == _RECORDING
+
+
+def recorded_inside(root: nn.Module) -> bool:
+    """Whether outputs of modules below the root are being recorded, in the call that is running."""
+    library = sys.modules.get(_RECORDING)
+    if library is None or not library._active_collector.get():
+        return False
+    below = (m for m in root.modules() if m is not root)
+    return any(is_recorder(h) for m in below for h in m._forward_hooks.values())
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around the module's own forward or backward."""
-    return any(getattr(module, name, None) for name in _HOOKS)
+    """Whether hooks of the user's run around the module's own forward or backward."""
+    hooks = (getattr(module, name, None) or {} for name in _HOOKS)
+    return any(not is_recorder(hook) for own in hooks for hook in own.values())
 
 
 def hooked(root: nn.Module) -> str | None:

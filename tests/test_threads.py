@@ -1,0 +1,188 @@
+"""Rewriting in one thread leaves the others alone, and several threads may rewrite at once."""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from closeness import assert_equal
+from torch import Tensor, nn
+
+from rewriter import RewriteWarning, rewrite
+from rewriter.modules import isolation
+from rewriter.modules.running import quiet_run
+from rewriter.passes import Monarch, Quantize
+
+X = torch.arange(32.0).view(4, 8) / 16 - 1
+
+
+class Model(nn.Module):
+    """Drops, branches on data where told to, and warns."""
+
+    def __init__(self, hard: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.hard = nn.Linear(8, 8), nn.Linear(8, 8), hard
+
+    def forward(self, x: Tensor) -> Tensor:
+        warnings.warn("the forward warns", stacklevel=1)
+        if self.hard and x.sum() > 1e6:
+            return x
+        return self.second(nn.functional.dropout(self.first(x), 0.5, self.training))
+
+
+def model(i: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(i)
+    made = Model(hard=bool(i % 2))
+    for p in made.parameters():
+        p.data = torch.rand(p.shape, generator=generator)
+    return made.eval()
+
+
+def rewritten(original: nn.Module) -> tuple[str, Tensor, str]:
+    result = rewrite(original, [Monarch(nblocks=1), Quantize("int8-dynamic")], X)
+    decisions = [str((d.site, d.action, d.reason)) for d in result.report.steps[-1].decisions]
+    with torch.no_grad():
+        return result.report.capture.rung, result(X), "".join(decisions)
+
+
+@pytest.fixture
+def quiet_forward() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the forward warns")
+        yield
+
+
+@pytest.mark.usefixtures("quiet_forward")
+def test_threads_rewrite_as_one_does() -> None:
+    streams = sys.stdout, sys.stderr
+    call = vars(nn.Module)["__call__"], vars(torch.autograd.Function)["apply"]
+    models = [model(i) for i in range(4)]
+    expected = [rewritten(m) for m in models]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(rewritten, models))
+    for (rung, y, decisions), (other, z, others) in zip(expected, found, strict=True):
+        assert (rung, decisions) == (other, others)
+        assert_equal(y, z)
+    assert (sys.stdout, sys.stderr) == streams
+    assert (vars(nn.Module)["__call__"], vars(torch.autograd.Function)["apply"]) == call
+    assert logging.root.manager.disable == 0
+
+
+class Bystander(threading.Thread):
+    """Prints, logs, warns, draws and calls modules, and counts what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.stop, self.rounds, self.output = threading.Event(), 0, io.StringIO()
+        self.failure: BaseException | None = None
+        self.draws: list[tuple[float, float, float]] = []
+        self.records: list[logging.LogRecord] = []
+        self.logger = logging.getLogger("tests.bystander")
+        self.logger.propagate = False
+        handler = logging.Handler()
+        handler.emit = self.records.append  # type: ignore[method-assign]
+        self.logger.handlers = [handler]
+        self.layers = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+
+    def run(self) -> None:
+        try:
+            while not self.stop.is_set():
+                print("bystander", self.rounds, file=sys.stdout)
+                self.logger.error("bystander")
+                self.draws.append((float(torch.rand(())), random.random(), np.random.rand()))
+                self.layers(torch.ones(2, 2))
+                self.rounds += 1
+                self.stop.wait(0.001)
+        except BaseException as failure:
+            self.failure = failure
+
+
+@pytest.mark.usefixtures("quiet_forward")
+def test_a_bystander_notices_nothing(capsys: Any) -> None:
+    models, thread = [model(0), model(1)], Bystander()
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    thread.start()
+    assert [rewritten(m)[0] for m in models] == ["export", "parts"]
+    thread.stop.set()
+    thread.join()
+    assert thread.failure is None
+    assert thread.rounds > 100
+    assert capsys.readouterr().out.count("bystander") == thread.rounds
+    assert len(thread.records) == thread.rounds
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    alone = [(float(torch.rand(())), random.random(), np.random.rand()) for _ in thread.draws]
+    assert thread.draws == alone
+
+
+def test_warnings_of_other_threads_are_heard() -> None:
+    heard: list[str] = []
+    inside, said = threading.Event(), threading.Event()
+
+    def other() -> None:
+        inside.wait()
+        warnings.warn("from elsewhere", RewriteWarning, stacklevel=1)
+        said.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with quiet_run(nn.Linear(2, 2), training=False):
+            warnings.warn("from here", stacklevel=1)
+            inside.set()
+            said.wait()
+        heard = [str(w.message) for w in caught]
+    thread.join()
+    assert heard == ["from elsewhere"]
+
+
+DRAWS: list[Callable[[], Any]] = [
+    lambda: torch.rand(3), lambda: torch.randint(0, 9, (3,)), lambda: torch.randperm(5),
+    lambda: torch.rand_like(torch.ones(3)), lambda: torch.empty(3).normal_(),
+    lambda: torch.bernoulli(torch.full((9,), 0.5)), lambda: torch.ones(6).multinomial(4),
+    lambda: nn.functional.dropout(torch.ones(9)),
+    lambda: torch.native_dropout(torch.ones(9), 0.5, True)[0],
+    lambda: nn.functional.rrelu(-torch.ones(9), training=True),
+    lambda: torch.tensor([random.random(), random.gauss(0, 1)]),
+    lambda: torch.tensor([np.random.rand(), np.random.normal()]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("draw", range(len(DRAWS)))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_quiet_run_has_random_numbers_of_its_own(draw: int, threads: int) -> None:
+    class Draws(nn.Module):
+        def forward(self) -> Any:
+            return DRAWS[draw]()
+
+    done = threading.Event()
+    if threads == 2:
+        threading.Thread(target=done.wait, daemon=True).start()
+    module = Draws()
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    before = torch.get_rng_state(), isolation.random_state()
+    results = []
+    for _ in range(3):
+        with quiet_run(module, training=True):
+            results.append(module())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert isolation.random_state() == before[1]
+    done.set()
+    assert_equal(results[1], results[0])
+    assert_equal(results[2], results[0])
