@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.base import (
-    Layer,
     Pass,
     Phase,
     Replacement,
@@ -24,6 +23,7 @@ from rewriter.base import (
 from rewriter.errors import OptionError, one_of, whole_number
 from rewriter.kernels.monarch import kernel_name, monarch_dense, monarch_linear
 from rewriter.kernels.monarch_project import monarch_fit, monarch_project
+from rewriter.layer import ComputedWeight
 from rewriter.sites import LINEAR, Kind, Site
 
 __all__ = ["INITS", "Blocks", "Monarch", "MonarchLinear", "check_blocks", "too_many_blocks"]
@@ -95,7 +95,7 @@ def _over_cap(factor: Tensor) -> Tensor:
     return (wide.square().mean().clamp(min=least).sqrt() / sigma).clamp(min=1.0)
 
 
-class MonarchLinear(Layer):
+class MonarchLinear(ComputedWeight):
     """y[…, l·ob+s] = Σ_k Σ_r left[l,s,(k,r)] Σ_i right[k,(r,l),i] x[…, k·ib+i] + bias[l·ob+s].
 
     With (K, L) = nblocks, ib = ⌈in_features/K⌉ and ob = ⌈out_features/L⌉: a linear layer whose
@@ -315,11 +315,6 @@ class MonarchLinear(Layer):
         """W[l·ob+s, k·ib+i] = Σ_r left[l,s,(k,r)] right[k,(r,l),i], [out_features, in_features]."""
         sizes = self.out_features, self.in_features
         return monarch_dense(*self.factors(), *sizes, self.interleaved)
-
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly)."""
-        return self.dense_weight()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.base import (
-    Layer,
     Pass,
     Phase,
     Replacement,
@@ -30,6 +29,7 @@ from rewriter.kernels.monarch_chain import (
     star_axes,
 )
 from rewriter.kernels.monarch_star import star_project
+from rewriter.layer import ComputedWeight
 from rewriter.passes.monarch import INITS
 from rewriter.sites import LINEAR, Kind, Site
 
@@ -49,7 +49,7 @@ def _check(order: object, stars: object, expansion: object) -> None:
         raise OptionError(f"expansion={expansion} is for stars: order p has no use for it")
 
 
-class MonarchChainLinear(Layer):
+class MonarchChainLinear(ComputedWeight):
     """y = crop(F_t ⋯ F_1 pad(x)) + bias, each F a mix along one axis of a grid of x.
 
     Order p mixes each of p axes once: p·n^(1+1/p) weights of n². (MM*)^w mixes outer, inner,
@@ -163,11 +163,6 @@ class MonarchChainLinear(Layer):
     def dense_weight(self) -> Tensor:
         """F_t ⋯ F_1, [out_features, in_features]."""
         return chain_dense(self.factors, self.axes, self.grid, self.out_features, self.in_features)
-
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly)."""
-        return self.dense_weight()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.base import (
-    Layer,
     Pass,
     Phase,
     Replacement,
@@ -30,6 +29,7 @@ from rewriter.kernels.residual import (
     block_sparse_linear,
     low_rank_fit,
 )
+from rewriter.layer import ComputedWeight
 from rewriter.passes.monarch import Blocks, MonarchLinear, check_blocks, too_many_blocks
 from rewriter.sites import LINEAR, Kind, Site
 
@@ -47,7 +47,7 @@ def _check(residual: object, share: object) -> None:
         raise OptionError(f"share must be a number between 0 and 1, got {share!r}")
 
 
-class MonarchResidualLinear(Layer):
+class MonarchResidualLinear(ComputedWeight):
     """y = (σ(gate)·M + (1 − σ(gate))·E) x + bias, M Monarch and E low-rank or block-sparse.
 
     Args:
@@ -155,11 +155,6 @@ class MonarchResidualLinear(Layer):
         """σ(gate)·M + (1 − σ(gate))·E, [out_features, in_features]."""
         gate, (whole, rest) = torch.sigmoid(self.gate), self.parts()
         return gate * whole + (1 - gate) * rest
-
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly)."""
-        return self.dense_weight()
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from rewriter.kernels.int8_linear import (
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
+from rewriter.layer import ComputedWeight
 from rewriter.passes.monarch import Blocks, MonarchLinear
 from rewriter.sites import LINEAR, Kind, Site, kind_name
 
@@ -44,7 +45,7 @@ def _random(*shape: int, bound: float, device: Any, dtype: Any) -> tuple[Tensor,
     return quantize_weight(weight)
 
 
-class QuantizedLinear(Layer):
+class QuantizedLinear(ComputedWeight):
     """y = q(x) @ (qweight·scale[:, None])ᵀ + bias, with q rounding x to 256 levels at run time.
 
     The weights are buffers: they do not train. Gradients reach x (straight-through) and bias.
@@ -111,11 +112,6 @@ class QuantizedLinear(Layer):
         """W = qweight·scale[:, None], [out_features, in_features]."""
         return dequantize_weight(self.qweight, self.scale)
 
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly)."""
-        return self.dense_weight()
-
     def kernel(self, tokens: int) -> str:
         return kernel_name(
             tokens, self.in_features, self.out_features, self.activation, self.qweight.device
@@ -125,7 +121,7 @@ class QuantizedLinear(Layer):
         return self.qweight.numel() if self.kernel(tokens) == "onednn" else 0
 
 
-class QuantizedMonarch(Layer):
+class QuantizedMonarch(ComputedWeight):
     """`MonarchLinear` with both factors in int8 and both factors' inputs quantized at run time.
 
     Args:
@@ -240,11 +236,6 @@ class QuantizedMonarch(Layer):
             self.in_features,
             self.interleaved,
         )
-
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly)."""
-        return self.dense_weight()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import OptionError
 
-__all__ = ["Layer"]
+__all__ = ["ComputedWeight", "Layer"]
 
 
 class Layer(nn.Module):
@@ -65,6 +65,26 @@ class Layer(nn.Module):
 
     def t(self) -> _Transposed:
         return _Transposed(self)
+
+    def __prepare_scriptable__(self) -> Layer:
+        """What `torch.jit.script` asks first.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError(
+            f"{type(self).__name__} cannot be scripted, and torch.jit.script is deprecated: use "
+            "torch.export.export, torch.compile or torch.jit.trace, or script the model before it "
+            "is rewritten"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A parameter under the name of a property is that property's to take or to refuse."""
+        own = getattr(type(self), name, None)
+        if isinstance(own, property):
+            own.__set__(self, param)
+        else:
+            super().register_parameter(name, param)
 
     def register_bias(self, size: int | None, device: Any = None, dtype: Any = None) -> None:
         """Gives the layer a `bias` [size] without values; None where size is None."""
@@ -124,6 +144,75 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
+
+
+class ComputedWeight(Layer):
+    """A `Layer` whose weight is no tensor that it holds, but `dense_weight()`, made when read."""
+
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, for code that reads a linear layer's weight (its dtype, mostly).
+
+        Writing to it, and assigning it, raises OptionError: nothing would hold what is written.
+        """
+        found = self.dense_weight()
+        if torch.compiler.is_compiling():  # a graph reads it, and no more
+            return found
+        return _Computed.of(found, self._computed_from())
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise OptionError(_LOST.format(self._computed_from()))
+
+    def _computed_from(self) -> str:
+        held = [n for n, t in self.state_dict(keep_vars=True).items() if n != "bias"]
+        return f"the weight of {type(self).__name__}, which is computed from {', '.join(held)}"
+
+
+_LOST = (
+    "{} when it is read, cannot be written: nothing would hold the change. Change the original "
+    "model's weight and rewrite again, or hand its state_dict to load_original of the rewritten "
+    "model; rewrite(model, [Densify()]) gives structured layers a weight of their own; freeze the "
+    "layer's own parameters. To change a copy, take layer.weight.clone()"
+)
+_WRITING = {
+    *(f"__i{name}__" for name in "add sub mul matmul truediv floordiv mod pow".split()),
+    *(f"__i{name}__" for name in "and or xor lshift rshift".split()),
+    "__setitem__",
+    "__set__",
+}
+
+
+class _Computed(Tensor):
+    """What nobody holds: to be read. Writing to it, or to what shares its memory, raises."""
+
+    _source: str
+
+    @classmethod
+    def of(cls, tensor: Tensor, source: str) -> _Computed:
+        found = tensor.as_subclass(cls)
+        found._source = source
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        in_place = name in _WRITING or (name.endswith("_") and not name.endswith("__"))
+        for target in (args[0] if in_place and args else None, kwargs.get("out")):
+            if isinstance(target, _Computed):
+                raise OptionError(_LOST.format(target._source))
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **kwargs)
+        if not args or not isinstance(args[0], _Computed):
+            return found
+        source = args[0]._source
+        aliased = name in ("__get__", "detach")
+
+        def kept(value: Any) -> Any:
+            shares = type(value) is Tensor and (aliased or value._is_view())
+            return _Computed.of(value, source) if shares else value
+
+        return type(found)(map(kept, found)) if type(found) in (tuple, list) else kept(found)
 
 
 _LINEAR = ("input", "weight", "bias")
