@@ -39,7 +39,7 @@ def owned(y: Tensor, shape: Sequence[int]) -> Tensor:
         y: made by the caller, who keeps no other reference.
         shape: of as many elements.
     """
-    if y.shape == shape and not y._is_view():
+    if not torch.compiler.is_compiling() and y.shape == shape and not y._is_view():
         return y
     found: Tensor = _unsafe_view(y, shape)
     return found

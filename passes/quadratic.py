@@ -91,8 +91,12 @@ class QuadraticLinear(Layer):
 
     @property
     def weight(self) -> Tensor:
-        """W_c, the first-order part, for code that reads a linear layer's dtype or device."""
+        """W_c, the first-order part: what code that knows linear layers reads and changes."""
         return self.weight_c
+
+    @weight.setter
+    def weight(self, value: nn.Parameter) -> None:
+        self.weight_c = value
 
 
 @dataclass(frozen=True)

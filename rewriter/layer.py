@@ -67,6 +67,26 @@ class Layer(nn.Module):
     def t(self) -> _Transposed:
         return _Transposed(self)
 
+    def __prepare_scriptable__(self) -> Layer:
+        """What `torch.jit.script` asks first.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError(
+            f"{type(self).__name__} cannot be scripted, and torch.jit.script is deprecated: use "
+            "torch.export.export, torch.compile or torch.jit.trace, or script the model before it "
+            "is rewritten"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A parameter under the name of a property is that property's to take or to refuse."""
+        own = getattr(type(self), name, None)
+        if isinstance(own, property):
+            own.__set__(self, param)
+        else:
+            super().register_parameter(name, param)
+
     def register_bias(self, size: int | None, device: Any = None, dtype: Any = None) -> None:
         """Gives the layer a `bias` [size] without values; None where size is None."""
         bias = None if size is None else torch.empty(size, device=device, dtype=dtype)
@@ -165,11 +185,10 @@ class LinearLayer(Layer, nn.Linear):
         """
         raise OptionError(f"{type(self).__name__} does not say how it is drawn anew")
 
-    def _become_dense(self, weight: Tensor) -> None:
+    def _become_dense(self, weight: Tensor) -> Tensor:
         if type(self) is nn.Linear:  # a write may come in two steps
             with torch.no_grad():
-                self.weight.copy_(weight)
-            return
+                return self.weight.copy_(weight)
         shape, bias = (self.out_features, self.in_features), self.bias
         if weight.shape != shape:
             raise ValueError(
@@ -190,6 +209,7 @@ class LinearLayer(Layer, nn.Linear):
         self._parameters.clear()
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self._parameters.update(weight=weight, bias=bias)
+        return weight
 
 
 _LINEAR = ("input", "weight", "bias")

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.errors import OptionError
+
 __all__ = ["computed"]
 
 
-def computed(weight: Tensor, written: Callable[[Tensor], None]) -> Tensor:
+def computed(weight: Tensor, written: Callable[[Tensor], Tensor]) -> Tensor:
     """`weight`, which was computed just now, such that no write to it is lost.
 
     Reads, also those of autograd, see an ordinary tensor.
@@ -20,7 +22,11 @@ def computed(weight: Tensor, written: Callable[[Tensor], None]) -> Tensor:
     Args:
         weight: of no one else.
         written: is called with all of the new weight after `w += d`, `w.data = v`,
-            `w.data[:2].copy_(v)`, `nn.init.zeros_(w)` and the like.
+            `w.data[:2].copy_(v)`, `nn.init.zeros_(w)` and the like; gives the tensor that holds it
+            from then on.
+
+    Changing whether it requires a gradient raises an OptionError: that belongs to the parameters
+    it is computed from.
     """
     if torch.compiler.is_compiling() or type(weight) is not Tensor:
         return weight  # a tracer's
@@ -30,7 +36,7 @@ def computed(weight: Tensor, written: Callable[[Tensor], None]) -> Tensor:
     return _alias(weight, weight.detach(), written)
 
 
-def _alias(tensor: Tensor, whole: Tensor, written: Callable[[Tensor], None]) -> Tensor:
+def _alias(tensor: Tensor, whole: Tensor, written: Callable[[Tensor], Tensor]) -> Tensor:
     found = tensor.as_subclass(_Computed)
     found._whole, found._written = whole, written
     return found
@@ -45,7 +51,7 @@ class _Computed(Tensor):
     """
 
     _whole: Tensor
-    _written: Callable[[Tensor], None]
+    _written: Callable[[Tensor], Tensor]
 
     @classmethod
     def __torch_function__(
@@ -57,14 +63,21 @@ class _Computed(Tensor):
             if func == _SET_DATA and isinstance(args[0], _Computed):
                 args[0]._written(args[1].detach().as_subclass(Tensor))
                 return None
+            if func in (_SET_GRAD, Tensor.requires_grad_) and isinstance(args[0], _Computed):
+                if args[0].requires_grad != (args[1:] or (True,))[0]:
+                    raise OptionError(
+                        "a computed weight cannot be frozen or made to train: set requires_grad "
+                        "of the layer's own parameters"
+                    )
+                return args[0]
             before = [t._version for t in own]
             result = func(*args, **kwargs)
             for tensor, version in zip(own, before, strict=True):
                 if tensor._version != version:
-                    tensor._written(tensor._whole)
-            if own and type(result) is Tensor and _shares(result, own[0]):
-                return _alias(result, own[0]._whole, own[0]._written)
-        return result
+                    held = tensor._written(tensor._whole)
+                    if result is tensor and tensor.shape == held.shape:  # w += 1 assigns it
+                        return held
+            return _aliases(result, own[0]) if own else result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _plain(self.detach()).__reduce_ex__(protocol)
@@ -74,6 +87,16 @@ class _Computed(Tensor):
 
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+
+
+def _aliases(result: Any, tensor: _Computed) -> Any:
+    """The result, with what is a view of `tensor` as one whose writes are noticed."""
+    if type(result) in (tuple, list):
+        return type(result)(_aliases(r, tensor) for r in result)
+    if type(result) is Tensor and _shares(result, tensor):
+        return _alias(result, tensor._whole, tensor._written)
+    return result
 
 
 def _plain(tensor: Tensor) -> Tensor:

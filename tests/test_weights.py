@@ -1,0 +1,160 @@
+"""The weight of a layer of ours, to those who know linear layers: read by all, never lost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_equal, assert_reordered
+from torch import Tensor, nn
+
+from rewriter.errors import OptionError, RewriteWarning
+from rewriter.layer import Layer
+from rewriter.passes import (
+    MonarchChainLinear,
+    MonarchLinear,
+    MonarchResidualLinear,
+    QuadraticLinear,
+    QuantizedLinear,
+    QuantizedMonarch,
+    TopKLinear,
+)
+
+COMPUTED: dict[str, Callable[[], Layer]] = {
+    "monarch": lambda: MonarchLinear(8, 8),
+    "chain": lambda: MonarchChainLinear(8, 8),
+    "residual": lambda: MonarchResidualLinear(8, 8),
+    "int8": lambda: QuantizedLinear(8, 8),
+    "int8 monarch": lambda: QuantizedMonarch(8, 8),
+}
+
+
+def data_plus(layer: Layer) -> None:
+    layer.weight.data += 1
+
+
+def item(layer: Layer) -> None:
+    layer.weight[0] = 1
+
+
+def plus(layer: Layer) -> None:
+    layer.weight += 1
+
+
+def assigned_data(layer: Layer) -> None:
+    layer.weight.data = torch.ones(8, 8)
+
+
+def frozen(layer: Layer) -> None:
+    layer.weight.requires_grad = False
+
+
+def parameter(layer: Layer) -> None:
+    layer.weight = nn.Parameter(torch.ones(8, 8))
+
+
+def tensor(layer: Layer) -> None:
+    layer.weight = torch.ones(8, 8)
+
+
+def registered(layer: Layer) -> None:
+    layer.register_parameter("weight", nn.Parameter(torch.ones(8, 8)))
+
+
+WRITES: list[Callable[[Layer], object]] = [
+    data_plus, item, plus, assigned_data, parameter, tensor, registered,
+    lambda layer: layer.weight.add_(1),
+    lambda layer: layer.weight.data.copy_(torch.ones(8, 8)),
+    lambda layer: layer.weight.t().zero_(),
+    lambda layer: layer.weight[:3].fill_(0),
+    lambda layer: layer.weight.detach().mul_(2),
+    lambda layer: layer.weight.chunk(2)[0].zero_(),
+    lambda layer: nn.init.xavier_uniform_(layer.weight),
+    lambda layer: torch.add(layer.weight, 1, out=layer.weight),
+]  # fmt: skip
+FREEZES: list[Callable[[Layer], object]] = [
+    frozen, lambda layer: layer.weight.requires_grad_(False),
+]  # fmt: skip
+"""Of no effect on a layer that does not train."""
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("write", [*WRITES, *FREEZES])
+def test_no_write_to_a_computed_weight_is_lost(name: str, write: Callable[[Layer], object]) -> None:
+    layer = COMPUTED[name]()
+    before = {n: t.clone() for n, t in layer.state_dict().items()}
+    plain: Any = nn.Linear(8, 8)
+    plain.weight = nn.Parameter(layer.dense_weight().detach().clone())
+    plain.bias = layer.bias
+    with torch.set_grad_enabled(write in FREEZES), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RewriteWarning)
+        try:
+            torch.manual_seed(0)
+            write(layer)
+        except (OptionError, TypeError, ValueError):
+            for n, t in layer.state_dict().items():
+                assert_equal(t, before[n])
+            return
+        torch.manual_seed(0)
+        write(plain)
+    if write in FREEZES:
+        assert_equal(layer.dense_weight(), plain.weight)
+    else:
+        assert type(layer) is nn.Linear
+        assert_equal(layer.weight, plain.weight)
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_computed_weight_can_be_read_like_any_other(name: str) -> None:
+    layer, x = COMPUTED[name](), torch.randn(3, 8)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float32, x.device, (8, 8))
+    assert_equal(weight.clone().add_(1), layer.dense_weight() + 1)
+    y = nn.functional.linear(x, weight, layer.bias)
+    assert type(y) is Tensor
+    assert_equal(y, nn.functional.linear(x, layer.dense_weight(), layer.bias))
+    held = list(layer.parameters())
+    if len(held) > 1:  # trains by it
+        assert torch.autograd.grad(weight.square().sum(), held[0])[0].any()
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_compiled_model_reads_it_too(name: str) -> None:
+    layer, x = COMPUTED[name](), torch.randn(3, 8)
+
+    def forward(x: Tensor) -> Tensor:
+        return layer(x.to(layer.weight.dtype)) + layer.weight.sum()
+
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    assert_reordered(compiled(x), forward(x))
+
+
+def test_the_first_order_weight_of_a_quadratic_layer_is_its_own() -> None:
+    layer, x = QuadraticLinear(8, 8), torch.randn(3, 8)
+    before = layer(x)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    assert_reordered(layer(x), before + x.sum(1, keepdim=True))
+    layer.weight = nn.Parameter(layer.weight.detach() - 1)
+    assert_reordered(layer(x), before)
+    assert "weight" not in dict(layer.named_parameters())
+    dense = TopKLinear(8, 8, 8)
+    dense.weight = nn.Parameter(torch.eye(8))
+    assert_reordered(dense(x), x + dense.bias)
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+def test_a_layer_is_traced_and_says_why_it_is_not_scripted(name: str) -> None:
+    layer, x = COMPUTED[name](), torch.randn(3, 8)
+    with pytest.raises(OptionError, match=r"deprecated: use torch.export.export.*jit.trace"):
+        torch.jit.script(nn.Sequential(layer))
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        assert_equal(traced(2 * x), layer(2 * x))
