@@ -6,12 +6,31 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["attribute", "find", "has_hooks", "hooked", "is_hook_dict", "join", "submodule"]
+__all__ = [
+    "attribute",
+    "find",
+    "has_hooks",
+    "hooked",
+    "is_hook_dict",
+    "join",
+    "own_class",
+    "submodule",
+]
 
 
 def join(prefix: str, name: str) -> str:
     """`prefix.name`; either may be empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, also where `fully_shard` has put one of its own before it."""
+    classes = type(module).__mro__
+    for i, cls in enumerate(classes):
+        if cls.__name__ == "FSDPModule" and cls.__module__.startswith("torch.distributed."):
+            found: type[nn.Module] = classes[i + 1]
+            return found
+    return type(module)
 
 
 def submodule(root: nn.Module, fqn: str) -> nn.Module | None:
