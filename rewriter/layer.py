@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import OptionError, warn
 from rewriter.modules.computed import computed
+from rewriter.modules.tree import own_class
 
 __all__ = ["Layer", "LinearLayer"]
 
@@ -99,9 +100,9 @@ class Layer(nn.Module):
         Raises:
             OptionError: the layer keeps an argument under no attribute: override `config` then.
         """
-        names = [n for n in inspect.signature(type(self)).parameters if n not in _OF_TENSORS]
+        names = [n for n in inspect.signature(own_class(self)).parameters if n not in _OF_TENSORS]
         if missing := [n for n in names if not hasattr(self, n)]:
-            cls = type(self).__name__
+            cls = own_class(self).__name__
             raise OptionError(
                 f"{cls} does not say what it was built with: keep {', '.join(missing)} of its "
                 f"constructor as attributes of that name, or write {cls}.config()"
@@ -171,7 +172,17 @@ class LinearLayer(Layer, nn.Linear):
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of any module; the parameter "weight" makes this an `nn.Linear`."""
+        """As of any module; the parameter "weight" makes this an `nn.Linear`.
+
+        Raises:
+            OptionError: it is a part of a parameter (`ColwiseParallel`, `RowwiseParallel`).
+        """
+        if hasattr(param, "full_tensor"):
+            raise OptionError(
+                f"{own_class(self).__name__} cannot be split as a dense layer is (tensor parallel "
+                "cuts the rows or columns of one weight): shard it with fully_shard, or make it "
+                "dense before, e.g. by the pass Densify"
+            )
         if name == "weight" and param is not None:
             self._become_dense(param)
         else:

@@ -13,7 +13,7 @@ import torch
 from closeness import assert_reordered
 from torch import nn
 
-from rewriter import Pass, RewriteWarning, rewrite
+from rewriter import OptionError, Pass, RewriteWarning, rewrite
 from rewriter.passes import (
     Monarch,
     MonarchChain,
@@ -234,3 +234,48 @@ def test_a_transposed_base_merges_the_right_way_round() -> None:
     after = optimized(input=x)
     merged = quietly(optimized.merge_and_unload)
     assert_reordered(merged(x), after)
+
+
+# layers that are not linear -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", [[Quadratic()], [TopK(4)]], ids=["quadratic", "topk"])
+def test_lora_on_what_is_not_linear(passes: list[Pass], tmp_path: pathlib.Path) -> None:
+    from rewriter.training.peft import register
+
+    x = rows(4, 16)
+    adapted = peft.get_peft_model(rewritten(passes), register(METHODS["LoRA"]()))
+    trained(adapted, x)
+    after = adapted(x=x).detach()
+    layer = adapted.get_base_model().down
+    own, h = layer.base_layer, rows(4, 32)
+    wanted = own(h) + layer.scaling["default"] * layer.lora_B.default(layer.lora_A.default(h))
+    assert_reordered(layer(h), wanted)
+
+    quietly(lambda: adapted.save_pretrained(tmp_path))
+    config = register(peft.PeftConfig.from_pretrained(tmp_path))
+    model = rewritten(passes)
+    again = quietly(lambda: peft.PeftModel.from_pretrained(model, tmp_path, config=config).eval())
+    assert torch.equal(again(x=x), after)
+    with pytest.raises(OptionError, match="cannot be merged into a .*, which is not linear"):
+        quietly(adapted.merge_and_unload)
+
+
+def test_a_registered_config_adapts_linear_layers_as_ever() -> None:
+    from rewriter.training.peft import register
+
+    x = rows(4, 16)
+    adapted = peft.get_peft_model(rewritten([Monarch(nblocks=2)]), register(METHODS["DoRA"]()))
+    after = quietly(lambda: trained(adapted, x)(x=x).detach())
+    assert_reordered(quietly(lambda: adapted.merge_and_unload()(x)), after)
+
+
+def test_methods_that_need_a_weight_are_refused_where_there_is_none() -> None:
+    from rewriter.training.peft import register
+
+    with pytest.raises(OptionError, match="IA3Config takes linear layers only"):
+        register(METHODS["IA3"]())
+    with pytest.raises(OptionError, match="a QuadraticLinear is not linear: use LoRA"):
+        peft.get_peft_model(rewritten([Quadratic()]), register(METHODS["DoRA"]()))
+    with pytest.raises(ValueError, match="TopKLinear.* is not supported"):
+        peft.get_peft_model(rewritten([TopK(4)]), METHODS["LoRA"]())

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import pathlib
+import pickle
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,7 +30,7 @@ IDS = torch.arange(16).view(2, 8)
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Their progress bars and logs are not ours to test."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -52,8 +56,13 @@ def logits(model: nn.Module) -> Tensor:
         return model(input_ids=IDS).logits.detach()
 
 
-def rewritten(recipe: str) -> nn.Module:
+@functools.cache
+def _rewritten(recipe: str) -> nn.Module:
     return rewrite(bert(), RECIPES[recipe], {"input_ids": IDS})
+
+
+def rewritten(recipe: str) -> nn.Module:
+    return copy.deepcopy(_rewritten(recipe))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -78,9 +87,7 @@ def test_the_plain_loader_says_what_to_call(recipe: str, tmp_path: pathlib.Path)
     """It would fill in random layers, or (TopK, whose keys are the original's) leave them out."""
     rewritten(recipe).save_pretrained(tmp_path)
     for cls in (transformers.BertForSequenceClassification, transformers.AutoModel):
-        with pytest.raises(
-            ValueError, match="was rewritten: load it with rewriter.from_pretrained"
-        ):
+        with pytest.raises(ValueError, match=r"was rewritten: load it with rewriter\.from"):
             cls.from_pretrained(tmp_path)
     assert transformers.AutoConfig.from_pretrained(tmp_path).model_type == "bert"
 
@@ -125,8 +132,6 @@ def test_a_class_without_a_config_needs_the_original(tmp_path: pathlib.Path) -> 
 
 
 def test_a_rewritten_model_that_was_pickled_saves_too(tmp_path: pathlib.Path) -> None:
-    import pickle
-
     model = pickle.loads(pickle.dumps(rewritten("topk")))
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path, bert())), logits(model))
@@ -142,8 +147,9 @@ class _Saves(nn.Linear):
         return x + 1
 
 
+@pytest.mark.slow
 @pytest.mark.clients
-@pytest.mark.parametrize("recipe", ["monarch", "int8", "topk"])
+@pytest.mark.parametrize("recipe", ["monarch", "int8"])
 def test_trainer_resumes_from_its_checkpoints(recipe: str, tmp_path: pathlib.Path) -> None:
     pytest.importorskip("accelerate")
     data = [{"input_ids": IDS[i % 2], "labels": torch.tensor(i % 2)} for i in range(8)]
@@ -168,6 +174,7 @@ def test_trainer_resumes_from_its_checkpoints(recipe: str, tmp_path: pathlib.Pat
     assert torch.equal(logits(again), logits(straight))
 
 
+@pytest.mark.slow
 @pytest.mark.clients
 def test_diffusers_models_load_again(tmp_path: pathlib.Path) -> None:
     diffusers = pytest.importorskip("diffusers")
@@ -181,16 +188,22 @@ def test_diffusers_models_load_again(tmp_path: pathlib.Path) -> None:
     model = rewrite(unet, [Monarch(nblocks=2)], call)
     model.save_pretrained(tmp_path)
     again = from_pretrained(diffusers.UNet2DModel, tmp_path)
-    assert torch.equal(again(**call).sample, model(**call).sample)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(again(**call).sample, model(**call).sample)
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
         diffusers.UNet2DModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.clients
 @pytest.mark.parametrize("method", ["save", "save_pretrained"])
 @pytest.mark.parametrize("inner", [False, True], ids=["whole", "inner"])
 def test_sentence_transformers_load_again(method: str, inner: bool, tmp_path: pathlib.Path) -> None:
     st = pytest.importorskip("sentence_transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its newer name is not in the oldest version we run with
+        modules = pytest.importorskip("sentence_transformers.models")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
     plain = tmp_path / "plain"
     bert(transformers.BertModel).save_pretrained(plain)
@@ -198,8 +211,8 @@ def test_sentence_transformers_load_again(method: str, inner: bool, tmp_path: pa
     transformers.BertTokenizerFast(str(plain / "vocab.txt")).save_pretrained(plain)
 
     def encoder() -> Any:
-        first = st.models.Transformer(str(plain), max_seq_length=8)
-        return st.SentenceTransformer(modules=[first, st.models.Pooling(16)], device="cpu").eval()
+        first = modules.Transformer(str(plain), max_seq_length=8)
+        return st.SentenceTransformer(modules=[first, modules.Pooling(16)], device="cpu").eval()
 
     def encode(model: Any) -> Tensor:
         with warnings.catch_warnings():

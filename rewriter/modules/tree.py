@@ -15,6 +15,7 @@ __all__ = [
     "is_hook_dict",
     "is_recorder",
     "join",
+    "own_class",
     "recorded_inside",
     "submodule",
 ]
@@ -23,6 +24,16 @@ __all__ = [
 def join(prefix: str, name: str) -> str:
     """`prefix.name`; either may be empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, also where `fully_shard` has put one of its own before it."""
+    classes = type(module).__mro__
+    for i, cls in enumerate(classes):
+        if cls.__name__ == "FSDPModule" and cls.__module__.startswith("torch.distributed."):
+            found: type[nn.Module] = classes[i + 1]
+            return found
+    return type(module)
 
 
 def submodule(root: nn.Module, fqn: str) -> nn.Module | None:

@@ -88,6 +88,8 @@ def _around(method: Callable[..., Any]) -> Callable[..., Any]:
                 "push_to_hub would upload a rewritten model without its recipe: save it, and "
                 "upload the directory (huggingface_hub.upload_folder)"
             )
+        whole, main = kwargs.get("state_dict"), kwargs.get("is_main_process", True)
+        whole = None if whole is None else dict(whole)  # transformers empties it
         before = _files(path)
         state.saving = True
         try:
@@ -95,7 +97,6 @@ def _around(method: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             state.saving = False
         written = [f for f, look in _files(path).items() if before.get(f) != look]
-        whole, main = kwargs.get("state_dict"), kwargs.get("is_main_process", True)
         if not main:
             if whole is None and is_sharded(self):
                 save(self, path)  # the first process writes what all gather

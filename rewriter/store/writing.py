@@ -22,6 +22,7 @@ from rewriter.capture.hosted import original_class
 from rewriter.errors import StoreError
 from rewriter.modules.pointwise import inner
 from rewriter.modules.tensors import gathered, is_sharded, non_persistent, unique_tensors
+from rewriter.modules.tree import own_class
 from rewriter.recipe.edits import edit_to_json
 from rewriter.recipe.names import (
     FORMAT,
@@ -88,7 +89,7 @@ def save(
     tensors, ties = unique_tensors(model, state_dict)
     document: dict[str, Any] = {
         "format": FORMAT,
-        "model": class_name(original_class(model)),
+        "model": class_name(original_class(own_class(model))),
         "layers": _entries(model, recipe),
         "edits": [edit_to_json(e) for e in recipe.edits],
         "edits_in_graph": recipe.edits_in_graph,
@@ -137,7 +138,7 @@ def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         origin = recipe.origins.get(fqn)
         entries.append({
             "name": fqn,
-            "class": class_name(type(inner(layer))),
+            "class": class_name(own_class(inner(layer))),
             "config": _config(inner(layer), fqn),
             "channels": None if installed.channels is None else installed.channels.to_json(),
             "same_as": next(n for n in recipe.installed if modules.get(n) is layer),
@@ -155,7 +156,7 @@ def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 def _config(layer: nn.Module, fqn: str) -> dict[str, Any]:
     if isinstance(layer, Layer):
         config = dict(layer.config())
-    elif type(layer) is nn.Linear:
+    elif own_class(layer) is nn.Linear:
         config = {
             "in_features": layer.in_features,
             "out_features": layer.out_features,
