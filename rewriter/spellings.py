@@ -210,7 +210,8 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
 def _class_name(module: nn.Module | None) -> str:
     """The operation that a module is: that of a layer of ours, else its class in snake case."""
     if isinstance(module, Layer) and module.op:
-        return module.op
+        op: str = module.op
+        return op
     name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(module).__name__)
     return "linear" if name == "Conv1D" else name.lower()
 
