@@ -204,14 +204,13 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
         name = str(node.args[1])
     else:
         name = getattr(target, "__name__", str(target))
-    return _SAME_OP.get(name, name)
+    return str(_SAME_OP.get(name, name))
 
 
 def _class_name(module: nn.Module | None) -> str:
     """The operation that a module is: that of a layer of ours, else its class in snake case."""
     if isinstance(module, Layer) and module.op:
-        op: str = module.op
-        return op
+        return module.op
     name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(module).__name__)
     return "linear" if name == "Conv1D" else name.lower()
 

@@ -568,7 +568,8 @@ def test_every_damage_to_a_recipe_is_a_store_error(saved: pathlib.Path) -> None:
             except StoreError:
                 continue
             assert key in (
-                "weight", "bias", "transposed", "graph_only", "chain", "dtype", "origin", "channels",
+                "weight", "bias", "transposed", "graph_only", "chain", "dtype", "origin",
+                "channels",
             )  # fmt: skip
 
 
