@@ -21,6 +21,7 @@ __all__ = [
     "ADDITIONS",
     "AFTER_SUM",
     "CONV",
+    "CONVOLUTIONS",
     "ELEMENTWISE",
     "LINEAR",
     "MIXING",
@@ -158,12 +159,14 @@ RECURRENT = frozenset({
     "rnn_relu_cell",
 })  # fmt: skip
 """Layers whose steps each need the one before, and their steps."""
-PRODUCTS = RECURRENT | {
+CONVOLUTIONS = frozenset({
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "convolution",
+})  # fmt: skip
+PRODUCTS = RECURRENT | CONVOLUTIONS | {
     "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "mv", "dot",
-    "bilinear", "tensordot", "inner", "_grouped_mm", "grouped_mm", "conv1d", "conv2d", "conv3d",
-    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
-    "multi_head_attention_forward", "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
+    "bilinear", "tensordot", "inner", "_grouped_mm", "grouped_mm", "multi_head_attention_forward",
+    "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
 }  # fmt: skip
 """Ops that multiply by a weight."""
 
@@ -233,7 +236,7 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
         name = str(node.args[1])
     else:
         name = getattr(target, "__name__", str(target))
-    return _SAME_OP.get(name, name)
+    return str(_SAME_OP.get(name, name))
 
 
 def _class_name(module: nn.Module | None) -> str:

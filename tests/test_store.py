@@ -567,7 +567,17 @@ def test_every_damage_to_a_recipe_is_a_store_error(saved: pathlib.Path) -> None:
                 load(saved, MLP())
             except StoreError:
                 continue
-            assert key in ("weight", "bias", "transposed", "graph_only", "chain", "dtype", "origin")
+            assert key in (
+                "weight", "bias", "transposed", "graph_only", "chain", "dtype", "origin",
+                "channels",
+            )  # fmt: skip
+
+
+def test_channels_are_those_of_a_convolution(saved: pathlib.Path) -> None:
+    for channels in ({"spatial": 2, "stride": [1, 1], "last": False}, {"spatial": 9}, {}, "x"):
+        edit(saved, lambda d, c=channels: d["layers"][0].update(channels=c))
+        with pytest.raises(StoreError, match="damaged|no 1×1 convolution"):
+            load(saved, MLP())
 
 
 @pytest.mark.parametrize(

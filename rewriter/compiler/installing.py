@@ -90,6 +90,7 @@ class _Ready:
                 )
             layer = submodule(lifted.root, fqn)
             assert layer is not None
+            assert isinstance(old.weight, Tensor)
             self.weights[position] = old.weight
             self.places.append((root, old, layer))
 

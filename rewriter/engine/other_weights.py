@@ -18,7 +18,7 @@ from rewriter.modules.pointwise import inner
 from rewriter.modules.tree import find, join
 from rewriter.report import Decision
 from rewriter.sites import CONV, LINEAR, Site, is_conv
-from rewriter.spellings import PRODUCTS, RECURRENT, is_leaf, op_name, user_line
+from rewriter.spellings import CONVOLUTIONS, PRODUCTS, RECURRENT, is_leaf, op_name, user_line
 
 __all__ = ["other_weights"]
 
@@ -97,7 +97,7 @@ def _conv(site: Site) -> Refusal:
     elif conv.groups != 1:
         why = "works on groups of channels"
     else:
-        why = "leaves positions between its results" if conv.transposed else "pads its input"
+        why = "is transposed" if conv.transposed else "pads its input"
     decision = Decision(
         site.fqn,
         _class(conv),
@@ -137,7 +137,8 @@ def _bare(name: str, parameter: Tensor, owner: nn.Module, use: Any, seen: set[ob
     else:
         op, parts = op_name(use[0]), use[1]
         how = _HOW.get(op, _HOW["parts"] if parts else "")
-        kind = _class(owner) if op in _HOW and own_class else kind
+        if op in _HOW:
+            kind = _class(owner) if own_class else "".join(w.capitalize() for w in op.split("_"))
         reason = f"its weight goes into {op}" + (f", {how}" if how else _NOT_LINEAR)
     node = use[0] if isinstance(use, tuple) else None
     counted = () if node is None or node in seen or not _is_product(node) else (node,)
@@ -149,6 +150,7 @@ def _bare(name: str, parameter: Tensor, owner: nn.Module, use: Any, seen: set[ob
 _NOT_LINEAR = " in a form that is no linear layer"
 _HOW = {
     **dict.fromkeys(RECURRENT, "where each step needs the one before: no pass takes such a layer"),
+    **dict.fromkeys(CONVOLUTIONS, "more than a linear layer over channels: no pass takes it"),
     "bilinear": "a product of two inputs: no pass takes one",
     "parts": "part by part: no pass takes weights that are packed into one",
 }

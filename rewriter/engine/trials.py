@@ -14,6 +14,7 @@ from rewriter.cost import propagate
 from rewriter.engine.decide import Proposal
 from rewriter.engine.verify import relative_error, tolerance, type_of
 from rewriter.errors import VerifyError
+from rewriter.modules.pointwise import inner
 from rewriter.modules.running import run_flat
 from rewriter.sites import Site
 from rewriter.spellings import autocast_at, kind_name, source_of
@@ -32,11 +33,12 @@ def try_layer(capture: Capture, rewrite: Pass, p: Proposal, seen: set[object]) -
     """
     if any(r.leaves is None for r in capture.regions):
         return  # no shapes
-    layer = p.replacement.layer
+    layer = inner(p.replacement.layer)
     like: object = id(layer)
     if isinstance(layer, Layer):
         tensors = (*layer.named_parameters(), *layer.named_buffers())
-        like = type(layer), str(layer.config()), tuple((n, type_of(t)) for n, t in tensors)
+        own = tuple((n, type_of(t)) for n, t in tensors)
+        like = type(layer), str(layer.config()), own, p.site.channels
     for node in p.site.nodes:
         source, expected = source_of(node).meta.get("val"), node.meta.get("val")
         if not isinstance(source, Tensor) or not isinstance(expected, Tensor):

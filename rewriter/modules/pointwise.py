@@ -70,9 +70,9 @@ class Channels:
 
     def rows(self, x: Tensor) -> Tensor:
         """[*, channels, d₁ … dₙ] → [*, d₁ … dₙ, channels], a view."""
-        steps = [slice(None, None, s) for s in self.stride]
-        if any(s != 1 for s in self.stride):
-            x = x[(..., slice(None), *steps)]
+        for dim, step in enumerate(self.stride, -self.spatial):
+            if step != 1:
+                x = _every(x, dim, step)
         return x.movedim(-1 - self.spatial, -1)
 
     def back(self, y: Tensor, like: Tensor) -> Tensor:
@@ -119,6 +119,49 @@ class Pointwise(nn.Module):
         super().__init__()
         self.linear, self.channels = linear, channels
 
+    # What Python code asks a convolution for, to pad its input by hand, say
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return (1,) * self.channels.spatial
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self.channels.stride
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return (1,) * self.channels.spatial
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        return (0,) * self.channels.spatial
+
+    @property
+    def in_channels(self) -> int:
+        return int(self._linear.in_features)
+
+    @property
+    def out_channels(self) -> int:
+        return int(self._linear.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in, 1, …] of the layer's own weight, for code that reads its dtype or device."""
+        weight: Tensor = self._linear.weight
+        return weight.reshape(*weight.shape, *self.kernel_size)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self._linear.bias
+        return bias
+
+    @property
+    def _linear(self) -> Any:
+        return self.linear
+
+    groups, padding_mode, transposed = 1, "zeros", False
+
     def forward(self, x: Tensor) -> Tensor:
         if not 0 <= x.dim() - self.channels.spatial - 1 <= 1:
             dims = self.channels.spatial + 1
@@ -160,12 +203,17 @@ def inner(module: nn.Module) -> nn.Module:
     return module.linear if isinstance(module, Pointwise) else module
 
 
+def _every(x: Tensor, dim: int, step: int) -> Tensor:
+    """Every `step`-th position along a dimension, a view."""
+    where: list[slice] = [slice(None)] * x.dim()
+    where[dim] = slice(None, None, step)
+    return x[tuple(where)]
+
+
 def _each(option: Any, spatial: int) -> tuple[Any, ...]:
     """One value for each dimension, as convolutions take a number for all."""
-    if isinstance(option, str | int):
-        return (option,) * spatial
-    option = tuple(option)
-    return option * spatial if len(option) == 1 else option
+    given: tuple[Any, ...] = (option,) if isinstance(option, str | int) else tuple(option)
+    return given * spatial if len(given) == 1 else given
 
 
 def _layout(x: Tensor) -> torch.memory_format:

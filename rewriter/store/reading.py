@@ -251,7 +251,12 @@ def _build(entry: _Entry, root: nn.Module, old: dict[str, Tensor], filler: _Fill
     site += [t for k, t in old.items() if k.startswith(f"{entry.name}.")]
     features = [getattr(layer, n, None) for n in ("out_features", "in_features")]
     if entry.installed.weight_ref in old and None not in features:
-        weight = site[0] if entry.installed.channels is None else site[0].flatten(1)
+        weight, channels = site[0], entry.installed.channels
+        if channels is not None:
+            inside = entry.installed.weight_ref == f"{entry.name}.linear.weight"
+            if weight.dim() != (2 if inside else channels.spatial + 2):
+                raise StoreError(f"{entry.name} of the recipe is no 1×1 convolution here")
+            weight = weight.flatten(1)
         shape = list(weight.shape)[:: -1 if entry.installed.transposed else 1]
         if shape != features:
             raise StoreError(
