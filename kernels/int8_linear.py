@@ -47,6 +47,7 @@ __all__ = [
     "int8_linear_reference",
     "kernel_name",
     "multiply",
+    "onnx_product",
     "packed_weight",
     "pick_kernel",
     "quantize",
@@ -537,6 +538,51 @@ register_vmap(_LIB, "int8_linear", _formula, casts=1)
 torch.library.register_fake("rewriter::int8_linear", _fake, lib=_LIB)
 
 
+# ONNX --------------------------------------------------------------------------------------------
+
+
+def onnx_product(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> Tensor:
+    """q(x) @ (qweight·scale[…, None])ᵀ by ONNX's MatMulInteger, for `torch.onnx.export`.
+
+    Args:
+        x: [*, rows, k] float32.
+        qweight: [*, n, k] int8.
+        scale: [*, n] float32, that spreads over the result.
+        activation: as of `int8_linear`; "per_tensor" is ONNX's DynamicQuantizeLinear.
+
+    Returns:
+        [*, rows, n] float32.
+    """
+    from torch.onnx.ops import symbolic, symbolic_multi_out
+
+    weight, shape = qweight.mT, (*x.shape[:-1], qweight.shape[-2])
+    if activation == "per_tensor":
+        q, s, zero = symbolic_multi_out(
+            "::DynamicQuantizeLinear", (x,), shapes=(x.shape, (), ()),
+            dtypes=(torch.uint8, torch.float32, torch.uint8),
+        )  # fmt: skip
+        y = symbolic("::MatMulInteger", (q, weight, zero), dtype=torch.int32, shape=shape)
+        return y.to(torch.float32) * (s * scale)
+    lo = x.amin(-1, keepdim=True)
+    s = (x.amax(-1, keepdim=True) - lo + _EPS) / 255
+    q = ((x - lo) / s).round().clamp(0, 255).to(torch.uint8)
+    # ONNX Runtime takes one zero point for all rows: lo comes in by the sums of the weights
+    y = symbolic("::MatMulInteger", (q, weight), dtype=torch.int32, shape=shape)
+    sums = qweight.to(torch.float32).sum(-1).view(scale.shape)
+    return y.to(torch.float32) * s * scale + lo * (sums * scale)
+
+
+def _onnx(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "per_token",
+) -> Tensor:
+    y = onnx_product(x.to(torch.float32), qweight, scale.to(torch.float32), activation)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
 # Record ------------------------------------------------------------------------------------------
 
 
@@ -561,6 +607,7 @@ RECORD = ops.register(
         "rewriter::int8_linear",
         kind="int8_linear",
         reference=int8_linear_reference,
+        onnx=_onnx,
         size_names=("rows", "out", "in"),
         sizes=_sizes,
         flops=_flops,

@@ -332,11 +332,29 @@ def _sample(rows: int, width: int, blocks: int) -> tuple[Any, ...]:
     return x, right.to(torch.int8), scales[0], left.to(torch.int8), scales[1], bias, out
 
 
+def _onnx(*args: Any) -> Tensor:
+    """Both factors as batches of ONNX's integer products."""
+    x, qright, right_scale, qleft, left_scale, bias, out_features, activation, interleaved = (
+        Operands(*args)
+    )
+    (k, rl, ib), l = qright.shape, qleft.shape[0]
+    rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+    xb = F.pad(rows, (0, k * ib - x.shape[-1])).unflatten(-1, (k, ib)).transpose(0, 1)
+    scales = [s.to(torch.float32).unsqueeze(1) for s in (right_scale, left_scale)]
+    mid = int8.onnx_product(xb, qright, scales[0], activation)  # [k, rows, (r, l)]
+    mid = mid.unflatten(-1, (rl // l, l)).permute(3, 1, 0, 2).flatten(2)  # [l, rows, (k, r)]
+    z = int8.onnx_product(mid, qleft, scales[1], activation)  # [l, rows, s]
+    y = z.permute((1, 2, 0) if interleaved else (1, 0, 2)).flatten(1)[:, :out_features]
+    y = y.reshape(*x.shape[:-1], out_features)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
 ops.register(
     ops.Record(
         "rewriter::int8_monarch_linear",
         kind="int8_monarch",
         reference=int8_monarch_linear_reference,
+        onnx=_onnx,
         size_names=monarch.RECORD.size_names,
         sizes=_sizes,
         flops=_flops,

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._decomp
+import torch._meta_registrations  # enters what stands in torch's table of meta functions by then
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, register_flop_formula, shape_wrapper
@@ -236,6 +238,8 @@ class Record:
         derives: what the backward can make again.
         forms: smaller forms that it makes of tensors, of which a memory plan may choose.
         companions: the other ops that belong to it, its backward most of all.
+        onnx: the same function as `torch.onnx.export` is to write it, where that is not as the
+            reference; may call `torch.onnx.ops.symbolic`.
         module: the module to import before a program that calls the op is loaded; "" where that
             is the one that defines the reference.
     """
@@ -255,6 +259,7 @@ class Record:
     derives: tuple[Derived, ...] = ()
     forms: tuple[Form, ...] = ()
     companions: tuple[Companion, ...] = ()
+    onnx: Callable[..., Any] | None = None
     module: str = ""
 
     @property
@@ -321,7 +326,19 @@ def register(record: Record) -> Record:
     _by_name.update(dict.fromkeys(record.names, record))
     if record.own_kind:
         _by_kind[record.kind] = record
+    _write_out_for_onnx(record)
     return record
+
+
+def _write_out_for_onnx(record: Record) -> None:
+    """Enters what `torch.onnx.export` writes in the op's place: it reads this table of torch's.
+
+    FakeTensorMode reads it too, of ops that have no meta function, and would then run it in the
+    place of the fake kernel. So there it is entered as one, which nothing runs.
+    """
+    written = record.onnx or record.reference
+    for table in (torch._decomp.decomposition_table, torch._decomp.meta_table):
+        table.setdefault(record.op.default, written)
 
 
 def forget(name: str) -> None:
@@ -330,6 +347,8 @@ def forget(name: str) -> None:
     for own in record.names:
         del _by_name[own]
         flop_registry.pop(_packet(own), None)
+    for table in (torch._decomp.decomposition_table, torch._decomp.meta_table):
+        table.pop(record.op.default, None)
     if record.own_kind:
         del _by_kind[record.kind]
 
@@ -390,7 +409,7 @@ _TUPLES: Mapping[str, type] = {
     "forms": Form,
     "companions": Companion,
 }
-_FUNCTIONS = ("sizes", "flops", "parts", "gemm")
+_FUNCTIONS = ("sizes", "flops", "parts", "gemm", "onnx")
 
 
 def _check_types(record: Record) -> None:
@@ -441,6 +460,7 @@ def _is_tuple(said: str, key: str, value: object, entry: type) -> None:
 def _check_signatures(record: Record) -> None:
     """Reference, sizes and FLOP formulas take the arguments of the ops that they are of."""
     _takes(record, record.name, "reference", record.reference)
+    _takes(record, record.name, "onnx", record.onnx)
     _takes(record, record.name, "sizes", record.sizes)
     _takes(record, record.name, "flops", record.flops, out_shape=None)
     for c in record.companions:

@@ -14,14 +14,14 @@ from torch import nn
 from rewriter import lowering
 from rewriter.base import Pass, Where
 from rewriter.capture import capture
-from rewriter.compiler.packaging import Exported, exported
+from rewriter.compiler.packaging import FORMATS, Exported, exported
 from rewriter.cost import Device
 from rewriter.engine import Options, check_passes
 from rewriter.engine.batches import Calibration
 from rewriter.engine.decide import device_of
 from rewriter.engine.pipeline import copied, run
 from rewriter.engine.undo import restored_on_error
-from rewriter.errors import CaptureError, OptionError, RewriteError, warn
+from rewriter.errors import CaptureError, OptionError, RewriteError, one_of, warn
 from rewriter.lowering import Rule, checked
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.parse import parse_pass
@@ -196,21 +196,27 @@ def export(
     dynamic_shapes: Any = None,
     inductor: Mapping[str, Any] | None = None,
     standalone: bool = False,
+    format: str = "pt2",
     **options: Any,
 ) -> Exported:
-    """model → rewrite → `torch.export` program → AOTInductor package: eval mode, weights inside.
+    """model → rewrite → `torch.export` program → AOTInductor package or ONNX file: eval mode,
+    weights inside.
 
     Args:
         model: any module that `torch.export` takes whole; never changed.
         passes: as in `rewrite`, also as text.
         example_inputs: one real batch, as in `rewrite`; it is needed.
-        package: where to write compiled code (`.pt2`), for `torch._inductor.aoti_load_package`.
-        dynamic_shapes: as `torch.export.export` takes it; the sizes are those of the example where
-            left out.
+        package: where to write compiled code (`.pt2`), for `torch._inductor.aoti_load_package`, or
+            with format="onnx" the model (`.onnx`).
+        dynamic_shapes: as `torch.export.export` takes it; where left out, the sizes are those of
+            the example, and in ONNX batch and length vary as far as the model lets them.
         inductor: options of Inductor's for the package.
         standalone: writes ops with a record out by their references in torch's own, so that
             program and package load and run where only torch is installed. Their tuned kernels
             are lost; 8-bit ops compute in float64 then: small files, but slow code.
+        format: "pt2", or "onnx" for ONNX Runtime, where 8-bit ops are integer products
+            (MatMulInteger). On an x86 CPU without VNNI these saturate in ONNX Runtime, unless its
+            session option "session.x64quantprecision" is "1".
         options: further ones of `rewrite`.
 
     Returns:
@@ -223,8 +229,11 @@ def export(
     if example_inputs is None:
         raise CaptureError("export needs example_inputs: one real batch of the model")
     path = None if package is None else Path(package)
-    if path is not None and path.suffix != ".pt2":
-        raise OptionError(f"package={str(path)!r}: the suffix must be .pt2")
+    one_of("format", format, FORMATS)
+    if path is not None and path.suffix != f".{format}":
+        raise OptionError(f"package={str(path)!r}: the suffix must be .{format}")
+    if format == "onnx" and (path is None or standalone or inductor):
+        raise OptionError("format='onnx' needs package='model.onnx', no standalone= or inductor=")
     if path is not None and not path.parent.is_dir():
         raise OptionError(f"package={str(path)!r}: there is no directory {path.parent}")
     if isinstance(passes, str | Pass) or not isinstance(passes, Sequence):
@@ -233,7 +242,7 @@ def export(
         raise OptionError("inductor= is for the package: give package='model.pt2' too")
     chosen = [parse_pass(p) if isinstance(p, str) else p for p in passes]
     ready = rewrite(model, chosen, example_inputs, **options).eval()
-    return exported(ready, example_inputs, path, dynamic_shapes, inductor, standalone)
+    return exported(ready, example_inputs, path, dynamic_shapes, inductor, standalone, format)
 
 
 def _settings(

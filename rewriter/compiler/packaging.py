@@ -1,4 +1,4 @@
-"""Ahead of time: a rewritten model as a `torch.export` program and as compiled code in a file."""
+"""Ahead of time: a rewritten model as a `torch.export` program, compiled code, or ONNX."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
 
 from rewriter.capture import arguments
 from rewriter.errors import CaptureError, RewriteError
@@ -19,7 +20,12 @@ from rewriter.kernels.ops import Record
 from rewriter.modules.generated import unwritable
 from rewriter.report import Report
 
-__all__ = ["Exported", "exported"]
+__all__ = ["FORMATS", "Exported", "exported"]
+
+FORMATS = ("pt2", "onnx")
+"""What `rewriter.export` writes, each in a file of this suffix."""
+_ONE_FILE = 2**31 - 2**20
+"""Bytes of weights that fit ONNX's one file, a protobuf; larger ones lie in a file beside it."""
 
 
 @dataclass
@@ -29,7 +35,7 @@ class Exported:
     Args:
         program: runs anywhere with `program.module()`; `torch.export.save` writes it.
         report: the ledger of the rewrite.
-        package: the file with the compiled code; None where none was asked for.
+        package: the file with the compiled code, or in ONNX; None where none was asked for.
         own_ops: ops with a record, ours and those of other packages, that program and compiled
             code call, and how often.
     """
@@ -63,17 +69,18 @@ def exported(
     dynamic_shapes: Any,
     inductor: Mapping[str, Any] | None,
     standalone: bool,
+    format: str,
 ) -> Exported:
-    """A rewritten model in eval mode as a program and, with a path, as a package.
+    """A rewritten model in eval mode as a program and, with a path, as a file.
 
     Args:
         ready: the model.
-        example_inputs, dynamic_shapes, inductor, standalone: as in `rewriter.export`.
-        path: of the package; None for the program alone.
+        example_inputs, dynamic_shapes, inductor, standalone, format: as in `rewriter.export`.
+        path: of the file; None for the program alone.
 
     Raises:
         CaptureError: the model cannot be exported.
-        RewriteError: Inductor cannot compile the program.
+        RewriteError: Inductor or ONNX cannot take the program.
     """
     report: Any = ready.report
     args, kwargs = arguments(example_inputs)
@@ -82,6 +89,8 @@ def exported(
             f"{type(ready).__name__} holds the name {name!r}, which torch.export would write into "
             "Python code as it is: rename it"
         )
+    if format == "onnx" and dynamic_shapes is None:
+        dynamic_shapes = tree_map(_open_sizes, kwargs or args)
     with torch.no_grad():
         try:
             program = torch.export.export(ready, args, kwargs, dynamic_shapes=dynamic_shapes)
@@ -96,10 +105,43 @@ def exported(
                 warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own copies
                 program = program.run_decompositions(_written_out(_own_ops(program)))
     done = Exported(program, report, None, _own_ops(program))
+    if path is not None and format == "onnx":
+        done.package = _in_onnx(program, path)
+        report.capture.notes.append(f"exported: {path.name} runs in ONNX Runtime alone")
+        return done
     if path is not None:
         done.package = _packaged(program, path, dict(inductor or {}))
     report.capture.notes.append(f"exported: {done.needs}")
     return done
+
+
+def _open_sizes(leaf: Any) -> Any:
+    """Batch and length may vary, where the model lets them; of an image the batch alone."""
+    if not isinstance(leaf, Tensor):
+        return None
+    return {d: torch.export.Dim.AUTO for d in range(1 if leaf.dim() > 3 else min(2, leaf.dim()))}
+
+
+def _in_onnx(program: ExportedProgram, path: Path) -> Path:
+    """The program in ONNX; what stands for our ops there, their records say."""
+    weights = [*program.state_dict.values(), *program.constants.values()]
+    size = sum(t.nbytes for t in weights if isinstance(t, Tensor))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own imports
+        try:
+            torch.onnx.export(
+                program, (), str(path), dynamo=True, verbose=False, external_data=size > _ONE_FILE
+            )
+        except ImportError as error:
+            raise RewriteError(f"ONNX needs onnx and onnxscript: {error}") from error
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            first = error
+            while isinstance(first.__cause__, Exception):
+                first = first.__cause__
+            said = (str(first).strip().splitlines() or [""])[0]
+            raise RewriteError(f"ONNX cannot express {path.name}: {said}") from error
+    return path
 
 
 def _written_out(ops: Mapping[str, int]) -> dict[Any, Callable[..., Any]]:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from interop import recipes
 from interop.recipes import Recipe, batch, bert, ids, llama, net, random, ready, rewritten
-from rewriter import load
+from rewriter import export, load
 
 EXACT = 60.0
 """dB of signal over noise: float32 in another order, where int8 may round a few levels apart."""
@@ -134,19 +134,31 @@ def torch_export(recipe: Recipe) -> None:
     assert_close(outputs(again.module(), batch(3)), outputs(model, batch(3)))
 
 
-def onnx_export(recipe: Recipe) -> None:
+def _in_onnx_runtime(file: str, given: Any) -> Tensor:
     import onnxruntime
 
-    model = ready(recipe, bert)
-    sizes = {name: {0: torch.export.Dim.DYNAMIC} for name in batch()}
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    given = given if isinstance(given, dict) else {session.get_inputs()[0].name: given}
+    return torch.from_numpy(session.run(None, {n: t.numpy() for n, t in given.items()})[0])
+
+
+def onnx_export(recipe: Recipe) -> None:
+    sizes = ({0: torch.export.Dim.DYNAMIC},)
+    model, x = ready(recipe, net), random(7, 16)
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/model.onnx"
         torch.onnx.export(
-            model, (), file, kwargs=batch(), dynamic_shapes=sizes, dynamo=True, verbose=False
+            model, (random(4, 16),), file, dynamic_shapes=sizes, dynamo=True, verbose=False
         )
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        (got,) = session.run(None, {name: t.numpy() for name, t in batch(3).items()})
-    assert_close(torch.from_numpy(got), outputs(model, batch(3)))
+        assert_close(_in_onnx_runtime(file, x), outputs(model, x))
+
+
+def our_onnx(recipe: Recipe) -> None:
+    model = ready(recipe, bert)
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.onnx"
+        export(bert(), recipe.passes, batch(), format="onnx", package=file)
+        assert_close(_in_onnx_runtime(file, batch(3)), outputs(model, batch(3)))
 
 
 # adapters
@@ -392,6 +404,7 @@ CLIENTS: Mapping[str, Callable[[Recipe], None]] = {
     "`torch.compile` with Inductor, forward": inductor,
     "`torch.export`, saved and loaded": torch_export,
     "`torch.onnx.export`, in ONNX Runtime": onnx_export,
+    '`rewriter.export(format="onnx")`': our_onnx,
     "tied weights": tied_weights,
     "LoRA, then rewritten": lora_before,
     "rewritten, then LoRA and merged": lora_after,
