@@ -86,7 +86,7 @@ def goes_past(capture: Capture, graph_only: Sequence[str], outputs: Sequence[Any
         return start + "was not run"
     layers = {name: root.get_submodule(name) for name in graph_only}
     called: set[nn.Module] = set()
-    saved = [(r, r.graphs) for r in capture.regions]
+    saved = [(r, r.graphs) for r in (*capture.regions, *capture.others)]
     forwards = [(layer, vars(layer).get("forward")) for layer in layers.values()]
     why = ""
     try:

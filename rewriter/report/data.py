@@ -15,6 +15,7 @@ from rewriter.cost.snapshot import Formulas
 from rewriter.cost.symbolic import holds
 from rewriter.errors import OptionError, StoreError
 from rewriter.report.entries import (
+    CallForm,
     CaptureInfo,
     Decision,
     Island,
@@ -43,6 +44,7 @@ class Ledger:
         sizes: the sizes of the inputs that may vary, as they were priced.
         ranges: the smallest and largest that the captured graph serves (None: any).
         conditions: of the sizes, under which the costs' formulas hold; empty without formulas.
+        forms: the ways in which the model was called so far, and what runs each.
         snapshots, predictor: the model at each step and the device, for `at`; not stored.
     """
 
@@ -54,6 +56,7 @@ class Ledger:
     sizes: dict[str, int] = field(default_factory=dict)
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)
+    forms: list[CallForm] = field(default_factory=list, compare=False)
     snapshots: list[Snapshot | None] = field(default_factory=list, repr=False, compare=False)
     predictor: Device | None = field(default=None, repr=False, compare=False)
 
@@ -224,6 +227,7 @@ class Ledger:
         capture = build(CaptureInfo, data.get("capture"))
         capture.islands = [build(Island, island) for island in capture.islands]
         report = build(cls, {**data, "capture": capture}, ignore={"format"})
+        report.forms = [build(CallForm, form) for form in report.forms]
         report.steps = [step_of(step) for step in report.steps]
         report.ranges = {k: (v[0], v[1]) for k, v in report.ranges.items()}
         return report
