@@ -32,6 +32,9 @@ __all__ = ["MAX_FORMS", "Capturer", "Form", "Lowered", "PlannedSteps", "State"]
 MAX_FORMS = 8
 """So many forms of one module are captured, and so many further ones tried in vain."""
 
+_FULL = "full"
+"""Of all calls that come when the bound is reached."""
+
 _log = logging.getLogger("rewriter")
 
 
@@ -90,10 +93,9 @@ class Form:
 
     def run(self, module: nn.Module, leaves: list[Any], training: bool, tracing: bool) -> Any:
         """The model's output, by the graph of the mode."""
-        program, entry = self.programs[training], self.entry
-        signature = self.signature
-        assert signature is not None
-        if tracing:
+        program, entry, signature = self.programs[training], self.entry, self.signature
+        if tracing or signature is None:
+            entry.graph += not tracing
             return program(module, leaves, self._place(leaves))
         if self.memory is not None and training and torch.is_grad_enabled():
             results = self.memory(module, program, leaves, signature.dims[True].shapes)
@@ -110,8 +112,28 @@ class Form:
         bound = None if self.watch is None else self._modules(module, training, self.watch.version)
         return program.built(program.results(module, leaves, place, bound))
 
+    def leaves(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> list[Any] | str:
+        """The flat inputs that the graphs take, or how the call differs from the captured one."""
+        if self.signature is not None:
+            return self.signature.bind(args, kwargs, module.training)
+        bound = _parameters(forward).bind(module, *args, **kwargs)
+        bound.apply_defaults()
+        return list(bound.arguments.values())[1:]
+
+    def fits(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> str | None:
+        """Why the form does not serve a call, or None."""
+        leaves = self.leaves(module, forward, args, kwargs)
+        return leaves if isinstance(leaves, str) else self.changed(module.training)
+
+    def changed(self, training: bool) -> str | None:
+        """What of the module has changed since the capture, or None."""
+        if self.watch is None or training not in self.programs:
+            return None
+        return self.watch.recast() or self.watch.difference(training)
+
     def _place(self, leaves: Sequence[Any]) -> str:
-        assert self.signature is not None
+        if self.signature is None:
+            return ""
         device = leaves[0].device if leaves else None
         return "" if device is None or device.type == self.signature.device else str(device)
 
@@ -195,22 +217,17 @@ class State:
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Serves one call: by the graph of its form, or by the original Python."""
-        training = module.training
         tracing = torch.compiler.is_compiling()
-        differs = ""
+        differs, changed = "", None
         for form in self.forms:
-            if form.signature is None:
-                return self._traced(form, module, forward, args, kwargs, tracing)
-            leaves = form.signature.bind(args, kwargs, training)
+            leaves = form.leaves(module, forward, args, kwargs)
             if isinstance(leaves, str):
                 differs = differs or leaves
                 continue
-            recast = None if tracing or form.watch is None else form.watch.recast()
-            if recast:
-                differs = differs or recast
-                continue
-            return self._served(form, module, forward, args, kwargs, leaves, tracing)
-        return self._new(module, forward, args, kwargs, differs, tracing)
+            changed = None if tracing else form.changed(module.training)
+            if changed is None:
+                return self._served(form, module, forward, args, kwargs, leaves, tracing)
+        return self._new(module, forward, args, kwargs, changed or differs, changed, tracing)
 
     def _served(
         self, form: Form, module: nn.Module, forward: Any, args: Any, kwargs: Any,
@@ -218,37 +235,10 @@ class State:
     ) -> Any:  # fmt: skip
         """A call in this form."""
         training = module.training
-        if training not in form.programs:
-            return self._without_graph(form, module, forward, args, kwargs, tracing)
-        if not tracing and form.watch is not None:
-            changed = form.watch.difference(training)
-            if changed:
-                return self._differs(module, forward, args, kwargs, changed, form.entry, tracing)
-        return form.run(module, leaves, training, tracing)
-
-    def _traced(
-        self, form: Form, module: nn.Module, forward: Any, args: Any, kwargs: Any, tracing: bool
-    ) -> Any:
-        """A call of a model that was traced symbolically, which any call is."""
-        training = module.training
-        if training not in form.programs:
-            return self._without_graph(form, module, forward, args, kwargs, tracing)
-        if not tracing and form.watch is not None:
-            changed = form.watch.difference(training)
-            if changed:
-                return self._differs(module, forward, args, kwargs, changed, form.entry, tracing)
-        bound = _parameters(forward).bind(module, *args, **kwargs)
-        bound.apply_defaults()
-        if not tracing:
-            form.entry.graph += 1
-        return form.programs[training](module, list(bound.arguments.values())[1:], "")
-
-    def _without_graph(
-        self, form: Form, module: nn.Module, forward: Any, args: Any, kwargs: Any, tracing: bool
-    ) -> Any:
-        """A call in a mode that was not captured."""
+        if training in form.programs:
+            return form.run(module, leaves, training, tracing)
         if self.graph_only:
-            mode = "train" if module.training else "eval"
+            mode = "train" if training else "eval"
             raise SignatureError(
                 f"{type(module).__name__} was not captured in {mode} mode, and its Python "
                 f"forward does not go through the rewritten {', '.join(self.graph_only)}: "
@@ -261,7 +251,14 @@ class State:
     # calls in no known form
 
     def _new(
-        self, module: nn.Module, forward: Any, args: Any, kwargs: Any, differs: str, tracing: bool
+        self,
+        module: nn.Module,
+        forward: Any,
+        args: Any,
+        kwargs: Any,
+        differs: str,
+        changed: str | None,
+        tracing: bool,
     ) -> Any:
         """A call that no form serves: captured if it may be, else by Python."""
         if not self.forms and (tracing or self.capturer is None):
@@ -270,19 +267,22 @@ class State:
             return forward(module, *args, **kwargs)
         if tracing or self.strict and self.forms:
             return self._differs(module, forward, args, kwargs, differs, None, tracing)
-        kind = _kind_of_call(args, kwargs, module.training)
+        kind = changed, _kind_of_call(args, kwargs, module.training)
+        if len(self.forms) >= MAX_FORMS or len(self.refused) >= MAX_FORMS:
+            kind = kind if kind in self.refused else _FULL
         if kind not in self.refused:
-            form = self._captured(module, args, kwargs, kind)
+            form = self._captured(module, forward, args, kwargs, kind)
             if form is not None:
-                assert form.signature is not None
-                leaves = form.signature.bind(args, kwargs, module.training)
-                if not isinstance(leaves, str):
-                    return self._served(form, module, forward, args, kwargs, leaves, tracing)
+                leaves = form.leaves(module, forward, args, kwargs)
+                assert isinstance(leaves, list)
+                return self._served(form, module, forward, args, kwargs, leaves, tracing)
         why, entry = self.refused.get(kind, ("", None))
-        words = "; ".join(w for w in (differs, why) if w)
+        words = "; ".join(dict.fromkeys(w for w in (differs, why) if w))
         return self._differs(module, forward, args, kwargs, words, entry, tracing)
 
-    def _captured(self, module: nn.Module, args: Any, kwargs: Any, kind: Any) -> Form | None:
+    def _captured(
+        self, module: nn.Module, forward: Any, args: Any, kwargs: Any, kind: Any
+    ) -> Form | None:
         """A new form for this call; None where there can be none, or not now."""
         if self.capturer is None or _Capturing.thread == threading.get_ident():
             return None
@@ -294,28 +294,30 @@ class State:
         _Capturing.thread = threading.get_ident()
         try:
             for form in self.forms:  # another thread may have been here
-                if form.signature is None or not (
-                    isinstance(form.signature.bind(args, kwargs, module.training), str)
-                    or (form.watch is not None and form.watch.recast())
-                ):
+                if form.fits(module, forward, args, kwargs) is None:
                     return form
-            return self._attempt(module, args, kwargs, kind)
+            return self._attempt(module, forward, args, kwargs, kind)
         finally:
             _Capturing.thread = None
             _Capturing.lock.release()
 
-    def _attempt(self, module: nn.Module, args: Any, kwargs: Any, kind: Any) -> Form | None:
+    def _attempt(
+        self, module: nn.Module, forward: Any, args: Any, kwargs: Any, kind: Any
+    ) -> Form | None:
         start = time.perf_counter()
         name = f"{type(module).__name__} {self.fqn}".strip()
         made: Form | str
-        if len(self.forms) >= MAX_FORMS or len(self.refused) >= MAX_FORMS:
+        if kind is _FULL:
             made = f"{MAX_FORMS} forms of calls were captured or tried already"
         else:
             assert self.capturer is not None
             made = self.capturer(module, self, args, kwargs)
+        if isinstance(made, Form):
+            made = made.fits(module, forward, args, kwargs) or made
         seconds = time.perf_counter() - start
         if isinstance(made, str):
-            entry = CallForm(_described(args, kwargs), self.fqn, reason=made, seconds=seconds)
+            call = "any further call" if kind is _FULL else _described(args, kwargs)
+            entry = CallForm(call, self.fqn, reason=made, seconds=seconds)
             self.refused[kind] = made, entry
             _log.info("%s: a call (%s) runs Python: %s", name, entry.call, made)
         else:
@@ -349,8 +351,9 @@ class State:
             if entry is not None:
                 entry.python += 1
                 entry.reason = entry.reason or why
-            if self.forms and why not in self.warned:
-                self.warned.add(why)
+            said = entry.reason if entry is not None else why
+            if self.forms and said not in self.warned:
+                self.warned.add(said)
                 warn(
                     f"{name}: {why}; such calls run the original Python forward over the rewritten "
                     "layers"

@@ -24,6 +24,8 @@ __all__ = ["Watch"]
 _IGNORED = {"training", "_rewriter", "_parameters", "_buffers", "_non_persistent_buffers_set"}
 _IGNORED |= {"_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks"}
 _IGNORED |= {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+_IGNORED |= {"_forward_hooks_with_kwargs", "_forward_hooks_always_called"}
+_IGNORED |= {"_forward_pre_hooks_with_kwargs"}
 """State that a graph reads live, that has a check of its own, or that no call reads."""
 
 

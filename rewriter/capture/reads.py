@@ -11,6 +11,7 @@ import abc
 import contextlib
 import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -44,15 +45,22 @@ class Reads:
         self._held.append(owner)
         self._names[id(owner)] = set()
 
-    def read(self, owner: Any, name: str) -> None:
-        """Notes a look-up."""
+    def read(self, owner: Any, name: str) -> Any:
+        """A look-up: the value; also one of what is not there is noted."""
         names = self._names.get(id(owner))
-        if names is None:
-            return
-        if name != "__dict__":
+        if names is not None and name != "__dict__":
             names.add(name)
-        elif not _from_torch():
+        value = object.__getattribute__(owner, name)
+        if names is None or name != "__dict__":
+            return value
+        asking = sys._getframe(2)  # whoever looks up
+        if asking.f_code.co_name in ("__getattribute__", "__getattr__"):
+            return value if _in_torch(asking) else _Noted(self, owner, value)
+        while asking.f_back is not None and asking.f_code.co_name == "__getattribute__":
+            asking = asking.f_back
+        if not _in_torch(asking):
             self.all_of(owner)
+        return value
 
     def all_of(self, owner: Any) -> None:
         """The whole object was read, or cannot be observed."""
@@ -72,13 +80,54 @@ class Reads:
         return found
 
 
-def _from_torch() -> bool:
-    """Whether the look-up is by torch itself, which finds submodules and tensors this way, or by
-    this package."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_name == "__getattribute__":
-        frame = frame.f_back
+def _in_torch(frame: FrameType) -> bool:
+    """Whether code is torch's, which finds submodules and tensors in a `__dict__`, or ours."""
     return frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "rewriter")
+
+
+class _Noted(dict[str, Any]):
+    """The `__dict__` of an object for its own look-up method: the names that it takes are read."""
+
+    def __init__(self, reads: Reads, owner: Any, real: dict[str, Any]) -> None:
+        super().__init__(real)
+        self._reads, self._owner, self._real = reads, owner, real
+
+    def _note(self, name: str) -> None:
+        names = self._reads.of(self._owner)
+        if names is not None:
+            names.add(name)
+
+    def __getitem__(self, name: str) -> Any:
+        self._note(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self._note(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._note(name)
+        return super().get(name, default)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._real[name] = value
+        super().__setitem__(name, value)
+
+    def __iter__(self) -> Iterator[str]:
+        self._reads.all_of(self._owner)
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self._reads.all_of(self._owner)
+        return super().keys()
+
+    def items(self) -> Any:
+        self._reads.all_of(self._owner)
+        return super().items()
+
+    def values(self) -> Any:
+        self._reads.all_of(self._owner)
+        return super().values()
 
 
 @contextlib.contextmanager
@@ -121,12 +170,9 @@ def _recorder(cls: type, reads: Reads) -> type:
         __slots__ = ()
 
         def __getattribute__(self, name: str) -> Any:
-            reads.read(self, name)
-            return object.__getattribute__(self, name)
+            return reads.read(self, name)
 
-    class Top:
-        __slots__ = ()
-
+    class Top:  # with a `__dict__` as `cls` has one: its instances then fit
         def __init_subclass__(cls) -> None:
             """Nothing of what the class does where it is really derived from."""
 
