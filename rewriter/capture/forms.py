@@ -267,7 +267,7 @@ class State:
             return forward(module, *args, **kwargs)
         if tracing or self.strict and self.forms:
             return self._differs(module, forward, args, kwargs, differs, None, tracing)
-        kind = changed, _kind_of_call(args, kwargs, module.training)
+        kind: Any = changed, _kind_of_call(args, kwargs, module.training)
         if len(self.forms) >= MAX_FORMS or len(self.refused) >= MAX_FORMS:
             kind = kind if kind in self.refused else _FULL
         if kind not in self.refused:
@@ -322,7 +322,8 @@ class State:
             _log.info("%s: a call (%s) runs Python: %s", name, entry.call, made)
         else:
             entry = made.entry
-            entry.call, entry.module, entry.seconds = str(made.signature), self.fqn, seconds
+            entry.call = "" if made.signature is None else made.signature.described()
+            entry.module, entry.seconds = self.fqn, seconds
             self.forms = [*self.forms, made]
             _log.info("%s: captured a new form (%s) in %.1f s", name, entry.call, seconds)
         if len(self.ledger) < 8 * MAX_FORMS:

@@ -377,6 +377,12 @@ class Signature:
             result.rows.append(row)
         return result
 
+    def described(self) -> str:
+        """As `str`, and the arguments that are no tensors."""
+        given = zip(self.structure.value, self.structure.children, strict=True)
+        options = [f"{name}={shown(s.value)}" for name, s in given if s.kind == "const"]
+        return ", ".join([str(self), *options])
+
     def __str__(self) -> str:
         """The tensors with their dtypes and sizes; a letter stands for a size that may vary."""
         letters: dict[str, str] = {}

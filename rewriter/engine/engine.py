@@ -279,7 +279,7 @@ class Engine:
                 like = finished(capture, region, state)
                 form.memory, form.lowered = like.memory, like.lowered
             for form in state.forms:
-                call = "" if form.signature is None else str(form.signature)
+                call = "" if form.signature is None else form.signature.described()
                 form.entry.call, form.entry.module = call, name
                 report.forms.append(form.entry)
             if state.forms or capture.rung == "loaded":
