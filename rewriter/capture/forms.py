@@ -95,7 +95,8 @@ class Form:
         """The model's output, by the graph of the mode."""
         program, entry, signature = self.programs[training], self.entry, self.signature
         if tracing or signature is None:
-            entry.graph += not tracing
+            if not tracing:
+                entry.graph += 1
             return program(module, leaves, self._place(leaves))
         if self.memory is not None and training and torch.is_grad_enabled():
             results = self.memory(module, program, leaves, signature.dims[True].shapes)
@@ -171,6 +172,7 @@ class State:
         fqn: dotted name of the module in the root.
         island: counts the calls of a module that runs Python, whatever the call.
         refused: calls that could not be captured (`_kind_of_call`), with the form that counts them.
+        planned: what plans training steps; every form has a copy of its own.
     """
 
     forms: list[Form] = field(default_factory=list)
@@ -184,6 +186,7 @@ class State:
     fqn: str = ""
     island: CallForm | None = None
     refused: dict[Any, tuple[str, CallForm]] = field(default_factory=dict)
+    planned: PlannedSteps | None = None
 
     @property
     def programs(self) -> dict[bool, Program]:
@@ -197,13 +200,14 @@ class State:
 
     @property
     def memory(self) -> PlannedSteps | None:
-        """The plan of the first form."""
-        return self.forms[0].memory if self.forms else None
+        """What plans the steps of the first form, captured or not yet."""
+        return self.forms[0].memory if self.forms else self.planned
 
     @memory.setter
     def memory(self, memory: PlannedSteps | None) -> None:
         if self.forms:
             self.forms[0].memory = memory
+        self.planned = memory
 
     @property
     def lowered(self) -> Lowered | None:

@@ -81,7 +81,7 @@ def goes_past(capture: Capture, graph_only: Sequence[str], outputs: Sequence[Any
         return ""
     root = capture.root
     name = original_class(root).__name__
-    start = f"calls unlike the captured one are refused: the Python forward of {name} "
+    start = f"calls that no graph serves are refused: the Python forward of {name} "
     if outputs is None or capture.example is None:
         return start + "was not run"
     layers = {name: root.get_submodule(name) for name in graph_only}
