@@ -224,10 +224,11 @@ def _children(children: Mapping[str, Any], known: Callable[[Any], str]) -> list[
 
 def _absent(name: str, owner: Any, read: set[str] | None) -> list[str]:
     """Attributes that were looked up, and found not on the object but on its class or nowhere."""
+    read = {key for key in read or () if not key.startswith("__")}
     if not isinstance(owner, nn.Module):
-        return [key for key in read or () if key not in vars(owner) and not key.startswith("__")]
+        return sorted(read - vars(owner).keys())
     inner = {*owner._modules, *owner._parameters, *owner._buffers}
-    keys = {"forward", *(read or ())} if name else set(read or ()) - {"forward"}
+    keys = read | {"forward"} if name else read - {"forward"}
     return sorted(k for k in keys - inner if k not in vars(owner) and k not in _IGNORED)
 
 
