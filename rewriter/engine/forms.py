@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewriter import lowering
 from rewriter.capture import Arguments, Capture, Region, capture
 from rewriter.capture.guards import Watch
 from rewriter.capture.hosted import Form, State, original_class
@@ -18,7 +19,7 @@ from rewriter.engine.install import names_of, put
 from rewriter.engine.looking import sites_of
 from rewriter.errors import CaptureError, OptionError, RewriteError
 from rewriter.layer import Layer
-from rewriter.lowering import DEFAULT_RULES, Lowered, Rule, lower
+from rewriter.lowering import Lowered, Rule, lower
 from rewriter.modules.running import first_line
 from rewriter.modules.tensors import CONSTANT
 from rewriter.modules.tree import is_hook_dict
@@ -60,7 +61,7 @@ def finished(captured: Capture, region: Region, first: State) -> Form:
         form.memory = copy.deepcopy(first.memory)  # the budget, and no plan yet
     rules: Sequence[Rule] = getattr(first.lowered, "rules", ())
     if not first.forms and first.recipe is not None and first.recipe.lower:  # it was loaded
-        rules = DEFAULT_RULES
+        rules = lowering.DEFAULT_RULES
     if rules and False in form.programs:
         form.lowered = _lowered(captured, region, rules)
     return form

@@ -60,6 +60,9 @@ class Ledger:
     snapshots: list[Snapshot | None] = field(default_factory=list, repr=False, compare=False)
     predictor: Device | None = field(default=None, repr=False, compare=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"forms": [], **state})  # 0.2.0 has none
+
     @property
     def before(self) -> Cost:
         """Cost of the model as it came."""
