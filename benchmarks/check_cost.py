@@ -75,8 +75,8 @@ def main() -> None:
         "What a rewritten model's own checks cost",
         {"Median call": rows},
         command=command(),
-        notes="A model rewritten with no pass and not lowered, beside the original, in turns in one "
-        'process, without gradients. "checks" is the comparison of a call, and of the module '
+        notes="A model rewritten with no pass and not lowered, beside the original, in turns in "
+        'one process, without gradients. "checks" is the comparison of a call, and of the module '
         "tree, with what was captured. Aimed at: at most 2 % at every size of MiniLM.",
         out=options.out,
     )

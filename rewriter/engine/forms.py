@@ -111,11 +111,11 @@ def _dense(layer: Layer, transposed: bool, dtype: torch.dtype | None) -> dict[st
     linear map: what the graph computes with them is compared with Python, and then replaced."""
     tensor = next(t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point())
     like: Any = {"device": tensor.device, "dtype": dtype or tensor.dtype}
-    shape = layer.out_features, layer.in_features
+    out, into = (int(getattr(layer, n)) for n in ("out_features", "in_features"))
     try:
         weight = layer.dense_weight().detach().to(**like)
     except OptionError:
-        weight = torch.linspace(-1, 1, shape[0] * shape[1], **like).view(shape)
+        weight = torch.linspace(-1, 1, out * into, **like).view(out, into)
     given = {"weight": weight.t().contiguous() if transposed else weight.clone()}
     bias = getattr(layer, "bias", None)
     if isinstance(bias, torch.Tensor):
