@@ -150,7 +150,9 @@ MAY_MUTATE = {
     "rewriter/engine/decide.py": "prices a layer in a graph of its own",
     "rewriter/engine/calibration.py": "looks at the inputs of sites, and undoes it",
     "rewriter/layer.py": "a layer that computes its weight turns dense where that is written to",
+    "rewriter/engine/forms.py": "puts what stood at a place into a twin; keeps a form's constants",
     # making graphs, and hosting them
+    "rewriter/capture/program.py": "makes graphs out of pickled ones",
     "rewriter/capture/hosted.py": "gives a module its generated forward",
     "rewriter/capture/ladder.py": "drops constants that no graph reads",
     "rewriter/capture/exporting.py": "keeps the constants that graphs read",

@@ -108,23 +108,54 @@ def test_train_mode_is_the_originals(pair: tuple[nn.Module, nn.Module]) -> None:
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "'scale' of inner is 3.0, captured as 1.0": lambda m: setattr(m.inner, "scale", 3.0),
-    "'scale' of inner is tensor": lambda m: setattr(m.inner, "scale", torch.ones(8) * 3),
+    "'scale' of inner is a tensor": lambda m: setattr(m.inner, "scale", torch.ones(8) * 3),
     "'layers' of inner": lambda m: m.inner.layers.append(3),
     "'double' of inner.config": lambda m: setattr(m.inner.config, "double", True),
     "'shift' of inner.config.nested": lambda m: setattr(m.inner.config.nested, "shift", 1),
+    "'config' of inner is another one": lambda m: setattr(m.inner, "config", Doubled()),
+    "inner was replaced": lambda m: setattr(m, "inner", nn.Linear(8, 8).requires_grad_(False)),
+    "parameters are torch.float64 now": lambda m: m.double(),
+}
+REFUSED: dict[str, Callable[[Any], Any]] = {
     "inner is in train mode inside": lambda m: m.inner.train(),
     "hooks of inner were changed": lambda m: m.inner.register_forward_hook(lambda *a: a[2] * 2),
-    "inner was replaced": lambda m: setattr(m, "inner", nn.Linear(8, 8).requires_grad_(False)),
     "inner has got a forward of its own": lambda m: setattr(m.inner, "forward", lambda x: x * 5),
 }
 
 
+class Doubled:
+    def __init__(self) -> None:
+        self.double, self.nested = True, types.SimpleNamespace(shift=0)
+
+
 @pytest.mark.parametrize("words", CHANGES)
-def test_a_change_after_capture_runs_python(words: str, pair: tuple[nn.Module, nn.Module]) -> None:
+def test_a_change_after_capture_is_captured(words: str, pair: tuple[nn.Module, nn.Module]) -> None:
+    x = X.double() if "float64" in words else X
     outputs = []
     for m in pair:
         torch.manual_seed(1)
         CHANGES[words](m)
+        outputs.append([seeded(m, x), seeded(m, x)])
+    assert_equal(outputs[1], outputs[0])
+    assert [(f.graph, f.python) for f in pair[1].report.forms] == [(0, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_a_strict_signature_names_the_change(words: str, pair: tuple[nn.Module, nn.Module]) -> None:
+    pair[1].__dict__["_rewriter"].strict = True
+    CHANGES[words](pair[1])
+    with pytest.raises(SignatureError, match=words):
+        pair[1](X)
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_change_that_no_graph_can_hold_runs_python(
+    words: str, pair: tuple[nn.Module, nn.Module]
+) -> None:
+    outputs = []
+    for m in pair:
+        torch.manual_seed(1)
+        REFUSED[words](m)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             outputs.append([seeded(m, X), seeded(m, X)])
@@ -132,6 +163,7 @@ def test_a_change_after_capture_runs_python(words: str, pair: tuple[nn.Module, n
     assert [w.category for w in caught] == [RewriteWarning]  # once, by the rewritten model
     assert words in str(caught[0].message)
     assert caught[0].filename == __file__
+    assert [(f.graph, f.python) for f in pair[1].report.forms] == [(0, 0), (0, 2)]
 
 
 def test_changes_that_the_graph_follows(pair: tuple[nn.Module, nn.Module]) -> None:
@@ -150,8 +182,8 @@ def test_changes_that_the_graph_follows(pair: tuple[nn.Module, nn.Module]) -> No
 
 def test_other_dtypes_and_devices(pair: tuple[nn.Module, nn.Module]) -> None:
     model, rewritten = pair
-    with pytest.warns(RewriteWarning, match="torch.float64"):
-        assert_equal(rewritten.double()(X.double()), model.double()(X.double()))
+    assert_equal(rewritten.double()(X.double()), model.double()(X.double()))
+    assert [f.graph for f in rewritten.report.forms] == [0, 1]
     rewritten.float().to("meta")
     assert rewritten(X.to("meta")).is_meta
 
@@ -159,8 +191,8 @@ def test_other_dtypes_and_devices(pair: tuple[nn.Module, nn.Module]) -> None:
 def test_autocast_of_the_caller(pair: tuple[nn.Module, nn.Module]) -> None:
     model, rewritten = pair
     with torch.autocast("cpu", torch.bfloat16):
-        with pytest.warns(RewriteWarning, match="autocast is torch.bfloat16, captured as None"):
-            assert_equal(rewritten(X), model(X))
+        assert_equal(rewritten(X), model(X))
+        assert [f.graph for f in rewritten.report.forms] == [0, 1]
         assert_equal(rewrite(model, [], X)(X), model(X))
 
 
@@ -177,8 +209,8 @@ def test_integer_inputs_do_not_hide_another_parameter_dtype() -> None:
     ids = torch.tensor([[1, 2], [3, 0]])
     model = Casts()
     rewritten = rewrite(model, [], ids).double()
-    with pytest.warns(RewriteWarning, match="parameters are torch.float64 now"):
-        assert_equal(rewritten(ids), model.double()(ids))
+    assert_equal(rewritten(ids), model.double()(ids))
+    assert [f.graph for f in rewritten.report.forms] == [0, 1]
 
 
 def test_strict_signature_raises(captured: tuple[nn.Module, nn.Module]) -> None:
@@ -202,8 +234,8 @@ def test_copies_keep_what_was_taken_for_granted(captured: tuple[nn.Module, nn.Mo
     ):
         assert_equal(again(X), model(X))
         again.inner.config.double = True
-        with pytest.warns(RewriteWarning, match="'double'"):
-            assert not torch.equal(again(X), model(X))
+        assert not torch.equal(again(X), model(X))
+        assert [f.graph for f in again.report.forms] == [1, 1]
     assert_equal(rewritten(X), model(X))
 
 
@@ -334,9 +366,9 @@ def test_attributes_named_like_hooks_are_the_models_own() -> None:
     torch.testing.assert_close(optimized(X), model(X))
     assert optimized.attention_hooks == ["fc"]
     assert optimized.inner.score_hooks == {"scale": 2}
+    model.attention_hooks.append("more")
     optimized.attention_hooks.append("more")
-    with pytest.warns(RewriteWarning, match="attention_hooks"):
-        optimized(X)
+    torch.testing.assert_close(optimized(X), model(X))
 
 
 def test_state_dict_hooks_change_no_call() -> None:

@@ -444,7 +444,7 @@ def test_a_capture_note_of_a_forward_that_was_not_run_is_a_whole_sentence() -> N
     captured = capture(nn.Sequential(nn.Linear(2, 2)), None)
     assert goes_past(captured, [], None) == ""
     assert goes_past(captured, ["0"], None) == (
-        "calls unlike the captured one are refused: the Python forward of Sequential was not run"
+        "calls that no graph serves are refused: the Python forward of Sequential was not run"
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from rewriter.capture.hosted import Program
+from rewriter.capture.reads import Reads, recording
 from rewriter.capture.rehost import rehost, size_rules
 from rewriter.capture.replay import Record, Replayed, in_train_mode, replayed
 from rewriter.capture.signature import Call, Dims, Signature
@@ -59,6 +60,7 @@ class Region:
         calls: how often one forward of the model runs it.
         alike: train mode was found to make the same torch calls as eval mode: its graph is a copy.
         priced: what the graph of eval mode costs, as long as it is as it was captured.
+        reads: what the traced forward read of the modules and of the objects that they hold.
     """
 
     prefix: str
@@ -71,12 +73,23 @@ class Region:
     calls: int = 1
     alike: bool = False
     priced: GraphCost | None = None
+    reads: Reads | None = None
 
 
 def export_region(
     module: nn.Module, prefix: str, call: Call, seconds: float, fakes: Fakes
 ) -> Region | str:
     """The region of `module`, or why it cannot be captured whole; `fakes` are of its weights."""
+    with recording(module) as reads:
+        region = _export_region(module, prefix, call, seconds, fakes)
+    if isinstance(region, Region):
+        region.reads = reads
+    return region
+
+
+def _export_region(
+    module: nn.Module, prefix: str, call: Call, seconds: float, fakes: Fakes
+) -> Region | str:
     try:
         signature, leaves = Signature.of(type(module).forward.__get__(module), call)
     except Unflattenable as error:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 
 from rewriter.capture.exporting import TOO_LONG, TRAIN_IN_PYTHON, Region, export_region
 from rewriter.capture.guards import Watch
-from rewriter.capture.hosted import Program, State, host, unhost
+from rewriter.capture.hosted import Form, Program, State, host, unhost
 from rewriter.capture.signature import Call
 from rewriter.capture.submodules import capture_submodules, refusal
 from rewriter.cost import Fakes
@@ -41,7 +41,15 @@ from rewriter.modules.tensors import CONSTANT
 from rewriter.report import Island
 from rewriter.sites import is_leaf
 
-__all__ = ["Capture", "Region", "arguments", "capture"]
+__all__ = ["Arguments", "Capture", "Region", "arguments", "calls_of", "capture"]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One call, as Python makes it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -62,6 +70,9 @@ class Capture:
     """Of the model's weights, for pricing."""
     found: list[Any] | None = None
     """The flat outputs that the check of the captured graphs computed."""
+    others: list[Region] = field(default_factory=list)
+    """The whole model again, as further calls of `example_inputs` run it: rewritten with the first
+    one, and not priced."""
 
     def host(self, graph_only: tuple[str, ...] = ()) -> None:
         """Lets every region's module run its graphs, as they are now.
@@ -71,17 +82,14 @@ class Capture:
         """
         for region in self.regions:
             if region.hosted:
-                programs = {
-                    mode: Program(graph, region.outputs[mode]).ready()
-                    for mode, graph in region.graphs.items()
-                }
                 own = tuple(n for n in graph_only if f"{n}.".startswith(_dotted(region.prefix)))
                 module = self.root.get_submodule(region.prefix)
-                watch = Watch(module, region.graphs.values())
-                state = State(region.signature, programs, self.strict, own, watch)
+                forms = [form_of(module, region)]
+                forms += [form_of(module, r) for r in self.others if r.prefix == region.prefix]
+                state = State(forms, self.strict, own, fqn=region.prefix)
                 host(module, state, root=not region.prefix)
         if not any(r.hosted and not r.prefix for r in self.regions):
-            host(self.root, State(strict=False), root=True)
+            host(self.root, State(), root=True)
 
     def take_parts(
         self, example: tuple[Any, Any], reason: str, writes: Mapping[str, str], seconds: float
@@ -114,9 +122,18 @@ class Capture:
         return [r.meta["val"] if isinstance(r, fx.Node) else r for r in results]
 
     def graphs(self) -> Iterator[tuple[Region, bool, fx.Graph]]:
-        for region in self.regions:
+        for region in (*self.regions, *self.others):
             for mode, graph in region.graphs.items():
                 yield region, mode, graph
+
+
+def form_of(module: nn.Module, region: Region) -> Form:
+    """A region as the form of a call of `module`, with its graphs as they are now."""
+    programs = {
+        mode: Program(graph, region.outputs[mode]).ready() for mode, graph in region.graphs.items()
+    }
+    watch = Watch(module, region.graphs.values(), region.reads)
+    return Form(region.signature, programs, watch)
 
 
 def _dotted(prefix: str) -> str:
@@ -124,17 +141,23 @@ def _dotted(prefix: str) -> str:
 
 
 def capture(
-    root: nn.Module, example_inputs: Any, *, seconds: float = 60.0, strict: bool = False
+    root: nn.Module,
+    example_inputs: Any,
+    *,
+    seconds: float = 60.0,
+    strict: bool = False,
+    whole: bool = False,
 ) -> Capture:
     """Captures `root` in place: its modules run graphs afterwards (`Capture.host`).
 
     Args:
         root: the engine's own copy of the model.
-        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; None
-            traces symbolically.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; a list
+            of such calls, of which the first one is priced; None traces symbolically.
         seconds: time limit of one rung, past which the next one is tried: CPU time of this
             thread, so that a busy machine captures the same.
         strict: raise on calls with another signature.
+        whole: go down to no other rung.
 
     Raises:
         CaptureError: no example inputs and the model cannot be traced; the example inputs are
@@ -149,10 +172,8 @@ def capture(
     if example_inputs is None:
         result = _symbolic(root)
     else:
-        args, kwargs = arguments(example_inputs)
-        _check_inputs(root, args, kwargs)
-        args, kwargs, moved = _usable(root, args, kwargs)
-        call = _bind(root, args, kwargs)
+        first, *further = calls_of(example_inputs)
+        call, args, kwargs, moved = _prepared(root, first)
         expected, writes = _expected(root, args, kwargs)
         fakes = Fakes()
         region: Region | str = refusal(root, writes) or export_region(
@@ -162,6 +183,8 @@ def capture(
             result = Capture(root, "export", [region], call, fakes=fakes)
             if region.train_reason:
                 result.notes.append(region.train_reason)
+        elif whole:
+            raise CaptureError(region)
         else:
             result = Capture(root, "parts", [], call, fakes=fakes)
             result.take_parts((args, kwargs), region, writes, seconds)
@@ -170,9 +193,11 @@ def capture(
         result.strict = strict
         result.example = (args, kwargs)
         result.host()
-        _check_outputs(result, expected, writes, seconds)
+        _check_outputs(result, expected, writes, seconds, whole)
         if not (result.on_meta and all(r.alike for r in result.regions if r.hosted)):
             _check_train(result)
+        for number, more in enumerate(further, 2):
+            _capture_further(result, more, number, seconds)
     _drop_constants(result)
     _warn_of_limit(result, seconds)
     result.seconds = time.perf_counter() - start
@@ -189,11 +214,63 @@ def _warn_of_limit(result: Capture, seconds: float) -> None:
         )
 
 
+def _prepared(root: nn.Module, given: Any) -> tuple[Call, Any, Any, bool]:
+    """(call, args, kwargs, whether they were moved to meta) of one of the example's calls."""
+    args, kwargs = arguments(given)
+    _check_inputs(root, args, kwargs)
+    args, kwargs, moved = _usable(root, args, kwargs)
+    return _bind(root, args, kwargs), args, kwargs, moved
+
+
+def _capture_further(result: Capture, given: Any, number: int, seconds: float) -> None:
+    """One more call of the example: graphs of its own over the same layers, or a note why not."""
+    root = result.root
+    call, args, kwargs, _ = _prepared(root, given)
+    for module in root.modules():
+        unhost(module)
+    try:
+        expected, writes = _expected(root, args, kwargs)
+        region: Region | str = "the first call is not captured whole"
+        if result.rung == "export":
+            region = refusal(root, writes) or export_region(root, "", call, seconds, result.fakes)
+        if isinstance(region, Region):
+            alone = Capture(root, "export", [region], call, (args, kwargs), fakes=result.fakes)
+            alone.host()
+            try:
+                _check_outputs(alone, expected, writes, seconds, whole=True)
+                _check_train(alone)
+            except CaptureError as error:
+                region = first_line(error)
+            result.notes += [f"call {number} of example_inputs: {n}" for n in alone.notes]
+    finally:
+        result.host()
+    if isinstance(region, Region):
+        result.others.append(region)
+        result.host()
+    else:
+        result.notes.append(f"call {number} of example_inputs is not captured whole: {region}")
+
+
 # example inputs
+
+
+def calls_of(example_inputs: Any) -> list[Any]:
+    """The calls of `example_inputs`: those of a list, or the one that it is.
+
+    Raises:
+        CaptureError: a list of no call.
+    """
+    if not isinstance(example_inputs, list):
+        return [example_inputs]
+    if not example_inputs:
+        raise CaptureError("example_inputs is an empty list: pass one real batch of the model")
+    return example_inputs
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(positional, keyword) arguments of a call with one batch."""
+    if isinstance(example_inputs, Arguments):
+        return example_inputs.args, example_inputs.kwargs
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -254,7 +331,8 @@ def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
         return Call.of(type(module).forward.__get__(module), args, kwargs)
     except TypeError as error:
         raise CaptureError(
-            f"example_inputs do not fit {type(module).__name__}.forward: {error}"
+            f"example_inputs do not fit {type(module).__name__}.forward: {error} (positional "
+            "arguments go into a tuple; a list holds several calls)"
         ) from None
 
 
@@ -304,7 +382,11 @@ def _cloned(leaves: list[Any]) -> list[Any]:
 
 
 def _check_outputs(
-    result: Capture, expected: list[Any], writes: Mapping[str, str], seconds: float
+    result: Capture,
+    expected: list[Any],
+    writes: Mapping[str, str],
+    seconds: float,
+    whole: bool = False,
 ) -> None:
     """The captured model must compute what the model computes, or its graphs are dropped."""
     assert result.example is not None
@@ -323,6 +405,8 @@ def _check_outputs(
     if not reason:
         return
     reason = f"the captured graph does not reproduce the model's outputs: {reason}"
+    if whole:
+        raise CaptureError(reason)
     for module in result.root.modules():
         unhost(module)
     again = result.rung == "parts"

@@ -7,7 +7,9 @@ another call's arguments into the graph's inputs, or says in words why this is n
 from __future__ import annotations
 
 import inspect
+import keyword
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +18,42 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rewriter.modules.structure import Structure, Unflattenable, flatten, same
+from rewriter.modules.structure import Structure, Unflattenable, flatten, is_constant, same
 
-__all__ = ["Call", "Dims", "OpenSizes", "Signature"]
+__all__ = ["Call", "Dims", "OpenSizes", "Signature", "shown"]
+
+
+_SEEN = 4096
+"""So many combinations of sizes are remembered as served."""
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, and the same in every run (no address, no whole config)."""
+    if isinstance(value, Tensor):
+        return "a tensor"
+    if isinstance(value, list | tuple | set | frozenset | dict):
+        return _short(repr(value), value) if _plain(value) else f"a {type(value).__name__}"
+    if not is_constant(value):
+        return f"a {type(value).__name__}"
+    if isinstance(value, type) or callable(value):
+        return str(getattr(value, "__qualname__", type(value).__name__))
+    return _short(repr(value), value)
+
+
+def _short(text: str, value: Any) -> str:
+    return text if len(text) <= _SHOWN else f"a {type(value).__name__}"
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_plain, value))
+    return is_constant(value) and not callable(value)
+
+
+_SHOWN = 80
+"""So many characters of a value are shown."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +99,7 @@ class Dims:
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     guards: list[str] = field(default_factory=list)
     _check: Any = field(default=None, repr=False, compare=False)
+    _served: set[Any] = field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.guards:
@@ -79,6 +115,16 @@ class Dims:
     def copy(self) -> Dims:
         """Equal rules whose ranges may be narrowed apart."""
         return Dims(self.shapes, dict(self.ranges), self.guards)
+
+    def serves(self, leaves: Sequence[Tensor], names: Sequence[str]) -> str | None:
+        """As `difference`, and quick for sizes that were seen to fit."""
+        shapes = tuple([leaf.shape for leaf in leaves])
+        if shapes in self._served:
+            return None
+        found = self.difference(leaves, names)
+        if found is None and len(self._served) < _SEEN:
+            self._served.add(shapes)
+        return found
 
     def difference(self, leaves: Sequence[Tensor], names: Sequence[str]) -> str | None:
         """Why these sizes do not fit, or None."""
@@ -134,6 +180,11 @@ def _role(leaf: Tensor, dim: int) -> str:
     return "sequence" if dim == 1 and (leaf.dim() > 2 or not leaf.is_floating_point()) else ""
 
 
+_Plan = tuple[list[tuple[str, int | str, Structure]], list[tuple[str, int | str, Any]]]
+"""Of a call: the captured arguments with where they are given (position or name) and their
+structure, and further arguments with their defaults."""
+
+
 @dataclass
 class Signature:
     """The captured call, and the test whether another call is the same kind of call.
@@ -163,6 +214,7 @@ class Signature:
     autocast: torch.dtype | None
     dims: dict[bool, Dims] = field(default_factory=dict)
     contiguous: bool = False
+    _plans: dict[Any, _Plan | str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, forward: Callable[..., Any], call: Call) -> tuple[Signature, list[Tensor]]:
@@ -182,7 +234,8 @@ class Signature:
             except Unflattenable as error:
                 raise Unflattenable(f"argument {name!r} holds {error}") from None
             count = len(leaves) - start
-            names += [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
+            own = _identifier(name)
+            names += [own] if count == 1 else [f"{own}_{i}" for i in range(count)]
         leaves = []
         structure = flatten(dict(call.arguments), leaves, objects=False)
         device = next((t.device.type for t in leaves), "cpu")
@@ -192,7 +245,7 @@ class Signature:
             only=frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_ONLY),
             defaults={p.name: p.default for p in parameters if p.default is not p.empty},
             structure=structure,
-            names=tuple(names),
+            names=_distinct(names),
             dtypes=tuple(t.dtype for t in leaves),
             device=device,
             autocast=_autocast(device),
@@ -222,27 +275,29 @@ class Signature:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
     ) -> list[Tensor] | str:
         """The flat tensors of a call, or how the call differs from the captured one."""
-        given: dict[str, Any] = dict(zip(self.positional, args, strict=False))
-        for i, value in enumerate(args[len(self.positional) :]):
-            given[f"{self.rest}[{i}]"] = value
-        for name, value in kwargs.items():
-            if name in given or name in self.only:
-                return f"argument {name!r} is given twice"
-            given[name] = value
-        captured: list[str] = self.structure.value
-        if given.keys() != set(captured):
-            for name in list(given):
-                if name not in captured and self._left_out(name, given[name]):
-                    del given[name]
-            parts = [f"argument {n!r} was not in the captured call" for n in given
-                     if n not in captured]  # fmt: skip
-            parts += [f"argument {n!r} of the captured call is missing" for n in captured
-                      if n not in given]  # fmt: skip
-            if parts:
-                return "; ".join(parts)
+        key = (len(args), *kwargs)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plan(len(args), tuple(kwargs))
+            if len(self._plans) < _SEEN:
+                self._plans[key] = plan
+        if isinstance(plan, str):
+            return plan
+        taken, extra = plan
+        parts = [
+            f"argument {name!r} was not in the captured call"
+            for name, where, default in extra
+            if not same(kwargs[where] if isinstance(where, str) else args[where], default)
+        ]
+        if parts:
+            return "; ".join(parts)
         leaves: list[Tensor] = []
-        for name, structure in zip(captured, self.structure.children, strict=True):
-            difference = _match(given[name], structure, leaves, name)
+        for name, where, structure in taken:
+            value = kwargs[where] if isinstance(where, str) else args[where]
+            if structure.kind == "leaf" and isinstance(value, Tensor):
+                leaves.append(value)
+                continue
+            difference = _match(value, structure, leaves, name)
             if difference:
                 return difference
         for leaf, dtype, name in zip(leaves, self.dtypes, self.names, strict=True):
@@ -250,9 +305,50 @@ class Signature:
                 return f"{name!r} is {leaf.dtype}, captured as {dtype}"
             if self.contiguous and not leaf.is_contiguous():
                 return f"{name!r} is not contiguous, captured contiguous"
-        if _autocast(leaves[0].device.type) is not self.autocast:
-            return f"autocast is {_autocast(leaves[0].device.type)}, captured as {self.autocast}"
-        return self.dims[training].difference(leaves, self.names) or leaves
+        autocast = _autocast(leaves[0].device.type)
+        if autocast is not self.autocast:
+            return f"autocast is {autocast}, captured as {self.autocast}"
+        dims = self.dims.get(training)
+        if dims is None:  # no graph of this mode
+            return leaves
+        if torch.compiler.is_compiling():  # its sizes may be symbols, which cannot be looked up
+            return dims.difference(leaves, self.names) or leaves
+        try:
+            return dims.serves(leaves, self.names) or leaves
+        except TypeError:  # so may those of another tracer
+            return dims.difference(leaves, self.names) or leaves
+
+    def _plan(self, count: int, keywords: tuple[str, ...]) -> _Plan | str:
+        """Where a call with so many positional and these keyword arguments has the arguments of
+        the captured one; or how it differs from it whatever their values."""
+        where: dict[str, int | str] = {}
+        for i in range(count):
+            own = i - len(self.positional)
+            where[self.positional[i] if own < 0 else f"{self.rest}[{own}]"] = i
+        for name in keywords:
+            if name in where or name in self.only:
+                return f"argument {name!r} is given twice"
+            where[name] = name
+        captured: list[str] = self.structure.value
+        extra = [
+            (n, w, self.defaults[n])
+            for n, w in where.items()
+            if n not in captured and n in self.defaults
+        ]
+        unknown = [n for n in where if n not in captured and n not in self.defaults]
+        missing = [n for n in captured if n not in where]
+        if unknown or missing:
+            parts = [f"argument {n!r} was not in the captured call" for n in unknown]
+            parts += [f"argument {n!r} of the captured call is missing" for n in missing]
+            return "; ".join(parts)
+        children = zip(captured, self.structure.children, strict=True)
+        return [(n, where[n], structure) for n, structure in children], extra
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "_plans": {}})  # 0.1.0 has none
 
     def open_sizes(self, training: bool, leaves: Sequence[Tensor]) -> OpenSizes:
         """The sizes that the captured graph leaves open, under the names people know them by."""
@@ -281,9 +377,11 @@ class Signature:
             result.rows.append(row)
         return result
 
-    def _left_out(self, name: str, value: Any) -> bool:
-        """Whether giving this argument is the same as leaving it out."""
-        return name in self.defaults and same(value, self.defaults[name])
+    def described(self) -> str:
+        """As `str`, and the arguments that are no tensors."""
+        given = zip(self.structure.value, self.structure.children, strict=True)
+        options = [f"{name}={shown(s.value)}" for name, s in given if s.kind == "const"]
+        return ", ".join([str(self), *options])
 
     def __str__(self) -> str:
         """The tensors with their dtypes and sizes; a letter stands for a size that may vary."""
@@ -311,6 +409,24 @@ class Signature:
         return ", ".join(parts)
 
 
+def _identifier(name: str) -> str:
+    """The name of an argument, which `**kwargs` may take from anywhere, as one for a graph's input:
+    `rest[0]` is `rest_0`."""
+    plain = re.sub(r"\W+", "_", name, flags=re.ASCII).rstrip("_") or "x"
+    return f"x_{plain}" if keyword.iskeyword(plain) or not plain.isidentifier() else plain
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for name in names:
+        count, own = 0, name
+        while own in found:
+            count += 1
+            own = f"{name}_{count}"
+        found[own] = None
+    return tuple(found)
+
+
 def _autocast(device: str) -> torch.dtype | None:
     """The dtype that autocast is on with; None where it is off."""
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -327,8 +443,7 @@ def _match(value: Any, structure: Structure, leaves: list[Tensor], name: str) ->
     if structure.kind == "const":
         if same(value, structure.value):
             return None
-        shown = "a tensor" if isinstance(value, Tensor) else repr(value)
-        return f"{name!r} is {shown}, captured as {structure.value!r}"
+        return f"{name!r} is {shown(value)}, captured as {shown(structure.value)}"
     if type(value) is not structure.type:
         return f"{name!r} is a {type(value).__name__}, captured as a {structure.type.__name__}"
     if structure.kind == "object":

@@ -19,10 +19,11 @@ from torch import nn
 from rewriter import lowering as rules
 from rewriter.base import Pass, Skip
 from rewriter.capture import Capture
-from rewriter.capture.hosted import original_class
+from rewriter.capture.hosted import State, original_class
 from rewriter.cost import Cost
 from rewriter.edits import Subgraph
 from rewriter.engine.decide import Declined, Options, check_passes
+from rewriter.engine.forms import capture_form, finished
 from rewriter.engine.install import cut_graphs, names_of, put, remove, resize
 from rewriter.engine.looking import sites_of
 from rewriter.engine.other_weights import other_weights
@@ -39,7 +40,7 @@ from rewriter.modules.running import own_copy, quiet_run
 from rewriter.modules.timing import medians
 from rewriter.recipe.edits import Record, Removed
 from rewriter.recipe.recipe import Recipe, example_to_json
-from rewriter.report import CaptureInfo, Decision, Report, Step, content
+from rewriter.report import CallForm, CaptureInfo, Decision, Report, Step, content
 from rewriter.sites import LINEAR, MLP
 
 if TYPE_CHECKING:
@@ -315,7 +316,32 @@ class Engine:
         self._attach_lowering()
         state = self.capture.root.__dict__["_rewriter"]
         state.report, state.recipe, state.memory = report, recipe, self.memory
+        self._list_forms(report)
         recipe.memory = None if self.memory is None else self.memory.budget
+
+    def _list_forms(self, report: Report) -> None:
+        """The report has the forms of all hosted modules; new ones are captured from here on."""
+        report.forms = []
+        capture = self.capture
+        for name, module in capture.root.named_modules():
+            state = vars(module).get("_rewriter")
+            if not isinstance(state, State):
+                continue
+            state.ledger = report.forms
+            others = capture.others if not name else []
+            for region, form in zip(others, state.forms[1:], strict=True):
+                like = finished(capture, region, state)
+                form.memory, form.lowered = like.memory, like.lowered
+            for form in state.forms:
+                call = "" if form.signature is None else form.signature.described()
+                form.entry.call, form.entry.module = call, name
+                report.forms.append(form.entry)
+            if state.forms or capture.rung == "loaded":
+                state.capturer = capture_form
+            else:
+                reason = next((i.reason for i in capture.islands if i.fqn == name), "")
+                state.island = CallForm("", name, reason)
+                report.forms.append(state.island)
 
     def replay(self, edits: Sequence[Record]) -> None:
         """Carries out the edits of a saved rewrite, on the module tree and on captured graphs.

@@ -20,7 +20,8 @@ def sites_of(capture: Capture) -> list[Site]:
     root = capture.root
     graphs: dict[bool, list[tuple[str, fx.Graph]]] = {False: [], True: []}
     for region, mode, graph in capture.graphs():
-        graphs[mode].append((region.prefix, graph))
+        first = not any(region is other for other in capture.others)
+        graphs[mode or not first].append((region.prefix, graph))
     sites = find_sites(root, graphs[False], graphs[True])
     seen = {id(m) for s in sites for m in (s.module, s.place) if m is not None}
     for fqn, module in root.named_modules():

@@ -83,12 +83,12 @@ def goes_past(capture: Capture, graph_only: Sequence[str], outputs: Sequence[Any
         return ""
     root = capture.root
     name = original_class(root).__name__
-    start = f"calls unlike the captured one are refused: the Python forward of {name} "
+    start = f"calls that no graph serves are refused: the Python forward of {name} "
     if outputs is None or capture.example is None:
         return start + "was not run"
     layers = {name: root.get_submodule(name) for name in graph_only}
     called: set[nn.Module] = set()
-    saved = [(r, r.graphs) for r in capture.regions]
+    saved = [(r, r.graphs) for r in (*capture.regions, *capture.others)]
     forwards = [(layer, vars(layer).get("forward")) for layer in layers.values()]
     why = ""
     try:

@@ -18,7 +18,7 @@ def fresh_graphs(capture: Capture) -> dict[fx.Node, fx.Node]:
     """Puts a copy in the place of every graph, so that the copies may be changed while the
     originals stay; returns the copy of every node."""
     twins: dict[fx.Node, fx.Node] = {}
-    for region in capture.regions:
+    for region in (*capture.regions, *capture.others):
         copies: dict[bool, fx.Graph] = {}
         for mode, graph in region.graphs.items():
             copies[mode] = made = fx.Graph()
@@ -35,7 +35,7 @@ def fresh_graphs(capture: Capture) -> dict[fx.Node, fx.Node]:
 def undone_on_error(capture: Capture, recipe: Recipe) -> Iterator[None]:
     """Graphs, module tree and recipe are as they were where anything fails inside; `fresh_graphs`
     must have been called before a graph is changed."""
-    graphs = [(region, region.graphs) for region in capture.regions]
+    graphs = [(region, region.graphs) for region in (*capture.regions, *capture.others)]
     noted = {k: copy.copy(v) for k, v in vars(recipe).items()}
     installed = {k: (v, copy.copy(vars(v)), list(v.chain)) for k, v in recipe.installed.items()}
     try:

@@ -11,12 +11,12 @@ import itertools
 import keyword
 import linecache
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import fx, nn
 
-__all__ = ["function_of", "unwritable"]
+__all__ = ["defined", "function_of", "odd", "unwritable"]
 
 _counter = itertools.count()
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -25,11 +25,32 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def function_of(graph: fx.Graph) -> Callable[..., Any]:
     """f(module, *inputs) of a graph that lives on `module`."""
     code = _written(graph).python_code("self")
+    return defined(code.src, code.globals)
+
+
+def defined(source: str, names: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function `forward` of this source; tracebacks and debuggers show its lines.
+
+    Args:
+        source: as fx generates it.
+        names: what it reads besides.
+    """
     filename = f"<rewriter graph {next(_counter)}>"
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(True), filename)
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 (fx's own codegen)
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    namespace = dict(names)
+    exec(compile(source, filename, "exec"), namespace)  # noqa: S102 (fx's own codegen)
     return cast("Callable[..., Any]", namespace["forward"])
+
+
+def odd(graph: fx.Graph) -> bool:
+    """Whether a name in the graph besides those of modules and tensors would not read the same as
+    code: of an argument, a method, an attribute."""
+    return not all(
+        node.name != "self" and all(map(_is_word, node.kwargs))
+        if node.op in ("get_attr", "call_module")
+        else _plain(node)
+        for node in graph.nodes
+    )
 
 
 def unwritable(root: nn.Module) -> str | None:

@@ -150,12 +150,12 @@ def _flatten(
         return Structure("object", tuple(names), type(value), children, len(names))
     if not objects:
         raise Unflattenable(f"a {type(value).__name__}, which the call may change in place")
-    if isinstance(value, nn.Module) or callable(value):
+    if isinstance(value, nn.Module):
         return Structure("const", value)
     try:
         attributes = _attributes(value)
     except Unflattenable:
-        if opaque:
+        if opaque or callable(value):
             return Structure("const", value)
         raise
     start = len(leaves)
@@ -163,7 +163,7 @@ def _flatten(
         _flatten(v, leaves, True, opaque, parents) for v in [*inside, *attributes.values()]
     )
     if len(leaves) == start:
-        return Structure("copy", value)
+        return Structure("const" if callable(value) else "copy", value)
     kept = (*names, *attributes)
     return Structure("object", kept, type(value), children, len(names))
 

@@ -11,7 +11,7 @@ from rewriter.cost import Cost, Device, Work
 from rewriter.cost.machine.datasheets import DATASHEETS
 from rewriter.report import format as fmt
 from rewriter.report.data import Ledger
-from rewriter.report.entries import Decision, Step
+from rewriter.report.entries import CallForm, Decision, Step
 
 __all__ = [
     "Grid",
@@ -588,8 +588,24 @@ def tail(report: Ledger) -> Iterator[tuple[str, list[str]]]:
         yield "Left in Python", lines
     if report.capture.notes:
         yield "Capture notes", list(report.capture.notes)
+    if len(report.forms) > 1 or any(form.calls for form in report.forms):
+        yield "Calls so far", [_form(form) for form in report.forms]
     if report.errors:
         yield "Cost not known", list(report.errors)
+
+
+def _form(form: CallForm) -> str:
+    """One way in which the model was called: what ran how often, and why Python did."""
+    ways = (
+        (form.planned, "as planned step"), (form.lowered, "as graph with fused ops"),
+        (form.graph, "as graph"), (form.python, "in Python"),
+    )  # fmt: skip
+    runs = [f"{n}× {way}" for n, way in ways if n] or ["not yet called"]
+    call = f"{form.module}({form.call})" if form.module else form.call
+    new = f"; captured when it came, in {fmt.seconds(form.seconds)}" if form.seconds else ""
+    if form.reason:
+        new = f" ({form.reason})"
+    return f"{call or 'any call'}: {', '.join(runs)}{new}"
 
 
 def rank(error: float | None) -> float:

@@ -15,6 +15,7 @@ from rewriter.cost.snapshot import Formulas
 from rewriter.cost.symbolic import holds
 from rewriter.errors import OptionError, StoreError
 from rewriter.report.entries import (
+    CallForm,
     CaptureInfo,
     Decision,
     Island,
@@ -45,6 +46,7 @@ class Ledger:
         conditions: of the sizes, under which the costs' formulas hold; empty without formulas.
         speed: of the model as a multiple of the original's, estimated from layers that were timed
             on the machine of the rewrite; None where they are no slower, or were not timed.
+        forms: the ways in which the model was called so far, and what runs each.
         snapshots, predictor: the model at each step and the device, for `at`; not stored.
     """
 
@@ -57,8 +59,12 @@ class Ledger:
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)
     speed: float | None = None
+    forms: list[CallForm] = field(default_factory=list, compare=False)
     snapshots: list[Snapshot | None] = field(default_factory=list, repr=False, compare=False)
     predictor: Device | None = field(default=None, repr=False, compare=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"forms": [], **state})  # 0.2.0 has none
 
     @property
     def before(self) -> Cost:
@@ -232,6 +238,7 @@ class Ledger:
         capture = build(CaptureInfo, data.get("capture"))
         capture.islands = [build(Island, island) for island in capture.islands]
         report = build(cls, {**data, "capture": capture}, ignore={"format"})
+        report.forms = [build(CallForm, form) for form in report.forms]
         report.steps = [step_of(step) for step in report.steps]
         report.ranges = {k: (v[0], v[1]) for k, v in report.ranges.items()}
         return report

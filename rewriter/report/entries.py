@@ -126,6 +126,35 @@ class CaptureInfo:
     signature: str = ""
 
 
+@dataclass
+class CallForm:
+    """One way in which a model was called, what runs it, and how often it was called.
+
+    Args:
+        call: the tensors with their dtypes and sizes; a letter stands for a size that may vary.
+        module: dotted name of the module that is called; "" for the model.
+        reason: why Python runs it, where it does.
+        seconds: how long the capture took, where it was captured when it first came.
+        graph, lowered, planned, python: how many calls ran as the graph, as the graph with fused
+            ops, as a training step by the memory plan, and as the original Python; without those
+            that `torch.compile` traced.
+    """
+
+    call: str = ""
+    module: str = ""
+    reason: str = ""
+    seconds: float = 0.0
+    graph: int = 0
+    lowered: int = 0
+    planned: int = 0
+    python: int = 0
+
+    @property
+    def calls(self) -> int:
+        """How often the model was called in this form."""
+        return self.graph + self.lowered + self.planned + self.python
+
+
 T = TypeVar("T")
 
 
