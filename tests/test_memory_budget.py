@@ -8,6 +8,8 @@ import pathlib
 import pickle
 import random
 import re
+import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -485,3 +487,242 @@ def test_the_simulation_knows_the_default() -> None:
     run = found["run"]
     assert (run.seconds, run.flops, run.recomputed) == (0, 0, [])
     assert run.saved == 512 * 4 * 48 * 9  # what ReLU returns, what GELU reads and returns
+
+
+# ---- what a step may change after it was planned -----------------------------------------------
+
+
+class Layers(nn.Module):
+    """One of each kind of layer with options that a trace makes constants of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn, self.act = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.LeakyReLU()
+        self.drop, self.ln, self.head = nn.Dropout(0.1), nn.LayerNorm(16), nn.Linear(16, 4)
+        self.scale = torch.ones(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.ln(self.drop(self.act(self.bn(self.fc(x))))) * self.scale)
+
+
+def head(model: nn.Module) -> None:
+    torch.manual_seed(7)
+    model.head = nn.Linear(16, 6)
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "dropout's p": lambda m: setattr(m.drop, "p", 0.5),
+    "batch norm's momentum": lambda m: setattr(m.bn, "momentum", 0.9),
+    "batch norm's eps": lambda m: setattr(m.bn, "eps", 0.5),
+    "layer norm's eps": lambda m: setattr(m.ln, "eps", 0.5),
+    "a slope": lambda m: setattr(m.act, "negative_slope", 0.7),
+    "another activation": lambda m: setattr(m, "act", nn.Tanh()),
+    "another head": head,
+    "a layer in eval mode": lambda m: m.bn.eval(),
+    "a frozen layer": lambda m: m.fc.requires_grad_(False),
+    "a tensor written in place": lambda m: m.scale[:3].zero_(),
+    "another tensor": lambda m: setattr(m, "scale", torch.linspace(0, 1, 16)),
+    "a weight of its own": lambda m: setattr(m.fc, "weight", nn.Parameter(torch.ones(16, 8))),
+    "a forward of its own": lambda m: setattr(m.act, "forward", lambda x: x.square()),
+}
+
+
+def exact_step(model: nn.Module, x: Tensor) -> list[Any]:
+    """Result, gradients and buffers of a step from a fixed seed."""
+    torch.manual_seed(1)
+    result = model(x)
+    result.square().mean().backward()
+    found = [result.detach(), *(p.grad for p in model.parameters())]
+    model.zero_grad()
+    return [*found, *(b.clone() for b in model.buffers())]
+
+
+def equal(found: list[Any], wanted: list[Any]) -> None:
+    """Bit for bit, and None where the other is."""
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def planned_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return rewrite(Layers(), [], torch.randn(64, 8), memory_budget=1.0).train()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*without the memory plan:rewriter.errors.RewriteWarning")
+def test_a_planned_step_follows_what_changes_after_it(name: str, planned_layers: nn.Module) -> None:
+    x = torch.randn(64, 8)
+    model = copy.deepcopy(planned_layers)
+    eager = Layers().train()
+    eager.load_state_dict(model.state_dict())
+    equal(exact_step(model, x), exact_step(eager, x))
+    for twin in (model, eager):
+        CHANGES[name](twin)
+    equal(exact_step(model, x), exact_step(eager, x))
+
+
+def test_a_step_that_changes_over_and_over_is_said_and_stays_planned(
+    planned_layers: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rewriter.planner.apply.training.MOST", 2)
+    model, x = copy.deepcopy(planned_layers), torch.randn(64, 8)
+    exact_step(model, x)
+    for p, warns in ((0.2, False), (0.3, True), (0.4, False)):
+        model.drop.p = p
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            exact_step(model, x)
+        assert [str(w.message) for w in said if "planned 2 times" in str(w.message)] == [
+            w for w in [str(w.message) for w in said] if warns
+        ]
+    assert vars(model)["_rewriter"].memory.traces == 2
+
+
+class Heads(nn.Module):
+    """Two heads, one of which is a view, and a parameter that no result needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.trunk(x))
+        return self.a(h), self.b(h).view(-1, 2, 3)
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+def test_heads_that_the_loss_does_not_use_get_no_gradient(used: tuple[int, ...]) -> None:
+    original, x = Heads(), torch.randn(32, 8)
+    model = rewrite(original, [], x, memory_budget=1.0)
+    grads = []
+    for twin in (model.train(), original.train()):
+        results = twin(x)
+        sum(results[i].square().sum() for i in used).backward()
+        grads.append([p.grad for p in twin.parameters()])
+    equal(*grads)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], dropout: float) -> None:
+        super().__init__()
+        self.rnn = kind(6, 8, num_layers=2, dropout=dropout, batch_first=True)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x)[0])
+
+
+@pytest.mark.parametrize("kind", [pytest.param(nn.GRU, marks=pytest.mark.slow), nn.RNN])
+def test_recurrent_layers_train_by_a_plan(kind: type[nn.RNNBase]) -> None:
+    original, x = Recurrent(kind, 0.0), torch.randn(8, 2, 6)
+    model = rewrite(original, [], x, memory_budget=1.0).train()
+    for a, b in zip(exact_step(model, x), exact_step(original, x), strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropout", "why"),
+    [(nn.LSTM, 0.0, "no backward"), (nn.LSTM, 0.3, "no backward"),
+     (nn.GRU, 0.3, "without the dropout"), (nn.RNN, 0.3, "without the dropout")],
+)  # fmt: skip
+def test_recurrent_layers_that_pytorch_traces_wrongly_are_refused(
+    kind: type[nn.RNNBase], dropout: float, why: str
+) -> None:
+    with pytest.raises(OptionError, match=why):
+        rewrite(Recurrent(kind, dropout), [], torch.randn(8, 2, 6), memory_budget=1.0)
+
+
+class Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).detach()
+
+
+def test_a_model_without_a_backward_is_refused() -> None:
+    for plan in (plan_memory, lambda m, x: rewrite(m, [], x, memory_budget=1.0)):
+        with pytest.raises(OptionError, match="no result of the model depends on a parameter"):
+            plan(Detached(), torch.randn(3, 4))
+
+
+def test_strided_and_double_inputs_are_planned(planned_layers: nn.Module) -> None:
+    wide = torch.randn(8, 64).t()
+    for model in (planned_layers, rewrite(Layers(), [], wide, memory_budget=1.0).train()):
+        eager = Layers().train()
+        eager.load_state_dict(model.state_dict())
+        for x in (wide, wide.contiguous(), torch.randn(64, 16)[:, ::2]):
+            equal(exact_step(model, x), exact_step(eager, x))
+    double = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double()
+    x = torch.randn(4, 8).double()
+    model = rewrite(double, [], x, memory_budget=1.0).train()
+    equal(exact_step(model, x), exact_step(double, x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_refusal_is_the_last_and_only_thing_that_a_user_sees() -> None:
+    x = torch.randn(64, 24)
+    compiled = torch.compile(
+        mlp(), backend="rewriter", options={"memory_budget": 10, "inner": "aot_eager"}
+    )
+    for call in (lambda: rewrite(mlp(), [], x, memory_budget=10), lambda: compiled(x)):
+        with pytest.raises(OptionError) as refused:
+            call()
+        text = "".join(traceback.format_exception(refused.value))
+        last = text.strip().splitlines()[-1]
+        assert last.startswith("rewriter.errors.OptionError: memory_budget: 10 bytes is not enough")
+        assert "During handling" not in text
+        assert "_functorch" not in text
+
+
+def test_a_step_without_its_plan_says_so(planned_layers: nn.Module) -> None:
+    x = torch.randn(64, 8)
+
+    def compiled(model: nn.Module) -> Tensor:
+        return torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+
+    def autocast(model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    def hooked(model: nn.Module) -> Tensor:
+        model.fc.register_forward_hook(lambda *_: None)
+        return model(x)
+
+    def ungraphed(model: nn.Module) -> Tensor:
+        vars(model)["_rewriter"].programs.pop(True, None)
+        return model(x)
+
+    for call in (compiled, autocast, hooked, ungraphed):
+        model = copy.deepcopy(planned_layers)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with torch.no_grad():
+                model(x)
+            assert not said
+            for _ in range(2):
+                call(model).sum().backward()
+        about = [w for w in said if "without the memory plan" in str(w.message)]
+        assert len(about) == 1 or call is autocast
+        assert call is not autocast or about or vars(model)["_rewriter"].memory.traces
+
+
+def test_threads_may_train_at_the_same_time(planned_layers: nn.Module) -> None:
+    model, errors = copy.deepcopy(planned_layers), []
+
+    def work(rows: int) -> None:
+        try:
+            for _ in range(10):
+                torch.autograd.grad(model(torch.randn(rows, 8)).sum(), list(model.parameters()))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rows,)) for rows in (64, 64, 32, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors

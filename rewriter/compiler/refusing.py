@@ -8,7 +8,6 @@ both: the class of `rewriter.errors` that it is, and the one that Dynamo would h
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +49,11 @@ class _Refused(BackendCompilerFailed):
         return str(self.inner_exception)
 
 
-@functools.cache
+_classes: dict[type[RewriteError], Any] = {}
+
+
 def _class(kind: type[RewriteError]) -> Any:
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (_Refused, kind), names)
+    if kind not in _classes:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        _classes[kind] = type(kind.__name__, (_Refused, kind), names)
+    return _classes[kind]

@@ -31,7 +31,7 @@ _LIVE |= {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 
 def assumed(root: nn.Module, program: Program, leaves: Sequence[Tensor]) -> dict[str, Any]:
     """Everything but the sizes of the inputs, by what it is called; compared with `==`."""
-    found = {"the settings of torch": _settings()}
+    found: dict[str, Any] = {"the settings of torch": _settings()}
     first: dict[int, str] = {}
     for name, tensor in weights(root, program).items():
         shared = first.setdefault(id(tensor), name)
@@ -67,7 +67,7 @@ def layers(program: Program) -> list[str]:
 def weights(root: nn.Module, program: Program) -> dict[str, Tensor]:
     """Parameters and buffers under all of their names, and what else a program reads as a tensor:
     the inputs of a trace."""
-    found = dict(root.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
     found.update(root.named_buffers(remove_duplicate=False))
     for node in program.graph.nodes:
         if node.op == "get_attr" and node.target not in found:
@@ -137,8 +137,9 @@ class _Same:
         self.version = value._version if isinstance(value, Tensor) else 0
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _Same) and other.value is self.value
-        return same and other.version == self.version
+        if not isinstance(other, _Same):
+            return NotImplemented
+        return other.value is self.value and other.version == self.version
 
     __hash__ = None  # type: ignore[assignment]
 

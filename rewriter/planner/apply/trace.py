@@ -223,10 +223,10 @@ def _twin(root: nn.Module, program: Program, mode: FakeTensorMode) -> nn.Module:
     for own, copied in zip(root.modules(), twin.modules(), strict=True):
         copied.training = own.training
     for name in held:
-        owner, _, own = name.rpartition(".")
-        module = twin.get_submodule(owner)
-        if own in vars(module):
-            module.register_buffer(own, vars(module).pop(own))
+        owner, _, attribute = name.rpartition(".")
+        holder = twin.get_submodule(owner)
+        if attribute in vars(holder):
+            holder.register_buffer(attribute, vars(holder).pop(attribute))
     return twin
 
 

@@ -53,9 +53,9 @@ class Uses:
         needs = {}
         for name, own in self.of.items():
             tensor = weights[name] if isinstance(name, str) else leaves[name]
-            edge = torch.autograd.graph.get_gradient_edge(tensor)
-            if edge[:2] in inputs and own <= places.keys():
-                needs[inputs[edge[:2]]] = [places[n] for n in own]
+            source = torch.autograd.graph.get_gradient_edge(tensor)[:2]
+            if source in inputs and own <= places.keys():
+                needs[inputs[source]] = [places[n] for n in own]
         unused: list[int] = []
 
         def before(grads: Sequence[Tensor | None]) -> None:
@@ -108,9 +108,9 @@ def _backward(result: Any) -> tuple[Any, int] | None:
     """(node, place) of a result in the planned backward; it may be a view of what that gives."""
     if not isinstance(result, Tensor) or result.grad_fn is None:
         return None
-    node, place = torch.autograd.graph.get_gradient_edge(result)[:2]
-    while not isinstance(node, BackwardCFunction):
-        if not node.next_functions or node.next_functions[0][0] is None:
+    edge: tuple[Any, int] = torch.autograd.graph.get_gradient_edge(result)[:2]
+    while not isinstance(edge[0], BackwardCFunction):
+        if not edge[0].next_functions or edge[0].next_functions[0][0] is None:
             return None
-        node, place = node.next_functions[0]
-    return node, place
+        edge = edge[0].next_functions[0]
+    return edge
