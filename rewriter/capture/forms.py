@@ -430,6 +430,7 @@ def _may_capture(module: nn.Module, args: Any, kwargs: Any) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
         and all(type(t) in (Tensor, nn.Parameter) for t in [*tensors, *module.parameters()])
+        and all(t.layout is torch.strided and not t.is_nested for t in tensors)
         and all(type(b) is Tensor for b in module.buffers())
     )
 
@@ -449,7 +450,8 @@ def _kind_of_call(args: Any, kwargs: Any, training: bool) -> Any:
 
 def _kind_of(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Tensor):
-        return value.dtype, value.dim(), value.numel() == 0, value.device.type
+        empty = not value.is_nested and value.numel() == 0
+        return value.dtype, value.dim(), empty, value.device.type, value.layout, value.is_nested
     if depth < 4:
         if isinstance(value, list | tuple):
             return type(value).__name__, tuple(_kind_of(v, depth + 1) for v in value)
@@ -465,6 +467,8 @@ def _described(args: Any, kwargs: Any) -> str:
 
 
 def _type(value: Any) -> str:
+    if isinstance(value, Tensor) and value.is_nested:  # has no sizes
+        return f"a nested tensor of {value.dtype}"
     if isinstance(value, Tensor):
         sizes = ", ".join(map(str, value.shape))
         return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
