@@ -104,6 +104,15 @@ def test_new_forms_train_and_survive_copies(model: nn.Module) -> None:
         assert [graph > 0 and not python for graph, python in runs(again)[1:]] == [True, True]
 
 
+def test_a_form_that_first_comes_in_inference_mode_trains() -> None:
+    original = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)).eval()
+    model = rewrite(original, [], X[:, None].expand(8, 16, 16).contiguous())
+    with torch.inference_mode():
+        assert_equal(model(X.clone()), original(X))
+    model.train()(X).sum().backward()
+    assert runs(model) == [(0, 0), (2, 0)]
+
+
 def test_layers_of_new_forms_are_the_rewritten_ones() -> None:
     model = rewrite(net(), [Monarch(nblocks=4)], X)
     mask = torch.ones(8, 1)

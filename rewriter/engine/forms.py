@@ -36,9 +36,9 @@ def capture_form(module: nn.Module, state: State, args: Any, kwargs: Any) -> For
     The call is traced on a twin of the module tree, so that other threads may run the module
     meanwhile, and nothing of it changes.
     """
-    twin, originals = _twin(module)
     try:
         with torch.inference_mode(False):
+            twin, originals = _twin(module)
             layers = _originals_back(twin, state)
             captured = capture(twin, Arguments(args, kwargs), whole=True)
             _place(captured, layers)
