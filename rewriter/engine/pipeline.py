@@ -46,12 +46,12 @@ def run(
     recipe = Recipe.of(root) if done is None else copy.deepcopy(done)
     engine = prepare(root, example_inputs, options, strict=strict)
     engine.recipe, engine.model = recipe, model
-    recipe.lower = bool(options.lower)
     steps = [engine.original()]
     steps += [engine.run(rewrite) for rewrite in passes]
     if options.memory is not None:
         steps.append(engine.plan_memory(options.memory))
     steps += engine.lower()
+    recipe.lower = bool(engine.lowering.lowered)
     report = engine.report(steps)
     engine.finish(report)
     return report
