@@ -161,6 +161,10 @@ JUNK: tuple[Any, ...] = (
 )  # fmt: skip
 
 
+def _junk(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(JUNK))  # the next change may be one of it
+
+
 def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where something stands in tables and lists."""
     inner: Any = value.items() if isinstance(value, dict) else ()
@@ -196,9 +200,9 @@ def change_recipe(recipe: dict[str, Any], rng: random.Random) -> None:
         holder[key] = rng.choice(([old], {"value": old}))
     elif kind == "more":
         table = old if isinstance(old, dict) else recipe
-        table[rng.choice(("more", "bias", "nblocks", "0.bias", "a\0b"))] = rng.choice(JUNK)
+        table[rng.choice(("more", "bias", "nblocks", "0.bias", "a\0b"))] = _junk(rng)
     else:
-        holder[key] = rng.choice(JUNK)
+        holder[key] = _junk(rng)
 
 
 def change_text(text: str, rng: random.Random) -> str:
@@ -254,7 +258,7 @@ def change_weights(data: bytes, rng: random.Random) -> bytes:
     elif kind == "name":
         header[rng.choice(("x", "0.weight", "0.bias", "a\0b", ""))] = header.pop(name)
     else:
-        header[name] = rng.choice(JUNK)
+        header[name] = _junk(rng)
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
 
