@@ -9,7 +9,7 @@ BENCHES := $(filter-out benchmarks/_% $(addprefix benchmarks/,zoo.py gpu.py spot
 # Models and data come from packages; nothing may ask a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all interop lint bench
+.PHONY: demo test test-all interop fuzz lint bench
 
 demo: .venv/.stamp
 	$(PY) examples/minilm.py $(ARGS)
@@ -42,6 +42,12 @@ lint: .venv/.stamp
 # All benchmarks, one after another; `make bench ARGS=--quick` for a short look.
 bench: .venv/.stamp
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(PY) $$bench $(ARGS); done
+
+# Random cases from SEED on; `make fuzz N=10000`. A case that fails is printed as its number.
+N ?= 1000
+SEED ?= 0
+fuzz: .venv/.stamp
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PY) -m fuzz saves $(N) $(SEED)
 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

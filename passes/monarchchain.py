@@ -37,12 +37,13 @@ __all__ = ["MonarchChain", "MonarchChainLinear"]
 
 
 def _check(order: object, stars: object, expansion: object) -> None:
-    for name, value, least in (
-        ("order", order, 2),
-        ("stars", stars, 0),
-        ("expansion", expansion, 1),
+    # 2^64 features have no more axes than 64; each is a factor of its own, as each star is two
+    for name, value, least, most in (
+        ("order", order, 2, 64),
+        ("stars", stars, 0, 64),
+        ("expansion", expansion, 1, None),
     ):
-        whole_number(name, value, least)
+        whole_number(name, value, least, most)
     if stars and order != 2:
         raise OptionError(f"stars={stars} mixes a grid of two axes: leave order={order} out")
     if expansion != 1 and not stars:

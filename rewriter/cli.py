@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rewriter.errors import OptionError, RewriteError, StoreError
+from rewriter.errors import OptionError, RewriteError, StoreError, printable
 
 __all__ = ["main"]
 
@@ -137,7 +137,7 @@ def _report(args: argparse.Namespace) -> None:
             report.save(path)
     if printed:
         text = report.to_json() if printed == ["json"] else report.to_markdown()
-        print(text.rstrip("\n"))
+        print(_for_a_terminal(text.rstrip("\n")))
     elif args.quiet:
         return
     elif sys.stdout.isatty():
@@ -147,6 +147,12 @@ def _report(args: argparse.Namespace) -> None:
     for name, path in files.items():
         if name not in printed:
             print(f"wrote {path}", file=sys.stderr if printed else sys.stdout)
+
+
+def _for_a_terminal(text: str) -> str:
+    """JSON or Markdown without what a terminal obeys; JSON says the same after."""
+    found = {c for c in text if printable(c) != c}
+    return text.translate({ord(c): f"\\u{ord(c):04x}" for c in found})
 
 
 def _check_file(name: str, path: Path) -> None:

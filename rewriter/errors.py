@@ -7,13 +7,26 @@ what to change without opening this package.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Iterable
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What a terminal obeys in place of showing it; not the line break and the tab."""
+
+
+def printable(text: str) -> str:
+    """Text that may hold anything (a module's name, a user's exception), with control characters
+    written out: they could clear a terminal, or write other text over it."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 class RewriteError(Exception):
     """Base of every error that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class CaptureError(RewriteError):
@@ -57,7 +70,7 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, RewriteWarning, stacklevel=level)
+    warnings.warn(printable(message), RewriteWarning, stacklevel=level)
 
 
 def _is_inside(module: str) -> bool:

@@ -167,7 +167,7 @@ MAY_MUTATE = {
     # weights into models, and models out of recipes
     "rewriter/modules/tensors.py": "puts a tensor in another's place",
     "rewriter/recipe/replaying.py": "builds the layer that stood at a place",
-    "rewriter/store/reading.py": "fills a loaded model",
+    "rewriter/store/filling.py": "fills a loaded model",
     "rewriter/training/recovery.py": "looks at outputs of modules, and undoes it",
     "rewriter/training/optimizers.py": "says on an optimizer what was remapped",
     # compilers

@@ -37,6 +37,23 @@ def broken():
 def number():
     return 3
 
+def colourful():
+    raise ValueError("\\x1b[2Jgone")
+
+class Speechless(Exception):
+    def __str__(self):
+        raise KeyError
+
+def speechless():
+    raise Speechless
+
+class Touchy:
+    @property
+    def make(self):
+        raise RuntimeError("no")
+
+touchy = Touchy()
+
 value = 3
 """
 
@@ -106,6 +123,8 @@ def test_a_pass_is_what_its_text_and_its_stored_options_say(rewrite: Pass) -> No
         ("", "a pass as text"),
         ("os.path", "is no pass"),
         ("nowhere.Pass", "no pass 'nowhere.Pass'"),
+        ("..:1", "no pass '..'"),
+        (".os:1", "no pass '.os'"),
     ],
 )
 def test_text_that_is_no_pass(text: str, match: str) -> None:
@@ -140,6 +159,11 @@ def test_a_file_and_no_inputs(here: Path, capsys: pytest.CaptureFixture[str]) ->
         (["models_of_mine"], "write module:factory"),
         (["models_of_mine:missing"], "models_of_mine has no missing"),
         (["models_of_mine:value"], "cannot be called: it is of type int"),
+        (["models_of_mine:touchy.make"], r"touchy.make cannot be read: RuntimeError: no \(.*.py:"),
+        (["models_of_mine:colourful"], r"failed: ValueError: \\x1b\[2Jgone"),
+        (["models_of_mine:speechless"], r"failed: Speechless"),
+        (["models_of_mine:make", "--pass", "..:1"], "no pass '..'"),
+        (["..:make"], "cannot import ..:"),
         (["models_of_mine:number"], "returned an object of type int"),
         (["models_of_mine:broken"], r"failed: ValueError: no weights \(.*models_of_mine.py:12\)"),
         (["nothing_of_mine:make"], "cannot import nothing_of_mine"),
@@ -160,6 +184,25 @@ def test_errors_are_one_line(
     assert line.startswith("rewriter: ")
     with pytest.raises(AssertionError, match=match):
         raise AssertionError(line)
+
+
+def test_names_cannot_give_the_terminal_orders(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "loud.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    model = nn.Sequential()\n"
+        "    model.add_module('\\x1b[31mred\\x9b', nn.Linear(8, 8))\n"
+        "    return model\n"
+    )
+    for form in ([], ["--json"], ["--markdown"]):
+        assert main(["report", "loud.py:make", "--pass", "monarch", *form]) == 0
+        shown = capsys.readouterr().out
+        assert "[31mred" in shown.replace("\\", "")
+        assert not {"\x1b", "\x9b"} & set(shown)
+        if form == ["--json"]:
+            assert json.loads(shown)["steps"][1]["decisions"][0]["site"] == "\x1b[31mred\x9b"
 
 
 def test_devices(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import hashlib
 import io
 import json
 import os
 import pathlib
 import pickle
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,9 +27,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import rewriter
 from rewriter import LINEAR, Layer, Pass, Replacement, Site, StoreError, load, rewrite
 from rewriter.base import as_parameter
-from rewriter.passes import Densify, Monarch, MonarchLinear, Quadratic, TopK
+from rewriter.engine import Engine
+from rewriter.passes import Densify, Monarch, MonarchChain, MonarchLinear, Quadratic, TopK
 from rewriter.passes.quantize import Quantize
-from rewriter.store import writing
+from rewriter.store import reading, writing
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
 
@@ -480,6 +485,102 @@ def test_a_layer_that_cannot_be_rebuilt(tmp_path: pathlib.Path) -> None:
         rewritten(MLP(), [Wrap()]).save(tmp_path)
 
 
+class Counting(MLP):
+    """Its extra state is a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.zeros(2)
+
+    def get_extra_state(self) -> Tensor:
+        return self.seen
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seen = state.reshape(2)
+
+
+def test_extra_state_that_is_a_tensor_is_kept(tmp_path: pathlib.Path) -> None:
+    model = Counting()
+    model.seen = torch.tensor([3.0, 4.0])
+    optimized = rewritten(model, [Monarch()])
+    optimized.save(tmp_path)
+    loaded: Any = load(tmp_path, Counting())
+    assert torch.equal(loaded.seen, model.seen)
+    other = Counting()
+    other.seen = torch.tensor([5.0, 6.0])
+    for again in (optimized, loaded):
+        again.load_original(other.state_dict())
+        assert torch.equal(again.seen, other.seen)
+        with pytest.raises(StoreError, match=r"missing \['_extra_state'\]"):
+            again.load_original(MLP().state_dict())
+        with pytest.raises(StoreError, match="does not take its extra state"):
+            again.load_original({**other.state_dict(), "_extra_state": torch.zeros(3)})
+        assert torch.equal(again.seen, other.seen)
+    with pytest.raises(StoreError, match="has extra state"):
+        load(tmp_path, MLP())
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+        self.register_buffer("wide", torch.randn(3, dtype=torch.complex128))
+        self.register_buffer("narrow", torch.randn(3, dtype=torch.complex64))
+        self.register_buffer("turned", torch.randn(3, dtype=torch.complex128).conj())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.wide.abs().sum().float()
+
+
+def test_complex_buffers_come_back(tmp_path: pathlib.Path) -> None:
+    optimized = rewritten(Complex(), [Monarch()])
+    optimized.save(tmp_path)
+    for target in (Complex(), Complex().to("meta")):
+        assert_same(load(tmp_path, target.eval()), optimized)
+
+
+class Branching(nn.Module):
+    """A call of a function with a parameter, and a branch on the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.out = nn.Parameter(torch.randn(64, 32)), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.linear(x, self.w)
+        return self.out(torch.relu(hidden) if x.shape[0] > 8 else hidden)
+
+
+@quiet
+def test_a_loaded_model_serves_the_calls_that_the_saved_one_serves(tmp_path: pathlib.Path) -> None:
+    optimized = rewritten(Branching(), [Monarch()])
+    optimized.save(tmp_path / "once")
+    loaded: Any = load(tmp_path / "once", Branching().eval())
+    loaded.save(tmp_path / "twice")
+    again = load(tmp_path / "twice", Branching().eval())
+    for x in (X, torch.randn(12, 32)):
+        for model in (loaded, again):
+            assert torch.equal(output(model, x), output(optimized, x))
+    # saves of before say nothing of it: then it is found out
+    edit(tmp_path / "once", lambda d: d.pop("refuses"))
+    before = load(tmp_path / "once", Branching().eval())
+    assert torch.equal(output(before, x), output(optimized, x))
+
+
+def test_whether_the_lowered_graph_runs_is_kept(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32)).eval()
+    for pays in (True, False):
+        monkeypatch.setattr(Engine, "_lowering_pays", lambda self, pays=pays: pays)
+        rewritten(model, [Monarch()]).save(tmp_path)
+        document = json.loads((tmp_path / "recipe.json").read_text())
+        loaded = load(tmp_path, copy.deepcopy(model), example_inputs=X)
+        lowered = loaded.__dict__["_rewriter"].lowered is not None
+        assert document["lower"] == lowered
+        assert lowered <= pays
+
+
 def test_extra_state_is_refused(tmp_path: pathlib.Path) -> None:
     class Extra(MLP):
         def get_extra_state(self) -> Any:
@@ -682,6 +783,209 @@ def test_a_directory_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
     for directory in (file, file / "below", "/proc/none"):
         with pytest.raises(StoreError, match="cannot write"):
             rewritten(MLP(), [Monarch()]).save(directory)
+
+
+def test_a_file_that_a_found_recipe_names_is_not_ours_to_delete(tmp_path: pathlib.Path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    for name in ("precious.txt", "../precious.txt", "weights-mine.safetensors", 7, None):
+        (tmp_path / "recipe.json").write_text(json.dumps({"format": 1, "weights": name}))
+        with pytest.raises(StoreError, match="not a save of this package"):
+            rewritten(MLP(), [Monarch()]).save(tmp_path)
+        assert precious.read_text() == "mine"
+
+
+def test_what_a_link_of_our_name_leads_to_stays(saved: pathlib.Path) -> None:
+    mine = saved / "mine"
+    mine.write_text("mine")
+    (weights,) = saved.glob("*.safetensors")
+    weights.unlink()
+    weights.symlink_to("mine")
+    (saved / "weights-0123456789abcdef.safetensors").symlink_to("mine")
+    optimized = rewritten(MLP(), [Monarch()])
+    optimized.save(saved)
+    assert mine.read_text() == "mine"
+    assert_same(load(saved, MLP().eval()), optimized)
+
+
+def test_what_killed_writers_left_goes_with_the_next_save(saved: pathlib.Path) -> None:
+    draft = saved / f".rewriter-{'0' * 32}.tmp"
+    draft.mkdir()
+    (draft / "draft").write_text("half a file")
+    (draft / ".tmpX").symlink_to(saved / "recipe.json")
+    (saved / "weights-0123456789abcdef.safetensors").write_text("named by no recipe")
+    (saved / ".rewriter-notes.tmp").write_text("the user's")
+    rewritten(MLP(), [Monarch()]).save(saved)
+    left = {f.name for f in saved.iterdir()}
+    assert len(left) == 3
+    assert {".rewriter-notes.tmp", "recipe.json"} < left
+    assert len({f.stat().st_mode for f in saved.iterdir()}) == 1
+
+
+def test_an_interrupt_after_all_is_done_leaves_the_new_save(
+    saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, calls = os.replace, iter(range(1, 9))
+
+    def interrupted(*args: Any) -> None:
+        replace(*args)
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    optimized = rewritten(MLP(), [Monarch()])
+    with pytest.raises(KeyboardInterrupt):
+        optimized.save(saved)
+    assert_same(load(saved, MLP().eval()), optimized)
+
+
+def test_a_save_that_comes_while_another_is_read_is_loaded_in_its_place(
+    saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = rewritten(MLP(), [Monarch()])
+    read, calls = reading.read, []
+
+    def overtaken(*args: Any) -> Any:
+        found = read(*args)
+        if not calls:
+            newer.save(saved)  # takes the weights away that were just named
+        calls.append(1)
+        return found
+
+    monkeypatch.setattr(reading, "read", overtaken)
+    assert_same(load(saved, MLP().eval()), newer)
+    assert len(calls) == 2
+
+
+# saves that mean harm
+
+
+@functools.cache
+def save_after(passes: tuple[Pass, ...]) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        rewritten(MLP(), list(passes)).save(folder)
+        return files(pathlib.Path(folder))
+
+
+def spoiled(path: pathlib.Path, passes: list[Pass], change: Callable[[dict[str, Any]], Any]) -> Any:
+    for name, data in save_after(tuple(passes)).items():
+        (path / name).write_bytes(data)
+    edit(path, change)
+    return path
+
+
+def option(**values: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda document: document["layers"][0]["config"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("passes", "change"),
+    [
+        ([Monarch()], option(nblocks="sqrt", in_features=10**18 + 9)),
+        ([Monarch()], option(rank=10**15)),
+        ([Monarch()], option(in_features=32.0)),
+        ([Monarch()], option(interleaved="no")),
+        ([Monarch()], option(bias=1)),
+        ([Monarch()], option(cap=None)),
+        ([MonarchChain(stars=1)], option(stars=10**8)),
+        ([MonarchChain(stars=1)], option(expansion=10**12)),
+        ([MonarchChain(order=3)], option(order=10**8)),
+        ([Quadratic()], option(out_features=2**62)),
+        ([Monarch()], lambda d: d.update(memory={"peak": 10**400})),
+        ([Monarch()], lambda d: d.update(memory={"peak": "1e999GB"})),
+        ([Monarch()], lambda d: d.update(memory={"step_time": 10**400})),
+        ([Monarch()], lambda d: d.update(memory={"peak": 0.5, "lossy": "x"})),
+        ([Monarch()], lambda d: d.update(weights="weights-\0")),
+        ([Monarch()], lambda d: d.update(weights="../weights-0123456789abcdef.safetensors")),
+        ([Monarch()], lambda d: d["layers"][0]["chain"][0].__setitem__(0, {"a": 1})),
+        ([Monarch()], lambda d: d["layers"][0].update(weight="2.bias")),
+        ([Monarch()], lambda d: d["ties"].update({"2.bias": "0.bias"})),
+        ([Monarch()], lambda d: d["report"]["steps"][0].update(seconds="soon")),
+        ([Monarch()], lambda d: d["report"]["steps"][0]["before"].update(params="many")),
+        ([Monarch()], lambda d: d["report"]["steps"][0]["after"].update(flops=10**400)),
+        ([Monarch()], lambda d: d["report"]["steps"][0].update(notes=[7])),
+        ([Monarch()], lambda d: d["report"]["steps"][1]["decisions"][0].update(error="large")),
+        ([Monarch()], lambda d: d["report"].update(snapshots=[1])),
+        ([Monarch()], lambda d: d["report"].update(model=[[[]]])),
+        ([Monarch()], lambda d: d.update(example=json.loads("[" * 500 + "]" * 500))),
+        ([Monarch()], lambda d: d.update(edits=[{
+            "edit": "resize", "rows": ["0"], "columns": ["2"], "transposed": [], "norms": [],
+            "size": 64, "kept": [0] * 10**6, "reason": "",
+        }])),
+        ([Monarch()], lambda d: d.update(edits=[{
+            "edit": "resize", "rows": ["0"], "columns": ["nowhere"], "transposed": [], "norms": [],
+            "size": 64, "kept": [0, 1], "reason": "",
+        }])),
+    ],
+)  # fmt: skip
+def test_hostile_recipes_are_refused_at_once(
+    tmp_path: pathlib.Path, passes: list[Pass], change: Callable[[dict[str, Any]], Any]
+) -> None:
+    with pytest.raises(StoreError):
+        load(spoiled(tmp_path, passes, change), MLP())
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "weights"])
+@pytest.mark.parametrize("kind", ["zero", "pipe", "folder", "sparse"])
+def test_only_regular_files_of_a_sensible_size_are_read(
+    saved: pathlib.Path, name: str, kind: str
+) -> None:
+    path = saved / name if name == "recipe.json" else next(saved.glob("weights-*"))
+    path.unlink()
+    if kind == "zero":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with open(path, "wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(StoreError):
+        load(saved, MLP())
+    if name == "recipe.json":
+        with pytest.raises(StoreError):
+            rewritten(MLP(), [Monarch()]).save(saved)
+
+
+def test_a_link_to_a_whole_save_is_followed(saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    blobs = tmp_path / "blobs"  # as caches of downloads keep files
+    blobs.mkdir()
+    for number, file in enumerate([f for f in saved.iterdir() if f.is_file()]):
+        os.replace(file, blobs / str(number))
+        file.symlink_to(f"blobs/{number}")
+    load(saved, MLP())
+
+
+def restored(path: pathlib.Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Changes the weights of a save, and makes the checksum fit."""
+    (weights,) = path.glob("*.safetensors")
+    tensors = safetensors.torch.load(weights.read_bytes())
+    change(tensors)
+    weights.write_bytes(safetensors.torch.save(tensors))
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    edit(path, lambda d: d.update(sha256=digest))
+
+
+def test_a_parameter_stored_as_whole_numbers_is_refused(saved: pathlib.Path) -> None:
+    restored(saved, lambda t: t.update({"0.bias": t["0.bias"].int()}))
+    with pytest.raises(StoreError, match=r"0.bias is torch.int32 where it was saved"):
+        load(saved, MLP())
+
+
+def test_a_huge_example_is_not_made(tmp_path: pathlib.Path) -> None:
+    rewritten(Functional(), [Monarch()]).save(tmp_path)
+    huge = {"tensor": [10**6, 10**6], "dtype": "float32", "fill": 0}
+    edit(tmp_path, lambda d: d.update(example={"x": huge}))
+    with pytest.raises(StoreError, match="more than 64 MiB: pass example_inputs"):
+        load(tmp_path, Functional())
+
+
+def test_a_condition_of_a_stored_report_is_arithmetic_that_ends(saved: pathlib.Path) -> None:
+    edit(saved, lambda d: d["report"].update(conditions=["9**999999999 < batch"]))
+    loaded: Any = load(saved, MLP())
+    with pytest.raises(StoreError, match="a power of more than"):
+        loaded.report.at(batch=3)
 
 
 # original checkpoints that do not fit

@@ -14,6 +14,7 @@ from rewriter.base import Layer
 from rewriter.cost.symbolic import Formula, evaluate, largest
 from rewriter.cost.work import Work, grouped
 from rewriter.errors import OptionError, StoreError
+from rewriter.modules.typed import fits
 
 __all__ = ["Cost", "Training", "storage_cost"]
 
@@ -168,9 +169,13 @@ class Cost:
         """The inverse of `to_dict`.
 
         Raises:
-            StoreError: `data` has a field that a Cost has not, or text that is no formula.
+            StoreError: `data` has a field that a Cost has not, text that is no formula, or else
+                something that is no number.
         """
-        return cls._read(data, _given)
+        try:
+            return cls._read(data, _given)
+        except (TypeError, AttributeError, ValueError) as error:
+            raise StoreError(f"not a Cost: {error}") from error
 
     @classmethod
     def _read(cls, data: Mapping[str, Any], number: Callable[[Any], Any]) -> Cost:
@@ -221,11 +226,13 @@ def _plain(value: Any) -> Any:
 
 
 def _given(value: Any) -> Any:
+    if type(value) is not int:
+        raise StoreError(f"not a Cost: a figure is {str(value)[:80]!r}")
     return value
 
 
 def _parsed(value: Any) -> Any:
-    return Formula.parse(value) if isinstance(value, str) else value
+    return Formula.parse(value) if isinstance(value, str) else _given(value)
 
 
 def _check_fields(cls: type, data: Any) -> None:
@@ -233,6 +240,9 @@ def _check_fields(cls: type, data: Any) -> None:
         raise StoreError(f"not a {cls.__name__}: {type(data).__name__}, not a table")
     if unknown := set(data) - {f.name for f in fields(cls)}:
         raise StoreError(f"not a {cls.__name__}: unknown fields {sorted(unknown)}")
+    for name in ("latency_s", "measured_s", "energy_j"):
+        if not fits(data.get(name), float | None):
+            raise StoreError(f"not a {cls.__name__}: {name} is {str(data[name])[:80]!r}")
 
 
 def storage_cost(*owners: nn.Module | Tensor) -> Cost:

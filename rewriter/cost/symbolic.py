@@ -6,7 +6,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -271,7 +271,7 @@ def condition(expression: Any, names: Mapping[str, str]) -> str:
 def holds(text: str, sizes: Mapping[str, int]) -> bool:
     """Whether a condition is true. What holds from 2 on is said of a size of 1 as well: only
     whether a copy is one depends on that."""
-    return bool(_value(_compiled(text), {k: max(v, 2) for k, v in sizes.items()}))
+    return bool(_evaluated(text, {k: max(v, 2) for k, v in sizes.items()}))
 
 
 def _python(expression: Any, names: Mapping[str, str]) -> str:
@@ -292,6 +292,21 @@ _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
+
+
+def _combined(op: ast.operator, left: Any, right: Any) -> Any:
+    """The operation on two numbers.
+
+    Raises:
+        OverflowError: the result is longer than any figure; a power is not even computed then.
+    """
+    if isinstance(op, ast.Pow) and isinstance(left, int) and isinstance(right, int):
+        if left.bit_length() * abs(right) > _LONGEST:
+            raise OverflowError(f"a power of more than {_LONGEST} bits")
+    value = _BINARY[type(op)](left, right)
+    if isinstance(value, int) and value.bit_length() > _LONGEST:
+        raise OverflowError(f"a number of more than {_LONGEST} bits")
+    return value
 
 
 def _at_largest(*flat: Any) -> Any:
@@ -324,17 +339,44 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
 def _factor(text: str, sizes: Mapping[str, int]) -> int:
     if text in sizes:
         return sizes[text]
-    return int(_value(_compiled(text), sizes))
+    value = _evaluated(text, sizes)
+    return value if isinstance(value, int) else int(value)
 
 
-@cache
+def _evaluated(text: str, sizes: Mapping[str, int]) -> int | float:
+    """The value of an expression.
+
+    Raises:
+        StoreError: the text is none, or has no finite value of a size that anything is counted in.
+        OptionError: a size is missing.
+    """
+    try:
+        value = _value(_compiled(text), sizes)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"it gives {value}")
+    except (ArithmeticError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, OptionError):
+            raise
+        raise StoreError(
+            f"{text[:80]!r} cannot be evaluated at {dict(sizes)}: {type(error).__name__}: {error}"
+        ) from error
+    return value
+
+
+_LONGEST = 256  # bits of a number on the way to a figure: its products are still floats
+
+
+_TEXT = 100_000  # characters of a formula
+
+
+@lru_cache(1 << 14)
 def _compiled(text: str) -> ast.expr:
     try:
-        if len(text) > 100_000:
-            raise ValueError("too long")
+        if len(text) > _TEXT:
+            raise ValueError("it is too long")
         tree = ast.parse(text, mode="eval").body
         _check(tree)
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # of a deep nest
         raise StoreError(f"{text[:80]!r} is no formula: {error}") from None
     return tree
 
@@ -387,7 +429,7 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Any:
             _COMPARE[type(op)](a, b) for op, a, b in zip(node.ops, sides, sides[1:], strict=False)
         )
     if isinstance(node, ast.BinOp):
-        return _BINARY[type(node.op)](_value(node.left, sizes), _value(node.right, sizes))
+        return _combined(node.op, _value(node.left, sizes), _value(node.right, sizes))
     if isinstance(node, ast.Call):
         return _CALLS[ast.unparse(node.func)](*(_value(a, sizes) for a in node.args))
     raise StoreError(f"{ast.unparse(node)!r} is no formula")

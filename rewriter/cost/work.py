@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 
 from rewriter.errors import StoreError
 from rewriter.kernels import ops
+from rewriter.modules.typed import fits
 
 __all__ = ["MATRIX", "Work", "dtype_of", "grouped", "kind_of", "on_matrix_unit", "work_of"]
 
@@ -72,7 +73,9 @@ class Work:
         """From a table; `number` reads a figure."""
         if not isinstance(data, Mapping) or set(data) - {f.name for f in fields(cls)}:
             raise StoreError("not a Work: unknown fields")
-        plain = {"op", "kind", "dtype", "shape"}
+        plain = {"op": str, "kind": str, "dtype": str, "shape": list[Any], "backward": bool}
+        if wrong := [k for k, hint in plain.items() if k in data and not fits(data[k], hint)]:
+            raise StoreError(f"not a Work: its {wrong[0]} is {str(data[wrong[0]])[:80]!r}")
         values = {k: v if k in plain else number(v) for k, v in data.items()}
         values["shape"] = tuple(number(s) for s in data.get("shape", ()))
         return cls(**values)

@@ -309,7 +309,9 @@ class Engine:
         if edited and recipe is self.recipe:  # a model that is loaded brings the answer along
             recipe.edits_in_graph = bool(goes_past(self.capture, edited, self.outputs))
         graph_only += edited if recipe.edits_in_graph else ()
-        why = goes_past(self.capture, graph_only, self.outputs)
+        if recipe is self.recipe or recipe.refuses is None:
+            recipe.refuses = goes_past(self.capture, graph_only, self.outputs)
+        why = recipe.refuses if graph_only else ""
         if why:
             self.capture.notes.append(why)
         self.capture.host(graph_only if why else ())
@@ -352,7 +354,11 @@ class Engine:
         root = self.capture.root
         removed = [e for e in edits if isinstance(e, Removed)]
         known = dict(root.named_modules(remove_duplicate=False))
-        names = [n for e in edits for n in (e.names if isinstance(e, Removed) else e.rows)]
+        names = [
+            n
+            for e in edits
+            for n in (e.names if isinstance(e, Removed) else (*e.rows, *e.columns, *e.norms))
+        ]
         missing = [n for n in names if n not in known]
         if missing:
             raise StoreError(

@@ -47,13 +47,13 @@ def run(
     recipe = Recipe.of(root) if done is None else copy.deepcopy(done)
     engine = prepare(root, example_inputs, options, strict=strict)
     engine.recipe, engine.model = recipe, model
-    recipe.lower = bool(options.lower)
     engine.time_losses()
     steps = [engine.original()]
     steps += [engine.run(rewrite) for rewrite in passes]
     if options.memory is not None:
         steps.append(engine.plan_memory(options.memory))
     steps += engine.lower()
+    recipe.lower = bool(engine.lowering.lowered)
     report = engine.report(steps)
     engine.finish(report)
     report.speed = engine.speed()

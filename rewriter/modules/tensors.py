@@ -13,11 +13,15 @@ from rewriter.modules.tree import join
 
 __all__ = [
     "CONSTANT",
+    "EXTRA_STATE",
+    "extra_states",
+    "extra_tensors",
     "gathered",
     "is_constant",
     "is_sharded",
     "named_tensors",
     "non_persistent",
+    "put_extra_states",
     "put_tensor",
     "tensor_like",
     "unique_tensors",
@@ -26,6 +30,10 @@ __all__ = [
 
 CONSTANT = "_rewriter_constant_"
 """Prefix of the non-persistent buffers that hold tensors the forward creates from literals."""
+
+
+EXTRA_STATE = "_extra_state"
+"""What a state_dict calls the state of a module that is no parameter and no buffer."""
 
 
 def named_tensors(root: nn.Module) -> dict[str, Tensor]:
@@ -82,6 +90,56 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole[id(tensor)] for name, tensor in named_tensors(model).items()}
 
 
+def extra_states(root: nn.Module) -> dict[str, nn.Module]:
+    """Name in a state_dict → module, of those that have state beside their tensors."""
+    return {
+        join(fqn, EXTRA_STATE): module
+        for fqn, module in root.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+
+
+def extra_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """Extra states by name.
+
+    Raises:
+        StoreError: one is no tensor, and could only be pickled.
+    """
+    found: dict[str, Tensor] = {}
+    for key, module in extra_states(root).items():
+        state = module.get_extra_state()
+        if not isinstance(state, Tensor):
+            name = key.removesuffix(EXTRA_STATE).removesuffix(".")
+            raise StoreError(
+                f"{name or 'the model'} ({type(module).__name__}) has extra state that is no "
+                f"tensor, but a {type(state).__name__} (get_extra_state): it cannot be saved "
+                "without pickle"
+            )
+        found[key] = state
+    return found
+
+
+def put_extra_states(modules: Mapping[str, nn.Module], states: Mapping[str, object]) -> None:
+    """Hands modules their extra state: all of them or, where one does not take it, none.
+
+    Raises:
+        StoreError: one does not.
+    """
+    before = {key: module.get_extra_state() for key, module in modules.items()}
+    done: list[str] = []
+    try:
+        for key, module in modules.items():
+            done.append(key)
+            module.set_extra_state(states[key])
+    except Exception as error:
+        for key in done:
+            modules[key].set_extra_state(before[key])
+        raise StoreError(
+            f"{key} ({type(module).__name__}) does not take its extra state: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def unique_tensors(
     model: nn.Module, values: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -90,25 +148,25 @@ def unique_tensors(
     Args:
         model: whose tensors.
         values: what to write in place of the tensors of these names.
+
+    Raises:
+        StoreError: one is on meta, or no dense tensor; or extra state is no tensor.
     """
-    for fqn, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise StoreError(
-                f"{fqn or 'the model'} ({type(module).__name__}) has extra state that is no tensor "
-                "(get_extra_state), which cannot be saved without pickle"
-            )
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[int, str] = {}
     storages: set[int] = set()
-    for name, tensor in named_tensors(model).items():
+    extra = extra_tensors(model)
+    for name, tensor in {**named_tensors(model), **extra}.items():
         if tensor.is_meta:
             raise StoreError(f"{name} is on meta: there is nothing to save; load weights first")
-        if first.setdefault(id(tensor), name) != name:
+        if name not in extra and first.setdefault(id(tensor), name) != name:
             ties[name] = first[id(tensor)]
             continue
         try:
-            plain = (values or {}).get(name, tensor).detach().cpu().contiguous()
+            value = (values or {}).get(name, tensor)
+            # conjugated and negated lazily: what lies in memory is not the value
+            plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
             storage = plain.untyped_storage().data_ptr()
         except (RuntimeError, NotImplementedError) as error:
             raise StoreError(

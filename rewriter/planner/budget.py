@@ -98,7 +98,7 @@ def parse_budget(budget: int | float | str | None) -> int | float | None:
             number = float(found[1].replace("_", "")) if found else math.nan
         except ValueError:
             number = math.nan
-        if unit is None or not number > 0:
+        if unit is None or not 0 < number * unit < math.inf:
             raise OptionError(f"memory_budget={budget!r}: use {_FORMS}")
         return int(number * unit)
     if not _number(budget) or not math.isfinite(budget) or budget <= 0:
@@ -115,4 +115,11 @@ def parse_budget(budget: int | float | str | None) -> int | float | None:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """Whether it is a number that a float can hold."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True

@@ -80,11 +80,15 @@ def edit_from_json(data: Mapping[str, Any]) -> Record:
             raise TypeError(f"{field.name} of an edit is {value!r}")
         if isinstance(value, list):
             inner = int if field.name == "kept" else str
-            if not all(isinstance(v, inner) for v in value):
+            if not all(type(v) is inner for v in value):
                 raise TypeError(f"{field.name} of an edit is {value!r}")
         made[field.name] = tuple(value) if isinstance(value, list) else value
-    if cls is Resized and not all(0 <= k < made["size"] for k in made["kept"]):
-        raise ValueError("an edit keeps neurons that there are not")
+    if cls is Resized:
+        kept = made["kept"]
+        if not kept or not all(0 <= k < made["size"] for k in kept):
+            raise ValueError("an edit keeps neurons that there are not")
+        if list(kept) != sorted(set(kept)):
+            raise ValueError("an edit keeps a neuron twice, or out of order")
     edit: Record = cls(**made)
     return edit
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
 
 from rewriter.base import Layer, Pass
 from rewriter.errors import OptionError, StoreError
+from rewriter.modules.typed import fits
 from rewriter.recipe import plugins
 
 __all__ = [
@@ -53,15 +53,19 @@ def pass_spec(rewrite: Any) -> Any:
     return {"class": class_name(type(rewrite)), "options": rewrite.spec()}
 
 
-def digest_of(path: pathlib.Path) -> str:
+def digest_of(file: IO[bytes]) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 
 def dtype_of(name: str) -> torch.dtype:
+    """The dtype of this name.
+
+    Raises:
+        AttributeError, TypeError: there is none.
+    """
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name} is not a dtype")
@@ -84,7 +88,14 @@ def allowed_class(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> 
 
 
 def known_class(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
-    """A class where it may be used; else its name, which only `load_original` stumbles on."""
+    """A class where it may be used; else its name, which only `load_original` stumbles on.
+
+    Raises:
+        TypeError: `name` is no text.
+        StoreError: the package that lists it is broken.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{str(name)[:80]} is not a name")
     return (_found(name, extra, bases) if "." in name else None) or name
 
 
@@ -94,13 +105,10 @@ def _found(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
             return cls
     if name == class_name(nn.Linear):
         return nn.Linear
-    module, _, attribute = name.rpartition(".")
-    if module.startswith("rewriter.passes."):
-        try:
-            found = getattr(importlib.import_module(module), attribute, None)
-        except ImportError:
-            found = None
-        return found if isinstance(found, type) and issubclass(found, bases) else None
+    if name.startswith("rewriter.passes."):
+        ours = importlib.import_module("rewriter.passes")
+        exported = [getattr(ours, n) for n in ours.__all__]
+        return next((c for c in exported if class_name(c) == name and issubclass(c, bases)), None)
     try:
         return plugins.of_class(name, Pass if Pass in bases else Layer)
     except OptionError as error:
@@ -124,11 +132,19 @@ def check_extra(extra: Sequence[type]) -> None:
 
 
 def pass_of(spec: Any, extra: Sequence[type]) -> Any:
-    """The pass again; its JSON where it cannot be had, which only `load_original` stumbles on."""
+    """The pass again; its JSON where it cannot be had, which only `load_original` stumbles on.
+
+    Raises:
+        KeyError, TypeError: it is damaged.
+        StoreError: the package that lists it is broken.
+    """
     cls: Any = known_class(spec["class"], extra, (Pass,))
-    if isinstance(cls, str) or spec["options"] is None:
+    options = spec["options"]
+    if isinstance(cls, str) or options is None:
         return spec
+    if not fits(options, dict[str, Any]):
+        raise TypeError(f"options of a pass are {str(options)[:80]}")
     try:
-        return cls(**spec["options"])
-    except (ValueError, TypeError):  # options of another version
+        return cls(**options)
+    except (ValueError, TypeError, ArithmeticError):  # options of another version
         return spec

@@ -55,10 +55,14 @@ def _pass(name: str) -> type[Pass]:
     module, dot, own = name.rpartition(".")
     if not dot:
         return _named(name.lower())
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise OptionError(f"there is no pass {name!r}: write module.Class")
     try:
         found = getattr(importlib.import_module(module), own)
     except (ImportError, AttributeError) as error:
         raise OptionError(f"there is no pass {name!r}: {_said(error)}") from error
+    except (Exception, SystemExit) as error:  # the user's own module
+        raise OptionError(f"{module} cannot be imported: {_said(error)}") from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise OptionError(f"{name} is no pass: it must be a class derived from rewriter.Pass")
     return found
@@ -168,19 +172,24 @@ def _module(name: str) -> types.ModuleType:
                 f"folder, or name its file ({name.replace('.', '/')}.py:factory)"
             ) from error
         raise OptionError(f"cannot import {name}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise OptionError(f"cannot import {name}: {_said(error)}") from error
 
 
 def _attribute(module: types.ModuleType, where: str, name: str) -> Any:
     found: Any = module
     for part in name.split("."):
-        if not hasattr(found, part):
+        try:
+            there = hasattr(found, part)
+            inner = getattr(found, part) if there else None
+        except (Exception, SystemExit) as error:  # a property, a module's __getattr__
+            raise OptionError(f"{where}:{name} cannot be read: {_said(error)}") from error
+        if not there:
             public = [n for n in vars(found) if not n.startswith("_")] if part == name else []
             near = difflib.get_close_matches(part, public, 1)
             hint = f": did you mean {near[0]!r}?" if near else ""
             raise OptionError(f"{where} has no {name}{hint}")
-        found = getattr(found, part)
+        found = inner
     return found
 
 
@@ -197,7 +206,10 @@ def _call(factory: Any, spec: str) -> Any:
 
 def _said(error: BaseException) -> str:
     """The error in one line, with the place in the user's file that raised it."""
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # the user's class of errors fails itself
+        lines = []
     said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<frozen")]

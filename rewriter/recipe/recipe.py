@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from rewriter.base import Layer
 from rewriter.errors import StoreError
 from rewriter.modules.pointwise import Channels, Pointwise, inner
 from rewriter.modules.tensors import named_tensors
+from rewriter.modules.typed import fits
 from rewriter.planner.budget import MemoryBudget
 from rewriter.recipe.edits import Record, Removed
 from rewriter.recipe.names import dtype_name, dtype_of
@@ -36,7 +38,8 @@ class Installed:
         transposed: the original weight is stored [in, out].
         chain: pairs (kind of site, pass), in order. From a loaded recipe, what is not on the
             allow-list stays JSON: the name of a class, the class and options of a pass.
-        graph_only: the Python forward does not go through the new layer.
+        graph_only: the user's code calls a function there: only a graph, or Python code that the
+            layer stands in as a weight for, goes through it.
         channels: of a 1×1 convolution: how it reads its input.
     """
 
@@ -70,10 +73,12 @@ class Recipe:
         dtypes: of the original's tensors.
         origins: class and constructor arguments of the `Layer`s that the original had.
         memory: the budget that its training steps are planned for.
-        lower: whether the eval graph is lowered again where it is loaded.
+        lower: whether the eval graph is lowered: again where it is loaded.
         edits: blocks that were removed and widths that were cut, in order; they come before the
             passes of `installed`.
         edits_in_graph: the Python forward does not go through the edited places.
+        refuses: why calls unlike the captured one are refused, found by running the Python forward
+            over the rewritten layers; "" where they are not; None where nobody has looked.
     """
 
     installed: dict[str, Installed] = field(default_factory=dict)
@@ -84,9 +89,11 @@ class Recipe:
     lower: bool = True
     edits: list[Record] = field(default_factory=list)
     edits_in_graph: bool = False
+    refuses: str | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"edits": [], "edits_in_graph": False, **state})  # 0.1.0 has none
+        # version 0.1.0 has no edits, and 0.2.0 none of the last
+        vars(self).update({"edits": [], "edits_in_graph": False, "refuses": None, **state})
 
     def note(self, edit: Record) -> None:
         """Notes an edit; layers that were installed inside of a removed block go with it."""
@@ -142,13 +149,35 @@ def _to_json(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
+_LARGEST_EXAMPLE = 64 << 20
+"""Bytes of a recorded example call that a recipe may ask for."""
+
+
 def example_from_json(data: Any) -> dict[str, Any]:
+    """The inverse of `example_to_json`.
+
+    Raises:
+        StoreError: there is none, it is damaged, or larger than 64 MiB.
+    """
     if data is None:
         raise StoreError("this rewrite lives in a graph: pass example_inputs to load it")
+    room = _LARGEST_EXAMPLE
+
+    def tensor(shape: Any, fill: Any, dtype: torch.dtype) -> Tensor:
+        nonlocal room
+        if not fits(shape, list[int]) or any(side < 0 for side in shape):
+            raise TypeError(f"a tensor of shape {str(shape)[:80]}")
+        room -= math.prod(shape) * dtype.itemsize
+        if room < 0:
+            raise StoreError(
+                f"the recipe's example call takes more than {_LARGEST_EXAMPLE >> 20} MiB: pass "
+                "example_inputs to load it"
+            )
+        return torch.full(shape, fill, dtype=dtype)
 
     def build(item: Any) -> Any:
         if "tensor" in item:
-            return torch.full(item["tensor"], item["fill"], dtype=dtype_of(item["dtype"]))
+            return tensor(item["tensor"], item["fill"], dtype_of(item["dtype"]))
         if "list" in item:
             return [build(v) for v in item["list"]]
         if "tuple" in item:
@@ -159,7 +188,14 @@ def example_from_json(data: Any) -> dict[str, Any]:
 
     try:
         return {k: build(v) for k, v in data.items()}
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise StoreError(f"the recipe's example call is damaged: {error}") from error
 
 

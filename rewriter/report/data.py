@@ -15,6 +15,7 @@ from rewriter.cost.snapshot import Formulas
 from rewriter.cost.symbolic import holds
 from rewriter.errors import OptionError, StoreError
 from rewriter.report.entries import (
+    ERRORS,
     CallForm,
     CaptureInfo,
     Decision,
@@ -22,6 +23,7 @@ from rewriter.report.entries import (
     Step,
     build,
     finite,
+    shown,
     step_of,
     tables,
 )
@@ -220,6 +222,18 @@ class Ledger:
         sites = {site for site, was in first.items() if was == kind}
         return len(sites & {d.site for d in self.replaced}), len(sites)
 
+    def printable(self) -> Self:
+        """The same ledger without what a terminal would obey in place of showing it."""
+        return replace(
+            self,
+            model=shown(self.model),
+            capture=shown(self.capture),
+            steps=shown(self.steps),
+            errors=shown(self.errors),
+            device=shown(self.device),
+            sizes={shown(k): v for k, v in self.sizes.items()},
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, but for errors that are not finite."""
         data: dict[str, Any] = tables(replace(self, snapshots=[], predictor=None))
@@ -235,6 +249,9 @@ class Ledger:
         """
         if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             raise StoreError(f"not a report of format {_FORMAT}: save it again with this version")
+        if made_here := _NOT_STORED & set(data):
+            raise StoreError(f"not a report: {', '.join(sorted(made_here))} cannot be stored")
+        _check_figures(data)
         capture = build(CaptureInfo, data.get("capture"))
         capture.islands = [build(Island, island) for island in capture.islands]
         report = build(cls, {**data, "capture": capture}, ignore={"format"})
@@ -255,9 +272,42 @@ class Ledger:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StoreError(f"not a report: {error}") from error
         return cls.from_dict(data)
+
+
+_NOT_STORED = frozenset({"snapshots", "predictor"})
+_MOST, _FORMULAS = 10**30, 2 << 20
+"""The largest figure that a report may hold, and characters of its different formulas."""
+
+
+def _check_figures(data: Any) -> None:
+    """That all numbers are such that arithmetic on them ends, and soon.
+
+    Raises:
+        StoreError: one is not finite, negative or too large; or there are too many formulas.
+    """
+    formulas: set[str] = set()
+    level = [("", data, False)]
+    while level:
+        key, value, inside = level.pop()
+        if isinstance(value, dict):
+            level += [(k, v, inside or k == "formulas") for k, v in value.items()]
+        elif isinstance(value, list):
+            level += [(key, v, inside) for v in value]
+        elif isinstance(value, str) and inside:
+            formulas.add(value)
+        elif isinstance(value, int) and not 0 <= value <= _MOST:
+            raise StoreError(f"not a report: {key} is {_shown(value)}, which nothing is counted in")
+        elif isinstance(value, float) and key not in ERRORS and not abs(value) <= _MOST:
+            raise StoreError(f"not a report: {key} is {value}")
+    if sum(map(len, formulas)) > _FORMULAS:
+        raise StoreError(f"not a report: its formulas take more than {_FORMULAS >> 20} MiB")
+
+
+def _shown(number: int) -> str:
+    return str(number) if abs(number) < 10**40 else f"a number of {number.bit_length()} bits"
 
 
 def _with(cost: Cost, formulas: Cost | None) -> Cost:

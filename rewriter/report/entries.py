@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar, get_type_hints
 
 from rewriter.cost import Cost
-from rewriter.errors import StoreError
+from rewriter.errors import StoreError, printable
+from rewriter.modules.typed import fits
 
 __all__ = [
+    "ERRORS",
     "CaptureInfo",
     "Decision",
     "Island",
@@ -18,6 +20,7 @@ __all__ = [
     "Timeline",
     "build",
     "finite",
+    "shown",
     "step_of",
     "tables",
     "thinned",
@@ -158,14 +161,24 @@ class CallForm:
 T = TypeVar("T")
 
 
-def build(cls: type[T], data: Any, ignore: set[str] | None = None) -> T:
-    """`cls(**data)`, or a StoreError that says what does not fit."""
+def build(cls: type[T], data: Any, ignore: Collection[str] = ()) -> T:
+    """`cls(**data)`, or a StoreError that says what does not fit.
+
+    Args:
+        cls: a dataclass.
+        data: its fields, as JSON holds them.
+        ignore: keys of `data` that are no fields.
+    """
     if not isinstance(data, Mapping):
         raise StoreError(f"not a report: {cls.__name__} is {type(data).__name__}, not a table")
-    values = {k: v for k, v in data.items() if k not in (ignore or ())}
+    values = {k: v for k, v in data.items() if k not in ignore}
+    hints = get_type_hints(cls)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
-        raise StoreError(f"not a report: {cls.__name__} has no field {', '.join(unknown)}")
+        raise StoreError(f"not a report: {cls.__name__} has no field {', '.join(unknown)[:80]}")
+    for name, value in values.items():
+        if not fits(value, hints[name]):
+            raise StoreError(f"not a report: {name} of {cls.__name__} is {str(value)[:80]!r}")
     try:
         return cls(**values)
     except TypeError as error:
@@ -173,9 +186,8 @@ def build(cls: type[T], data: Any, ignore: set[str] | None = None) -> T:
 
 
 def step_of(data: Any) -> Step:
-    step = build(Step, data)
+    step = build(Step, _with_numbers(data))
     step.before, step.after = _cost(step.before), _cost(step.after)
-    step.output_error = _number(step.output_error)
     step.decisions = [_decision(d) for d in step.decisions]
     if step.timeline is not None:
         step.timeline = build(Timeline, step.timeline)
@@ -186,16 +198,24 @@ def step_of(data: Any) -> Step:
 
 
 def _decision(data: Any) -> Decision:
-    built = build(Decision, data)
-    return Decision(
-        **{
-            **data,
-            "error": _number(built.error),
-            "output_error": _number(built.output_error),
-            "before": None if built.before is None else _cost(built.before),
-            "after": None if built.after is None else _cost(built.after),
-        }
+    built = build(Decision, _with_numbers(data))
+    return replace(
+        built,
+        before=None if built.before is None else _cost(built.before),
+        after=None if built.after is None else _cost(built.after),
     )
+
+
+ERRORS = ("error", "output_error")
+"""Fields whose numbers need not be finite; JSON has them as text then."""
+
+
+def _with_numbers(data: Any) -> Any:
+    """A table whose errors are numbers again."""
+    if not isinstance(data, Mapping):
+        return data
+    texts = {k: v for k, v in data.items() if k in ERRORS and v in ("nan", "inf", "-inf")}
+    return {**data, **{k: float(v) for k, v in texts.items()}}
 
 
 def tables(value: Any) -> Any:
@@ -215,10 +235,6 @@ def _cost(data: Any) -> Cost:
     return Cost.from_dict(data)
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
 def finite(value: Any) -> Any:
     """NaN and ±inf as text, for JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -226,6 +242,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def shown(value: Any) -> Any:
+    """Entries as they may be printed: without what a terminal would obey; costs as they are."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, (CaptureInfo, Decision, Island, Step)):
+        return replace(value, **{f.name: shown(getattr(value, f.name)) for f in fields(value)})
+    return [shown(v) for v in value] if isinstance(value, list) else value
 
 
 _POINTS = 600  # of a timeline: what a plot can show

@@ -31,6 +31,7 @@ _CAPTION = "error: how far the step moved the outputs on the example inputs, rel
 
 def blocks(report: Ledger) -> Iterator[RenderableType]:
     """The report as rich renderables, most important first."""
+    report = report.printable()
     yield Text.assemble(("Rewrite of ", "bold"), (report.model, "bold cyan"))
     for line in content.summary(report):
         yield Padding(Text(line), (0, 0, 0, 2))
@@ -102,6 +103,7 @@ def html(report: Ledger) -> str:
 
 def markdown(report: Ledger) -> str:
     """The report as Markdown, with every decision listed."""
+    report = report.printable()
     lines = "\n".join(f"- {_md(s)}" for s in content.summary(report))
     parts = [f"# Rewrite of {_md(report.model)}", lines]
     if said := content.lower_bounds(report):

@@ -2,8 +2,9 @@
 
 The recipe names the layers a rewrite installed, by class and constructor arguments; only classes
 on the allow-list (`rewriter.passes`, `nn.Linear`, what the caller hands in, and what installed
-packages list as entry points) are built. The recipe is replaced last and names its weights file by
-content, so a crash leaves the old save whole.
+packages list as entry points) are built, from figures that the weights file bears out. The recipe
+is replaced last and names its weights file by content, so a crash leaves the old save whole
+(`rewriter.store.files`).
 """
 
 from rewriter.store.original import load_original

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from rewriter.errors import StoreError
 from rewriter.modules.tensors import (
+    EXTRA_STATE,
+    extra_states,
     is_constant,
     named_tensors,
     non_persistent,
+    put_extra_states,
     put_tensor,
     tensor_like,
 )
@@ -47,7 +50,10 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             "the model with data instead"
         )
     given = dict(state_dict)
-    strange = sorted(str(k) for k, t in given.items() if not isinstance(t, Tensor))
+    states = extra_states(model)
+    extra = {k: given.pop(k) for k in states if k in given}
+    odd = (k for k, t in given.items() if not isinstance(t, Tensor) and not _is_extra(k))
+    strange = sorted(map(str, odd))
     if strange:
         raise StoreError(f"the state_dict has entries that are not tensors: {strange}")
     given = replayed(given, recipe.edits)  # without what was removed, as narrow as what was cut
@@ -60,10 +66,13 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     rewritten = {id(modules[fqn]) for fqn in recipe.installed}
     inside = tuple(f"{n}." for n, m in modules.items() if id(m) in rewritten)
     plain = {k: t for k, t in own.items() if k not in loose and not k.startswith(inside)}
+    # what a layer had beside its tensors went with it
+    given = {k: t for k, t in given.items() if not (_is_extra(k) and k.startswith(inside))}
     tied: dict[int, set[str]] = {}
     for key, tensor in plain.items():
         tied.setdefault(id(tensor), set()).add(key)
     missing = {min(group) for group in tied.values() if not group & set(given)}
+    missing |= set(states) - set(extra)
     chosen: list[tuple[str, dict[str, str]]] = []
     for options in layers.values():
         complete = [o for o in options if set(o[1].values()) <= set(given)]
@@ -85,7 +94,8 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         originals = {role: given[key] for role, key in spelling.items()}
         new = _again(fqn, recipe, originals, modules[fqn])
         values.update({f"{fqn}.{k}": t for k, t in new.items()})
-    # Nothing was changed so far, and nothing can be refused any more.
+    put_extra_states(states, extra)
+    # Nothing but that was changed so far, and nothing can be refused any more.
     renewed: dict[int, Tensor] = {}
     for key, value in values.items():
         old = own[key]
@@ -97,6 +107,10 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     for key, old in own.items():
         if id(old) in renewed:
             put_tensor(model, key, renewed[id(old)])
+
+
+def _is_extra(key: object) -> bool:
+    return str(key).rpartition(".")[2] == EXTRA_STATE
 
 
 def _spellings(

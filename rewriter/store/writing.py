@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +20,13 @@ from rewriter.base import Layer
 from rewriter.capture.hosted import original_class
 from rewriter.errors import StoreError
 from rewriter.modules.pointwise import inner
-from rewriter.modules.tensors import gathered, is_sharded, non_persistent, unique_tensors
+from rewriter.modules.tensors import (
+    extra_states,
+    gathered,
+    is_sharded,
+    non_persistent,
+    unique_tensors,
+)
 from rewriter.modules.tree import own_class
 from rewriter.recipe.edits import edit_to_json
 from rewriter.recipe.names import (
@@ -34,6 +39,7 @@ from rewriter.recipe.names import (
     pass_spec,
 )
 from rewriter.recipe.recipe import Recipe, recipe_of
+from rewriter.store.files import LARGEST_RECIPE, collect, drafted, locked, named_weights, put_file
 
 __all__ = [
     "save",
@@ -72,8 +78,10 @@ def save(
 
     Holds every parameter and buffer (also those that a state_dict leaves out), which parameters
     are tied or frozen, and the report. An earlier save in the directory is replaced as a whole or,
-    if anything fails, not at all. All processes that share a sharded model (FSDP2, tensor parallel)
-    call it together, and the first one writes.
+    if anything fails, not at all; savers in several processes take turns. What is taken away there
+    are weights that no recipe names any more and what killed savers left, by our own names alone.
+    All processes that share a sharded model (FSDP2, tensor parallel) call it together, and the
+    first one writes.
 
     Args:
         model: a rewritten model.
@@ -83,10 +91,13 @@ def save(
 
     Raises:
         StoreError: the model was not made by `rewrite`, an installed layer cannot be rebuilt from
-            JSON, or the directory cannot be written.
+            JSON, extra state is no tensor, or the directory cannot be written.
     """
     recipe, report = recipe_of(model)
     tensors, ties = unique_tensors(model, state_dict)
+    # safetensors has no form for these but pairs of real numbers
+    pairs = {k: t for k, t in tensors.items() if t.dtype in (torch.complex128, torch.complex32)}
+    tensors |= {k: torch.view_as_real(t) for k, t in pairs.items()}
     document: dict[str, Any] = {
         "format": FORMAT,
         "model": class_name(original_class(own_class(model))),
@@ -96,35 +107,62 @@ def save(
         "ties": ties,
         "frozen": sorted(n for n, p in model.named_parameters() if not p.requires_grad),
         "non_persistent": sorted(non_persistent(model)),
+        "extra_state": sorted(extra_states(model)),
+        "complex": {k: dtype_name(t.dtype) for k, t in pairs.items()},
         "example": recipe.example,
         "memory": None if recipe.memory is None else dataclasses.asdict(recipe.memory),
         "lower": recipe.lower,
+        "refuses": recipe.refuses,
         "report": report.to_dict(),
     }
     path = pathlib.Path(directory)
-    temporary = path / f".{uuid.uuid4().hex}"
-    stray: pathlib.Path | None = None
     try:
         path.mkdir(parents=True, exist_ok=True)
-        old = _weights_of_save(path)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        _flush(temporary)
-        digest = digest_of(temporary)
-        weights = path / f"weights-{digest[:16]}.safetensors"
-        document["weights"], document["sha256"] = weights.name, digest
-        stray = None if weights.exists() else weights
-        os.replace(temporary, weights)
-        temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, path / RECIPE)
-        stray = old if old != weights else None
+        with locked(path) as alone:
+            _write(path, alone, tensors, document)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise StoreError(f"cannot write {path}: {error}") from error
-    finally:
-        for file in (temporary, stray):
-            if file is not None:
-                with contextlib.suppress(OSError):  # left over, and harmless
-                    file.unlink(missing_ok=True)
+
+
+def _write(
+    path: pathlib.Path, alone: bool, tensors: dict[str, Tensor], document: dict[str, Any]
+) -> None:
+    """Weights first, then the recipe that names them, then what nothing names goes.
+
+    Raises:
+        StoreError: something else is here, or the recipe is larger than `load` reads.
+        OSError, SafetensorError: it cannot be written; what was here is as it was.
+    """
+    named_weights(path)  # a save, or nothing
+    fresh: pathlib.Path | None = None
+    try:
+        with drafted(path) as draft:
+            try:
+                save_file(tensors, draft, metadata={"format": "pt"})
+            except KeyError as error:
+                raise StoreError(f"safetensors files hold no tensors of {error}") from None
+            with open(draft, "rb") as file:
+                digest = digest_of(file)
+            weights = path / f"weights-{digest[:16]}.safetensors"
+            fresh = None if os.path.lexists(weights) else weights
+            put_file(draft, weights)
+        text = json.dumps({**document, "weights": weights.name, "sha256": digest}, indent=1)
+        if len(text) > LARGEST_RECIPE:
+            raise StoreError(
+                f"cannot write {path}: the recipe takes {len(text) >> 20} MiB, and load reads "
+                f"{LARGEST_RECIPE >> 20}: save without model.report's formulas"
+            )
+        with drafted(path) as draft:
+            draft.write_text(text, encoding="utf-8")
+            put_file(draft, path / RECIPE)
+    except BaseException:
+        # an interrupt may have come after all was done
+        if fresh is not None and alone and named_weights(path) != fresh.name:
+            with contextlib.suppress(OSError):  # left over, and harmless
+                fresh.unlink(missing_ok=True)
+        raise
+    if alone:
+        collect(path, weights.name)
 
 
 def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -172,25 +210,3 @@ def _config(layer: nn.Module, fqn: str) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise StoreError(f"{fqn}: {type(layer).__name__}.config() is not JSON: {error}") from None
     return config
-
-
-def _weights_of_save(path: pathlib.Path) -> pathlib.Path | None:
-    """The weights file of the save that is here already.
-
-    Raises:
-        StoreError: something else is here.
-    """
-    try:
-        document = json.loads((path / RECIPE).read_text(encoding="utf-8"))
-        return path / pathlib.PurePath(document["weights"]).name
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise StoreError(
-            f"{path / RECIPE} is not a save of this package: choose another directory or remove it"
-        ) from None
-
-
-def _flush(file: pathlib.Path) -> None:
-    with open(file, "rb+") as handle:
-        os.fsync(handle.fileno())

@@ -1,0 +1,53 @@
+"""`python -m fuzz saves|kills|turns N [SEED]`: long runs; what fails is written as its number."""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+
+from fuzz import saves, stress
+
+
+def damaged(count: int, seed: int, folder: pathlib.Path) -> int:
+    """Damaged saves from this number on; how many went wrong."""
+    known = saves.saves(folder / "known")
+    said: collections.Counter[str] = collections.Counter()
+    wrong, slowest, largest = 0, 0.0, 0
+    for number in range(seed, seed + count):
+        found = saves.run(number, known, folder)
+        said[found.said.partition(":")[0] or "failed"] += 1
+        slowest, largest = max(slowest, found.seconds), max(largest, found.grown)
+        if found.wrong:
+            wrong += 1
+            print(f"saves {found.seed} ({found.base}, {found.changes}): {found.wrong}", flush=True)
+        for left in (folder / str(number), folder / f"{number} again"):
+            shutil.rmtree(left, ignore_errors=True)
+        if number % 500 == 0:
+            print(f"# {number}: {dict(said)}, {wrong} wrong", flush=True)
+    print(
+        f"{count:,} damaged saves from {seed}: {said['loaded']:,} loaded, {said['refused']:,} "
+        f"refused, {wrong} wrong; the slowest {slowest:.2f} s of the processor, the largest "
+        f"{largest >> 20} MiB more memory than before"
+    )
+    return wrong
+
+
+def main() -> int:
+    kinds = {"saves": damaged, "kills": stress.kills, "turns": stress.turns}
+    if len(sys.argv) < 3 or sys.argv[1] not in kinds:
+        print(f"python -m fuzz {'|'.join(kinds)} N [SEED]", file=sys.stderr)
+        return 2
+    count, seed = int(sys.argv[2]), int((sys.argv[3:] or ["0"])[0])
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        wrong = kinds[sys.argv[1]](count, seed, pathlib.Path(folder))
+    print(f"{time.monotonic() - start:.0f} s")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
