@@ -168,7 +168,7 @@ class _Linears(TorchFunctionMode):
     code that does no more with it may be given a layer in its place."""
 
     def __init__(self, root: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names = {id(p): name for name, p in root.named_parameters()}
         self.made: dict[str, list[tuple[Tensor, str]]] = {}
         self.read: set[str] = set()
