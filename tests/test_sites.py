@@ -161,7 +161,6 @@ NOT_LINEAR: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "matrix as bias": lambda m, x: torch.addmm(m.rows, x, m.w),
     "expression": lambda m, x: x @ (m.w * 2),
     "buffer": lambda m, x: x @ m.fixed,
-    "buffer as bias": lambda m, x: torch.addmm(m.fixed[0], x, m.w),
     "einsum of three": lambda m, x: torch.einsum("bi,io,bo->bo", x, m.w, x @ m.fixed),
     "weight on the left": lambda m, x: (m.w.t() @ x.t()).t(),
     "activations of both": lambda m, t: t @ (t.t() @ t),

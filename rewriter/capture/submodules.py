@@ -3,8 +3,10 @@ Python, as islands with their reason, and layers called from an island are still
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +76,11 @@ def capture_submodules(
     """
     result = CapturedSubmodules()
     linears = _Linears(root)
-    calls, seen_inside = _record(root, args, kwargs, linears)
-    called = linears.calls()
+    calls, seen_inside = _record(root, args, kwargs, contextlib.nullcontext())
+    again, _ = _record(root, args, kwargs, linears)
+    # some code takes another path where it is looked at: TransformerEncoder's nested one
+    alike = [(k, len(v)) for k, v in calls.items()] == [(k, len(v)) for k, v in again.items()]
+    called = linears.calls() if alike else {}
     deadline = time.thread_time() + seconds
     done: set[int] = set()
     graphed: set[int] = set()
@@ -125,7 +130,7 @@ def capture_submodules(
 
 
 def _record(
-    root: nn.Module, args: Any, kwargs: Any, linears: _Linears
+    root: nn.Module, args: Any, kwargs: Any, looking: AbstractContextManager[object]
 ) -> tuple[dict[int, list[tuple[Any, Any]]], set[int]]:
     """What each module was called with, for modules that one forward calls; and the modules
     inside of which a framework recorded outputs meanwhile."""
@@ -147,7 +152,7 @@ def _record(
             for module in root.modules():
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             own_args, own_kwargs = own_copy(args, kwargs)
-            with linears:
+            with looking:
                 root(*own_args, **own_kwargs)
         finally:
             for handle in handles:
@@ -163,7 +168,7 @@ class _Linears(TorchFunctionMode):
     code that does no more with it may be given a layer in its place."""
 
     def __init__(self, root: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names = {id(p): name for name, p in root.named_parameters()}
         self.made: dict[str, list[tuple[Tensor, str]]] = {}
         self.read: set[str] = set()

@@ -134,9 +134,7 @@ def example_to_json(arguments: Mapping[str, Any]) -> Any:
 
 
 def _to_json(value: Any) -> Any:
-    if isinstance(value, Tensor) and (value.is_nested or value.layout is not torch.strided):
-        raise TypeError("a tensor that is not dense")
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
         whole = not (value.is_floating_point() or value.is_complex() or value.is_meta)
         fill = int(value.max()) if whole and value.numel() else 0
         return {"tensor": list(value.shape), "dtype": dtype_name(value.dtype), "fill": fill}
