@@ -19,12 +19,14 @@ from pathlib import Path
 
 import torch
 
+from rewriter.errors import warn
 from rewriter.kernels.native import cache_folder, fingerprint
 
 __all__ = ["fastest", "forget", "known", "rows_bucket"]
 
 Candidates = Mapping[str, Callable[[], object]]
 _MOST_ROWS = 2048
+_MOST_BYTES = 1 << 24
 _ROUNDS, _SECONDS, _HOPELESS = 6, 0.15, 10
 _known: dict[str, str] = {}
 _read: set[Path] = set()
@@ -138,18 +140,27 @@ def _load() -> None:
     if path in _read:
         return
     _read.add(path)
-    for key, name in _stored(path).items():
+    try:
+        found = _stored(path)
+    except _UNREADABLE as error:
+        warn(f"{path} cannot be read ({error}): kernels are measured anew, and it is written over")
+        return
+    for key, name in found.items():
         _known.setdefault(key, name)
 
 
+_UNREADABLE = OSError, ValueError, RecursionError  # half a file, none of ours, or nested too deeply
+
+
 def _stored(path: Path) -> dict[str, str]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or half a file of a system that crashed
+    if not path.exists():
         return {}
-    if not isinstance(found, dict):
-        return {}
-    return {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, str)}
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError("it holds something else")
+    return found
 
 
 def _save(key: str, name: str) -> None:
@@ -157,10 +168,14 @@ def _save(key: str, name: str) -> None:
     measures again."""
     path = _path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _stored(path)
+    except _UNREADABLE:
+        kept = {}
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, made = tempfile.mkstemp(dir=path.parent, suffix=".json")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({**_stored(path), key: name}, file, indent=0, sort_keys=True)
+            json.dump({**kept, key: name}, file, indent=0, sort_keys=True)
         os.replace(made, path)
     except OSError:
         return

@@ -5,8 +5,10 @@ where one fails, nothing breaks: `library` raises `Unavailable` with the reason,
 plain-torch path runs. `REWRITER_NATIVE=0` asks for that.
 
 A library's name holds a hash of its source, the compiler's version, the flags and the CPU, so that
-a cache shared by machines or versions never serves the wrong one. It appears by a rename:
-processes that compile at the same time replace each other's equal results.
+a cache shared by machines or versions never serves the wrong one; and a hash of its own bytes, so
+that what a crash or a full disk left of one is not loaded. It appears by a rename: processes that
+compile at the same time replace each other's equal results. What is loaded runs in this process:
+the folder and the file must be this user's (or root's), and writable by nobody else.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -27,6 +30,7 @@ __all__ = ["Unavailable", "cache_folder", "fingerprint", "library", "parallel"]
 
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT = 300  # seconds; it takes about 7
+_USERS = Path(platformdirs.user_cache_dir("rewriter"))
 
 
 class Unavailable(Exception):
@@ -36,7 +40,7 @@ class Unavailable(Exception):
 def cache_folder() -> Path:
     """Of kernels: under `$REWRITER_CACHE`, else under "rewriter" in the user's cache folder."""
     given = os.environ.get("REWRITER_CACHE")
-    return Path(given or platformdirs.user_cache_dir("rewriter")) / "kernels"
+    return Path(given or _USERS) / "kernels"
 
 
 def library(source: Path) -> ctypes.CDLL:
@@ -50,25 +54,65 @@ def library(source: Path) -> ctypes.CDLL:
     compiler = _compiler()
     flags = ["-std=c++17", "-O3", _native(), "-fPIC", "-shared"]
     key = _hash(source.read_bytes().decode(), _version(compiler), *flags, _cpu())
-    name = f"{source.stem}-{key}.so"
-    kept = cache_folder() / name
-    if kept.exists():
-        try:
-            return ctypes.CDLL(str(kept))
-        except OSError:  # half a file, or of another system: made anew
-            kept.unlink(missing_ok=True)
+    name, folder = f"{source.stem}-{key}", _own_folder()
+    for kept in [] if folder is None else folder.glob(f"{name}-*.so"):
+        if (found := _kept(kept, name)) is not None:
+            return found
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            made = _compile(compiler, flags, source, Path(folder) / name)
+        with tempfile.TemporaryDirectory(dir=folder) as made_in:
+            made = _compile(compiler, flags, source, Path(made_in) / f"{name}.so")
+            made.chmod(0o700)
+            kept = (folder or Path(made_in)) / f"{name}-{_digest(made)}.so"
+            _on_disk(made)
             os.replace(made, kept)
-            return ctypes.CDLL(str(kept))
-    except OSError:  # nowhere to keep it: loaded from where it is deleted again
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                return ctypes.CDLL(str(_compile(compiler, flags, source, Path(folder) / name)))
-            except OSError as error:
-                raise Unavailable(f"the compiled kernel does not load: {error}") from error
+            return ctypes.CDLL(str(kept))  # where nothing keeps it: deleted again, and still mapped
+    except OSError as error:
+        raise Unavailable(f"the compiled kernel does not load: {error}") from error
+
+
+def _kept(path: Path, name: str) -> ctypes.CDLL | None:
+    """The library of a file, where it is whole and nobody else's; else the file is deleted."""
+    try:
+        if _is_safe(path) and path.stem == f"{name}-{_digest(path)}":
+            return ctypes.CDLL(str(path))
+        path.unlink(missing_ok=True)
+    except OSError:  # of another system, or another process was faster: made anew
+        return None
+    return None
+
+
+def _own_folder() -> Path | None:
+    """The cache folder, made where it is not there; in place of one that is another user's, that of
+    this user; None where neither can be had."""
+    for folder in (cache_folder(), _USERS / "kernels"):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_safe(folder) and folder.stat().st_uid == os.getuid():
+                folder.chmod(0o700)
+            if _is_safe(folder) and os.access(folder, os.W_OK):
+                return folder
+        except OSError:
+            continue
+    return None
+
+
+def _is_safe(path: Path) -> bool:
+    """Whether nobody but this user and root can have written it."""
+    found = path.lstat()
+    if not hasattr(os, "getuid"):  # Windows: folders of a user are that user's
+        return True
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid in (0, os.getuid()) and not others and not stat.S_ISLNK(found.st_mode)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
+
+
+def _on_disk(path: Path) -> None:
+    """Before its name appears, its bytes are where a crash leaves them."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def parallel() -> int:

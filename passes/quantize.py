@@ -48,7 +48,9 @@ def _random(*shape: int, bound: float, device: Any, dtype: Any) -> tuple[Tensor,
 class QuantizedLinear(LinearLayer):
     """y = q(x) @ (qweight·scale[:, None])ᵀ + bias, with q rounding x to 256 levels at run time.
 
-    The weights are buffers: they do not train. Gradients reach x (straight-through) and bias.
+    The weights are buffers: they do not train, and without a bias the layer has no parameters (take
+    device and dtype from a buffer where `next(layer.parameters())` would have nothing to give).
+    Gradients reach x (straight-through) and bias.
     `.to(bfloat16)` rounds `scale` as well; the GEMM stays int8.
 
     Args:
@@ -114,7 +116,12 @@ class QuantizedLinear(LinearLayer):
 
     def kernel(self, tokens: int) -> str:
         return kernel_name(
-            tokens, self.in_features, self.out_features, self.activation, self.qweight.device
+            tokens,
+            self.in_features,
+            self.out_features,
+            self.activation,
+            self.qweight.device,
+            self.scale.dtype,
         )
 
     def held_bytes(self, tokens: int) -> int:

@@ -326,7 +326,10 @@ def test_the_calibration_is_kept(tiny: list[int]) -> None:
     assert json.loads(file.read_text())["key"]["threads"] == torch.get_num_threads()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 1}', '{"tables": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, "[]", '{"key": 1}', '{"tables": 3}'], ids=str.__len__
+)
+@pytest.mark.filterwarnings("ignore:.*cannot be read.*measured anew")
 def test_a_damaged_cache_is_measured_anew(tiny: list[int], text: str) -> None:
     Device.this_machine()
     (file,) = calibrate.cache_folder().iterdir()

@@ -1,8 +1,9 @@
 import copy
+import math
 
 import pytest
 import torch
-from closeness import assert_reordered, sqnr
+from closeness import assert_equal, assert_reordered, sqnr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -308,3 +309,39 @@ def test_error_of_any_problem_is_within_half_a_step(seed, rows, k, power):
     bound = 0.5 * step[:, None] * w.abs().sum(-1)
     noise = 1e-5 * (x.abs() @ w.abs().t())
     assert ((got - x @ w.t()).abs() <= bound + noise).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_bits_depend_neither_on_the_kernel_nor_on_the_threads(activation):
+    for rows, k, n in ((1, 5, 7), (3, 64, 33), (17, 768, 20), (5, 1500, 9)):
+        x, bias = torch.randn(rows, k), torch.randn(n)
+        qweight, scale = quantize_weight(torch.randn(n, k))
+        found, threads = [], torch.get_num_threads()
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                for kernel in int8.available_kernels():
+                    operands = x, qweight, scale, bias, activation
+                    found.append(int8._run(kernel, *operands))
+        finally:
+            torch.set_num_threads(threads)
+        for other in found[1:]:
+            assert_equal(other, found[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "huge"), [(torch.float64, 1e300), (torch.float32, 3e38), (torch.bfloat16, 3e38)]
+)
+def test_numbers_at_the_end_of_a_range_stay_finite_and_in_their_row(dtype, huge):
+    x = torch.randn(3, 16).to(dtype)
+    qweight, scale = quantize_weight(torch.eye(16) / 16)
+    alone = int8_linear(x, qweight, scale)
+    x[1] = torch.linspace(-1, 1, 16, dtype=torch.float64).mul(huge).to(dtype)
+    y = int8_linear(x, qweight, scale)
+    assert bool(y.isfinite().all())
+    assert_equal(y[::2], alone[::2])
+    assert sqnr(y[1].double() / huge, x[1].double() / huge / 16) > 35
+    x[1, 0] = math.inf
+    y = int8_linear(x, qweight, scale)
+    assert bool(y[1].isnan().all())
+    assert_equal(y[::2], alone[::2])

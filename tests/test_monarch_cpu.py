@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from rewriter.errors import RewriteWarning
 from rewriter.kernels import choice, monarch, monarch_cpu, native
 from rewriter.kernels.monarch import monarch_linear, monarch_linear_reference
 from rewriter.passes.monarch import MonarchLinear
@@ -331,10 +333,14 @@ def test_the_fastest_is_kept_for_later_processes(monkeypatch, tmp_path):
     assert len(asked) == 2
     (path,) = (tmp_path / "kernels").glob("choices-*.json")
     assert json.loads(path.read_text()) == {"v1 sizes": "fast", "v2 sizes": "fast"}
-    path.write_text("{")
-    choice._known.clear()
-    choice._read.clear()
-    assert choice.fastest("sizes", "v1", candidates) == "fast"
+    for damaged in ("{", "[" * 100_000, "[]", '{"v1 sizes": {}}', "\0" * 64):
+        path.write_text(damaged)
+        choice._known.clear()
+        choice._read.clear()
+        with pytest.warns(RewriteWarning, match="cannot be read .*measured anew") as told:
+            assert choice.fastest("sizes", "v1", candidates) == "fast"
+        assert len(told) == 1
+        assert json.loads(path.read_text()) == {"v1 sizes": "fast"}
     choice.forget()
     assert not path.exists()
     assert choice.fastest("sizes", "v1", lambda: {"only": lambda: None}) == "only"
@@ -378,9 +384,48 @@ def test_a_library_is_compiled_once_and_anew_when_its_source_changes(source, mon
 def test_half_a_library_in_the_cache_is_made_anew(source):
     native.library(source)
     (kept,) = native.cache_folder().iterdir()
-    kept.unlink()  # not written over: this process has it mapped
-    kept.write_bytes(b"\x7fELF")
+    whole = kept.read_bytes()
+    for damaged in (b"\x7fELF", b"", whole[: len(whole) // 2], bytes(len(whole)), whole + b"x"):
+        kept.unlink()  # not written over: this process has it mapped
+        kept.write_bytes(damaged)
+        assert native.library(source).answer() == 42
+        assert kept.read_bytes() == whole
+
+
+@needs_compiler
+def test_a_library_that_others_can_write_is_not_loaded(source, monkeypatch):
+    native.library(source)
+    (kept,) = native.cache_folder().iterdir()
+    compiled_again = []
+    compile_ = native._compile
+    monkeypatch.setattr(
+        native, "_compile", lambda *args: compiled_again.append(1) or compile_(*args)
+    )
+    kept.chmod(0o777)
     assert native.library(source).answer() == 42
+    assert len(compiled_again) == 1
+    assert kept.stat().st_mode & 0o777 == 0o700
+    native.cache_folder().chmod(0o777)  # this user's own: taken back
+    assert native.library(source).answer() == 42
+    assert native.cache_folder().stat().st_mode & 0o777 == 0o700
+    assert len(compiled_again) == 1
+
+
+@needs_compiler
+def test_a_cache_folder_of_another_user_is_not_used(source, monkeypatch, tmp_path):
+    native.library(source)
+    monkeypatch.setattr(native, "_USERS", tmp_path / "own")
+    if os.getuid() == 0:
+        os.chown(native.cache_folder(), 4242, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 4242)
+    compiled_again = []
+    compile_ = native._compile
+    monkeypatch.setattr(
+        native, "_compile", lambda *args: compiled_again.append(1) or compile_(*args)
+    )
+    assert native.library(source).answer() == 42
+    assert len(compiled_again) == 1
 
 
 @needs_compiler
@@ -394,6 +439,7 @@ def test_compilers_at_work_at_the_same_time(source):
 def test_without_a_cache_folder_it_is_compiled_for_this_process(source, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("REWRITER_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(native, "_USERS", tmp_path / "file")
     assert native.library(source).answer() == 42
 
 

@@ -150,8 +150,11 @@ def _read(path: Path, key: Mapping[str, Any]) -> tuple[Measured | None, frozense
         return (found, frozenset(data["whole"] or ())) if good else (None, frozenset())
     except FileNotFoundError:
         return None, frozenset()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return None, frozenset()  # damaged, or of another version: measured and written over
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return None, frozenset()  # of another version: measured and written over
+    except (OSError, ValueError, RecursionError) as error:
+        warn(f"{path} cannot be read ({error}): this machine is measured anew")
+        return None, frozenset()
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
