@@ -40,7 +40,7 @@ lint: .venv/.stamp
 		--cache-dir ../../.mypy_cache -p rewriter
 
 # All benchmarks, one after another; `make bench ARGS=--quick` for a short look.
-bench: .venv/.stamp
+bench: .venv/.stamp .venv/.clients
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(PY) $$bench $(ARGS); done
 
 .venv/.stamp: pyproject.toml constraints.txt
