@@ -40,7 +40,7 @@ lint: .venv/.stamp
 		--cache-dir ../../.mypy_cache -p rewriter
 
 # All benchmarks, one after another; `make bench ARGS=--quick` for a short look.
-bench: .venv/.stamp
+bench: .venv/.stamp .venv/.clients
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(PY) $$bench $(ARGS); done
 
 # Random cases from SEED on; `make fuzz N=10000`. A case that fails is printed as its number.

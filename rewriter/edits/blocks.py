@@ -157,8 +157,9 @@ def _skip_path(
 def _same_type(cast: Node) -> bool:
     """Whether a cast leaves its tensor as it is."""
     source, result = cast.all_input_nodes[0].meta.get("val"), cast.meta.get("val")
-    known = isinstance(source, Tensor) and isinstance(result, Tensor)
-    return known and (source.dtype, source.device) == (result.dtype, result.device)
+    if not isinstance(source, Tensor) or not isinstance(result, Tensor):
+        return False
+    return (source.dtype, source.device) == (result.dtype, result.device)
 
 
 def dead_nodes(hosted: HostedGraph, cuts: Iterable[Cut], names: Sequence[str]) -> list[Node]:
