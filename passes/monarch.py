@@ -136,7 +136,6 @@ class MonarchLinear(LinearLayer):
     """
 
     op = "monarch_linear"
-    bias: nn.Parameter | None
 
     def __init__(
         self,

@@ -78,7 +78,6 @@ class MonarchChainLinear(LinearLayer):
     """
 
     op = "monarch_chain"
-    bias: nn.Parameter | None
 
     def __init__(
         self,

@@ -73,7 +73,6 @@ class MonarchResidualLinear(LinearLayer):
     """
 
     op = "monarch_residual"
-    bias: nn.Parameter | None
 
     def __init__(
         self,

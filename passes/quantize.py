@@ -73,7 +73,6 @@ class QuantizedLinear(LinearLayer):
     op = "int8_linear"
     qweight: Tensor
     scale: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -150,7 +149,6 @@ class QuantizedMonarch(LinearLayer):
     right_scale: Tensor
     qleft: Tensor
     left_scale: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self,

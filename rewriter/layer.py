@@ -156,11 +156,13 @@ class LinearLayer(Layer, nn.Linear):
     adapter does) turns it into the plain `nn.Linear` of what was written, with a warning.
     """
 
+    bias: nn.Parameter | None  # type: ignore[assignment]
+
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """`dense_weight()`, [out_features, in_features]: not a parameter, but no write is lost."""
         return computed(self.dense_weight(), self._become_dense)
 

@@ -55,9 +55,9 @@ def put(capture: Capture, site: Site, layer: nn.Module, names: Mapping[int, list
             _take_hooks(old.linear, layer.linear)
         for name in names[id(old)]:
             root.set_submodule(name, layer)
-            holder = root.get_submodule(name.rpartition(".")[0])
-            if site.transposed and is_adapter(holder):
-                holder.fan_in_fan_out = False  # the new layer's weight is [out, in]
+            adapter: Any = root.get_submodule(name.rpartition(".")[0])
+            if site.transposed and is_adapter(adapter):
+                adapter.fan_in_fan_out = False  # the new layer's weight is [out, in]
         return
     owner, _, name = site.fqn.rpartition(".")
     holder = root.get_submodule(owner)

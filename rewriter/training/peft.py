@@ -44,7 +44,8 @@ def register(config: C) -> C:
 def _layer(target: Any, adapter_name: str, config: Any, **options: Any) -> nn.Module:
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if isinstance(base, nn.Linear):
-        return Linear(target, adapter_name, config=config, **options)
+        usual: nn.Module = Linear(target, adapter_name, config=config, **options)
+        return usual
     if config.use_dora:
         raise OptionError(
             f"DoRA scales the rows of a weight, and a {type(base).__name__} is not linear: use LoRA"
