@@ -126,7 +126,8 @@ def register_gradient(
         setup_context(ctx, args, y)
         return y
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    # a graph shows the op, and with it this backward: it may be traced
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "of_op": name}
     function: Any = type(f"Backward_{name}", (torch.autograd.Function,), methods)
 
     def kernel(*args: Any) -> Any:

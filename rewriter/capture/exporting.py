@@ -339,7 +339,7 @@ def _own_backward_refused() -> Iterator[None]:
     def own_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__ == "torch.utils.checkpoint":
             refuse("it checkpoints activations, which a graph would keep")
-        elif not cls.__module__.startswith("torch."):
+        elif not (cls.__module__.startswith("torch.") or hasattr(cls, "of_op")):
             refuse(f"{cls.__name__} has a backward of its own, which a graph would lose")
         return apply.__get__(None, cls)(*args, **kwargs)
 
