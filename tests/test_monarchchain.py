@@ -340,7 +340,7 @@ def test_a_member_of_the_class_comes_back() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": 1}, "order must be an integer of at least 2"),
+        ({"order": 1}, "order must be an integer from 2 to 64"),
         ({"stars": -1}, "stars must be"),
         ({"stars": 1, "expansion": 0}, "expansion must be"),
         ({"expansion": 2}, "expansion=2 is for stars"),

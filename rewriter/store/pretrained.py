@@ -66,8 +66,8 @@ def from_pretrained(
                 "original model, and pass it to rewriter.load(directory, model)"
             )
         config = own.from_pretrained(directory)
-        if hasattr(config, _FIELD):
-            delattr(config, _FIELD)
+        if _FIELD in vars(config):
+            vars(config).pop(_FIELD)  # or it would be in the way of the next save
         model = original(config) if own is not auto else original.from_config(config)
     return load(directory, model.eval(), **options)
 
