@@ -43,11 +43,14 @@ lint: .venv/.stamp
 bench: .venv/.stamp .venv/.clients
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(PY) $$bench $(ARGS); done
 
-# Random cases from SEED on; `make fuzz N=10000`. A case that fails is printed as its number.
+# Random cases from SEED on: `make fuzz N=10000` of graphs (models and recipes), KIND=saves of damaged
+# saves, kills of killed savers, turns of savers and readers. A case that fails is printed as its
+# number.
+KIND ?= graphs
 N ?= 1000
 SEED ?= 0
 fuzz: .venv/.stamp
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(PY) -m fuzz saves $(N) $(SEED)
+	PYTHONPATH=tests:tests/helpers OMP_NUM_THREADS=1 $(PY) -m fuzz $(KIND) $(N) $(SEED)
 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

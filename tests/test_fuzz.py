@@ -6,7 +6,7 @@ A seed that has failed stays in `FAILED`; what was wrong with it is said beside 
 from __future__ import annotations
 
 import pytest
-from graphs import check, describe
+from fuzz.graphs import check, describe
 
 CASES, PART = 200, 20
 FAILED: dict[int, str] = {}

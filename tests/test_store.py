@@ -152,6 +152,11 @@ def assert_same(actual: nn.Module, expected: nn.Module, x: Any = X) -> None:
 # round trips
 
 
+def ledger(model: Any) -> dict[str, Any]:
+    """The report without the calls so far."""
+    return {k: v for k, v in model.report.to_dict().items() if k != "forms"}
+
+
 @quiet
 @pytest.mark.parametrize(("model", "recipe"), CASES)
 def test_round_trip_and_original_checkpoint(
@@ -166,7 +171,7 @@ def test_round_trip_and_original_checkpoint(
     loaded = load(tmp_path, target)
     assert_same(loaded, optimized)
     assert isinstance(loaded, MODELS[model])
-    assert loaded.report.to_dict() == optimized.report.to_dict()
+    assert ledger(loaded) == ledger(optimized)
     # the caller's model is as it was
     assert [type(m) for m in target.modules()] == classes
     for key, tensor in target.state_dict(keep_vars=True).items():

@@ -113,7 +113,8 @@ def save(
         "memory": None if recipe.memory is None else dataclasses.asdict(recipe.memory),
         "lower": recipe.lower,
         "refuses": recipe.refuses,
-        "report": report.to_dict(),
+        # the calls so far are those of this process
+        "report": {k: v for k, v in report.to_dict().items() if k != "forms"},
     }
     path = pathlib.Path(directory)
     try:

@@ -1,4 +1,5 @@
-"""`python -m fuzz saves|kills|turns N [SEED]`: long runs; what fails is written as its number."""
+"""`python -m fuzz graphs|saves|kills|turns N [SEED]`: long runs; what fails is written as its
+number."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import time
 
-from fuzz import saves, stress
+from fuzz import graphs, saves, stress
 
 
 def damaged(count: int, seed: int, folder: pathlib.Path) -> int:
@@ -36,8 +37,31 @@ def damaged(count: int, seed: int, folder: pathlib.Path) -> int:
     return wrong
 
 
+def rewritten(count: int, seed: int, folder: pathlib.Path) -> int:
+    """Random models under random recipes; how many went wrong."""
+    refused: collections.Counter[str] = collections.Counter()
+    wrong, checks, cases = 0, 0, 0
+    for number in range(seed, seed + count):
+        found = graphs.check(number)
+        checks += found.checks
+        cases += found.runs
+        refused.update(text.partition(": ")[0] + ": " + graphs.kind(text) for text in found.refused)
+        if found.wrong:
+            wrong += 1
+            print(f"graphs {number}: {'; '.join(found.wrong)}", flush=True)
+        if number % 500 == 499:
+            print(f"# {number + 1}: {wrong} wrong", flush=True)
+    for text, times in refused.most_common():
+        print(f"refused {times}: {text}")
+    print(
+        f"{count:,} models and recipes from {seed}: {cases:,} ran, {checks:,} comparisons, "
+        f"{refused.total():,} refusals, {wrong} wrong"
+    )
+    return wrong
+
+
 def main() -> int:
-    kinds = {"saves": damaged, "kills": stress.kills, "turns": stress.turns}
+    kinds = {"graphs": rewritten, "saves": damaged, "kills": stress.kills, "turns": stress.turns}
     if len(sys.argv) < 3 or sys.argv[1] not in kinds:
         print(f"python -m fuzz {'|'.join(kinds)} N [SEED]", file=sys.stderr)
         return 2

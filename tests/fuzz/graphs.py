@@ -13,6 +13,7 @@ import contextlib
 import copy
 import pickle
 import random
+import re
 import tempfile
 import traceback
 import warnings
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from closeness import ROUNDING
-from models import Source
+from fuzz.models import Source
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -40,7 +41,7 @@ from rewriter.passes import (
     TopK,
 )
 
-__all__ = ["Outcome", "check"]
+__all__ = ["Outcome", "check", "describe", "kind"]
 
 
 @dataclass
@@ -51,12 +52,14 @@ class Outcome:
         wrong: what did not hold, one line each; empty where all did.
         refused: refusals, by errors of this package.
         checks: how many comparisons were made.
+        runs: the model runs by itself, so that there is something to compare with.
     """
 
     seed: int
     wrong: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     checks: int = 0
+    runs: bool = False
 
 
 class _Case:
@@ -113,6 +116,7 @@ class _Case:
             self._alone(self.model, self.call)
         except Exception:  # noqa: BLE001 (the model does not run by itself: no case)
             return self.outcome
+        self.outcome.runs = True
         before = _state(self.model)
         optimized = self._refusable("rewrite", self._rewrite)
         self._same("the user's model was changed", _state(self.model), before, exact=True)
@@ -299,6 +303,12 @@ def check(seed: int) -> Outcome:
     with _quiet():
         case = _Case(seed)
         return case.run()
+
+
+def kind(refusal: str) -> str:
+    """A refusal without names and figures, to count its like."""
+    text = re.sub(r"[\w.]*\d[\w.%,]*", "…", refusal.partition(": ")[2])
+    return re.sub(r"'[^']*'", "'…'", text)[:160]
 
 
 def describe(seed: int) -> str:
