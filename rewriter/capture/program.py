@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import keyword
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rewriter.modules.generated import defined, function_of, odd
+from rewriter.modules.generated import defined, function_of, is_word, odd
 from rewriter.modules.structure import Structure
 
 __all__ = ["Program"]
@@ -148,8 +147,7 @@ def _nameless(graph: fx.Graph) -> tuple[fx.Graph, list[tuple[str, str]]]:
 
 
 def _member(owner: str, name: str) -> str:
-    plain = name.isidentifier() and not keyword.iskeyword(name)
-    return f"{owner}.{name}" if plain else f"getattr({owner}, {name!r})"
+    return f"{owner}.{name}" if is_word(name) else f"getattr({owner}, {name!r})"
 
 
 def _moved(argument: Any, device: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-__all__ = ["defined", "function_of", "odd", "unwritable"]
+__all__ = ["defined", "function_of", "is_word", "odd", "unwritable"]
 
 _counter = itertools.count()
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -46,7 +46,7 @@ def odd(graph: fx.Graph) -> bool:
     """Whether a name in the graph besides those of modules and tensors would not read the same as
     code: of an argument, a method, an attribute."""
     return not all(
-        node.name != "self" and all(map(_is_word, node.kwargs))
+        node.name != "self" and all(map(is_word, node.kwargs))
         if node.op in ("get_attr", "call_module")
         else _plain(node)
         for node in graph.nodes
@@ -62,29 +62,29 @@ def unwritable(root: nn.Module) -> str | None:
         (n for n, _ in root.named_buffers()),
     )
     parts = (part for name in names for part in name.split(".") if name)
-    return next((p for p in parts if not (p.isdigit() or _is_word(p))), None)
+    return next((p for p in parts if not (p.isdigit() or is_word(p))), None)
 
 
-def _is_word(name: str) -> bool:
+def is_word(name: str) -> bool:
     """Whether a name reads the same as Python code; Python folds letters beyond ASCII."""
     return _WORD.fullmatch(name) is not None and not keyword.iskeyword(name)
 
 
 def _reads(target: str) -> bool:
-    return all(p.isdigit() or _is_word(p) for p in target.split("."))
+    return all(p.isdigit() or is_word(p) for p in target.split("."))
 
 
 def _plain(node: fx.Node) -> bool:
     """Whether fx's code for a node names what the node names."""
-    if node.name == "self" or not all(map(_is_word, node.kwargs)):
+    if node.name == "self" or not all(map(is_word, node.kwargs)):
         return False
     if node.op == "placeholder":
         name = str(node.target).lstrip("*")
-        return name != "self" and _is_word(name)
+        return name != "self" and is_word(name)
     if node.op in ("get_attr", "call_module", "call_method"):
         return _reads(str(node.target))
     if node.target is getattr:
-        return not isinstance(node.args[1], str) or _is_word(node.args[1])
+        return not isinstance(node.args[1], str) or is_word(node.args[1])
     return True
 
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from closeness import ROUNDING
-from fuzz.models import Source
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fuzz.models import Source
 from rewriter import load, rewrite
 from rewriter.errors import RewriteError, RewriteWarning
 from rewriter.passes import (
