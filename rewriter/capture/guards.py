@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from rewriter.capture.reads import Reads, objects_in
 from rewriter.capture.signature import shown
 from rewriter.modules.structure import is_constant
-from rewriter.modules.tree import is_hook_dict, is_recorder, join, recorded_inside
+from rewriter.modules.tree import RECORDED, is_hook_dict, is_recorder, join, recorded_inside
 
 __all__ = ["Watch"]
 
@@ -25,7 +25,7 @@ _IGNORED = {"training", "_rewriter", "_parameters", "_buffers", "_non_persistent
 _IGNORED |= {"_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks"}
 _IGNORED |= {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 _IGNORED |= {"_forward_hooks_with_kwargs", "_forward_hooks_always_called"}
-_IGNORED |= {"_forward_pre_hooks_with_kwargs"}
+_IGNORED |= {"_forward_pre_hooks_with_kwargs", RECORDED}
 """State that a graph reads live, that has a check of its own, or that no call reads."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rewriter.modules.isolation import storage_of
 from rewriter.modules.structure import is_constant, same
-from rewriter.modules.tree import is_hook_dict
+from rewriter.modules.tree import RECORDED, is_hook_dict
 
 __all__ = ["kept", "kept_values", "tensors_of", "written"]
 
@@ -134,6 +134,8 @@ def written(root: nn.Module) -> Callable[[], dict[str, str]]:
         for name, module, then in before:
             now = _state_of(module)
             for key in {**then, **now}:
+                if key == RECORDED:  # recorders are put in place once, and change nothing
+                    continue
                 if key not in now or key not in then or not _unchanged(now[key], then[key]):
                     found[name] = key
         return found

@@ -59,9 +59,10 @@ def without_hooks(root: nn.Module) -> Iterator[None]:
                 del hooks[key]
         yield
     finally:
-        for hooks, contents in found:
+        for hooks, contents in found:  # recorders come when they are first asked for
+            new = {k: hook for k, hook in hooks.items() if k not in contents and is_recorder(hook)}
             hooks.clear()
-            hooks.update(contents)
+            hooks.update(contents | new)
 
 
 def _weight_hooks(module: nn.Module) -> bool:

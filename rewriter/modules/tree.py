@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 __all__ = [
+    "RECORDED",
     "attribute",
     "find",
     "has_hooks",
@@ -74,6 +75,8 @@ def is_hook_dict(name: str) -> bool:
 
 
 _RECORDING = "transformers.utils.output_capturing"
+RECORDED = "_output_capturing_hooks_installed"
+"""Attribute by which transformers knows that its recorders are in place."""
 
 
 def is_recorder(hook: Any) -> bool:
