@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pathlib
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
@@ -17,10 +17,12 @@ settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
 
-@pytest.fixture(autouse=True)
-def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def no_timing() -> Iterator[None]:
     """That a rewrite made a small model slower, on a machine that runs tests, is no news."""
-    monkeypatch.setattr(Lost, "add", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lost, "add", lambda *_: None)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -120,8 +120,7 @@ def test_a_block_goes_from_both_modes_and_from_the_tree(kind: type[PreNorm], sai
 def test_the_python_forward_still_runs_where_it_can() -> None:
     model, x = Stack().eval(), torch.randn(3, 8)
     out = rewrite(model, [RemoveBlocks(where="blocks.[01]")], x)
-    with pytest.warns(rewriter.RewriteWarning, match="run the original Python forward"):
-        found = out(x.double().float()[None])
+    found = out(x.double().float()[None])
     torch.testing.assert_close(found, without(model, "blocks.0", "blocks.1")(x)[None])
 
 

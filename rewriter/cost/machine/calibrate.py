@@ -148,7 +148,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> tuple[Measured | None, frozense
         found = Measured.from_dict(data)
         good = data["key"] == key and set(found.tables) >= _NEEDED
         return (found, frozenset(data["whole"] or ())) if good else (None, frozenset())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, frozenset()
     except (KeyError, TypeError, AttributeError, IndexError):
         return None, frozenset()  # of another version: measured and written over
