@@ -198,15 +198,28 @@ class LinearLayer(Layer, nn.Linear):
             OptionError: it is a part of a parameter (`ColwiseParallel`, `RowwiseParallel`).
         """
         if hasattr(param, "full_tensor"):
-            raise OptionError(
-                f"{own_class(self).__name__} cannot be split as a dense layer is (tensor parallel "
-                "cuts the rows or columns of one weight): shard it with fully_shard, or make it "
-                "dense before, e.g. by the pass Densify"
-            )
+            raise self._in_one_piece()
         if name == "weight" and param is not None:
             self._become_dense(param)
         else:
             super().register_parameter(name, param)
+
+    @property
+    def _distribute_module_applied(self) -> bool:
+        """What `torch.distributed.tensor.distribute_module` sets, also on a layer without any
+        parameter, when it has cut it."""
+        return False
+
+    @_distribute_module_applied.setter
+    def _distribute_module_applied(self, applied: bool) -> None:
+        raise self._in_one_piece()
+
+    def _in_one_piece(self) -> OptionError:
+        return OptionError(
+            f"{own_class(self).__name__} cannot be split as a dense layer is (tensor parallel "
+            "cuts the rows or columns of one weight): shard it with fully_shard, or make it "
+            "dense before, e.g. by the pass Densify"
+        )
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew.
