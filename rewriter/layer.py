@@ -206,12 +206,11 @@ class LinearLayer(Layer, nn.Linear):
 
     @property
     def _distribute_module_applied(self) -> bool:
-        """What `torch.distributed.tensor.distribute_module` sets, also on a layer without any
-        parameter, when it has cut it."""
-        return False
+        """What `torch.distributed.tensor.distribute_module` asks of a module before it cuts it.
 
-    @_distribute_module_applied.setter
-    def _distribute_module_applied(self, applied: bool) -> None:
+        Raises:
+            OptionError: always.
+        """
         raise self._in_one_piece()
 
     def _in_one_piece(self) -> OptionError:
