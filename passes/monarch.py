@@ -123,7 +123,7 @@ class MonarchLinear(LinearLayer):
         right: [K, rank·L, ib], rows (r, l), l fastest.
         left: [L, ob, K·rank], columns (k, r), r fastest.
         bias: [out_features] or None.
-        right_gain, left_gain: scalars, with `cap`.
+        right_gain, left_gain: [1], with `cap`.
 
     The random init is uniform, with factors scaled so that y without bias has the standard
     deviation that nn.Linear's has (0.577 times that of x); bias U(±1/√in_features).
@@ -136,6 +136,7 @@ class MonarchLinear(LinearLayer):
     """
 
     op = "monarch_linear"
+    once_scalars = ("right_gain", "left_gain")
 
     def __init__(
         self,
@@ -168,8 +169,8 @@ class MonarchLinear(LinearLayer):
         self.right = nn.Parameter(torch.empty(k, rank * l, ib, device=device, dtype=dtype))
         self.left = nn.Parameter(torch.empty(l, ob, k * rank, device=device, dtype=dtype))
         if cap:
-            self.right_gain = nn.Parameter(torch.ones((), device=device, dtype=dtype))
-            self.left_gain = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+            self.right_gain = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+            self.left_gain = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
         self.register_bias(out_features if bias else None, device, dtype)
         self.reset_parameters()
 
@@ -201,7 +202,7 @@ class MonarchLinear(LinearLayer):
         layer.right, layer.left = as_parameter(right), as_parameter(left)
         if cap:
             layer.right_gain, layer.left_gain = (
-                nn.Parameter(f.new_empty(()), f.requires_grad) for f in (layer.right, layer.left)
+                nn.Parameter(f.new_empty(1), f.requires_grad) for f in (layer.right, layer.left)
             )
             layer._start_gains()
         layer.bias = None if bias is None else as_parameter(bias)

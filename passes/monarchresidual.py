@@ -63,7 +63,7 @@ class MonarchResidualLinear(LinearLayer):
         right [K, rank·L, ib], left [L, ob, K·rank]: of M, as in `MonarchLinear`.
         up [out_features, r], down [r, in_features]; or blocks [O, 32, q·32] and the buffer
             index [O, q], as in kernels/residual.py.
-        gate: scalar, 0 at the start, which weighs both the same.
+        gate: [1], 0 at the start, which weighs both the same.
         bias: [out_features] or None.
 
     Raises:
@@ -73,6 +73,7 @@ class MonarchResidualLinear(LinearLayer):
     """
 
     op = "monarch_residual"
+    once_scalars = ("gate",)
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class MonarchResidualLinear(LinearLayer):
             first = torch.arange(rows, device=device)[:, None] * columns // rows
             step = torch.arange(count, device=device) * columns // count
             self.register_buffer("index", ((first + step) % columns).sort().values)
-        self.gate = nn.Parameter(torch.zeros((), **own))
+        self.gate = nn.Parameter(torch.zeros(1, **own))
         self.reset_residual()
 
     index: Tensor

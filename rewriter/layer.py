@@ -31,6 +31,9 @@ class Layer(nn.Module):
     packed: ClassVar[Mapping[str, int]] = {}
     """Of each buffer that holds more than one weight an element, how many: of 4-bit weights 2."""
 
+    once_scalars: ClassVar[tuple[str, ...]] = ()
+    """Parameters [1] that version 0.1.0 had as scalars: `fully_shard` takes none."""
+
     stands_for_transposed = False
     """Where the layer replaces a bare parameter: whether that was stored [in, out]."""
 
@@ -87,6 +90,21 @@ class Layer(nn.Module):
             own.__set__(self, param)
         else:
             super().register_parameter(name, param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As pickle calls it."""
+        super().__setstate__(state)
+        for name in self.once_scalars:
+            parameter = self._parameters.get(name)
+            if parameter is not None and not parameter.ndim:
+                parameter.data = parameter.data[None]  # the same one: an optimizer may hold it
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in self.once_scalars:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and not value.ndim:
+                state_dict[prefix + name] = value[None]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def register_bias(self, size: int | None, device: Any = None, dtype: Any = None) -> None:
         """Gives the layer a `bias` [size] without values; None where size is None."""
@@ -180,15 +198,27 @@ class LinearLayer(Layer, nn.Linear):
             OptionError: it is a part of a parameter (`ColwiseParallel`, `RowwiseParallel`).
         """
         if hasattr(param, "full_tensor"):
-            raise OptionError(
-                f"{own_class(self).__name__} cannot be split as a dense layer is (tensor parallel "
-                "cuts the rows or columns of one weight): shard it with fully_shard, or make it "
-                "dense before, e.g. by the pass Densify"
-            )
+            raise self._in_one_piece()
         if name == "weight" and param is not None:
             self._become_dense(param)
         else:
             super().register_parameter(name, param)
+
+    @property
+    def _distribute_module_applied(self) -> bool:
+        """What `torch.distributed.tensor.distribute_module` asks of a module before it cuts it.
+
+        Raises:
+            OptionError: always.
+        """
+        raise self._in_one_piece()
+
+    def _in_one_piece(self) -> OptionError:
+        return OptionError(
+            f"{own_class(self).__name__} cannot be split as a dense layer is (tensor parallel "
+            "cuts the rows or columns of one weight): shard it with fully_shard, or make it "
+            "dense before, e.g. by the pass Densify"
+        )
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew.

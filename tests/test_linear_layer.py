@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from closeness import assert_reordered
 from torch import nn
 
-from rewriter import Pass, RewriteWarning, load, rewrite
+from rewriter import OptionError, Pass, RewriteWarning, load, rewrite
 from rewriter.passes import Monarch, MonarchChain, MonarchResidual, Quantize
 
 RECIPES: dict[str, list[Pass]] = {
@@ -103,6 +104,27 @@ def test_a_weight_of_another_shape_is_refused() -> None:
     with pytest.raises(TypeError, match="an nn.Parameter makes it an nn.Linear"):
         layer.weight = torch.zeros(16, 32)
     assert type(layer).__name__ == "MonarchLinear"
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("style", ["ColwiseParallel", "RowwiseParallel"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tensor_parallel_styles_are_refused(recipe: str, bias: bool, style: str) -> None:
+    """They cut a weight in two, which these layers do not hold as such."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import parallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = nn.Sequential(nn.Linear(16, 8, bias=bias))
+    optimized = rewrite(model, RECIPES[recipe], torch.randn(4, 16))
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        with pytest.raises(OptionError, match="cannot be split as a dense layer is .*Densify"):
+            parallel.parallelize_module(optimized, mesh, {"0": getattr(parallel, style)()})
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_layer_that_was_written_to_saves_and_loads(tmp_path: Any) -> None:

@@ -6,6 +6,7 @@ Linear(64, 16))` after one recipe each, and what the result gave for `X`.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import pathlib
@@ -18,6 +19,7 @@ from closeness import assert_reordered
 from torch import Tensor, nn
 
 import rewriter
+from rewriter.passes import MonarchLinear, MonarchResidualLinear
 from rewriter.store.old_names import MOVED
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -61,6 +63,39 @@ def test_saves_load(name: str, captured: bool, tmp_path: pathlib.Path) -> None:
     model.save(tmp_path)  # and are the same to this version
     with torch.no_grad():
         assert torch.equal(rewriter.load(tmp_path, net())(X), rewriter.load(DATA / name, net())(X))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        MonarchResidualLinear(16, 8),
+        MonarchResidualLinear(16, 8, residual="block-sparse"),
+        MonarchLinear(16, 8, cap=True),
+    ],
+    ids=["low-rank", "block-sparse", "cap"],
+)
+def test_what_was_a_scalar_is_a_row_of_one(layer: Any, tmp_path: pathlib.Path) -> None:
+    """FSDP2 shards no scalars, so gates and gains have the shape [1] now."""
+    x = torch.randn(3, 16)
+    fresh, old = copy.deepcopy(layer), copy.deepcopy(layer)
+    assert all(p.ndim for p in layer.parameters())
+    for name in layer.once_scalars:
+        if name in old._parameters:
+            old._parameters[name] = nn.Parameter(layer.get_parameter(name).detach()[0])
+    assert {p.ndim for p in old.parameters()} > {0}
+    fresh.reset_parameters() if isinstance(layer, MonarchLinear) else fresh.gate.data.fill_(1.0)
+    fresh.load_state_dict(old.state_dict())
+    for again in (fresh, pickle.loads(pickle.dumps(old))):
+        assert all(p.ndim for p in again.parameters())
+        with torch.no_grad():
+            assert torch.equal(again(x), layer(x))
+
+
+def test_a_save_with_a_scalar_takes_checkpoints_of_the_original() -> None:
+    model: Any = rewriter.load(FILES / "residual", net())
+    assert all(p.ndim for p in model.parameters())
+    model.load_original(net().state_dict())
+    assert all(p.ndim for p in pickle.loads((FILES / "residual.pkl").read_bytes()).parameters())
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -22,7 +22,7 @@ from rewriter.layer import Layer
 from rewriter.lowering import Lowered, Rule, lower
 from rewriter.modules.running import first_line
 from rewriter.modules.tensors import CONSTANT
-from rewriter.modules.tree import is_hook_dict
+from rewriter.modules.tree import hooked, is_hook_dict, own_class
 from rewriter.recipe.recipe import Recipe
 from rewriter.recipe.replaying import layer_before
 from rewriter.sites import MLP
@@ -36,6 +36,11 @@ def capture_form(module: nn.Module, state: State, args: Any, kwargs: Any) -> For
     The call is traced on a twin of the module tree, so that other threads may run the module
     meanwhile, and nothing of it changes.
     """
+    inner = hooked(module)
+    if inner is not None and own_class(module.get_submodule(inner)) is not type(
+        module.get_submodule(inner)
+    ):
+        return f"{inner} is sharded by itself, and its hooks gather it where a graph would not"
     try:
         with torch.inference_mode(False):
             twin, originals = _twin(module)
@@ -146,7 +151,7 @@ def _twin(root: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
     twins: dict[int, nn.Module] = {}
     buffers: dict[int, Any] = {}
     for module in root.modules():
-        twins[id(module)] = object.__new__(original_class(module))
+        twins[id(module)] = object.__new__(original_class(own_class(module)))
     for module in root.modules():
         own = dict(vars(module))
         own.pop("_rewriter", None)

@@ -198,7 +198,7 @@ class Filler:
             raise StoreError(f"{key} is tied to {first}, which the file lacks")
         if loose:
             return
-        if shape != list(old.shape):
+        if shape not in (list(old.shape), _scalar_as(old)):
             raise StoreError(f"{key} has shape {shape} where it was saved, {list(old.shape)} here")
         dtype = self.weights.dtype(first)
         if dtype != old.dtype and not (_is_inexact(old) and _holds_fractions(dtype)):
@@ -206,6 +206,8 @@ class Filler:
 
     def _made(self, first: str, old: Tensor, device: torch.device | None) -> Tensor:
         value = self.weights[first]
+        if list(value.shape) == _scalar_as(old):
+            value = value[None]
         fits = not old.is_meta and (old.dtype, old.shape) == (value.dtype, value.shape)
         if fits and self.taken.get(id(old), first) == first:
             with torch.no_grad():
@@ -263,6 +265,11 @@ class Filler:
                 f"{type(root).__name__} has {sorted(own)}: pass the model that was rewritten"
             )
         put_extra_states(own, {key: self.weights[key].clone() for key in own})
+
+
+def _scalar_as(tensor: Tensor) -> list[int] | None:
+    """The shape under which version 0.1.0 saved a parameter of one number; None for others."""
+    return [] if tensor.shape == (1,) and isinstance(tensor, nn.Parameter) else None
 
 
 def _is_inexact(tensor: Tensor) -> bool:

@@ -164,11 +164,17 @@ def our_onnx(recipe: Recipe) -> None:
 # adapters
 
 
-def _adapted(model: nn.Module, *layers: str) -> Any:
+def _adapted(model: nn.Module, *layers: str, **options: Any) -> Any:
     """PEFT's LoRA over these layers of a model, with adapters that do something."""
     import peft
 
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(layers)))
+    from rewriter.training.peft import register
+
+    config = peft.LoraConfig(r=2, target_modules=list(layers), **options)
+    inside = [m for n, m in model.named_modules() if n.endswith(layers)]
+    if not all(isinstance(m, nn.Linear) for m in inside):
+        register(config)
+    adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
