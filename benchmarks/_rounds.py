@@ -86,9 +86,9 @@ def _go(entry: Any, passes: Sequence[Pass], found: Round) -> None:
     found.skipped = len(linear) - found.rewritten
     reference = _in_python(model, optimized)
     found.compared = reference is not None
-    got = _call(optimized, inputs)
+    got = _leaves(_call(optimized, inputs))
     if reference is not None:
-        found.difference = _apart(got, _call(reference, inputs), "eval", found)
+        found.difference = _apart(got, _leaves(_call(reference, inputs)), "eval", found)
     steps = [(_step(optimized, inputs, s), reference and _step(reference, inputs, s))
              for s in SEEDS]  # fmt: skip
     for mine, theirs in steps:
@@ -98,7 +98,7 @@ def _go(entry: Any, passes: Sequence[Pass], found: Round) -> None:
     with tempfile.TemporaryDirectory() as folder:
         optimized.save(folder)
         again = load(folder, entry.build())
-    found.loaded = _apart(_call(again, inputs), got, "after load", found) == 0
+    found.loaded = _apart(_leaves(_call(again, inputs)), got, "after load", found) == 0
     if not found.loaded:
         found.wrong.append("another output after load")
 
@@ -137,46 +137,47 @@ def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
         return model.eval()(**copy.deepcopy(inputs))
 
 
-def _step(model: nn.Module, inputs: dict[str, Any], seed: int) -> Any:
-    """(outputs, gradients, buffers) of a training step; None where nothing can be trained."""
+def _step(model: nn.Module, inputs: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    """Outputs, gradients and buffers of a training step; None where nothing can be trained."""
     model = copy.deepcopy(model).train()
     torch.manual_seed(seed)
-    output = model(**copy.deepcopy(inputs))
-    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-    loss: Any = sum(t.float().square().mean() for t in leaves if t.requires_grad)
-    if not isinstance(loss, Tensor):
+    outputs = _leaves(model(**copy.deepcopy(inputs)))
+    trained = [t for t in outputs.values() if isinstance(t, Tensor) and t.requires_grad]
+    if not trained:
         return None
-    loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    return leaves, grads, dict(model.named_buffers())
+    sum(t.float().square().mean() for t in trained).backward()  # type: ignore[union-attr]
+    grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return outputs | grads | {f"buffer {n}": b for n, b in model.named_buffers()}
 
 
-def _apart(got: Any, want: Any, what: str, found: Round) -> float:
+def _leaves(output: Any) -> dict[str, Any]:
+    """Every leaf of what a model returned; of an unknown class, all of it is one."""
+    leaves, _ = pytree.tree_flatten(output)
+    return {f"output {i}": leaf for i, leaf in enumerate(leaves)}
+
+
+def _apart(got: dict[str, Any], want: dict[str, Any], what: str, found: Round) -> float:
     """Largest ‖a − b‖/‖b‖ over the tensors; infinite, with the reason, where they do not pair."""
-    a, mine = pytree.tree_flatten(got)
-    b, theirs = pytree.tree_flatten(want)
-    if mine != theirs:
+    if got.keys() != want.keys():
         found.wrong.append(f"{what}: another structure")
         return float("inf")
     largest = 0.0
-    for path, x, y in zip(pytree.tree_flatten_with_path(want)[0], a, b, strict=True):
-        problem = _unlike(x, y)
-        if problem:
-            found.wrong.append(f"{what}: {pytree.keystr(path[0])}: {problem}")
+    for name, y in want.items():
+        if problem := _unlike(got[name], y):
+            found.wrong.append(f"{what}: {name}: {problem}")
             return float("inf")
-        if isinstance(x, Tensor) and x.numel():
-            x, y = x.detach().double().nan_to_num(), y.detach().double().nan_to_num()
-            largest = max(largest, float((x - y).norm() / y.norm().clamp(min=1e-30))
-                          if not torch.equal(x, y) else 0.0)  # fmt: skip
+        if isinstance(y, Tensor) and not torch.equal(got[name], y):
+            a, b = (t.detach().double().nan_to_num() for t in (got[name], y))
+            largest = max(largest, float((a - b).norm() / b.norm().clamp(min=1e-30)))
     return largest
 
 
 def _unlike(x: Any, y: Any) -> str:
     """In what two leaves differ that no rounding explains."""
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        return "" if type(x) is type(y) else f"{type(x).__name__} for {type(y).__name__}"
+    if type(x) is not type(y):
+        return f"{type(x).__name__} for {type(y).__name__}"
+    if not isinstance(x, Tensor):
+        return ""
     if x.dtype != y.dtype or x.shape != y.shape:
         return f"{x.dtype}{list(x.shape)} for {y.dtype}{list(y.shape)}"
-    if not torch.equal(x.isfinite(), y.isfinite()):
-        return "not finite in other places"
-    return ""
+    return "" if torch.equal(x.isfinite(), y.isfinite()) else "not finite in other places"
