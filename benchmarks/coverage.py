@@ -1,26 +1,38 @@
-"""Coverage: every architecture of the zoo through `rewrite`, whole or by parts, never an exception.
+"""Coverage: every model through `rewrite`, whole or by parts, never an exception.
 
 Each model is built from a config at tiny size with random weights and rewritten with
 `[Quadratic()]`, which starts exactly at the trained layer: outputs must stay equal. A linear layer
 is an `nn.Linear`, a transformers `Conv1D`, or a weight that the model multiplies by in a function.
+
+The further models (`_further`; with `--full` those of the zoo too) are called once with recorded
+hidden states, rewritten with Monarch and with int8, and go the whole way of `_rounds`: forward,
+training steps, save and load. `--section` runs one of the two and keeps the tables of the other.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
 import warnings
 from typing import Any
 
 import torch
-from _harness import arguments, command, parse, write_results
+import zoo
+from _further import absent, further
+from _harness import Rows, arguments, command, parse, versions, write_results
+from _rounds import Round, go
 from torch import nn
-from zoo import Entry, entries
 
 from rewriter import rewrite
-from rewriter.passes import Quadratic
+from rewriter.passes import Monarch, Quadratic, Quantize
 
 LIMIT = 1e-4
 """Largest relative difference of the outputs that rounding explains in fp32."""
+
+RECIPES = {"Monarch": [Monarch(nblocks=4)], "int8": [Quantize("int8-dynamic")]}
+LIMITS = {"Monarch": LIMIT, "int8": 2e-2}
+"""As `LIMIT`; in int8 a difference in the last place may turn a rounding."""
 
 
 def linear_layers(model: nn.Module) -> set[str]:
@@ -28,7 +40,7 @@ def linear_layers(model: nn.Module) -> set[str]:
     return {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
 
 
-def run(entry: Entry) -> dict[str, Any]:
+def run(entry: zoo.Entry) -> dict[str, Any]:
     """One row of the table."""
     torch.manual_seed(0)
     model, inputs = entry.build(), entry.inputs()
@@ -66,12 +78,42 @@ def run(entry: Entry) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--only", nargs="*", help="names of the zoo")
-    args = parse(parser)
+def way(entry: Any) -> dict[str, Any]:
+    """One row of the further models: both recipes."""
+    row: dict[str, Any] = {"model": entry.name, "family": entry.family}
+    notes = [absent(entry) or ""]
+    for name, passes in RECIPES.items():
+        found = Round(refused="not run") if notes[0] else go(entry, passes)
+        row |= {
+            name: found.captured or "–",
+            f"{name} rewritten": found.rewritten,
+            f"{name} skipped": found.skipped,
+            f"{name} eval": _figure(found.difference),
+            f"{name} train": _figure(found.step),
+            f"{name} loads": "yes" if found.loaded else "no",
+            f"{name} seconds": found.seconds,
+        }
+        notes += _findings(name, found) if not notes[0] else []
+    return row | {"found": "; ".join(note for note in notes if note)}
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}"
+
+
+def _findings(name: str, found: Round) -> list[str]:
+    """What of a round is not as it must be, in words."""
+    notes = [f"{name}: {text}" for text in (found.refused, *found.wrong) if text]
+    for what, value in (("eval", found.difference), ("training step", found.step)):
+        if value is not None and value > LIMITS[name]:
+            notes.append(f"{name}: {what} unlike the same layers in Python")
+    return notes
+
+
+def architectures(args: argparse.Namespace) -> dict[str, Rows]:
+    """The tables of the zoo under `[Quadratic()]`."""
     rows = []
-    for entry in entries(args.only, quick=args.quick):
+    for entry in zoo.entries(args.only, quick=args.quick):
         rows.append(run(entry))
         print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
     total = sum(r["linear"] for r in rows)
@@ -95,13 +137,63 @@ def main() -> None:
         del row["exception"]
         found = row["difference"]
         row["difference"] = "no floats" if found is None else f"{found:.1e}"
+    return {"Summary": summary, "Every architecture": rows}
+
+
+def whole_ways(args: argparse.Namespace) -> dict[str, Rows]:
+    """The tables of the further models under Monarch and int8."""
+    models: list[Any] = list(further(args.only, quick=args.quick))
+    if args.full:
+        models += zoo.entries(quick=args.quick)
+    rows = []
+    for entry in models:
+        rows.append(way(entry))
+        print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+    ran = [row for row in rows if row["Monarch"] != "–" or row["int8"] != "–"]
+    summary = [
+        {"what": "models", "figure": len(rows)},
+        {"what": "of which could be built here", "figure": sum(not absent(e) for e in models)},
+        {"what": "as promised under both recipes", "figure": sum(not r["found"] for r in rows)},
+    ]
+    for name in RECIPES:
+        summary += [
+            {"what": f"{name}: captured whole", "figure": sum(r[name] == "whole" for r in ran)},
+            {"what": f"{name}: rewritten", "figure": sum(r[f"{name} rewritten"] for r in ran)},
+            {"what": f"{name}: saved and loaded, bit for bit",
+             "figure": sum(r[f"{name} loads"] == "yes" for r in ran)},
+        ]  # fmt: skip
+    return {FURTHER_SUMMARY: summary, "Every further model": rows}
+
+
+FURTHER_SUMMARY = "Further models, with Monarch and with int8"
+SECTIONS = {"zoo": architectures, "further": whole_ways}
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--only", nargs="*", help="names of the section")
+    parser.add_argument("--full", action="store_true", help="the whole way for the zoo too")
+    parser.add_argument("--section", choices=list(SECTIONS), help="only this; the other is kept")
+    args = parse(parser)
+    if args.only and not args.section:
+        parser.error("--only needs a --section")
+    tables: dict[str, Rows] = {}
+    if args.section and args.out and (args.out / "coverage.json").exists():
+        tables = json.loads((args.out / "coverage.json").read_text(encoding="utf-8"))["tables"]
+    for section in [args.section] if args.section else SECTIONS:
+        tables |= SECTIONS[section](args)
     write_results(
         "coverage",
-        "Coverage over transformers architectures",
-        {"Summary": summary, "Every architecture": rows},
+        "Coverage over models",
+        tables,
         command=command(),
-        notes="Tiny random models from configs; seconds include capture in eval and train mode, "
-        "pricing, the pass, and its checks.",
+        notes="Tiny random models; seconds include capture in eval and train mode, pricing, the "
+        "pass, and its checks; of the further models also forwards, two training steps, save and "
+        "load. Their eval and train: largest ‖a − b‖/‖b‖ of outputs, gradients and buffers against "
+        "a copy of the model whose own Python runs over the same new layers; – where a weight that "
+        "is no module's was rewritten, or nothing can be trained. Libraries: "
+        + ", ".join(f"{k} {v}" for k, v in versions("diffusers", "torch_geometric").items())
+        + ".",
         out=args.out,
     )
 

@@ -35,9 +35,11 @@ def tables(folder: pathlib.Path, name: str) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.clients
 @pytest.mark.timeout(600)
 def test_coverage(tmp_path: pathlib.Path) -> None:
-    """One architecture of every family: no exception, every linear layer accounted for."""
+    """One architecture of every family: no exception, every linear layer accounted for; one
+    further model of every library: as promised under both recipes."""
     run("benchmarks/coverage.py", "--quick", "--out", str(tmp_path))
     found = tables(tmp_path, "coverage")
     figures = {row["what"]: row["figure"] for row in found["Summary"]}
@@ -45,6 +47,9 @@ def test_coverage(tmp_path: pathlib.Path) -> None:
     assert figures["rewritten or skipped with a reason"] == "100.00 %"
     equal = next(v for k, v in figures.items() if k.startswith("outputs equal"))
     assert equal == figures["architectures"] == 8
+    rows = found["Every further model"]
+    assert [row["found"] for row in rows] == [""] * 4
+    assert all(row["int8 loads"] == row["Monarch loads"] == "yes" for row in rows)
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""The zoo's table, the benchmark harness and the data loaders; no architecture is built here but
-two small ones."""
+"""The zoo's table, the benchmark harness and the data loaders; few architectures are
+built here, all small."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from _further import FURTHER, NAMES, further
+from _rounds import Round, _apart, go
+from closeness import ROUNDING
+
+from rewriter.passes import Monarch, Quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,6 +70,46 @@ def test_entry_is_the_same_at_every_build_and_leaves_global_rng_alone(zoo, name)
 def test_unknown_entry_is_refused_by_name(zoo):
     with pytest.raises(ValueError, match="not in the zoo: bertt; it has bert, "):
         zoo.entries(["bertt"])
+
+
+# ---- further models -------------------------------------------------------------------------
+
+
+def test_the_further_models_are_forty_more_and_none_is_in_the_zoo(zoo):
+    always = [e for e in FURTHER if e.family != "timm"]
+    assert len(always) >= 40
+    assert max(Counter(NAMES).values()) == 1
+    assert not set(NAMES) & set(zoo.NAMES)
+    assert {e.model for e in always if hasattr(e, "model")}.isdisjoint(e.model for e in zoo.ZOO)
+    assert [e.family for e in further(quick=True)] == ["text", "diffusers", "graph", "plain"]
+    with pytest.raises(ValueError, match="no entry bertt among"):
+        further(["bertt"])
+
+
+@pytest.mark.parametrize("recipe", [Monarch(4), Quantize("int8-dynamic")])
+def test_a_model_that_writes_in_place_after_every_layer_goes_the_whole_way(recipe):
+    (entry,) = further(["in-place"])
+    found = go(entry, [recipe])
+    assert (found.captured, found.rewritten, found.compared) == ("whole", 3, True)
+    assert (found.refused, found.wrong, found.loaded) == ("", [], True)
+    assert found.difference is not None
+    assert found.step is not None
+    assert max(found.difference, found.step) < ROUNDING[torch.float32]
+
+
+def test_a_round_tells_how_far_results_are_apart_and_which_do_not_pair():
+    found = Round()
+    one, two = torch.ones(3), torch.full((3,), 2.0)
+    assert _apart({"a": one, "b": one}, {"a": two, "b": one}, "eval", found) == 0.5
+    assert not found.wrong
+    assert _apart({"a": None}, {"a": one}, "step", found) == float("inf")
+    assert _apart({"a": one}, {"a": one.double()}, "eval", found) == float("inf")
+    assert _apart({"a": one}, {}, "eval", found) == float("inf")
+    assert found.wrong == [
+        "step: a: NoneType for Tensor",
+        "eval: a: torch.float32[3] for torch.float64[3]",
+        "eval: another structure",
+    ]
 
 
 # ---- harness --------------------------------------------------------------------------------
