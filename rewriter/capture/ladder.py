@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -102,6 +103,11 @@ class Capture:
         parts = capture_submodules(self.root, *example, reason, writes, seconds, self.fakes)
         self.rung, self.regions, self.islands = "parts", parts.regions, parts.islands
         self.notes += parts.notes
+
+    @property
+    def asks_for_grad(self) -> bool:
+        """Whether a forward asks if gradients are on: its graphs hold where they are."""
+        return any(r.signature is not None and r.signature.grad for r in self.regions)
 
     @property
     def on_meta(self) -> bool:
@@ -195,6 +201,8 @@ def capture(
         if moved:
             result.notes.append("the model is on meta: example inputs were moved there")
         result.strict, result.settings = strict, set_once
+        if result.asks_for_grad:
+            expected = _observed(root, args, kwargs, training=False, grad=True).values
         result.example = (args, kwargs)
         result.host()
         _check_outputs(result, expected, writes, seconds, whole)
@@ -241,6 +249,11 @@ def _capture_further(result: Capture, given: Any, number: int, seconds: float) -
         if isinstance(region, Region):
             alone = Capture(root, "export", [region], call, (args, kwargs), fakes=result.fakes)
             alone.host()
+            if alone.asks_for_grad:
+                for module in root.modules():
+                    unhost(module)
+                expected = _observed(root, args, kwargs, training=False, grad=True).values
+                alone.host()
             try:
                 _check_outputs(alone, expected, writes, seconds, whole=True)
                 _check_train(alone)
@@ -410,10 +423,12 @@ class _Observed:
         return self.results + self.inputs
 
 
-def _observed(root: nn.Module, args: Any, kwargs: Any, *, training: bool) -> _Observed:
+def _observed(
+    root: nn.Module, args: Any, kwargs: Any, *, training: bool, grad: bool = False
+) -> _Observed:
     results: list[Any] = []
     inputs: list[Any] = []
-    with quiet_run(root, training):
+    with quiet_run(root, training), torch.set_grad_enabled(grad):
         changes, given = written(root), settings(root)
         own = own_copy(args, kwargs)
         flatten(root(*own[0], **own[1]), results, objects=True, opaque=True)
@@ -423,7 +438,7 @@ def _observed(root: nn.Module, args: Any, kwargs: Any, *, training: bool) -> _Ob
 
 def _cloned(leaves: list[Any]) -> list[Any]:
     """Buffers that are results are about to be restored."""
-    return [t.clone() if isinstance(t, Tensor) else t for t in leaves]
+    return [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
 
 
 def _check_outputs(
@@ -439,7 +454,8 @@ def _check_outputs(
     found: list[Any] | None = None
     try:
         if types is None:
-            seen = _observed(result.root, *result.example, training=False)
+            grad = result.asks_for_grad
+            seen = _observed(result.root, *result.example, training=False, grad=grad)
             found, actual = seen.results, seen.values
         else:  # no values: that the types agree is all that a run would show
             actual, expected = types, expected[: len(types)]
@@ -476,7 +492,8 @@ def _check_train(result: Capture) -> None:
                 del region.graphs[True]
             result.host()
         try:
-            seen = _observed(result.root, *result.example, training=True)
+            grad = result.asks_for_grad
+            seen = _observed(result.root, *result.example, training=True, grad=grad)
             outcomes.append(seen.values)
             writes = seen.writes
         except Exception as error:  # one row in train mode, say: the graph must fail alike
