@@ -7,9 +7,10 @@ arguments by `Signature`; attributes and hooks by `Watch`) or refused here, with
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -302,6 +303,7 @@ def _traced(
         without_hooks(module),
         quietly(logs=True),
         _own_backward_refused(),
+        _asked_for_grad() as asked,
         torch.enable_grad(),
         kept_values(module),
         kept_numbers() as drew,
@@ -313,6 +315,8 @@ def _traced(
             raise CaptureError(
                 "its forward draws from Python's or NumPy's random numbers, which a graph would fix"
             )
+    if asked():
+        signature.grad = True
     found = flat.result.replayed
     if found is not None and not found.clean:
         return _traced(module, signature, examples, leaves, training, deadline, replay=False)
@@ -354,6 +358,25 @@ def _own_backward_refused() -> Iterator[None]:
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _asked_for_grad() -> Iterator[Callable[[], bool]]:
+    """Whether the model's own code asks if gradients are on, in this thread: a trace, which has
+    them on, takes the one way."""
+    thread, plain, asked = threading.get_ident(), torch.is_grad_enabled, []
+
+    def is_grad_enabled() -> bool:
+        name = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        if threading.get_ident() == thread and name not in ("torch", "rewriter"):
+            asked.append(name)
+        return plain()
+
+    torch.is_grad_enabled = is_grad_enabled
+    try:
+        yield lambda: bool(asked)
+    finally:
+        torch.is_grad_enabled = plain
 
 
 # sizes

@@ -46,6 +46,10 @@ class PlannedSteps(Protocol):
     def plan(self) -> Any:
         """The memory plan; None before the first step."""
 
+    @property
+    def without(self) -> str:
+        """Why the last step that ran without the plan did; "" where none did."""
+
     def __call__(
         self, root: nn.Module, program: Program, leaves: list[Any], rows: Any
     ) -> Any | None:
@@ -103,6 +107,7 @@ class Form:
             if results is not None:
                 entry.planned += 1
                 return program.built(results)
+            entry.reason = entry.reason or self.memory.without
         place = self._place(leaves)
         if self.lowered is not None and not training:
             results = self.lowered.results(module, program, leaves, place)
@@ -171,6 +176,7 @@ class State:
         ledger: the forms in the report of the root, of all hosted modules.
         fqn: dotted name of the module in the root.
         island: counts the calls of a module that runs Python, whatever the call.
+        others: counts the calls that nobody tried to capture.
         refused: calls that could not be captured (`_kind_of_call`), with the form that counts them.
         planned: what plans training steps; every form has a copy of its own.
         saving: a method of the library that the model comes from is writing it.
@@ -186,6 +192,7 @@ class State:
     ledger: list[CallForm] = field(default_factory=list)
     fqn: str = ""
     island: CallForm | None = None
+    others: CallForm | None = None
     refused: dict[Any, tuple[str, CallForm]] = field(default_factory=dict)
     planned: PlannedSteps | None = None
     saving: bool = False
@@ -378,12 +385,14 @@ class State:
                 f"{name}: {why}. Captured: {captured}. Undo the change, rewrite with a list of "
                 "calls as example_inputs, or without strict_signature=True"
             )
+        lost = self._unplanned(module)
+        if tracing and lost and not torch.compiler.is_exporting():
+            _say_once_compiled(f"{name}: {why}; torch.compile traces such training steps{lost}")
         if not tracing:
-            if entry is not None:
-                entry.python += 1
-                entry.reason = entry.reason or why
-            said = entry.reason if entry is not None else why
-            lost = self._unplanned(module)
+            entry = entry or self._others()
+            entry.python += 1
+            entry.reason = entry.reason or why
+            said = why if entry is self.others else entry.reason
             if (self.forms or lost) and said not in self.warned:
                 self.warned.add(said)
                 warn(
@@ -391,6 +400,14 @@ class State:
                     f"layers{lost and f',{lost}'}"
                 )
         return forward(module, *args, **kwargs)
+
+    def _others(self) -> CallForm:
+        """Counts the calls that nobody tried to capture: under a tracer's eyes, or on tensors of
+        another kind."""
+        if self.others is None:
+            self.others = CallForm("calls that cannot be captured", self.fqn)
+            self.ledger.append(self.others)
+        return self.others
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "forms" not in state:  # one of 0.1.0 or 0.2.0, which have one form

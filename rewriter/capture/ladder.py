@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -21,6 +22,8 @@ from torch._subclasses.fake_tensor import (
 from rewriter.capture.exporting import TOO_LONG, TRAIN_IN_PYTHON, Region, export_region
 from rewriter.capture.guards import Watch
 from rewriter.capture.hosted import Form, Program, State, host, unhost
+from rewriter.capture.reads import recording
+from rewriter.capture.settling import Setting, settings, settled
 from rewriter.capture.signature import Call
 from rewriter.capture.submodules import capture_submodules, refusal
 from rewriter.cost import Fakes
@@ -73,6 +76,8 @@ class Capture:
     others: list[Region] = field(default_factory=list)
     """The whole model again, as further calls of `example_inputs` run it: rewritten with the first
     one, and not priced."""
+    settings: list[Setting] = field(default_factory=list)
+    """Constants that the first call sets: the graphs are of the model that has them."""
 
     def host(self, graph_only: tuple[str, ...] = ()) -> None:
         """Lets every region's module run its graphs, as they are now.
@@ -98,6 +103,11 @@ class Capture:
         parts = capture_submodules(self.root, *example, reason, writes, seconds, self.fakes)
         self.rung, self.regions, self.islands = "parts", parts.regions, parts.islands
         self.notes += parts.notes
+
+    @property
+    def asks_for_grad(self) -> bool:
+        """Whether a forward asks if gradients are on: its graphs hold where they are."""
+        return any(r.signature is not None and r.signature.grad for r in self.regions)
 
     @property
     def on_meta(self) -> bool:
@@ -174,7 +184,7 @@ def capture(
     else:
         first, *further = calls_of(example_inputs)
         call, args, kwargs, moved = _prepared(root, first)
-        expected, writes = _expected(root, args, kwargs)
+        expected, writes, set_once = _expected(root, args, kwargs)
         fakes = Fakes()
         region: Region | str = refusal(root, writes) or export_region(
             root, "", call, seconds, fakes
@@ -190,7 +200,9 @@ def capture(
             result.take_parts((args, kwargs), region, writes, seconds)
         if moved:
             result.notes.append("the model is on meta: example inputs were moved there")
-        result.strict = strict
+        result.strict, result.settings = strict, set_once
+        if result.asks_for_grad:
+            expected = _observed(root, args, kwargs, training=False, grad=True).values
         result.example = (args, kwargs)
         result.host()
         _check_outputs(result, expected, writes, seconds, whole)
@@ -229,13 +241,19 @@ def _capture_further(result: Capture, given: Any, number: int, seconds: float) -
     for module in root.modules():
         unhost(module)
     try:
-        expected, writes = _expected(root, args, kwargs)
+        expected, writes, set_once = _expected(root, args, kwargs)
+        result.settings += set_once
         region: Region | str = "the first call is not captured whole"
         if result.rung == "export":
             region = refusal(root, writes) or export_region(root, "", call, seconds, result.fakes)
         if isinstance(region, Region):
             alone = Capture(root, "export", [region], call, (args, kwargs), fakes=result.fakes)
             alone.host()
+            if alone.asks_for_grad:
+                for module in root.modules():
+                    unhost(module)
+                expected = _observed(root, args, kwargs, training=False, grad=True).values
+                alone.host()
             try:
                 _check_outputs(alone, expected, writes, seconds, whole=True)
                 _check_train(alone)
@@ -336,15 +354,39 @@ def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
         ) from None
 
 
-def _expected(root: nn.Module, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, str]]:
+def _expected(
+    root: nn.Module, args: Any, kwargs: Any
+) -> tuple[list[Any], dict[str, str], list[Setting]]:
+    """The results of one call, and its inputs as it leaves them; which modules' forward writes an
+    attribute; and the constants that the call set once, which are set then."""
     try:
-        results, inputs, writes = _observed(root, args, kwargs, training=False)
-        return results + inputs, writes
+        found = _observed(root, args, kwargs, training=False)
     except Exception as error:
         raise CaptureError(
             f"{type(root).__name__} itself fails on example_inputs, before any rewrite: "
             f"{type(error).__name__}: {first_line(error)}. {_remedy(root, error)}"
         ) from error
+    if found.settings and _settles(root, args, kwargs, found):
+        return found.values, {}, found.settings
+    return found.values, found.writes, []
+
+
+def _settles(root: nn.Module, args: Any, kwargs: Any, first: _Observed) -> bool:
+    """Whether the model, with the constants that a first call sets, computes the same and writes
+    nothing; they are set then."""
+    for setting in first.settings:
+        setting.apply()
+    try:
+        with recording(root) as reads:
+            again = _observed(root, args, kwargs, training=False)
+        same = difference(again.values, first.values) is None
+        if same and not again.writes and settled(first.settings, reads):
+            return True
+    except Exception:  # what it does without them is then looked at
+        pass
+    for setting in first.settings:
+        setting.undo()
+    return False
 
 
 def _remedy(root: nn.Module, error: Exception) -> str:
@@ -360,25 +402,43 @@ def _remedy(root: nn.Module, error: Exception) -> str:
 # what was captured must compute what the model computes
 
 
+@dataclass(frozen=True)
+class _Observed:
+    """One call.
+
+    Args:
+        results: flat.
+        inputs: as it leaves them.
+        writes: which modules' forward writes an attribute.
+        settings: the constants that it sets.
+    """
+
+    results: list[Any]
+    inputs: list[Any]
+    writes: dict[str, str]
+    settings: list[Setting]
+
+    @property
+    def values(self) -> list[Any]:
+        return self.results + self.inputs
+
+
 def _observed(
-    root: nn.Module, args: Any, kwargs: Any, *, training: bool
-) -> tuple[list[Any], list[Any], dict[str, str]]:
-    """One call: its flat results; its inputs as it leaves them; and which modules' forward writes
-    an attribute."""
+    root: nn.Module, args: Any, kwargs: Any, *, training: bool, grad: bool = False
+) -> _Observed:
     results: list[Any] = []
     inputs: list[Any] = []
-    with quiet_run(root, training):
-        changes = written(root)
+    with quiet_run(root, training), torch.set_grad_enabled(grad):
+        changes, given = written(root), settings(root)
         own = own_copy(args, kwargs)
         flatten(root(*own[0], **own[1]), results, objects=True, opaque=True)
         flatten([*own], inputs, objects=True, opaque=True)
-        writes = changes()
-        return _cloned(results), _cloned(inputs), writes
+        return _Observed(_cloned(results), _cloned(inputs), changes(), given())
 
 
 def _cloned(leaves: list[Any]) -> list[Any]:
     """Buffers that are results are about to be restored."""
-    return [t.clone() if isinstance(t, Tensor) else t for t in leaves]
+    return [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
 
 
 def _check_outputs(
@@ -394,8 +454,9 @@ def _check_outputs(
     found: list[Any] | None = None
     try:
         if types is None:
-            found, inputs, _ = _observed(result.root, *result.example, training=False)
-            actual = found + inputs
+            grad = result.asks_for_grad
+            seen = _observed(result.root, *result.example, training=False, grad=grad)
+            found, actual = seen.results, seen.values
         else:  # no values: that the types agree is all that a run would show
             actual, expected = types, expected[: len(types)]
         reason = difference(actual, expected)
@@ -431,8 +492,10 @@ def _check_train(result: Capture) -> None:
                 del region.graphs[True]
             result.host()
         try:
-            results, inputs, writes = _observed(result.root, *result.example, training=True)
-            outcomes.append(results + inputs)
+            grad = result.asks_for_grad
+            seen = _observed(result.root, *result.example, training=True, grad=grad)
+            outcomes.append(seen.values)
+            writes = seen.writes
         except Exception as error:  # one row in train mode, say: the graph must fail alike
             outcomes.append([f"{type(error).__name__}: {first_line(error)}"])
     reason = difference(*outcomes)

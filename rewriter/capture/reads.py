@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rewriter.sites import is_leaf
 
-__all__ = ["Reads", "objects_in", "recording"]
+__all__ = ["Reads", "objects_in", "owners", "recording"]
 
 _set_class: Any = vars(object)["__class__"]
 
@@ -34,6 +34,7 @@ class Reads:
     def __init__(self) -> None:
         self._names: dict[int, set[str]] = {}
         self._whole: set[int] = set()
+        self._set: set[tuple[int, str]] = set()
         self._held: list[Any] = []  # no id is given anew
 
     def of(self, owner: Any) -> set[str] | None:
@@ -54,6 +55,8 @@ class Reads:
         if names is None or name != "__dict__":
             return value
         asking = sys._getframe(2)  # whoever looks up
+        if _asker(asking).f_globals.get("__name__", "").partition(".")[0] == "rewriter":
+            return value
         if asking.f_code.co_name in ("__getattribute__", "__getattr__"):
             return value if _in_torch(asking) else _Noted(self, owner, value)
         while asking.f_back is not None and asking.f_code.co_name == "__getattribute__":
@@ -61,6 +64,14 @@ class Reads:
         if not _in_torch(asking):
             self.all_of(owner)
         return value
+
+    def set(self, owner: Any, name: str) -> None:
+        """An attribute is set, or deleted."""
+        self._set.add((id(owner), name))
+
+    def may_have_set(self, owner: Any, name: str) -> bool:
+        """Whether the attribute was set, as far as that could be observed."""
+        return id(owner) in self._whole or (id(owner), name) in self._set
 
     def all_of(self, owner: Any) -> None:
         """The whole object was read, or cannot be observed."""
@@ -78,6 +89,13 @@ class Reads:
                 found._whole.add(id(new))
             found._held.append(new)
         return found
+
+
+def _asker(frame: FrameType) -> FrameType:
+    """Who called the look-up methods of a class."""
+    while frame.f_back is not None and frame.f_code.co_name in ("__getattribute__", "__getattr__"):
+        frame = frame.f_back
+    return frame
 
 
 def _in_torch(frame: FrameType) -> bool:
@@ -136,7 +154,7 @@ def recording(root: nn.Module) -> Iterator[Reads]:
     reads = Reads()
     changed: list[tuple[Any, type]] = []
     try:
-        for owner in _owners(root):
+        for owner in owners(root):
             cls = type(owner)
             reads.watch(owner)
             if isinstance(owner, nn.Module) and is_leaf(owner):
@@ -173,6 +191,10 @@ def _recorder(cls: type, reads: Reads) -> type:
         def __init_subclass__(cls) -> None:
             """Nothing of what the class does where it is really derived from."""
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            reads.set(self, name)
+            super().__setattr__(name, value)
+
         def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is one of the class itself
             reads.all_of(self)
             reduced = super().__reduce_ex__(protocol)
@@ -186,7 +208,8 @@ def _recorder(cls: type, reads: Reads) -> type:
     return made
 
 
-def _owners(root: nn.Module) -> list[Any]:
+def owners(root: nn.Module) -> list[Any]:
+    """The modules of a tree and the objects with attributes that they hold, each once."""
     found: dict[int, Any] = {}
 
     def visit(owner: Any) -> None:

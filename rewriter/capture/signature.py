@@ -200,6 +200,8 @@ class Signature:
         device: type of the device the graph was captured on.
         autocast: the autocast dtype there during capture, None for off.
         dims: sizes that the graphs accept, per mode.
+        default: torch's default dtype then, which new tensors get.
+        grad: whether gradients were on; None where the forward does not ask.
         contiguous: the forward asks how tensors lie in memory, so inputs must be contiguous.
     """
 
@@ -213,6 +215,8 @@ class Signature:
     device: str
     autocast: torch.dtype | None
     dims: dict[bool, Dims] = field(default_factory=dict)
+    default: torch.dtype = field(default_factory=torch.get_default_dtype)
+    grad: bool | None = None
     contiguous: bool = False
     _plans: dict[Any, _Plan | str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -308,6 +312,12 @@ class Signature:
         autocast = _autocast(leaves[0].device.type)
         if autocast is not self.autocast:
             return f"autocast is {autocast}, captured as {self.autocast}"
+        if torch.get_default_dtype() is not self.default:
+            return (
+                f"torch's default dtype is {torch.get_default_dtype()}, captured as {self.default}"
+            )
+        if self.grad is not None and torch.is_grad_enabled() is not self.grad:
+            return "gradients are off, which its forward asks, captured with them on"
         dims = self.dims.get(training)
         if dims is None:  # no graph of this mode
             return leaves
@@ -348,7 +358,8 @@ class Signature:
         return {**self.__dict__, "_plans": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({**state, "_plans": {}})  # 0.1.0 has none
+        new = {"default": torch.get_default_dtype(), "grad": None}
+        self.__dict__.update({**new, **state, "_plans": {}})  # 0.1.0 has none
 
     def open_sizes(self, training: bool, leaves: Sequence[Tensor]) -> OpenSizes:
         """The sizes that the captured graph leaves open, under the names people know them by."""

@@ -50,6 +50,8 @@ def capture_form(module: nn.Module, state: State, args: Any, kwargs: Any) -> For
             form = finished(captured, captured.regions[0], state)
     except RewriteError as error:
         return first_line(error)
+    for setting in captured.settings:
+        setting.apply(originals.get(id(setting.owner)))
     region = captured.regions[0]
     for name, buffer in twin._buffers.items():
         if name.startswith(CONSTANT) and name not in module._buffers:

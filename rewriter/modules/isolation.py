@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["forget", "isolated", "kept_numbers", "random_state", "set_random_state"]
+__all__ = ["forget", "isolated", "kept_numbers", "own_numbers", "random_state", "set_random_state"]
 
 _lock = threading.Lock()
 
@@ -166,6 +166,13 @@ def isolated(
             known.add(training)
     finally:
         mode.undo()
+
+
+@contextlib.contextmanager
+def own_numbers() -> Iterator[None]:
+    """torch's random numbers, the same in every run, without the global ones."""
+    with _Isolated({}):
+        yield
 
 
 # Python's and NumPy's global random numbers

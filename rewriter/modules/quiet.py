@@ -20,7 +20,8 @@ from torch.fx import _symbolic_trace
 __all__ = ["TRACING", "quietly", "traced_here_alone"]
 
 TRACING = threading.RLock()
-"""torch's tracers keep global state: one trace at a time."""
+"""torch's tracers and AOTAutograd keep global state: one trace at a time, of a capture or of a
+training step. Whoever holds it waits for no other lock of this package."""
 
 
 class _Quiet(threading.local):

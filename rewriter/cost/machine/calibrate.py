@@ -39,6 +39,7 @@ from rewriter.cost.work import Work
 from rewriter.errors import warn
 from rewriter.kernels import ops
 from rewriter.kernels.ops import Record
+from rewriter.modules.isolation import own_numbers
 
 __all__ = ["FORMAT", "cache_folder", "calibrate", "this_machine"]
 
@@ -179,8 +180,9 @@ class Clock:
     """Times calls as they run in the middle of a model: see `rewriter.cost.machine.probes`."""
 
     def __init__(self) -> None:
-        self.x = torch.rand(4, 1024)
-        self.turn = itertools.cycle(torch.rand(8, DISTURBED // 4096, 1024).unbind())
+        with own_numbers():
+            self.x, between = torch.rand(4, 1024), torch.rand(8, DISTURBED // 4096, 1024)
+        self.turn = itertools.cycle(between.unbind())
         self.disturb()  # starts the threads
         self.waiting = Waiting()
 
@@ -228,10 +230,10 @@ def calibrate(known: Measured | None = None) -> tuple[Measured, bool]:
         What was found, and whether there was time for all of it.
     """
     start = time.perf_counter()
-    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.inference_mode():
         clock = Clock()
-        x, y = torch.rand(512, 1024), torch.rand(1024, 1024)
+        with own_numbers():
+            x, y = torch.rand(512, 1024), torch.rand(1024, 1024)
         speed = 2.0 * 512 * 1024 * 1024 / clock.seconds(lambda: x @ y)
         host, miss = (known.host, known.miss) if known else (_host(clock), _miss(clock))
         tables = dict(known.tables) if known else {}
@@ -296,7 +298,7 @@ def _fill(clock: Clock, probe: Probe) -> Table:
 
 def _made(make: Callable[..., Call], *sizes: int) -> Call:
     """The call on tensors that are no inference tensors: of those, packed weights are not kept."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), own_numbers():
         return make(*sizes)
 
 
@@ -319,9 +321,10 @@ def _over_parts(found: Measured, record: Record, axes: Axes, values: Sequence[fl
 
 def _host(clock: Clock) -> dict[str, float]:
     """Seconds that Python and the dispatcher take for what runs no kernel to speak of."""
-    x = torch.rand(2, 2)
     view, add = torch.ops.aten.view.default, torch.ops.aten.add.Tensor
-    inside: nn.Module = nn.Linear(2, 2)
+    with own_numbers():
+        x = torch.rand(2, 2)
+        inside: nn.Module = nn.Linear(2, 2)
     for name in ("dense", "attention", "0"):
         outer = nn.Module()
         outer.add_module(name, inside)
@@ -352,10 +355,11 @@ def _miss(clock: Clock) -> Table:
     pass between two uses of one: the pool, and what the clock itself lets pass."""
     side = 512
     nbytes, pools = 4.0 * side * side, tuple(i * 2**20 for i in (4, 8, 16, 64, 256))
-    x, alone = torch.rand(4, side), torch.rand(side, side)
+    with own_numbers():
+        x, alone = torch.rand(4, side), torch.rand(side, side)
+        pool = torch.rand(pools[-1] // int(nbytes), side, side)
     warm = clock.seconds(lambda: F.linear(x, alone), x, 40)
     sizes, values = [nbytes + DISTURBED], [1e-15]
-    pool = torch.rand(pools[-1] // int(nbytes), side, side)
     for size in pools:
         count = size // int(nbytes)
         turn = itertools.cycle(pool[:count].unbind())

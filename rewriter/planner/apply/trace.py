@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,11 +30,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from rewriter.capture.hosted import Program
 from rewriter.errors import OptionError, RewriteError
+from rewriter.modules.quiet import TRACING
 from rewriter.modules.running import first_line
 from rewriter.planner.apply.assumed import weights
 from rewriter.planner.apply.unused import Uses, uses
 
-__all__ = ["TRACING", "Traced", "trace"]
+__all__ = ["Traced", "trace"]
 
 _log = logging.getLogger(__name__)
 
@@ -113,10 +113,6 @@ def _held(root: nn.Module, name: str) -> Any:
         if own in table:
             return table[own]
     raise AttributeError(f"{name} is gone")
-
-
-TRACING = threading.RLock()
-"""One thread traces at a time: the switches of AOTAutograd are the process's."""
 
 
 def trace(

@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 from rewriter.capture.hosted import Program
 from rewriter.cost import Device
 from rewriter.errors import OptionError, warn
+from rewriter.modules.quiet import TRACING
 from rewriter.planner.apply.assumed import assumed, changed, foreign_hooks
 from rewriter.planner.apply.partition import partitioner
-from rewriter.planner.apply.trace import TRACING, Traced, trace
+from rewriter.planner.apply.trace import Traced, trace
 from rewriter.planner.budget import MemoryBudget, parse_budget
 from rewriter.planner.search.plan import MemoryPlan
 
@@ -51,6 +52,7 @@ class PlannedTraining:
 
     Attributes:
         plan: of the example inputs.
+        without: why the last step that ran without the plan did.
     """
 
     def __init__(self, budget: MemoryBudget, device: Device | None = None) -> None:
@@ -59,6 +61,7 @@ class PlannedTraining:
         self._known: list[_Known] = []
         self._made = 0
         self._said: set[str] = set()
+        self.without = ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"budget": self.budget, "device": self.device, "plan": self.plan}
@@ -181,6 +184,7 @@ class PlannedTraining:
         """Says, once for each reason, that a step runs without the plan."""
         text = f"{why}: the training step runs without the memory plan, and may take more than "
         text += f"memory_budget ({self.budget}) allows. {remedy}"
+        self.without = why
         if text not in self._said:
             self._said.add(text)
             warn(text)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._functorch.partitioners import _extract_fwd_bwd_modules, is_not_collective
 from torch.fx.node import map_aggregate
 
+from rewriter.errors import OptionError
 from rewriter.kernels import ops
 from rewriter.planner.joint.builder import Builder
 from rewriter.planner.joint.joint import Joint
@@ -77,7 +78,15 @@ class _Rebuilt:
         tangents = {n for n in crossing if n.op == "placeholder" and "tangents" in str(n.target)}
         saved = [n for n in crossing if n not in tangents and n.op != "get_attr"]
         tensors = [n for n in saved if isinstance(n.meta.get("val"), Tensor)]
-        return self.graph, tensors, [n for n in saved if n not in set(tensors)]
+        sizes = [n for n in saved if n not in set(tensors)]
+        for node in sizes:
+            if not isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
+                kind = type(node.meta.get("val")).__name__
+                raise OptionError(
+                    f"memory_budget: the backward of this model reads a {kind} of its forward "
+                    f"({node.name}), which no plan can hand on: leave memory_budget out for it"
+                )
+        return self.graph, tensors, sizes
 
     def forward(self) -> None:
         backward = set(self.joint.backward_nodes)
