@@ -92,10 +92,13 @@ def test_what_was_a_scalar_is_a_row_of_one(layer: Any, tmp_path: pathlib.Path) -
 
 
 def test_a_save_with_a_scalar_takes_checkpoints_of_the_original() -> None:
-    model: Any = rewriter.load(FILES / "residual", net())
+    model: Any = rewriter.load(DATA / "version_0_2_0/residual", net())
     assert all(p.ndim for p in model.parameters())
     model.load_original(net().state_dict())
-    assert all(p.ndim for p in pickle.loads((FILES / "residual.pkl").read_bytes()).parameters())
+    assert all(
+        p.ndim
+        for p in pickle.loads((DATA / "version_0_2_0/residual.pkl").read_bytes()).parameters()
+    )
 
 
 @pytest.mark.parametrize("old", MOVED)
