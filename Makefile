@@ -1,6 +1,9 @@
 # Every target sets up .venv by itself: `make test` works in a fresh clone with nothing installed.
+# `make test TORCH=2.14.1`: the same with another torch than that of constraints.txt, in a .venv of its
+# own.
 PYTHON ?= python3
-PY := .venv/bin/python
+VENV := .venv$(if $(TORCH),-$(TORCH))
+PY := $(VENV)/bin/python
 ARGS ?=
 # The zoo is no benchmark, gpu.py needs a CUDA card, spot_checks.py a version to compare with.
 BENCHES := $(filter-out benchmarks/_% $(addprefix benchmarks/,zoo.py gpu.py spot_checks.py),\
@@ -11,36 +14,36 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-all interop fuzz lint bench
 
-demo: .venv/.stamp
+demo: $(VENV)/.stamp
 	$(PY) examples/minilm.py $(ARGS)
 
 # Two workers of one thread each, as most of a test is Python; `make test ARGS=tests/test_api.py`.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
 
-test: .venv/.stamp
+test: $(VENV)/.stamp
 	$(PYTEST) -m "not slow and not clients" $(ARGS)
 
 # Those that are marked slow or clients too: every benchmark's and example's short form, whole
 # compilations, and the libraries that rewritten models meet (peft, Trainer, Lightning, ONNX, ...).
-test-all: .venv/.stamp .venv/.clients
+test-all: $(VENV)/.stamp $(VENV)/.clients
 	$(PYTEST) $(ARGS)
 
 # What every pass works with: runs the table and writes docs/interop.md.
-interop: .venv/.stamp .venv/.clients
+interop: $(VENV)/.stamp $(VENV)/.clients
 	PYTHONPATH=benchmarks:tests:tests/helpers $(PY) -m interop $(ARGS)
 
 # `rewriter.passes` and `rewriter.kernels` exist only once installed (package-dir in pyproject.toml),
 # so mypy reads an installed copy; `build` goes first, or setuptools would ship files deleted since.
-lint: .venv/.stamp
+lint: $(VENV)/.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	rm -rf build .venv/typecheck
-	$(PY) -m pip install -q --no-input --no-deps --no-build-isolation --target .venv/typecheck .
-	cd .venv/typecheck && ../bin/python -m mypy --config-file ../../pyproject.toml \
+	rm -rf build $(VENV)/typecheck
+	$(PY) -m pip install -q --no-input --no-deps --no-build-isolation --target $(VENV)/typecheck .
+	cd $(VENV)/typecheck && ../bin/python -m mypy --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache -p rewriter
 
 # All benchmarks, one after another; `make bench ARGS=--quick` for a short look.
-bench: .venv/.stamp .venv/.clients
+bench: $(VENV)/.stamp $(VENV)/.clients
 	@set -e; for bench in $(BENCHES); do echo "== $$bench"; $(PY) $$bench $(ARGS); done
 
 # Random cases from SEED on: `make fuzz N=10000` of graphs (models and recipes), KIND=saves of damaged
@@ -49,14 +52,16 @@ bench: .venv/.stamp .venv/.clients
 KIND ?= graphs
 N ?= 1000
 SEED ?= 0
-fuzz: .venv/.stamp
+fuzz: $(VENV)/.stamp
 	PYTHONPATH=tests:tests/helpers OMP_NUM_THREADS=1 $(PY) -m fuzz $(KIND) $(N) $(SEED)
 
-.venv/.stamp: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --no-input -c constraints.txt -e ".[dev]"
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^setuptools==/d') constraints.txt \
+		> $(VENV)/constraints.txt
+	$(PY) -m pip install -q --no-input -c $(VENV)/constraints.txt -e ".[dev]"
 	touch $@
 
-.venv/.clients: .venv/.stamp
-	$(PY) -m pip install -q --no-input -c constraints.txt -e ".[clients]"
+$(VENV)/.clients: $(VENV)/.stamp
+	$(PY) -m pip install -q --no-input -c $(VENV)/constraints.txt -e ".[clients]"
 	touch $@

@@ -149,7 +149,7 @@ def test_results_hold_figures_and_circumstances_but_no_path_or_host(harness, tmp
     record = json.loads((tmp_path / "results" / "demo.json").read_text(encoding="utf-8"))
     assert record["tables"]["Speed"][0] == {"what": "a|b", "ms": 1.23456}
     assert record["command"] == "python benchmarks/demo.py"
-    assert record["versions"]["torch"] == torch.__version__
+    assert str(torch.__version__).startswith(record["versions"]["torch"])
     assert record["machine"]["cores"] >= 1
     assert set(record["machine"]) == {"cpu", "cores", "threads", "isa", "system"}
     assert str(ROOT) not in json.dumps(record)
