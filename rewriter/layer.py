@@ -93,7 +93,7 @@ class Layer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As pickle calls it."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name in self.once_scalars:
             parameter = self._parameters.get(name)
             if parameter is not None and not parameter.ndim:

@@ -458,3 +458,30 @@ def test_the_report_lists_the_forms(model: nn.Module) -> None:
     assert again.forms == model.report.forms
     older = {k: v for k, v in model.report.to_dict().items() if k != "forms"}
     assert type(model.report).from_dict(older).forms == []
+
+
+class Settles(nn.Module):
+    """As BERT's classifier: the first call with labels sets an attribute, later ones read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(kind=None)
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        y = self.fc(x)
+        if labels is None:
+            return y
+        if self.config.kind is None:
+            self.config.kind = "single"
+        return (y - labels).square().mean()
+
+
+def test_what_only_the_first_call_sets_is_captured_at_the_second() -> None:
+    model, x = Settles(), torch.randn(4, 8)
+    rewritten = rewrite(model, [], x)
+    for _ in range(4):
+        assert_reordered(rewritten(x, labels=x), model(x, labels=x))
+    assert rewritten.config.kind == "single"
+    forms = rewritten.report.forms[1:]
+    assert [(f.graph + f.lowered, f.python) for f in forms] == [(0, 1), (3, 0)]

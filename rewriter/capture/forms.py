@@ -24,6 +24,7 @@ from rewriter.capture.guards import Watch
 from rewriter.capture.program import Program
 from rewriter.capture.signature import Signature
 from rewriter.errors import SignatureError, warn
+from rewriter.modules.keeping import written
 from rewriter.modules.structure import is_constant
 from rewriter.report import CallForm, Report
 
@@ -172,6 +173,7 @@ class State:
         fqn: dotted name of the module in the root.
         island: counts the calls of a module that runs Python, whatever the call.
         refused: calls that could not be captured (`_kind_of_call`), with the form that counts them.
+        settled: kinds of calls of which the first one, refused, has run by Python.
         planned: what plans training steps; every form has a copy of its own.
         saving: a method of the library that the model comes from is writing it.
     """
@@ -187,6 +189,7 @@ class State:
     fqn: str = ""
     island: CallForm | None = None
     refused: dict[Any, tuple[str, CallForm]] = field(default_factory=dict)
+    settled: set[Any] = field(default_factory=set)
     planned: PlannedSteps | None = None
     saving: bool = False
 
@@ -306,9 +309,30 @@ class State:
                 leaves = form.leaves(module, forward, args, kwargs)
                 assert isinstance(leaves, list)
                 return self._served(form, module, forward, args, kwargs, leaves, tracing)
+            if kind in self.refused and kind is not _FULL and not self.graph_only:
+                if kind not in self.settled:
+                    return self._settling(module, forward, args, kwargs, differs, kind)
         why, entry = self.refused.get(kind, ("", None))
         words = "; ".join(dict.fromkeys(w for w in (differs, why) if w))
         return self._differs(module, forward, args, kwargs, words, entry, tracing)
+
+    def _settling(
+        self, module: nn.Module, forward: Any, args: Any, kwargs: Any, differs: str, kind: Any
+    ) -> Any:
+        """The first call of a kind that could not be captured. Where it sets an attribute, the
+        next one is tried again, as it may set it only once (`config.problem_type` of
+        transformers)."""
+        self.settled.add(kind)
+        changes = written(module)
+        result = forward(module, *args, **kwargs)
+        why, entry = self.refused[kind]
+        if changes():
+            del self.refused[kind]
+            if not self._unplanned(module):
+                entry.python += 1
+                return result
+        self._say_python(module, "; ".join(dict.fromkeys(w for w in (differs, why) if w)), entry)
+        return result
 
     def _captured(
         self, module: nn.Module, forward: Any, args: Any, kwargs: Any, kind: Any
@@ -379,18 +403,22 @@ class State:
                 "calls as example_inputs, or without strict_signature=True"
             )
         if not tracing:
-            if entry is not None:
-                entry.python += 1
-                entry.reason = entry.reason or why
-            said = entry.reason if entry is not None else why
-            lost = self._unplanned(module)
-            if (self.forms or lost) and said not in self.warned:
-                self.warned.add(said)
-                warn(
-                    f"{name}: {why}; such calls run the original Python forward over the rewritten "
-                    f"layers{lost and f',{lost}'}"
-                )
+            self._say_python(module, why, entry)
         return forward(module, *args, **kwargs)
+
+    def _say_python(self, module: nn.Module, why: str, entry: CallForm | None) -> None:
+        """Counts a call that runs Python, and warns once of its kind."""
+        if entry is not None:
+            entry.python += 1
+            entry.reason = entry.reason or why
+        said = entry.reason if entry is not None else why
+        lost = self._unplanned(module)
+        if (self.forms or lost) and said not in self.warned:
+            self.warned.add(said)
+            warn(
+                f"{type(module).__name__}: {why}; such calls run the original Python forward over "
+                f"the rewritten layers{lost and f',{lost}'}"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "forms" not in state:  # one of 0.1.0 or 0.2.0, which have one form
