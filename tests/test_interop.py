@@ -50,13 +50,6 @@ def test_every_pass_has_a_column() -> None:
     assert used == {cls for cls in shipped if issubclass(cls, Pass)}
 
 
-def test_no_cell_fails() -> None:
-    page = (ROOT / "docs/interop.md").read_text()
-    cells = [c.strip() for line in page.splitlines() if line[:1] == "|" for c in line.split("|")]
-    assert WORKS in cells
-    assert not [c for c in cells if c.startswith(FAILS)]
-
-
 @pytest.mark.clients
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
@@ -69,4 +62,7 @@ def test_the_table_is_what_the_run_gives(tmp_path: pathlib.Path) -> None:
     )  # fmt: skip
     want = (ROOT / "docs/interop.md").read_text().splitlines()
     got = (tmp_path / "interop.md").read_text().splitlines()
+    cells = [c.strip() for line in got if line.startswith("|") for c in line.split("|")]
+    assert WORKS in cells
+    assert not [c for c in cells if c.startswith(FAILS)]
     assert not [*difflib.unified_diff(want, got, "docs/interop.md", "the run", n=0)]
