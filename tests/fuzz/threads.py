@@ -105,7 +105,7 @@ def threads(count: int, seed: int, folder: pathlib.Path) -> int:
     models = [model(seed + i) for i in range(2 * count)]
     streams, output, thread = (sys.stdout, sys.stderr), io.StringIO(), Bystander()
     with warnings.catch_warnings(), contextlib.redirect_stdout(output):
-        warnings.filterwarnings("ignore", "the forward warns")
+        warnings.filterwarnings("ignore", "the forward warns|Model is slower")
         expected = [rewritten(m) for m in models]
         thread.seed(seed)
         thread.start()
