@@ -458,3 +458,60 @@ def test_the_report_lists_the_forms(model: nn.Module) -> None:
     assert again.forms == model.report.forms
     older = {k: v for k, v in model.report.to_dict().items() if k != "forms"}
     assert type(model.report).from_dict(older).forms == []
+
+
+class Once(Net):
+    """Sets a field of its config where it finds none, and says how often in another."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.always, self.config.kind = always, None  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        config: Any = self.config
+        if self.always or config.kind is None:
+            config.kind = "rows"
+        return self.fc(x) * (2 if config.kind == "rows" else 3)
+
+
+def test_a_constant_that_the_first_call_sets_does_not_stop_a_capture() -> None:
+    original = Once().eval()
+    model = rewrite(original, [], X)
+    assert original.config.kind is None
+    assert model.report.capture.rung == "export"
+    assert_equal(model(X), original(X))
+    assert runs(model) == [(1, 0)]
+    assert rewrite(Once(always=True).eval(), [], X).report.capture.rung == "parts"
+
+
+class Asks(Net):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.fc(x) * (2 if torch.is_grad_enabled() else 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradients are off:rewriter.errors.RewriteWarning")
+def test_a_forward_that_asks_for_gradients_is_right_with_and_without() -> None:
+    original = Asks().eval()
+    model = rewrite(original, [], X)
+    assert_equal(model(X), original(X))
+    with torch.no_grad():
+        assert_equal(model(X), original(X))
+    assert runs(model) == [(1, 0), (0, 1)]
+    assert "gradients are off" in model.report.forms[1].reason
+
+
+class Makes(Net):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x + torch.ones(16)
+
+
+def test_another_default_dtype_is_another_form() -> None:
+    original = Makes().eval()
+    model = rewrite(original, [], X)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_equal(model(X), original(X))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_equal(model(X), original(X))
+    assert runs(model) == [(1, 0), (1, 0)]

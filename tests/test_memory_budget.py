@@ -726,3 +726,13 @@ def test_threads_may_train_at_the_same_time(planned_layers: nn.Module) -> None:
     for thread in threads:
         thread.join()
     assert not errors
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.8])
+def test_half_precision_dropout_rounds_as_eager_mode(budget: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 8).bfloat16()
+    original = Layers().bfloat16().train()
+    original.scale = original.scale.bfloat16()
+    model = rewrite(original, [], x, memory_budget=budget).train()
+    equal(exact_step(model, x), exact_step(original, x))

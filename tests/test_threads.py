@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import random
 import sys
@@ -16,43 +15,12 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_equal
-from torch import Tensor, nn
+from fuzz.threads import Bystander, model, rewritten
+from torch import nn
 
-from rewriter import RewriteWarning, rewrite
+from rewriter import RewriteWarning
 from rewriter.modules import isolation
 from rewriter.modules.running import quiet_run
-from rewriter.passes import Monarch, Quantize
-
-X = torch.arange(32.0).view(4, 8) / 16 - 1
-
-
-class Model(nn.Module):
-    """Drops, branches on data where told to, and warns."""
-
-    def __init__(self, hard: bool) -> None:
-        super().__init__()
-        self.first, self.second, self.hard = nn.Linear(8, 8), nn.Linear(8, 8), hard
-
-    def forward(self, x: Tensor) -> Tensor:
-        warnings.warn("the forward warns", stacklevel=1)
-        if self.hard and x.sum() > 1e6:
-            return x
-        return self.second(nn.functional.dropout(self.first(x), 0.5, self.training))
-
-
-def model(i: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(i)
-    made = Model(hard=bool(i % 2))
-    for p in made.parameters():
-        p.data = torch.rand(p.shape, generator=generator)
-    return made.eval()
-
-
-def rewritten(original: nn.Module) -> tuple[str, Tensor, str]:
-    result = rewrite(original, [Monarch(nblocks=1), Quantize("int8-dynamic")], X)
-    decisions = [str((d.site, d.action, d.reason)) for d in result.report.steps[-1].decisions]
-    with torch.no_grad():
-        return result.report.capture.rung, result(X), "".join(decisions)
 
 
 @pytest.fixture
@@ -78,54 +46,16 @@ def test_threads_rewrite_as_one_does() -> None:
     assert logging.root.manager.disable == 0
 
 
-class Bystander(threading.Thread):
-    """Prints, logs, warns, draws and calls modules, and counts what comes of it."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.stop, self.rounds, self.output = threading.Event(), 0, io.StringIO()
-        self.failure: BaseException | None = None
-        self.draws: list[tuple[float, float, float]] = []
-        self.records: list[logging.LogRecord] = []
-        self.logger = logging.getLogger("tests.bystander")
-        self.logger.propagate = False
-        handler = logging.Handler()
-        handler.emit = self.records.append  # type: ignore[method-assign]
-        self.logger.handlers = [handler]
-        self.layers = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
-
-    def run(self) -> None:
-        try:
-            while not self.stop.is_set():
-                print("bystander", self.rounds, file=sys.stdout)
-                self.logger.error("bystander")
-                self.draws.append((float(torch.rand(())), random.random(), np.random.rand()))
-                self.layers(torch.ones(2, 2))
-                self.rounds += 1
-                self.stop.wait(0.001)
-        except BaseException as failure:
-            self.failure = failure
-
-
 @pytest.mark.usefixtures("quiet_forward")
 def test_a_bystander_notices_nothing(capsys: Any) -> None:
     models, thread = [model(0), model(1)], Bystander()
-    torch.manual_seed(3)
-    random.seed(3)
-    np.random.seed(3)
+    thread.seed(3)
     thread.start()
     assert [rewritten(m)[0] for m in models] == ["export", "parts"]
     thread.stop.set()
     thread.join()
-    assert thread.failure is None
     assert thread.rounds > 100
-    assert capsys.readouterr().out.count("bystander") == thread.rounds
-    assert len(thread.records) == thread.rounds
-    torch.manual_seed(3)
-    random.seed(3)
-    np.random.seed(3)
-    alone = [(float(torch.rand(())), random.random(), np.random.rand()) for _ in thread.draws]
-    assert thread.draws == alone
+    assert thread.disturbed(capsys.readouterr().out, 3) == []
 
 
 def test_warnings_of_other_threads_are_heard() -> None:

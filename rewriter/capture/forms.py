@@ -176,7 +176,7 @@ class State:
         ledger: the forms in the report of the root, of all hosted modules.
         fqn: dotted name of the module in the root.
         island: counts the calls of a module that runs Python, whatever the call.
-        others: counts the calls that nobody tried to capture.
+        others: counts the training steps without a plan that nobody tried to capture.
         refused: calls that could not be captured (`_kind_of_call`), with the form that counts them.
         planned: what plans training steps; every form has a copy of its own.
         saving: a method of the library that the model comes from is writing it.
@@ -389,10 +389,12 @@ class State:
         if tracing and lost and not torch.compiler.is_exporting():
             _say_once_compiled(f"{name}: {why}; torch.compile traces such training steps{lost}")
         if not tracing:
-            entry = entry or self._others()
-            entry.python += 1
-            entry.reason = entry.reason or why
-            said = why if entry is self.others else entry.reason
+            if entry is None and lost:
+                entry = self._others()
+            if entry is not None:
+                entry.python += 1
+                entry.reason = entry.reason or why
+            said = why if entry is None or entry is self.others else entry.reason
             if (self.forms or lost) and said not in self.warned:
                 self.warned.add(said)
                 warn(
@@ -402,8 +404,8 @@ class State:
         return forward(module, *args, **kwargs)
 
     def _others(self) -> CallForm:
-        """Counts the calls that nobody tried to capture: under a tracer's eyes, or on tensors of
-        another kind."""
+        """Counts the training steps without their memory plan that nobody tried to capture: under
+        a tracer's eyes, or on tensors of another kind."""
         if self.others is None:
             self.others = CallForm("calls that cannot be captured", self.fqn)
             self.ledger.append(self.others)

@@ -1,5 +1,5 @@
-"""`python -m fuzz graphs|saves|kills|turns N [SEED]`: long runs; what fails is written as its
-number."""
+"""`python -m fuzz graphs|saves|kills|turns|threads N [SEED]`: long runs; what fails is written as
+its number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 
-from fuzz import graphs, saves, stress
+from fuzz import graphs, saves, stress, threads
 
 
 def damaged(count: int, seed: int, folder: pathlib.Path) -> int:
@@ -62,6 +62,7 @@ def rewritten(count: int, seed: int, folder: pathlib.Path) -> int:
 
 def main() -> int:
     kinds = {"graphs": rewritten, "saves": damaged, "kills": stress.kills, "turns": stress.turns}
+    kinds["threads"] = threads.threads
     if len(sys.argv) < 3 or sys.argv[1] not in kinds:
         print(f"python -m fuzz {'|'.join(kinds)} N [SEED]", file=sys.stderr)
         return 2

@@ -34,6 +34,7 @@ from rewriter.modules.quiet import TRACING
 from rewriter.modules.running import first_line
 from rewriter.planner.apply.assumed import weights
 from rewriter.planner.apply.unused import Uses, uses
+from rewriter.planner.joint.dropout import as_eager_rounds
 
 __all__ = ["Traced", "trace"]
 
@@ -192,6 +193,7 @@ def _traced(
 
     def part(module: fx.GraphModule, inputs: Sequence[object], **rest: Any) -> Any:
         unused.append(uses(module))
+        as_eager_rounds(module)
         return partition(module, inputs, **rest)
 
     with contextlib.ExitStack() as stack, torch.enable_grad():

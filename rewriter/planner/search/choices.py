@@ -23,6 +23,7 @@ from rewriter.cost.work import Work
 from rewriter.kernels import ops
 from rewriter.kernels.ops import Derived, Part
 from rewriter.planner.joint.builder import Builder
+from rewriter.planner.joint.dropout import rounded
 from rewriter.planner.joint.joint import Joint, Route, Step, Value
 from rewriter.planner.joint.reading import hint
 
@@ -200,8 +201,8 @@ def _dropout(joint: Joint, step: Step, node: fx.Node, lossy: bool) -> Iterator[R
     target: fx.Node = masked
 
     def emit(build: Builder, get: Get) -> fx.Node:
-        args = get(source), get(target), 1.0 / (1.0 - p)
-        return build(aten.native_dropout_backward.default, *args)
+        scale = rounded(1.0 / (1.0 - p), source.meta["val"])
+        return build(aten.native_dropout_backward.default, get(source), get(target), scale)
 
     yield Route(out[0], (x, mask[0]), step.seconds, 0, "dropout by its mask", False, emit)
 
