@@ -464,7 +464,9 @@ def _edge() -> nn.Module:
     pyg = importlib.import_module("torch_geometric.nn")
 
     def conv(i: int, o: int) -> nn.Module:
-        conv: nn.Module = pyg.EdgeConv(nn.Sequential(nn.Linear(2 * i, o), nn.ReLU(inplace=True)))
+        conv: nn.Module = pyg.EdgeConv(
+            nn.Sequential(nn.Linear(2 * i, o), nn.ReLU(inplace=True)), aggr="mean"
+        )
         return conv
 
     return GraphNet(conv)

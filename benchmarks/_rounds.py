@@ -41,7 +41,7 @@ class Round:
         loaded: whether what was saved and loaded gives the same bit for bit.
         refused: the message of an error of this package.
         wrong: everything that must not be: a foreign error, another structure, a missing gradient.
-        compared: False where some weight is no module's, so that Python has no place for the layer.
+        compared: False where the model's own forward cannot run over the new layers.
     """
 
     captured: str = ""
@@ -84,7 +84,7 @@ def _go(entry: Any, passes: Sequence[Pass], found: Round) -> None:
     linear = [d for d in report.decisions if d.kind == "linear"]
     found.rewritten = sum(d.changed for d in linear)
     found.skipped = len(linear) - found.rewritten
-    reference = _in_python(model, optimized)
+    reference = _in_python(model, optimized, inputs)
     found.compared = reference is not None
     got = _leaves(_call(optimized, inputs))
     if reference is not None:
@@ -115,19 +115,26 @@ def _record_states(model: nn.Module, inputs: dict[str, Any]) -> None:
         model(**copy.deepcopy(inputs))
 
 
-def _in_python(model: nn.Module, optimized: Any) -> nn.Module | None:
-    """The original with the new layers at their places; None where a weight is no module's."""
+def _in_python(model: nn.Module, optimized: Any, inputs: dict[str, Any]) -> nn.Module | None:
+    """The original with the new layers at their places; None where its own forward cannot run over
+    them: it computes with a weight in a way that only a graph can give to a layer."""
     reference = copy.deepcopy(model)
     names = dict(reference.named_modules(remove_duplicate=False))
     changed = {d.site for step in optimized.report.steps for d in step.decisions
                if d.action in ("replaced", "installed")}  # fmt: skip
-    if not all(site in names for site in changed):
-        return None
-    shared = {names[site] for site in changed}
+    shared = {names[site] for site in changed if site in names}
     memo: dict[int, Any] = {}
-    for name, module in names.items():
-        if module in shared:
+    try:
+        for name in (n for n, module in names.items() if module in shared):
             reference.set_submodule(name, copy.deepcopy(optimized.get_submodule(name), memo))
+        for name in changed - set(names):  # a weight: the layer takes its place
+            parent, _, leaf = name.rpartition(".")
+            owner = reference.get_submodule(parent)
+            delattr(owner, leaf)
+            owner.add_module(leaf, copy.deepcopy(optimized.get_submodule(name), memo))
+        _call(reference, inputs)
+    except (AttributeError, TypeError, RuntimeError):
+        return None
     return reference
 
 

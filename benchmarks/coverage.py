@@ -190,8 +190,8 @@ def main() -> None:
         notes="Tiny random models; seconds include capture in eval and train mode, pricing, the "
         "pass, and its checks; of the further models also forwards, two training steps, save and "
         "load. Their eval and train: largest ‖a − b‖/‖b‖ of outputs, gradients and buffers against "
-        "a copy of the model whose own Python runs over the same new layers; – where a weight that "
-        "is no module's was rewritten, or nothing can be trained. Libraries: "
+        "a copy of the model whose own Python runs over the same new layers; – where that "
+        "Python cannot run over them, or nothing can be trained. Libraries: "
         + ", ".join(f"{k} {v}" for k, v in versions("diffusers", "torch_geometric").items())
         + ".",
         out=args.out,
