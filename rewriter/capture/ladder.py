@@ -73,6 +73,8 @@ class Capture:
     others: list[Region] = field(default_factory=list)
     """The whole model again, as further calls of `example_inputs` run it: rewritten with the first
     one, and not priced."""
+    pending: tuple[str, ...] = ()
+    """Modules of a model that is loaded that have no graph yet: each captures its first call."""
 
     def host(self, graph_only: tuple[str, ...] = ()) -> None:
         """Lets every region's module run its graphs, as they are now.
@@ -88,6 +90,8 @@ class Capture:
                 forms += [form_of(module, r) for r in self.others if r.prefix == region.prefix]
                 state = State(forms, self.strict, own, fqn=region.prefix)
                 host(module, state, root=not region.prefix)
+        for prefix in filter(None, self.pending):
+            host(self.root.get_submodule(prefix), State(fqn=prefix), root=False)
         if not any(r.hosted and not r.prefix for r in self.regions):
             host(self.root, State(), root=True)
 
