@@ -9,7 +9,10 @@ import pytest
 from fuzz.graphs import check, describe
 
 CASES, PART = 200, 20
-FAILED: dict[int, str] = {}
+FAILED = {
+    54: "a weight of a function before an LSTM: load by the recorded example found another model",
+    308: "the same of an attention's weight before an RNN",
+}
 
 
 @pytest.mark.parametrize("first", range(0, CASES, PART))

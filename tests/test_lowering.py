@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pathlib
 import pickle
 import re
@@ -17,7 +18,8 @@ from closeness import assert_reordered
 from torch import Tensor, nn
 
 import rewriter
-from rewriter import explain, rewrite
+from rewriter import explain, load, rewrite
+from rewriter.engine.engine import Engine
 from rewriter.errors import OptionError, VerifyError
 from rewriter.kernels import linear_act as kernel
 from rewriter.lowering import DEFAULT_RULES, Fused, Place, Rule, fused
@@ -601,3 +603,28 @@ def test_a_convolution_with_a_weight_of_no_layer_is_left_alone() -> None:
     assert found == [
         ("conv2d", "skipped", "conv2d calls a function: its weights are not a layer's")
     ]
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_loaded_model_runs_the_fused_ops_of_the_saved_one(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    monkeypatch.setattr(Engine, "_lowering_pays", lambda self: True)
+    x = torch.randn(2, 3, 12, 12)
+    optimized: Any = rewrite(trained(Net(), 8, 3, 12, 12), [], x)
+    verdicts = vars(optimized)["_rewriter"].verdicts
+    assert verdicts is not None
+    label = next(p for p, on in verdicts.places.items() if on)
+    optimized.save(tmp_path)
+    recipe = tmp_path / "recipe.json"
+    document = json.loads(recipe.read_text())
+    document["lowering"][""][label] = runs
+    recipe.write_text(json.dumps(document))
+    monkeypatch.setattr(Engine, "_lowering_pays", lambda self: pytest.fail("measured again"))
+    for given in ({}, {"example_inputs": x}):
+        again = load(tmp_path, Net(), **given).eval()
+        with torch.no_grad():
+            again(x)
+            assert vars(again)["_rewriter"].verdicts.places[label] is runs
+            if runs:
+                assert torch.equal(again(x), optimized(x))

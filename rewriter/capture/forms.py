@@ -180,6 +180,8 @@ class State:
         refused: calls that could not be captured (`_kind_of_call`), with the form that counts them.
         planned: what plans training steps; every form has a copy of its own.
         saving: a method of the library that the model comes from is writing it.
+        verdicts: where fused ops run in eval mode (`rewriter.lowering.Verdicts`); None where no
+            form shall have any.
     """
 
     forms: list[Form] = field(default_factory=list)
@@ -196,6 +198,7 @@ class State:
     refused: dict[Any, tuple[str, CallForm]] = field(default_factory=dict)
     planned: PlannedSteps | None = None
     saving: bool = False
+    verdicts: Any = None
 
     @property
     def programs(self) -> dict[bool, Program]:

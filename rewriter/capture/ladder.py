@@ -78,6 +78,8 @@ class Capture:
     one, and not priced."""
     settings: list[Setting] = field(default_factory=list)
     """Constants that the first call sets: the graphs are of the model that has them."""
+    pending: tuple[str, ...] = ()
+    """Modules of a model that is loaded that have no graph yet: each captures its first call."""
 
     def host(self, graph_only: tuple[str, ...] = ()) -> None:
         """Lets every region's module run its graphs, as they are now.
@@ -93,6 +95,8 @@ class Capture:
                 forms += [form_of(module, r) for r in self.others if r.prefix == region.prefix]
                 state = State(forms, self.strict, own, fqn=region.prefix)
                 host(module, state, root=not region.prefix)
+        for prefix in filter(None, self.pending):
+            host(self.root.get_submodule(prefix), State(fqn=prefix), root=False)
         if not any(r.hosted and not r.prefix for r in self.regions):
             host(self.root, State(), root=True)
 

@@ -35,7 +35,7 @@ from rewriter.engine.trials import goes_past
 from rewriter.engine.undo import undone_on_error
 from rewriter.engine.verify import relative_error, tolerance
 from rewriter.errors import StoreError, VerifyError
-from rewriter.lowering import Lowering, lower
+from rewriter.lowering import Lowering, Verdicts, lower, lowered_again
 from rewriter.modules.running import own_copy, quiet_run
 from rewriter.modules.timing import medians
 from rewriter.recipe.edits import Record, Removed
@@ -239,6 +239,20 @@ class Engine:
         self.prices.remember(sites_of(self.capture), graph)
         return [step]
 
+    def lower_again(self, verdicts: Mapping[str, Verdicts]) -> None:
+        """Lets a model that is loaded run the fused ops that it ran where it was saved, at its
+        first call where it is not captured.
+
+        Args:
+            verdicts: per module that has graphs.
+        """
+        self.lowering = Lowering(verdicts=dict(verdicts))
+        for region in self.capture.regions:
+            if (known := verdicts.get(region.prefix)) is not None and region.hosted:
+                lowered = lowered_again(self.capture, region, known)
+                if lowered is not None:
+                    self.lowering.lowered[region.prefix] = lowered
+
     def _lowered_error(self) -> float | None:
         """How far the fused ops move the outputs on the example inputs: rounding, together."""
         if self.outputs is None:
@@ -278,9 +292,10 @@ class Engine:
 
     def _attach_lowering(self, on: bool = True) -> None:
         """Lets the modules run their fused ops, or with `on` False their graphs as they are."""
-        for prefix, lowered in self.lowering.lowered.items():
+        for prefix, verdicts in self.lowering.verdicts.items():
             state = vars(self.capture.root.get_submodule(prefix))["_rewriter"]
-            state.lowered = lowered if on else None
+            state.lowered = self.lowering.lowered.get(prefix) if on else None
+            state.verdicts = verdicts if on else None
 
     def report(self, steps: list[Step]) -> Report:
         """The ledger of these steps."""
@@ -338,7 +353,7 @@ class Engine:
                 call = "" if form.signature is None else form.signature.described()
                 form.entry.call, form.entry.module = call, name
                 report.forms.append(form.entry)
-            if state.forms or capture.rung == "loaded":
+            if state.forms or name in capture.pending:
                 state.capturer = capture_form
             else:
                 reason = next((i.reason for i in capture.islands if i.fqn == name), "")

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from rewriter import lowering
 from rewriter.capture import Arguments, Capture, Region, capture
 from rewriter.capture.guards import Watch
 from rewriter.capture.hosted import Form, State, original_class
 from rewriter.capture.ladder import form_of
-from rewriter.cost import model_cost
 from rewriter.engine.install import names_of, put
 from rewriter.engine.looking import sites_of
 from rewriter.errors import CaptureError, OptionError, RewriteError
 from rewriter.layer import Layer
-from rewriter.lowering import Lowered, Rule, lower
+from rewriter.lowering import lowered_again
 from rewriter.modules.running import first_line
 from rewriter.modules.tensors import CONSTANT
 from rewriter.modules.tree import hooked, is_hook_dict, own_class
@@ -66,20 +64,10 @@ def finished(captured: Capture, region: Region, first: State) -> Form:
     form = form_of(captured.root.get_submodule(region.prefix), region)
     if first.memory is not None and True in form.programs:
         form.memory = copy.deepcopy(first.memory)  # the budget, and no plan yet
-    rules: Sequence[Rule] = getattr(first.lowered, "rules", ())
-    if not first.forms and first.recipe is not None and first.recipe.lower:  # it was loaded
-        rules = lowering.DEFAULT_RULES
-    if rules and False in form.programs:
-        form.lowered = _lowered(captured, region, rules)
+    if first.verdicts is not None:
+        alone = Capture(captured.root, captured.rung, [region])
+        form.lowered = lowered_again(alone, region, first.verdicts)
     return form
-
-
-def _lowered(captured: Capture, region: Region, rules: Sequence[Rule]) -> Lowered | None:
-    """What runs in the place of a further eval graph."""
-    alone = Capture(captured.root, captured.rung, [region], fakes=captured.fakes)
-    run = region.prefix, region.graphs[False], region.leaves or []
-    cost = model_cost(captured.root, [run], training=False, fakes=captured.fakes)
-    return lower(alone, rules, cost, captured.fakes).lowered.get(region.prefix)
 
 
 # what only the graphs carry

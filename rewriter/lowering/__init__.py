@@ -2,14 +2,25 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rewriter.lowering.lowered import Lowered
-from rewriter.lowering.lowering import Lowering, lower
+from rewriter.lowering.lowered import Lowered, Verdicts
+from rewriter.lowering.lowering import Lowering, lower, lowered_again
 from rewriter.lowering.rules import Fused, Place, Rule, checked
 
 if TYPE_CHECKING:
     from rewriter.lowering.table import DEFAULT_RULES
 
-__all__ = ["DEFAULT_RULES", "Fused", "Lowered", "Lowering", "Place", "Rule", "checked", "lower"]
+__all__ = [
+    "DEFAULT_RULES",
+    "Fused",
+    "Lowered",
+    "Lowering",
+    "Place",
+    "Rule",
+    "Verdicts",
+    "checked",
+    "lower",
+    "lowered_again",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,9 +26,26 @@ from rewriter.modules.structure import is_constant
 from rewriter.modules.tree import is_hook_dict
 from rewriter.modules.versions import Stamp, watch_steps
 
-__all__ = ["Lowered", "derived", "is_plain_tensor", "with_inputs"]
+__all__ = ["Lowered", "Verdicts", "derived", "is_plain_tensor", "with_inputs"]
 
 Tensors = Sequence["Tensor | None"]
+
+
+@dataclass
+class Verdicts:
+    """Where rules run in the eval graphs of a module: decided once, by measurement, and then the
+    same in each form of its calls and in the saved model again, which so compute the same bits.
+
+    Args:
+        rules: the table of rules, in the order in which they are tried.
+        places: labels of places (`Application.label`), and whether the rule runs there.
+    """
+
+    rules: Sequence[Rule]
+    places: dict[str, bool]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Verdicts:
+        return Verdicts(self.rules, dict(self.places))
 
 
 class Lowered:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from rewriter.capture import Capture, Region
 from rewriter.cost import Cost, Fakes, GraphCost, model_cost
 from rewriter.errors import VerifyError
-from rewriter.lowering.lowered import Lowered, derived, is_plain_tensor
+from rewriter.lowering.lowered import Lowered, Verdicts, derived, is_plain_tensor
 from rewriter.lowering.planning import (
     Application,
     Key,
@@ -37,7 +37,7 @@ from rewriter.report import Decision, Step
 from rewriter.report import format as fmt
 from rewriter.spellings import spelled, user_line
 
-__all__ = ["Lowering", "PricedGraph", "lower"]
+__all__ = ["Lowering", "PricedGraph", "lower", "lowered_again"]
 
 _HELD = "_rewriter_lowered"
 _HALF = 1e-4  # dtypes with a larger eps have 16 bits
@@ -69,6 +69,7 @@ class Lowering:
 
     Args:
         lowered: per region (dotted name) what runs in its eval graph's place.
+        verdicts: per such region what was decided about each place.
         step: of the report; None where no rule has a place.
         cost: of the lowered model.
         graph: the lowered graph of a model captured whole, to be priced at other sizes.
@@ -76,6 +77,7 @@ class Lowering:
     """
 
     lowered: dict[str, Lowered] = field(default_factory=dict)
+    verdicts: dict[str, Verdicts] = field(default_factory=dict)
     step: Step | None = None
     cost: GraphCost | None = None
     graph: PricedGraph | None = None
@@ -111,11 +113,14 @@ def lower(
             refusals += [Refusal(a.rule, a.place, why) for a in applications]
             applications = []
         checker = _checked(region, root, graph, applications)
+        decided = {found.label: False for found in (*applications, *refusals)}
         applications = [a for a in applications if a.key in checker.errors]
+        decided.update((a.label, True) for a in applications)
         refusals += checker.declined
         decisions[region.prefix] = _decisions(region.prefix, graph, applications, refusals, checker)
         if applications:
             result.lowered[region.prefix] = Lowered(rules, {a.key for a in applications})
+            result.verdicts[region.prefix] = Verdicts(rules, decided)
             priced[region.prefix] = _priced(root, graph, applications)
             result.held.update({(region.prefix, a.key): checker.held[a.key] for a in applications})
     if any(decisions.values()):
@@ -124,6 +129,27 @@ def lower(
     if [r.prefix for r in regions] == [""]:
         result.graph = priced.get("")
     return result
+
+
+def lowered_again(capture: Capture, region: Region, verdicts: Verdicts) -> Lowered | None:
+    """What runs in the place of another eval graph of a module that was lowered: of a further form
+    of its calls, or of the module loaded. Places that the verdicts do not know yet are decided by a
+    run on the region's example, and noted there.
+
+    Raises:
+        VerifyError: a rule gives a value of another type than what it replaces, or fails itself.
+    """
+    if region not in _regions(capture) or capture.on_meta:
+        return None
+    root, graph = capture.root.get_submodule(region.prefix), region.graphs[False]
+    if _switches_modes(graph):
+        return None
+    applications, _ = places(graph, root, verdicts.rules)
+    new = [a for a in applications if a.label not in verdicts.places]
+    checker = _checked(region, root, graph, new)
+    verdicts.places.update((a.label, a.key in checker.errors) for a in new)
+    chosen = {a.key for a in applications if verdicts.places[a.label]}
+    return Lowered(verdicts.rules, chosen) if chosen else None
 
 
 def _regions(capture: Capture) -> list[Region]:

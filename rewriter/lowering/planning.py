@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Application:
 
     rule: Rule
     place: Place
+    label: str = ""
+    """Names the place in every graph of the module, also one that is captured again."""
 
     @property
     def key(self) -> Key:
@@ -45,6 +48,7 @@ class Refusal:
     place: Place
     reason: str
     action: str = "skipped"
+    label: str = ""
 
 
 def places(
@@ -62,8 +66,9 @@ def places(
     applications: list[Application] = []
     refusals: list[Refusal] = []
     for rule in rules:
+        seen: collections.Counter[str] = collections.Counter()
         for match in find_matches(root, graph, rule.pattern):
-            found = Application(rule, Place.of(match, root))
+            found = _application(rule, Place.of(match, root), seen)
             if not taken.isdisjoint(match.nodes) or (only is not None and found.key not in only):
                 continue
             reason = _against(rule, found.place)
@@ -71,8 +76,20 @@ def places(
                 applications.append(found)
                 taken.update(match.nodes)
             else:
-                refusals.append(Refusal(rule, found.place, reason))
+                refusals.append(Refusal(rule, found.place, reason, label=found.label))
     return applications, refusals
+
+
+def _application(rule: Rule, place: Place, seen: collections.Counter[str]) -> Application:
+    """With its label: the pattern, the layers and functions, and the how manieth of its like it is
+    in the graph. Names of nodes differ from one capture to the next."""
+    steps = [
+        str(n.target) if n.op == "call_module" else spelled(n, place.root)
+        for n in place.match.nodes
+    ]
+    label = f"{rule.pattern} at {', '.join(steps)}"
+    seen[label] += 1
+    return Application(rule, place, f"{label} ({seen[label]})")
 
 
 def _against(rule: Rule, place: Place) -> str | None:

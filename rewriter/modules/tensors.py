@@ -23,6 +23,7 @@ __all__ = [
     "non_persistent",
     "put_extra_states",
     "put_tensor",
+    "tell_replaced",
     "tensor_like",
     "unique_tensors",
 ]
@@ -64,6 +65,14 @@ def put_tensor(root: nn.Module, key: str, tensor: Tensor) -> None:
         holder._parameters[name] = tensor
     else:
         holder._buffers[name] = tensor
+
+
+def tell_replaced(root: nn.Module) -> None:
+    """Tells modules that keep references to their tensors (`nn.LSTM`) that those are new ones, by
+    the method with which PyTorch does; else their next forward finds out, and writes them down."""
+    for module in root.modules():
+        if type(module)._apply is not nn.Module._apply:
+            module._apply(lambda tensor: tensor, recurse=False)
 
 
 def tensor_like(value: Tensor, old: Tensor, dtype: torch.dtype) -> Tensor:

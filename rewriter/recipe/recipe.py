@@ -73,7 +73,7 @@ class Recipe:
         dtypes: of the original's tensors.
         origins: class and constructor arguments of the `Layer`s that the original had.
         memory: the budget that its training steps are planned for.
-        lower: whether the eval graph is lowered: again where it is loaded.
+        lower: whether the eval graph is lowered.
         edits: blocks that were removed and widths that were cut, in order; they come before the
             passes of `installed`.
         edits_in_graph: the Python forward does not go through the edited places.

@@ -75,7 +75,7 @@ class Saved:
         report: the ledger.
         weights, sha256: name and checksum of the weights file.
         memory: the budget of training steps.
-        lower: whether the eval graph is lowered.
+        lowering: per module that ran graphs, where fused ops ran there; None where none did.
         edits: what was removed and cut.
         edits_in_graph: the Python forward does not go through the edited places.
         refuses: as in `Recipe`.
@@ -93,7 +93,7 @@ class Saved:
     weights: str
     sha256: str
     memory: MemoryBudget | None
-    lower: bool
+    lowering: dict[str, dict[str, bool] | None]
     edits: tuple[Record, ...]
     edits_in_graph: bool
     refuses: str | None
@@ -118,6 +118,7 @@ _REQUIRED: Mapping[str, Any] = {
 _OPTIONAL: Mapping[str, tuple[Any, Any]] = {
     "memory": (dict[str, Any] | None, None),
     "lower": (bool, True),
+    "lowering": (dict[str, dict[str, bool] | None] | None, None),
     "edits": (list[dict[str, Any]], []),
     "edits_in_graph": (bool, False),
     "extra_state": (list[str], []),
@@ -203,7 +204,7 @@ def _saved(document: Mapping[str, Any], extra: Sequence[type]) -> Saved:
         document["weights"],
         document["sha256"],
         None if given["memory"] is None else _budget(given["memory"]),
-        given["lower"],
+        {"": {} if given["lower"] else None} if given["lowering"] is None else given["lowering"],
         tuple(edit_from_json(e) for e in given["edits"]),
         given["edits_in_graph"],
         given["refuses"],

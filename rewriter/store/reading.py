@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,8 @@ from rewriter.capture import Capture
 from rewriter.engine import Engine, Options
 from rewriter.engine.pipeline import prepare
 from rewriter.errors import StoreError, warn
-from rewriter.modules.tensors import named_tensors
+from rewriter.lowering import Verdicts
+from rewriter.modules.tensors import named_tensors, tell_replaced
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.edits import replayed
 from rewriter.recipe.names import check_extra, class_name
@@ -53,11 +53,12 @@ def load(
             built, from figures that the weights file bears out, and nothing is unpickled. Others
             may be saving there meanwhile: an old or a new save is loaded, whole.
         model: the original architecture; its weights do not matter, `meta` is fine.
-        example_inputs: captures the loaded model again, so that it runs graphs. Without, it runs
-            its own Python forward over the rewritten layers, unless a rewritten place is reached
-            by a graph only: then the recorded example call is captured again. Where the saved model
-            ran fused ops (lowering), or the forward takes another path than its graph (as attention
-            of PyTorch's may), results of the Python forward are equal up to rounding.
+        example_inputs: captures the loaded model again at once. Without, it is captured at its
+            first call, or by the recorded example call where a rewritten place is reached by a
+            graph only. Fused ops (lowering) run where they ran in the saved model, so that results
+            are the same bits on the same machine; places that the saved model never came to are
+            decided anew. A call that cannot be captured runs Python, and lowering rules of one's
+            own are not saved: there results are equal up to rounding.
         layers: further `Layer` and `Pass` classes that the recipe may name, beside those that ship
             and those that installed packages list as entry points.
 
@@ -89,22 +90,44 @@ def load(
         try:
             engine.replay(saved.edits)
             engine.place(built)
+            for name in engine.capture.pending:
+                root.get_submodule(name)
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise StoreError(
                 f"the recipe does not fit {type(model).__name__}: {type(error).__name__}: {error}; "
                 "pass the model that was rewritten"
             ) from error
         filler.fill(root)
+        tell_replaced(root)
         filler.give_extra_states(root)
         if saved.memory is not None:
             engine.memory = _planned(saved.memory, engine.capture)
         if saved.refuses is None and saved.in_graph and engine.capture.regions:
             engine.outputs = engine.capture.outputs()  # to find out
+        engine.lower_again(_verdicts(saved, engine.capture))
         engine.finish(saved.report, _recipe(saved, model))
-        if saved.lower:
-            engine.options = replace(engine.options, lower=lowering.DEFAULT_RULES)
-            engine.lower()
     return root
+
+
+def _verdicts(saved: Saved, capture: Capture) -> dict[str, Verdicts]:
+    """Where fused ops ran, per module that is captured or will be."""
+    rules = lowering.DEFAULT_RULES
+    known = {str(rule.pattern) for rule in rules}
+    every = [p for places in saved.lowering.values() for p, on in (places or {}).items() if on]
+    own = sorted({p.partition(" at ")[0] for p in every} - known)
+    if own:
+        warn(
+            f"the model was saved with lowering rules of its own ({'; '.join(own)}), which a save "
+            "does not hold: its plain graph runs there, equal up to rounding"
+        )
+    # a module that had no graph of its own is lowered if others are
+    default = None if all(p is None for p in saved.lowering.values()) else {}
+    captured = {r.prefix: default for r in capture.regions if r.hosted}
+    if capture.regions:  # what else the saved model captured is a part of these, or Python now
+        wanted = {name: saved.lowering.get(name, default) for name in captured}
+    else:
+        wanted = saved.lowering
+    return {n: Verdicts(rules, dict(p)) for n, p in wanted.items() if p is not None}
 
 
 @contextlib.contextmanager
@@ -133,11 +156,13 @@ def _engine(saved: Saved, root: nn.Module, example_inputs: Any, filler: Filler) 
     """The engine for the loaded model, captured on the example inputs or the recorded ones."""
     if example_inputs is not None:
         filler.prepare(root)
+        tell_replaced(root)
         return prepare(root, example_inputs)
     if not saved.in_graph:
-        return Engine(Capture(root, "loaded", []), Options())
+        return Engine(Capture(root, "loaded", [], pending=tuple(saved.lowering)), Options())
     example = example_from_json(saved.example)
     filler.prepare(root)
+    tell_replaced(root)
     try:
         return prepare(root, example)
     except Exception as error:
@@ -151,7 +176,8 @@ def _recipe(saved: Saved, model: nn.Module) -> Recipe:
     """What a save of the loaded model will say."""
     recipe = Recipe.of(model)
     recipe.edits, recipe.edits_in_graph = list(saved.edits), saved.edits_in_graph
-    recipe.example, recipe.refuses, recipe.lower = saved.example, saved.refuses, saved.lower
+    recipe.example, recipe.refuses = saved.example, saved.refuses
+    recipe.lower = any(places is not None for places in saved.lowering.values())
     for entry in saved.layers:
         recipe.installed[entry.name] = entry.installed
         if entry.origin is not None and entry.name not in recipe.origins:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rewriter.base import Layer
-from rewriter.capture.hosted import original_class
+from rewriter.capture.hosted import State, original_class
 from rewriter.errors import StoreError
 from rewriter.modules.pointwise import inner
 from rewriter.modules.tensors import (
@@ -112,6 +112,7 @@ def save(
         "example": recipe.example,
         "memory": None if recipe.memory is None else dataclasses.asdict(recipe.memory),
         "lower": recipe.lower,
+        "lowering": _lowering(model),
         "refuses": recipe.refuses,
         # the calls so far are those of this process
         "report": {k: v for k, v in report.to_dict().items() if k != "forms"},
@@ -164,6 +165,16 @@ def _write(
         raise
     if alone:
         collect(path, weights.name)
+
+
+def _lowering(model: nn.Module) -> dict[str, dict[str, bool] | None]:
+    """Per module that runs graphs, where fused ops run there; None where none do."""
+    states = {n: vars(m).get("_rewriter") for n, m in model.named_modules()}
+    return {
+        name: None if state.verdicts is None else state.verdicts.places
+        for name, state in states.items()
+        if isinstance(state, State) and (state.forms or state.capturer is not None)
+    }
 
 
 def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
