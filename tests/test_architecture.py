@@ -144,6 +144,7 @@ MUTATORS = {
 
 MAY_MUTATE = {
     # the engine and its hands
+    "rewriter/capture/reads.py": "passes on what a forward sets, while it notes it",
     "rewriter/engine/install.py": "puts layers into graphs and module tree; removes and resizes",
     "rewriter/engine/undo.py": "puts a model back where a plan, or rewriting it in place, fails",
     "rewriter/engine/trials.py": "tries a layer in a graph of its own; notes calls, and undoes it",
