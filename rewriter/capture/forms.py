@@ -422,7 +422,7 @@ class State:
         self.__dict__.update(state)
 
 
-@torch._dynamo.assume_constant_result
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _say_once_compiled(text: str) -> None:
     """A warning while torch.compile traces, which runs this once and leaves nothing of it."""
     warn(text)
