@@ -159,6 +159,7 @@ MAY_MUTATE = {
     "rewriter/capture/exporting.py": "keeps the constants that graphs read",
     "rewriter/capture/rehost.py": "makes graphs out of exported ones",
     "rewriter/capture/replay.py": "makes the train graph out of the traced eval graph",
+    "rewriter/capture/settling.py": "sets the constants that a first call sets",
     "rewriter/capture/submodules.py": "notes the calls of submodules, and undoes it",
     "rewriter/sites.py": "builds a root around a free-standing module",
     "rewriter/lowering/lowering.py": "makes the lowered graph, a copy of the eval graph",
