@@ -144,6 +144,7 @@ MUTATORS = {
 
 MAY_MUTATE = {
     # the engine and its hands
+    "rewriter/capture/reads.py": "passes on what a forward sets, while it notes it",
     "rewriter/engine/install.py": "puts layers into graphs and module tree; removes and resizes",
     "rewriter/engine/undo.py": "puts a model back where a plan, or rewriting it in place, fails",
     "rewriter/engine/trials.py": "tries a layer in a graph of its own; notes calls, and undoes it",
@@ -158,6 +159,7 @@ MAY_MUTATE = {
     "rewriter/capture/exporting.py": "keeps the constants that graphs read",
     "rewriter/capture/rehost.py": "makes graphs out of exported ones",
     "rewriter/capture/replay.py": "makes the train graph out of the traced eval graph",
+    "rewriter/capture/settling.py": "sets the constants that a first call sets",
     "rewriter/capture/submodules.py": "notes the calls of submodules, and undoes it",
     "rewriter/sites.py": "builds a root around a free-standing module",
     "rewriter/lowering/lowering.py": "makes the lowered graph, a copy of the eval graph",

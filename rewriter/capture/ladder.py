@@ -384,13 +384,13 @@ def _settles(root: nn.Module, args: Any, kwargs: Any, first: _Observed) -> bool:
         with recording(root) as reads:
             again = _observed(root, args, kwargs, training=False)
         same = difference(again.values, first.values) is None
-        if same and not again.writes and settled(first.settings, reads):
-            return True
-    except Exception:  # what it does without them is then looked at
-        pass
-    for setting in first.settings:
-        setting.undo()
-    return False
+        once = same and not again.writes and settled(first.settings, reads)
+    except Exception:  # then it is looked at without them
+        once = False
+    if not once:
+        for setting in first.settings:
+            setting.undo()
+    return once
 
 
 def _remedy(root: nn.Module, error: Exception) -> str:
