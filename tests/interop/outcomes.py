@@ -35,9 +35,10 @@ class Outcome:
 def outcome(client: Callable[[Recipe], None], recipe: Recipe) -> Outcome:
     """Runs one cell, quietly."""
     torch.manual_seed(0)
-    logging.disable(logging.WARNING)
     with warnings.catch_warnings(record=True) as heard, contextlib.ExitStack() as quiet:
         warnings.simplefilter("always")
+        logging.disable(logging.WARNING)
+        quiet.callback(logging.disable, logging.NOTSET)
         for stream in (contextlib.redirect_stdout, contextlib.redirect_stderr):
             quiet.enter_context(stream(io.StringIO()))
         try:
