@@ -121,7 +121,8 @@ def _verdicts(saved: Saved, capture: Capture) -> dict[str, Verdicts]:
             "does not hold: its plain graph runs there, equal up to rounding"
         )
     # a module that had no graph of its own is lowered if others are
-    default = None if all(p is None for p in saved.lowering.values()) else {}
+    unlowered = all(p is None for p in saved.lowering.values())
+    default: dict[str, bool] | None = None if unlowered else {}
     captured = {r.prefix: default for r in capture.regions if r.hosted}
     if capture.regions:  # what else the saved model captured is a part of these, or Python now
         wanted = {name: saved.lowering.get(name, default) for name in captured}
