@@ -113,7 +113,9 @@ def lower(
             refusals += [Refusal(a.rule, a.place, why) for a in applications]
             applications = []
         checker = _checked(region, root, graph, applications)
-        decided = dict.fromkeys([a.label for a in applications] + [r.label for r in refusals], False)
+        decided = dict.fromkeys(
+            [a.label for a in applications] + [r.label for r in refusals], False
+        )
         applications = [a for a in applications if a.key in checker.errors]
         decided.update((a.label, True) for a in applications)
         refusals += checker.declined
