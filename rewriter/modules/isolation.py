@@ -213,6 +213,7 @@ def kept_numbers() -> Iterator[Callable[[], bool]]:
 class _Noted(threading.local):
     looking = False
     draws = 0
+    doubted = False
 
 
 _noted = _Noted()
@@ -220,11 +221,16 @@ _noted = _Noted()
 
 @contextlib.contextmanager
 def _noting_draws() -> Iterator[Callable[[], bool]]:
-    """Whether this thread may have drawn: always, if it is the only one. Otherwise its calls are
-    looked at: of Python's generator itself, and of code that names NumPy's."""
+    """Whether this thread may have drawn, asked where the numbers have moved on: it has, if it is
+    the only one. Otherwise its calls are looked at: of Python's generator itself, and of code that
+    names NumPy's. That takes two thirds of the time, so it begins once numbers have moved on that
+    nobody looked at, and that are left as they are."""
     start, outer = _noted.draws, _noted.looking
     if not outer and (threading.active_count() == 1 or sys.getprofile() is not None):
         yield lambda: True
+        return
+    if not outer and not _noted.doubted:
+        yield _doubt
         return
     naming: dict[Any, bool] = {}  # by code
 
@@ -247,6 +253,11 @@ def _noting_draws() -> Iterator[Callable[[], bool]]:
         if not outer:
             sys.setprofile(None)
             _noted.looking = False
+
+
+def _doubt() -> bool:
+    _noted.doubted = True
+    return False
 
 
 _DRAWING = ("random", "getrandbits", "seed")
