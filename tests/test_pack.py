@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -177,6 +177,7 @@ def test_other_widths_are_refused() -> None:
 @settings(max_examples=20)
 @given(SHAPES, st.booleans())
 def test_fakes_match_what_runs(shape: tuple[int, ...], flipped: bool) -> None:
+    assume(shape.count(0) < 2)  # which torch's own opcheck cannot copy
     x = values(shape, torch.float32, 0)
     x = x.permute(*reversed(range(x.ndim))) if flipped and x.ndim else x
     ops = torch.ops.rewriter
