@@ -1,6 +1,6 @@
 """Every benchmark's short form runs, and what it says about correctness (not about time) holds.
 
-All but the demo are slow: what they check has sharper tests of its own, which are not.
+All are slow: what they check has sharper tests of its own, which are not.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def test_rewrite_time(tmp_path: pathlib.Path) -> None:
     assert largest == max(row["times"] for row in rows.values()) >= mean > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_main_job(tmp_path: pathlib.Path) -> None:
     """Exactness on the real weights, and FLOPs as torch counts them."""
@@ -163,6 +164,7 @@ def test_latency(tmp_path: pathlib.Path) -> None:
     assert all(p > 0 for p in predicted)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_demo(tmp_path: pathlib.Path) -> None:
     """The demo tells a newcomer what happened, with the model's real scores, and draws it."""

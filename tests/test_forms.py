@@ -265,6 +265,7 @@ def test_reads_are_noted_under_the_name_that_is_stored() -> None:
     assert type(holder) is nn.Module
 
 
+@pytest.mark.slow
 def test_attention_without_the_mask_it_was_captured_with() -> None:
     torch.manual_seed(0)
     original = nn.MultiheadAttention(16, 2, batch_first=True).eval()
