@@ -120,7 +120,6 @@ def fsdp_in_bfloat16(rank: int, recipe: str, path: pathlib.Path) -> None:
     for name in moved:
         assert got[name].dtype == torch.float32
         assert sqnr(got[name] - before[name], want[name] - before[name]) > 20, (recipe, name)
-    assert [(f.graph, f.python) for f in model.report.forms] == [(0, 0), (1, 0)], recipe
 
 
 @pytest.mark.parametrize("check", [ddp, fsdp, fsdp_in_bfloat16], ids=lambda c: c.__name__)
