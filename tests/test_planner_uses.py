@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_reordered
+from saving import saved_bytes
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -100,22 +101,6 @@ class Wide(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(self.norm(x)), approximate="tanh")).square().mean()
-
-
-def saved_bytes(run: Callable[[], Tensor], held: list[Tensor]) -> tuple[int, Tensor]:
-    """Bytes of the storages that autograd saves, but for those of `held`."""
-    own = {t.untyped_storage()._cdata for t in held}
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in own:
-            found[storage._cdata] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = run()
-    return sum(found.values()), result
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import pytest
 import torch
 from closeness import assert_equal
 from fuzz.threads import Bystander, model, rewritten
-from torch import nn
+from torch import Tensor, nn
 
-from rewriter import RewriteWarning
+from rewriter import RewriteWarning, rewrite
 from rewriter.modules import isolation
 from rewriter.modules.running import quiet_run
 
@@ -116,3 +116,26 @@ def test_a_quiet_run_has_random_numbers_of_its_own(draw: int, threads: int) -> N
     done.set()
     assert_equal(results[1], results[0])
     assert_equal(results[2], results[0])
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return 2 * y if random.random() < 0.5 else y
+
+
+def test_a_model_that_draws_is_named_so_beside_other_threads() -> None:
+    ended = threading.Event()
+    other = threading.Thread(target=ended.wait)
+    other.start()
+    try:
+        isolation._noted.doubted = False
+        (island,) = rewrite(Draws(), [], torch.randn(4, 8)).report.capture.islands
+    finally:
+        ended.set()
+        other.join()
+    assert "draws from Python's or NumPy's random numbers" in island.reason

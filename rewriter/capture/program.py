@@ -94,14 +94,13 @@ class Program:
 
     def _compile(self, device: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
         """A function that looks modules up by name, and one that is given them."""
-        graph, targets = (
-            (copy.deepcopy(self.graph), []) if odd(self.graph) else _nameless(self.graph)
-        )
+        by_lookup = odd(self.graph)
+        graph, targets = (copy.deepcopy(self.graph), []) if by_lookup else _nameless(self.graph)
         if device:
             for node in graph.nodes:
                 node.args = fx.node.map_aggregate(node.args, lambda a: _moved(a, device))
                 node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a: _moved(a, device))
-        if odd(self.graph):
+        if by_lookup:
             return function_of(graph), None
         code = graph.python_code("self")
         index = {path: i for i, path in enumerate(self.paths)}

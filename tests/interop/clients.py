@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from closeness import assert_equal, assert_reordered, sqnr
+from saving import saved_bytes
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -304,20 +305,10 @@ def lightning_trainer(recipe: Recipe) -> None:
 
 
 def _saved_bytes(model: nn.Module, given: Any) -> int:
-    """What a training step keeps for its backward, parameters left out."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    own |= {b.untyped_storage()._cdata for b in model.buffers()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = loss_of(model.train(), given)
-    return sum(kept.values()) if loss.requires_grad else 0
+    """What a training step keeps for its backward, the model's own tensors left out."""
+    held = [*model.parameters(), *model.buffers()]
+    saved, loss = saved_bytes(lambda: loss_of(model.train(), given), held)
+    return saved if loss.requires_grad else 0
 
 
 def gradient_checkpointing(recipe: Recipe) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewriter import Pass, RewriteWarning, rewrite
+from rewriter import Pass, rewrite
 from rewriter.passes import (
     Densify,
     Monarch,
@@ -142,10 +141,7 @@ def rewritten(recipe: Recipe, model: nn.Module, example: Any, **options: Any) ->
     Raises:
         Refused: nothing was rewritten; the reason is the report's.
     """
-    with warnings.catch_warnings():
-        # what a timing says at such sizes is another thing in every run
-        warnings.filterwarnings("ignore", ".* is slower than the original", RewriteWarning)
-        made = rewrite(model, list(recipe.passes), example, **options)
+    made = rewrite(model, list(recipe.passes), example, **options)
     if not made.report.replaced:
         raise Refused(made.report.skipped[0].reason if made.report.skipped else "no site matches")
     return made.eval()
