@@ -261,7 +261,8 @@ class Rig:
                 fw_compiler=planner_trace._plain,
                 bw_compiler=planner_trace._plain,
             )
-        return Traced(run, self.first.names, self.first.env, self.first.symbols)
+        first = self.first
+        return Traced(run, first.names, first.env, first.symbols, first.unused)
 
     def _export(self) -> None:
         """Traces the joint graph as `rewrite(memory_budget=…)` does, and keeps it."""

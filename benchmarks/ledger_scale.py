@@ -103,9 +103,9 @@ def explained(name: str, layers: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     first, monarch, last = (step.after for step in report.steps[:3])
     reasons: dict[str, int] = {}
-    for d in report.steps[2].decisions:
-        if not d.changed:
-            reasons[d.reason] = reasons.get(d.reason, 0) + 1
+    skipped = [d for d in report.steps[2].decisions if not d.changed]
+    for d in [*skipped, *report.untaken]:
+        reasons[d.reason] = reasons.get(d.reason, 0) + 1
     return {
         "sizes": {
             "model": name,
@@ -113,7 +113,8 @@ def explained(name: str, layers: int) -> dict[str, Any]:
             "params": first.params,
             "captured": "whole" if report.capture.rung == "export" else "by parts",
             "rewritten": sum(d.changed for d in report.steps[2].decisions),
-            "skipped": sum(reasons.values()),
+            "skipped": len(skipped),
+            "taken by no pass": len(report.untaken),
             "errors": len(report.errors),
             "MACs": first.macs,
             "MACs by hand": by_hand,
@@ -129,7 +130,9 @@ def explained(name: str, layers: int) -> dict[str, Any]:
             }
             for step, cost in zip(report.steps, (first, monarch, last), strict=True)
         ],
-        "reasons": [{"model": name, "skipped": n, "reason": r} for r, n in reasons.items()],
+        "reasons": [
+            {"model": name, "left as they are": n, "reason": r} for r, n in reasons.items()
+        ],
         "time": {
             "model": name,
             "layers": layers,
@@ -179,7 +182,7 @@ def main() -> None:
             "Time and memory": [row["time"] for row in rows],
             "Models": [row["sizes"] for row in rows],
             "Ledger": [step for row in rows for step in row["steps"]],
-            "Skipped": [reason for row in rows for reason in row["reasons"]],
+            "Left as they are": [reason for row in rows for reason in row["reasons"]],
         },
         command=command(),
         notes=f"bfloat16 on `meta`, {TOKENS} tokens, no cache. Nothing has values: errors of the "

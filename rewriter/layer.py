@@ -198,27 +198,16 @@ class LinearLayer(Layer, nn.Linear):
             OptionError: it is a part of a parameter (`ColwiseParallel`, `RowwiseParallel`).
         """
         if hasattr(param, "full_tensor"):
-            raise self._in_one_piece()
+            raise _in_one_piece(self)
         if name == "weight" and param is not None:
             self._become_dense(param)
         else:
             super().register_parameter(name, param)
 
     @property
-    def _distribute_module_applied(self) -> bool:
-        """What `torch.distributed.tensor.distribute_module` asks of a module before it cuts it.
-
-        Raises:
-            OptionError: always.
-        """
-        raise self._in_one_piece()
-
-    def _in_one_piece(self) -> OptionError:
-        return OptionError(
-            f"{own_class(self).__name__} cannot be split as a dense layer is (tensor parallel "
-            "cuts the rows or columns of one weight): shard it with fully_shard, or make it "
-            "dense before, e.g. by the pass Densify"
-        )
+    def _distribute_module_applied(self) -> _InOnePiece:
+        """What `torch.distributed.tensor.distribute_module` asks of a module before it cuts it."""
+        return _InOnePiece(self)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew.
@@ -266,6 +255,25 @@ class _Transposed:
         self.layer = layer
 
     __torch_function__ = Layer.__torch_function__
+
+
+class _InOnePiece:
+    """Stands for "was it cut into parts already?", which only tensor parallel tests: that raises.
+    Merely to read it, as `torch.jit.trace` reads all that a module has, is fine."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+
+    def __bool__(self) -> bool:
+        raise _in_one_piece(self.layer)
+
+
+def _in_one_piece(layer: Layer) -> OptionError:
+    return OptionError(
+        f"{own_class(layer).__name__} cannot be split as a dense layer is (tensor parallel cuts "
+        "the rows or columns of one weight): shard it with fully_shard, or make it dense before, e.g. "
+        "by the pass Densify"
+    )
 
 
 def _as_called(layer: Layer, x: Tensor, bias: Tensor | None) -> Tensor:
