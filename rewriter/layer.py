@@ -271,8 +271,8 @@ class _InOnePiece:
 def _in_one_piece(layer: Layer) -> OptionError:
     return OptionError(
         f"{own_class(layer).__name__} cannot be split as a dense layer is (tensor parallel cuts "
-        "the rows or columns of one weight): shard it with fully_shard, or make it dense before, e.g. "
-        "by the pass Densify"
+        "the rows or columns of one weight): shard it with fully_shard, or make it dense before, "
+        "e.g. by the pass Densify"
     )
 
 

@@ -121,7 +121,7 @@ def segformer() -> tuple[nn.Module, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("recorded_before", [False, True])
-@pytest.mark.parametrize("make", [bert, segformer])
+@pytest.mark.parametrize("make", [bert, pytest.param(segformer, marks=pytest.mark.slow)])
 def test_recording_hooks_are_not_the_users(make: Any, recorded_before: bool) -> None:
     model, call = make()
     if recorded_before:
