@@ -163,7 +163,8 @@ for buckets in (True, False):  # one bucket is the whole graph
     fast = torch.compile(DistributedDataParallel(own), backend="rewriter",
                          options={"inner": "aot_eager", "passes": [TopK(k=4)]})
     fast(x).square().sum().backward()
-    assert [len(r.replaced) for r in rewriter.report_of(fast)] == [1], rewriter.report_of(fast)
+    made = [len(r.replaced) for r in rewriter.report_of(fast)]
+    assert set(made) == {1}, made  # torch 2.14 compiles the graph twice where it makes no buckets
     for a, b in zip(own.parameters(), alone.parameters()):
         torch.testing.assert_close(a.grad, b.grad / 2)
 dist.destroy_process_group()
