@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from rewriter import load, rewrite
 from rewriter.base import Pass
 from rewriter.errors import RewriteError
+from rewriter.modules.tensors import is_constant
 
 __all__ = ["Round", "go"]
 
@@ -154,13 +155,22 @@ def _step(model: nn.Module, inputs: dict[str, Any], seed: int) -> dict[str, Any]
         return None
     sum(t.float().square().mean() for t in trained).backward()  # type: ignore[union-attr]
     grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.requires_grad}
-    return outputs | grads | {f"buffer {n}": b for n, b in model.named_buffers()}
+    buffers = {f"buffer {n}": b for n, b in model.named_buffers() if not is_constant(n)}
+    return outputs | grads | buffers
 
 
 def _leaves(output: Any) -> dict[str, Any]:
-    """Every leaf of what a model returned; of an unknown class, all of it is one."""
-    leaves, _ = pytree.tree_flatten(output)
-    return {f"output {i}": leaf for i, leaf in enumerate(leaves)}
+    """Every leaf of what a model returned, those in the attributes of objects (a cache) too."""
+    return {f"output {i}": leaf for i, leaf in enumerate(_opened(output, set()))}
+
+
+def _opened(value: Any, seen: set[int]) -> Iterator[Any]:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor | type) or not hasattr(leaf, "__dict__"):
+            yield leaf
+        elif id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from _opened(dict(vars(leaf)), seen)
 
 
 def _apart(got: dict[str, Any], want: dict[str, Any], what: str, found: Round) -> float:
