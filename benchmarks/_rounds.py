@@ -7,6 +7,7 @@ own forward runs over the layers that the rewrite put in, at one seed, so that d
 from __future__ import annotations
 
 import copy
+import random
 import tempfile
 import time
 import traceback
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -139,8 +141,15 @@ def _in_python(model: nn.Module, optimized: Any, inputs: dict[str, Any]) -> nn.M
     return reference
 
 
+def _seed(seed: int) -> None:
+    """Of every source that a model may draw from: masks of speech models are NumPy's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
 def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    torch.manual_seed(1)
+    _seed(1)
     with torch.no_grad():
         return model.eval()(**copy.deepcopy(inputs))
 
@@ -148,7 +157,7 @@ def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
 def _step(model: nn.Module, inputs: dict[str, Any], seed: int) -> dict[str, Any] | None:
     """Outputs, gradients and buffers of a training step; None where nothing can be trained."""
     model = copy.deepcopy(model).train()
-    torch.manual_seed(seed)
+    _seed(seed)
     outputs = _leaves(model(**copy.deepcopy(inputs)))
     trained = [t for t in outputs.values() if isinstance(t, Tensor) and t.requires_grad]
     if not trained:
