@@ -1,5 +1,8 @@
 """More models for the coverage benchmark: other transformers architectures, diffusers, graph
-networks of torch_geometric, timm where it imports, and plain torch with in-place operations.
+networks of torch_geometric, and plain torch with in-place operations.
+
+None of timm: it imports torchvision, whose compiled operators do not load beside the CPU build of
+torch 2.13 ("operator torchvision::nms does not exist"); plain torch has its kinds of layers.
 
 As in `zoo`: tiny, from configs or plain code, with seeded random weights; nothing is fetched, and a
 library is imported only when one of its entries is built.
@@ -49,7 +52,7 @@ class Made:
 
     Args:
         name: unique among all entries.
-        family: diffusers, graph, timm or plain.
+        family: diffusers, graph or plain.
         make: builds the model; its random numbers are seeded for it.
         feed: makes the keyword arguments of one forward.
         library: what it must be able to import, where that is not a matter of course.
@@ -676,34 +679,6 @@ _PLAIN: list[tuple[str, Callable[[], nn.Module], Feed]] = [
     ("in-place", Noted, noted),
 ]  # fmt: skip
 
-# ---- timm -----------------------------------------------------------------------------------
-
-
-def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        model: nn.Module = importlib.import_module("timm").create_model(name, **options)
-        return model
-
-    return make
-
-
-_TIMM: list[tuple[str, Callable[[], nn.Module], Feed]] = [
-    ("timm-vit", _timm("vit_tiny_patch16_224", img_size=32, depth=2), floats("x", 2, 3, 32, 32)),
-    ("timm-eva02", _timm("eva02_tiny_patch14_224", img_size=28, depth=2),
-     floats("x", 2, 3, 28, 28)),
-    ("timm-beit", _timm("beit_base_patch16_224", img_size=32, depth=2, embed_dim=64, num_heads=4),
-     floats("x", 2, 3, 32, 32)),
-    ("timm-mobilenetv3", _timm("mobilenetv3_small_050"), floats("x", 2, 3, 64, 64)),
-    ("timm-efficientnet", _timm("efficientnet_b0", channel_multiplier=0.25, depth_multiplier=0.3),
-     floats("x", 2, 3, 64, 64)),
-    ("timm-resnet", _timm("resnet10t"), floats("x", 2, 3, 64, 64)),
-    ("timm-convnext", _timm("convnext_atto", depths=(1, 1, 1, 1)), floats("x", 2, 3, 64, 64)),
-    ("timm-mixer", _timm("mixer_s32_224", img_size=64, num_blocks=2), floats("x", 2, 3, 64, 64)),
-    ("timm-cait", _timm("cait_xxs24_224", img_size=32, depth=2), floats("x", 2, 3, 32, 32)),
-    ("timm-swin", _timm("swin_tiny_patch4_window7_224", img_size=56, embed_dim=32,
-                        depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)), floats("x", 2, 3, 56, 56)),
-]  # fmt: skip
-
 FURTHER: tuple[Entry, ...] = (
     *(
         zoo.Entry(name, family, model, feed, config)
@@ -713,7 +688,6 @@ FURTHER: tuple[Entry, ...] = (
     *(Made(name, "diffusers", make, feed, "diffusers") for name, make, feed in _DIFFUSERS),
     *(Made(name, "graph", make, graph, "torch_geometric") for name, make in _GRAPHS),
     *(Made(name, "plain", make, feed) for name, make, feed in _PLAIN),
-    *(Made(name, "timm", make, feed, "timm") for name, make, feed in _TIMM),
 )
 NAMES = tuple(entry.name for entry in FURTHER)
 QUICK = ("dpr", "dit", "gat", "in-place")

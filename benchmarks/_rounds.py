@@ -7,14 +7,16 @@ own forward runs over the layers that the rewrite put in, at one seed, so that d
 from __future__ import annotations
 
 import copy
+import random
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -22,6 +24,7 @@ from torch.utils import _pytree as pytree
 from rewriter import load, rewrite
 from rewriter.base import Pass
 from rewriter.errors import RewriteError
+from rewriter.modules.tensors import is_constant
 
 __all__ = ["Round", "go"]
 
@@ -138,8 +141,15 @@ def _in_python(model: nn.Module, optimized: Any, inputs: dict[str, Any]) -> nn.M
     return reference
 
 
+def _seed(seed: int) -> None:
+    """Of every source that a model may draw from: masks of speech models are NumPy's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
 def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    torch.manual_seed(1)
+    _seed(1)
     with torch.no_grad():
         return model.eval()(**copy.deepcopy(inputs))
 
@@ -147,20 +157,29 @@ def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
 def _step(model: nn.Module, inputs: dict[str, Any], seed: int) -> dict[str, Any] | None:
     """Outputs, gradients and buffers of a training step; None where nothing can be trained."""
     model = copy.deepcopy(model).train()
-    torch.manual_seed(seed)
+    _seed(seed)
     outputs = _leaves(model(**copy.deepcopy(inputs)))
     trained = [t for t in outputs.values() if isinstance(t, Tensor) and t.requires_grad]
     if not trained:
         return None
     sum(t.float().square().mean() for t in trained).backward()  # type: ignore[union-attr]
     grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.requires_grad}
-    return outputs | grads | {f"buffer {n}": b for n, b in model.named_buffers()}
+    buffers = {f"buffer {n}": b for n, b in model.named_buffers() if not is_constant(n)}
+    return outputs | grads | buffers
 
 
 def _leaves(output: Any) -> dict[str, Any]:
-    """Every leaf of what a model returned; of an unknown class, all of it is one."""
-    leaves, _ = pytree.tree_flatten(output)
-    return {f"output {i}": leaf for i, leaf in enumerate(leaves)}
+    """Every leaf of what a model returned, those in the attributes of objects (a cache) too."""
+    return {f"output {i}": leaf for i, leaf in enumerate(_opened(output, set()))}
+
+
+def _opened(value: Any, seen: set[int]) -> Iterator[Any]:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor | type) or not hasattr(leaf, "__dict__"):
+            yield leaf
+        elif id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from _opened(dict(vars(leaf)), seen)
 
 
 def _apart(got: dict[str, Any], want: dict[str, Any], what: str, found: Round) -> float:

@@ -6,21 +6,26 @@ is an `nn.Linear`, a transformers `Conv1D`, or a weight that the model multiplie
 
 The further models (`_further`; with `--full` those of the zoo too) are called once with recorded
 hidden states, rewritten with Monarch and with int8, and go the whole way of `_rounds`: forward,
-training steps, save and load. `--section` runs one of the two and keeps the tables of the other.
+training steps, save and load. `--section` runs one of the two and keeps the tables of the other;
+with `--only` the other rows of its table are kept too. The table of runs says when each was
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import time
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import zoo
 from _further import absent, further
-from _harness import Rows, arguments, command, parse, versions, write_results
+from _harness import Rows, arguments, command, machine, parse, versions, write_results
 from _rounds import Round, go
 from torch import nn
 
@@ -31,6 +36,8 @@ LIMIT = 1e-4
 """Largest relative difference of the outputs that rounding explains in fp32."""
 
 RECIPES = {"Monarch": [Monarch(nblocks=4)], "int8": [Quantize("int8-dynamic")]}
+UNBUILT = "not built"
+CAPTURED = ("whole", "by parts")
 LIMITS = {"Monarch": LIMIT, "int8": 2e-2}
 """As `LIMIT`; in int8 a difference in the last place may turn a rounding."""
 
@@ -56,7 +63,7 @@ def run(entry: zoo.Entry) -> dict[str, Any]:
             "captured": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}",
             "seconds": round(time.perf_counter() - start, 1),
             "linear": len(expected), "rewritten": 0, "skipped": 0, "missed": len(expected),
-            "islands": 0, "train graph": "no", "difference": float("inf"), "exception": 1,
+            "islands": 0, "train graph": "no", "difference": "inf",
         }  # fmt: skip
     seconds = time.perf_counter() - start
     report = optimized.report
@@ -64,6 +71,7 @@ def run(entry: zoo.Entry) -> dict[str, Any]:
     unexplained = [d for d in decisions.values() if not d.changed and not d.reason]
     missed = len(expected - set(decisions)) + len(unexplained)
     in_python = any("train mode" in note for note in report.capture.notes)
+    difference = report.steps[1].output_error
     return row | {
         "captured": "whole" if report.capture.rung == "export" else "by parts",
         "seconds": round(seconds, 1),
@@ -73,8 +81,7 @@ def run(entry: zoo.Entry) -> dict[str, Any]:
         "missed": missed,
         "islands": len(report.capture.islands),
         "train graph": "no" if in_python else "yes",
-        "difference": report.steps[1].output_error,
-        "exception": 0,
+        "difference": "no floats" if difference is None else f"{difference:.1e}",
     }
 
 
@@ -85,7 +92,7 @@ def way(entry: Any) -> dict[str, Any]:
     for name, passes in RECIPES.items():
         found = Round(refused="not run") if notes[0] else go(entry, passes)
         row |= {
-            name: found.captured or "–",
+            name: found.captured or (UNBUILT if notes[0] else "–"),
             f"{name} rewritten": found.rewritten,
             f"{name} skipped": found.skipped,
             f"{name} eval": _figure(found.difference),
@@ -110,17 +117,16 @@ def _findings(name: str, found: Round) -> list[str]:
     return notes
 
 
-def architectures(args: argparse.Namespace) -> dict[str, Rows]:
-    """The tables of the zoo under `[Quadratic()]`."""
-    rows = []
-    for entry in zoo.entries(args.only, quick=args.quick):
-        rows.append(run(entry))
-        print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+def of_architectures(rows: Rows) -> Rows:
+    """The figures over all rows of the zoo."""
     total = sum(r["linear"] for r in rows)
     covered = sum(r["rewritten"] + r["skipped"] for r in rows)
-    summary = [
+    return [
         {"what": "architectures", "figure": len(rows)},
-        {"what": "exceptions out of rewrite", "figure": sum(r["exception"] for r in rows)},
+        {
+            "what": "exceptions out of rewrite",
+            "figure": sum(r["captured"] not in CAPTURED for r in rows),
+        },
         {"what": "captured whole", "figure": sum(r["captured"] == "whole" for r in rows)},
         {"what": "captured by parts", "figure": sum(r["captured"] == "by parts" for r in rows)},
         {"what": "linear layers", "figure": total},
@@ -129,44 +135,92 @@ def architectures(args: argparse.Namespace) -> dict[str, Rows]:
         {"what": "rewritten or skipped with a reason", "figure": f"{100 * covered / total:.2f} %"},
         {
             "what": f"outputs equal (relative difference ≤ {LIMIT:g})",
-            "figure": sum((r["difference"] or 0.0) <= LIMIT for r in rows),
+            "figure": sum(r["difference"] == "no floats" or float(r["difference"]) <= LIMIT
+                          for r in rows),
         },
         {"what": "median seconds", "figure": sorted(r["seconds"] for r in rows)[len(rows) // 2]},
-    ]
-    for row in rows:
-        del row["exception"]
-        found = row["difference"]
-        row["difference"] = "no floats" if found is None else f"{found:.1e}"
-    return {"Summary": summary, "Every architecture": rows}
+    ]  # fmt: skip
 
 
-def whole_ways(args: argparse.Namespace) -> dict[str, Rows]:
-    """The tables of the further models under Monarch and int8."""
-    models: list[Any] = list(further(args.only, quick=args.quick))
-    if args.full:
-        models += zoo.entries(quick=args.quick)
-    rows = []
-    for entry in models:
-        rows.append(way(entry))
-        print(" ".join(f"{k}={v}" for k, v in rows[-1].items()), flush=True)
-    ran = [row for row in rows if row["Monarch"] != "–" or row["int8"] != "–"]
-    summary = [
+def of_ways(rows: Rows) -> Rows:
+    """The figures over all rows of the further models."""
+    figures: list[dict[str, Any]] = [
         {"what": "models", "figure": len(rows)},
-        {"what": "of which could be built here", "figure": sum(not absent(e) for e in models)},
+        {"what": "of which could be built here",
+         "figure": sum(r["Monarch"] != UNBUILT for r in rows)},
         {"what": "as promised under both recipes", "figure": sum(not r["found"] for r in rows)},
-    ]
+    ]  # fmt: skip
     for name in RECIPES:
-        summary += [
-            {"what": f"{name}: captured whole", "figure": sum(r[name] == "whole" for r in ran)},
-            {"what": f"{name}: rewritten", "figure": sum(r[f"{name} rewritten"] for r in ran)},
+        figures += [
+            {"what": f"{name}: captured whole", "figure": sum(r[name] == "whole" for r in rows)},
+            {"what": f"{name}: captured by parts",
+             "figure": sum(r[name] == "by parts" for r in rows)},
+            {"what": f"{name}: rewritten", "figure": sum(r[f"{name} rewritten"] for r in rows)},
             {"what": f"{name}: saved and loaded, bit for bit",
-             "figure": sum(r[f"{name} loads"] == "yes" for r in ran)},
+             "figure": sum(r[f"{name} loads"] == "yes" for r in rows)},
         ]  # fmt: skip
-    return {FURTHER_SUMMARY: summary, "Every further model": rows}
+    return figures
 
 
-FURTHER_SUMMARY = "Further models, with Monarch and with int8"
-SECTIONS = {"zoo": architectures, "further": whole_ways}
+def further_entries(args: argparse.Namespace) -> list[Any]:
+    """The further models, with `--full` those of the zoo too."""
+    entries: list[Any] = list(further(args.only, quick=args.quick))
+    return entries + (zoo.entries(quick=args.quick) if args.full else [])
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is measured together.
+
+    Args:
+        entries: the models that the arguments ask for.
+        row: one model, measured.
+        summary: figures over the rows.
+        headings: of the summary and of the rows.
+    """
+
+    entries: Callable[[argparse.Namespace], Sequence[Any]]
+    row: Callable[[Any], dict[str, Any]]
+    summary: Callable[[Rows], Rows]
+    headings: tuple[str, str]
+
+    def tables(self, args: argparse.Namespace, before: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Both tables; of the rows before, those stay that `--only` leaves out."""
+        summary, heading = self.headings
+        rows = {row["model"]: row for row in before.get(heading, [])} if args.only else {}
+        for entry in self.entries(args):
+            rows[entry.name] = row = self.row(entry)
+            print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+        found = list(rows.values())
+        return {summary: self.summary(found), heading: found}
+
+
+SECTIONS = {
+    "zoo": Section(
+        lambda args: zoo.entries(args.only, quick=args.quick), run, of_architectures,
+        ("Summary", "Every architecture"),
+    ),
+    "further": Section(
+        further_entries, way, of_ways,
+        ("Further models, with Monarch and with int8", "Every further model"),
+    ),
+}  # fmt: skip
+RUNS = "Runs"
+
+
+def circumstances(section: str) -> dict[str, Any]:
+    """When, with what and where a section was measured: its row in the table of runs."""
+    here = machine()
+    return {
+        "section": section,
+        "command": command(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": f"{here['cpu']}, {here['cores']} cores, {here['threads']} threads",
+        "versions": ", ".join(f"{k} {v}" for k, v in (versions() | versions(*CLIENTS)).items()),
+    }
+
+
+CLIENTS = ("diffusers", "torch_geometric")
 
 
 def main() -> None:
@@ -180,22 +234,28 @@ def main() -> None:
     tables: dict[str, Rows] = {}
     if args.section and args.out and (args.out / "coverage.json").exists():
         tables = json.loads((args.out / "coverage.json").read_text(encoding="utf-8"))["tables"]
+    runs = {row["section"]: row for row in tables.pop(RUNS, [])}
     for section in [args.section] if args.section else SECTIONS:
-        tables |= SECTIONS[section](args)
+        tables |= SECTIONS[section].tables(args, tables)
+        runs[section] = circumstances(section)
     write_results(
         "coverage",
         "Coverage over models",
-        tables,
+        tables | {RUNS: list(runs.values())},
         command=command(),
-        notes="Tiny random models; seconds include capture in eval and train mode, pricing, the "
-        "pass, and its checks; of the further models also forwards, two training steps, save and "
-        "load. Their eval and train: largest ‖a − b‖/‖b‖ of outputs, gradients and buffers against "
-        "a copy of the model whose own Python runs over the same new layers; – where that "
-        "Python cannot run over them, or nothing can be trained. Libraries: "
-        + ", ".join(f"{k} {v}" for k, v in versions("diffusers", "torch_geometric").items())
-        + ".",
+        notes=NOTES,
         out=args.out,
     )
+
+
+NOTES = (
+    "Tiny random models; seconds include capture in eval and train mode, pricing, the pass, and "
+    "its checks; of the further models also forwards, two training steps, save and load. Their "
+    "eval and train: largest ‖a − b‖/‖b‖ of outputs, gradients and buffers against a copy of the "
+    "model whose own Python runs over the same new layers; – where that Python cannot run over "
+    "them, or nothing can be trained. The last line is of the last run; every section's own is in "
+    "the table of runs."
+)
 
 
 if __name__ == "__main__":

@@ -191,8 +191,8 @@ def main() -> None:
         "sequence 16; Swin-T at its config's width. MiniLM with its real weights, by the clock. "
         "The open export, one trace with the sizes open that a rewrite leaves open, is the least "
         "that one costs. That trace serves both modes, but for Swin-T: its stochastic depth makes "
-        "other calls in train mode, and its last stage writes attributes, so that it is captured "
-        "by parts, in two traces each. Aimed at: a geometric mean of 4, and none above 6.",
+        "other calls in train mode, so that it takes two. Aimed at: a geometric mean of 4, and "
+        "none above 6.",
         out=args.out,
     )
 

@@ -50,6 +50,29 @@ def test_coverage(tmp_path: pathlib.Path) -> None:
     rows = found["Every further model"]
     assert [row["found"] for row in rows] == [""] * 4
     assert all(row["int8 loads"] == row["Monarch loads"] == "yes" for row in rows)
+    assert [row["section"] for row in found["Runs"]] == ["zoo", "further"]
+
+
+@pytest.mark.slow
+@pytest.mark.clients
+def test_coverage_keeps_what_a_run_did_not_measure(tmp_path: pathlib.Path) -> None:
+    """The tables of the other section, their circumstances, and rows that `--only` leaves out."""
+    committed = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
+    before = committed["tables"]
+    (tmp_path / "coverage.json").write_text(json.dumps(committed))
+    run("benchmarks/coverage.py", "--section", "further", "--only", "in-place",
+        "--out", str(tmp_path))  # fmt: skip
+    after = tables(tmp_path, "coverage")
+    for heading in ("Summary", "Every architecture"):
+        assert after[heading] == before[heading]
+    rows = {row["model"]: row for row in after["Every further model"]}
+    own = rows.pop("in-place")
+    assert own["found"] == ""
+    assert list(rows.values()) == [r for r in before["Every further model"]
+                                   if r["model"] != "in-place"]  # fmt: skip
+    zoo, further = after["Runs"]
+    assert zoo == next(r for r in before["Runs"] if r["section"] == "zoo")
+    assert further["command"].endswith(f"--only in-place --out {tmp_path}")
 
 
 @pytest.mark.slow

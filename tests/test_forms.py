@@ -482,7 +482,47 @@ def test_a_constant_that_the_first_call_sets_does_not_stop_a_capture() -> None:
     assert model.report.capture.rung == "export"
     assert_equal(model(X), original(X))
     assert runs(model) == [(1, 0)]
-    assert rewrite(Once(always=True).eval(), [], X).report.capture.rung == "parts"
+    assert rewrite(Once(always=True).eval(), [], X).report.capture.rung == "export"
+
+
+def narrowed(self: Any, x: Tensor) -> Any:  # as Swin's window
+    if x.shape[2] <= self.seen:
+        self.seen = x.shape[2]
+    return self.fc(x.mean(2)) * self.seen
+
+
+def counted(self: Any, x: Tensor) -> Any:  # of an open size
+    self.seen = x.shape[0]
+    return self.fc(x.mean(2)) * self.seen
+
+
+def noted(self: Any, x: Tensor) -> Any:  # for others to read
+    self.seen = x.shape[2]
+    return self.fc(x.mean(2))
+
+
+def hidden(self: Any, x: Tensor) -> Any:  # from a trace
+    if not torch.compiler.is_compiling():
+        self.seen = x.shape[0]
+    return self.fc(x.mean(2)) * self.seen
+
+
+@pytest.mark.parametrize(
+    ("forward", "rung"),
+    [(narrowed, "export"), (counted, "parts"), (noted, "parts"), (hidden, "parts")],
+)
+@pytest.mark.filterwarnings("ignore::rewriter.errors.RewriteWarning")
+def test_what_every_call_sets_is_a_constant_where_it_hangs_on_no_open_size(
+    forward: Any, rung: str
+) -> None:
+    original = type("Sets", (Net,), {"forward": forward})().eval()
+    original.seen = 7
+    model = rewrite(original, [], torch.ones(3, 16, 6))
+    assert model.report.capture.rung == rung
+    for rows, width in ((3, 6), (2, 6), (3, 5), (2, 6), (4, 9), (3, 5)):
+        x = torch.randn(rows, 16, width)
+        assert_equal(model(x), original(x))
+        assert model.seen == original.seen
 
 
 class Asks(Net):

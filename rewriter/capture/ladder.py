@@ -23,7 +23,7 @@ from rewriter.capture.exporting import TOO_LONG, TRAIN_IN_PYTHON, Region, export
 from rewriter.capture.guards import Watch
 from rewriter.capture.hosted import Form, Program, State, host, unhost
 from rewriter.capture.reads import recording
-from rewriter.capture.settling import Setting, settings, settled
+from rewriter.capture.settling import Setting, set_again, settings, traced_alike
 from rewriter.capture.signature import Call
 from rewriter.capture.submodules import capture_submodules, refusal
 from rewriter.cost import Fakes
@@ -188,11 +188,10 @@ def capture(
     else:
         first, *further = calls_of(example_inputs)
         call, args, kwargs, moved = _prepared(root, first)
-        expected, writes, set_once = _expected(root, args, kwargs)
+        observed = _expected(root, args, kwargs)
         fakes = Fakes()
-        region: Region | str = refusal(root, writes) or export_region(
-            root, "", call, seconds, fakes
-        )
+        region = _whole(root, call, observed, seconds, fakes)
+        expected, writes = observed.values, observed.writes
         if isinstance(region, Region):
             result = Capture(root, "export", [region], call, fakes=fakes)
             if region.train_reason:
@@ -204,7 +203,7 @@ def capture(
             result.take_parts((args, kwargs), region, writes, seconds)
         if moved:
             result.notes.append("the model is on meta: example inputs were moved there")
-        result.strict, result.settings = strict, set_once
+        result.strict, result.settings = strict, observed.settings
         if result.asks_for_grad:
             expected = _observed(root, args, kwargs, training=False, grad=True).values
         result.example = (args, kwargs)
@@ -245,11 +244,12 @@ def _capture_further(result: Capture, given: Any, number: int, seconds: float) -
     for module in root.modules():
         unhost(module)
     try:
-        expected, writes, set_once = _expected(root, args, kwargs)
-        result.settings += set_once
+        observed = _expected(root, args, kwargs)
+        expected, writes = observed.values, observed.writes
         region: Region | str = "the first call is not captured whole"
         if result.rung == "export":
-            region = refusal(root, writes) or export_region(root, "", call, seconds, result.fakes)
+            region = _whole(root, call, observed, seconds, result.fakes)
+        result.settings += observed.settings
         if isinstance(region, Region):
             alone = Capture(root, "export", [region], call, (args, kwargs), fakes=result.fakes)
             alone.host()
@@ -358,11 +358,24 @@ def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
         ) from None
 
 
-def _expected(
-    root: nn.Module, args: Any, kwargs: Any
-) -> tuple[list[Any], dict[str, str], list[Setting]]:
-    """The results of one call, and its inputs as it leaves them; which modules' forward writes an
-    attribute; and the constants that the call set once, which are set then."""
+@dataclass
+class _Expected:
+    """What one call of the model does.
+
+    Args:
+        values: its results, flat, and its inputs as it leaves them.
+        writes: which modules' forward writes an attribute, but for constants that it sets once.
+        settings: the constants that it sets, which are set then.
+        again: of those, what every call sets again.
+    """
+
+    values: list[Any]
+    writes: dict[str, str]
+    settings: list[Setting]
+    again: list[Setting]
+
+
+def _expected(root: nn.Module, args: Any, kwargs: Any) -> _Expected:
     try:
         numbers = random_state()
         found = _observed(root, args, kwargs, training=False)
@@ -373,27 +386,42 @@ def _expected(
             f"{type(root).__name__} itself fails on example_inputs, before any rewrite: "
             f"{type(error).__name__}: {first_line(error)}. {_remedy(root, error)}"
         ) from error
-    if found.settings and _settles(root, args, kwargs, found):
-        return found.values, {}, found.settings
-    return found.values, found.writes, []
+    again = _settles(root, args, kwargs, found) if found.settings else None
+    if again is None:
+        return _Expected(found.values, found.writes, [], [])
+    return _Expected(found.values, found.writes if again else {}, found.settings, again)
 
 
-def _settles(root: nn.Module, args: Any, kwargs: Any, first: _Observed) -> bool:
-    """Whether the model, with the constants that a first call sets, computes the same and writes
-    nothing; they are set then."""
+def _settles(root: nn.Module, args: Any, kwargs: Any, first: _Observed) -> list[Setting] | None:
+    """Of the constants that a first call sets, those that every call sets; they all are set then.
+    None where the model, with them, computes another thing or writes something else."""
     for setting in first.settings:
         setting.apply()
+    again = None
     try:
         with recording(root) as reads:
-            again = _observed(root, args, kwargs, training=False)
-        same = difference(again.values, first.values) is None
-        once = same and not again.writes and settled(first.settings, reads)
+            second = _observed(root, args, kwargs, training=False)
+        if difference(second.values, first.values) is None and not second.writes:
+            again = set_again(first.settings, reads)
     except Exception:  # then it is looked at without them
-        once = False
-    if not once:
+        again = None
+    if again is None:
         for setting in first.settings:
             setting.undo()
-    return once
+    return again
+
+
+def _whole(
+    root: nn.Module, call: Call, observed: _Expected, seconds: float, fakes: Fakes
+) -> Region | str:
+    """The region of the whole model, or why there is none."""
+    writes = {} if observed.settings else observed.writes
+    region = refusal(root, writes) or export_region(root, "", call, seconds, fakes)
+    if isinstance(region, str) or not observed.again:
+        return region
+    if region.reads is not None and traced_alike(observed.again, region.reads):
+        return region
+    return refusal(root, observed.writes) or "its forward writes attributes"
 
 
 def _remedy(root: nn.Module, error: Exception) -> str:

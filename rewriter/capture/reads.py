@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.modules.structure import is_constant
 from rewriter.sites import is_leaf
 
 __all__ = ["Reads", "objects_in", "owners", "recording"]
 
 _set_class: Any = vars(object)["__class__"]
+_NO_CONSTANT: Any = object()
 
 
 class Reads:
@@ -34,7 +36,7 @@ class Reads:
     def __init__(self) -> None:
         self._names: dict[int, set[str]] = {}
         self._whole: set[int] = set()
-        self._set: set[tuple[int, str]] = set()
+        self._set: dict[tuple[int, str], list[Any]] = {}
         self._held: list[Any] = []  # no id is given anew
 
     def of(self, owner: Any) -> set[str] | None:
@@ -65,13 +67,14 @@ class Reads:
             self.all_of(owner)
         return value
 
-    def set(self, owner: Any, name: str) -> None:
-        """An attribute is set, or deleted."""
-        self._set.add((id(owner), name))
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """An attribute is set."""
+        kept = value if is_constant(value) else _NO_CONSTANT
+        self._set.setdefault((id(owner), name), []).append(kept)
 
-    def may_have_set(self, owner: Any, name: str) -> bool:
-        """Whether the attribute was set, as far as that could be observed."""
-        return id(owner) in self._whole or (id(owner), name) in self._set
+    def given(self, owner: Any, name: str) -> list[Any] | None:
+        """What an attribute was set to, one by one; None where that could not be observed."""
+        return None if id(owner) in self._whole else self._set.get((id(owner), name), [])
 
     def all_of(self, owner: Any) -> None:
         """The whole object was read, or cannot be observed."""
@@ -192,7 +195,7 @@ def _recorder(cls: type, reads: Reads) -> type:
             """Nothing of what the class does where it is really derived from."""
 
         def __setattr__(self, name: str, value: Any) -> None:
-            reads.set(self, name)
+            reads.set(self, name, value)
             super().__setattr__(name, value)
 
         def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is one of the class itself

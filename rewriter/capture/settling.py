@@ -1,7 +1,9 @@
-"""Constants that a forward sets once, where it finds them missing, and then only reads.
+"""Constants that a forward sets, and that are the same from its second call on.
 
-transformers' `config.problem_type` is one: the first call with labels sets it. Such a model can be
-captured as it is after that call; one that writes in every call cannot.
+transformers' `config.problem_type` is set once, by the first call with labels; Swin's `window_size`
+in every call, to the same number as long as the image has that size. Such a model can be captured
+as it is after the first call: where a trace sets what it set, the number hangs on nothing that the
+graph leaves open, and where it also reads it, every call checks that it is still the same.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from rewriter.capture.reads import Reads, owners
-from rewriter.modules.structure import is_constant
+from rewriter.modules.structure import is_constant, same
 
-__all__ = ["Setting", "settings", "settled"]
+__all__ = ["Setting", "set_again", "settings", "traced_alike"]
 
 _MISSING: Any = object()
 
@@ -38,6 +40,10 @@ class Setting:
     def apply(self, owner: Any = None) -> None:
         """Sets it, of the same object or of the one that stands for it."""
         vars(self.owner if owner is None else owner)[self.name] = self.after
+
+    def gives(self, value: Any) -> bool:
+        """Whether the value is the one that it is set to."""
+        return same(value, self.after)
 
     def undo(self) -> None:
         """Takes it back."""
@@ -64,6 +70,24 @@ def settings(root: nn.Module) -> Callable[[], list[Setting]]:
     return found
 
 
-def settled(found: list[Setting], reads: Reads) -> bool:
-    """Whether a call that was recorded wrote none of them again, not even the same value."""
-    return bool(found) and not any(reads.may_have_set(s.owner, s.name) for s in found)
+def set_again(found: list[Setting], reads: Reads) -> list[Setting] | None:
+    """Those that a further call set again, to the same; None where it set another value, or where
+    that could not be observed."""
+    again = []
+    for setting in found:
+        given = reads.given(setting.owner, setting.name)
+        if given is None or not all(map(setting.gives, given)):
+            return None
+        again += [setting] if given else []
+    return again
+
+
+def traced_alike(again: list[Setting], reads: Reads) -> bool:
+    """Whether traces that were recorded set the same constants too, and read them."""
+    for setting in again:
+        given = reads.given(setting.owner, setting.name)
+        if not given or not all(map(setting.gives, given)):
+            return False
+        if setting.name not in (reads.of(setting.owner) or ()):
+            return False
+    return True
