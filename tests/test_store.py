@@ -1008,6 +1008,7 @@ def option(**values: Any) -> Callable[[dict[str, Any]], Any]:
         ([Monarch()], lambda d: d.update(weights="../weights-0123456789abcdef.safetensors")),
         ([Monarch()], lambda d: d["layers"][0]["chain"][0].__setitem__(0, {"a": 1})),
         ([Monarch()], lambda d: d["layers"][0].update(weight="2.bias")),
+        ([Monarch()], lambda d: d["layers"][0]["chain"].extend(d["layers"][0]["chain"] * 10**5)),
         ([Monarch()], lambda d: d["ties"].update({"2.bias": "0.bias"})),
         ([Monarch()], lambda d: d["report"]["steps"][0].update(seconds="soon")),
         ([Monarch()], lambda d: d["report"]["steps"][0]["before"].update(params="many")),
