@@ -2,19 +2,23 @@
 
 A choice is asked for with a key of everything that it depends on but the machine (operation, sizes,
 dtype, threads). The first to ask measures; what it found is written to a JSON file that names this
-CPU and this version of torch, so that the next process chooses alike without measuring.
+CPU and this version of torch, so that the next process chooses alike without measuring. Where
+processes measure at the same time, the first to write decides for all: which kernel runs decides
+how results are rounded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -72,8 +76,7 @@ def fastest(
         if full not in _known:
             with torch.inference_mode(False), torch.no_grad():
                 found = _measure(candidates(), lead, device)
-            _known[full] = found
-            _save(full, found)
+            _known[full] = _agreed(full, found)
     return _known[full]
 
 
@@ -163,19 +166,48 @@ def _stored(path: Path) -> dict[str, str]:
     return found
 
 
-def _save(key: str, name: str) -> None:
-    """Beside what others have written meanwhile. Where nothing can be kept, the next process
-    measures again."""
+def _agreed(key: str, name: str) -> str:
+    """What stands for a key in the file, which is `name` where nobody has been faster; what others
+    have written meanwhile stays. Where nothing can be kept, the next process measures again."""
     path = _path()
     try:
-        kept = _stored(path)
-    except _UNREADABLE:
-        kept = {}
-    try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=path.parent, suffix=".json")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({**kept, key: name}, file, indent=0, sort_keys=True)
-        os.replace(made, path)
+        with _alone(path.parent):
+            try:
+                kept = _stored(path)
+            except _UNREADABLE:
+                kept = {}
+            if key not in kept:
+                _write(path, {**kept, key: name})
     except OSError:
+        return name
+    return kept.get(key, name)
+
+
+def _write(path: Path, found: dict[str, str]) -> None:
+    handle, made = tempfile.mkstemp(dir=path.parent, suffix=".json")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=0, sort_keys=True)
+        os.replace(made, path)
+    except BaseException:
+        Path(made).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, for as long as it takes to write a small file; file systems that know
+    no locks are written to without."""
+    if sys.platform == "win32":
+        yield
         return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

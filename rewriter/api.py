@@ -154,7 +154,12 @@ def explain(
 
 
 def plan_memory(
-    model: nn.Module, example_inputs: Any, budget: Any = 1.0, device: Any = None
+    model: nn.Module,
+    example_inputs: Any,
+    budget: Any = 1.0,
+    device: Any = None,
+    *,
+    capture_seconds: float = 60.0,
 ) -> MemoryPlan:
     """min seconds(plan) over all plans with peak(plan) ≤ budget, and the whole curve of them.
 
@@ -167,6 +172,7 @@ def plan_memory(
         example_inputs: as of `rewrite`.
         budget: as `rewrite(memory_budget=…)`; by default nothing but what costs no time.
         device: as of `rewrite`: whose times the plan goes by.
+        capture_seconds: as of `rewrite`.
 
     Raises:
         CaptureError: the example inputs do not run.
@@ -176,13 +182,13 @@ def plan_memory(
 
     _check_model(model)
     wanted = MemoryBudget.of(budget)
-    found = device_of(device)
+    options = Options(device=device_of(device), capture_seconds=capture_seconds)
     if wanted.lossy:
         raise OptionError("plan_memory runs nothing, so it cannot check a lossy plan: use rewrite")
     with torch.inference_mode(False):
-        captured = capture(copied(model), example_inputs)
+        captured = capture(copied(model), example_inputs, seconds=options.capture_seconds)
         captured.host()
-        plan = plan_of(captured, wanted, found).plan
+        plan = plan_of(captured, wanted, options.device).plan
     assert plan is not None
     return plan
 

@@ -220,7 +220,8 @@ def _devices(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings of ours as one line on stderr, without the place in this file they pass through."""
+    """Warnings of ours as one line on stderr, without the place in this file they pass through;
+    for the whole process, which is the command line's own."""
     from rewriter.errors import RewriteWarning
 
     usual = warnings.showwarning

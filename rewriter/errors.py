@@ -12,8 +12,11 @@ import sys
 import warnings
 from collections.abc import Iterable
 
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""What a terminal obeys in place of showing it; not the line break and the tab."""
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What a terminal obeys in place of showing it, but for the line break and the tab; and halves of
+characters (of file names that are not UTF-8), which cannot be written at all."""
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ from closeness import assert_equal
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from rewriter import CaptureError, RewriteWarning, explain, rewrite
+from rewriter import CaptureError, RewriteWarning, SignatureError, explain, rewrite
 from rewriter.capture import capture, exporting
 from rewriter.passes import Monarch
 
@@ -355,6 +355,29 @@ def test_one_tensor_given_twice() -> None:
     rewritten = rewrite(model, [], (X, X), strict_signature=True)
     equal(rewritten(X, X + 1), model(X, X + 1))
     equal(rewritten(X, X), model(X, X))
+    rewritten = rewrite(model, [], (X, X + 1), strict_signature=True)
+    with pytest.raises(SignatureError, match="arguments are one tensor, captured as several"):
+        rewritten(X, X)
+
+
+def test_one_tensor_for_two_arguments_is_another_form() -> None:
+    """A forward may ask, or write the one and read the other."""
+
+    def forward(self: Any, a: Tensor, b: Tensor) -> Tensor:
+        a.add_(1)
+        return (self.fc(a) - 2 * self.fc(b)) * (2 if a is b else 3)
+
+    model = build(forward)
+    for example in ((X.clone(), X.clone()), (X, X)):
+        rewritten = rewrite(model, [], example)
+        for rows in (4, 3, 4):
+            ours, theirs = ([X[:rows].clone() for _ in range(2)] for _ in range(2))
+            equal(rewritten(*ours), model(*theirs))
+            equal(ours, theirs)
+            one, other = X[:rows].clone(), X[:rows].clone()
+            equal(rewritten(one, one), model(other, other))
+            equal(one, other)
+        assert [(f.graph, f.python) for f in rewritten.report.forms] == [(3, 0), (3, 0)]
 
 
 @pytest.mark.parametrize("argument", [types.SimpleNamespace(k=2.0), np.ones(1), nn.Identity()])

@@ -10,12 +10,14 @@ import pickle
 import threading
 import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_equal, assert_reordered
 from torch import Tensor, nn
+from torch import is_grad_enabled as grads_are_on
 
 from rewriter import MemoryBudget, RewriteWarning, SignatureError, load, rewrite
 from rewriter.capture.forms import MAX_FORMS
@@ -530,15 +532,58 @@ class Asks(Net):
         return self.fc(x) * (2 if torch.is_grad_enabled() else 3)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradients are off:rewriter.errors.RewriteWarning")
-def test_a_forward_that_asks_for_gradients_is_right_with_and_without() -> None:
-    original = Asks().eval()
+class AsksByName(Net):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.fc(x) * (2 if grads_are_on() else 3)
+
+
+@pytest.mark.parametrize("kind", [Asks, AsksByName])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_that_asks_for_gradients_has_a_form_for_each(kind: Any, training: bool) -> None:
+    original = kind().train(training)
     model = rewrite(original, [], X)
-    assert_equal(model(X), original(X))
-    with torch.no_grad():
+    for _ in range(2):
         assert_equal(model(X), original(X))
-    assert runs(model) == [(1, 0), (0, 1)]
-    assert "gradients are off" in model.report.forms[1].reason
+        for without in (torch.no_grad(), torch.inference_mode()):
+            with without:
+                assert_equal(model(X), original(X))
+    assert runs(model) == [(2, 0), (4, 0)]
+
+
+ASKED: dict[str, Callable[[Net, Tensor], bool]] = {
+    "inference mode": lambda m, x: torch.is_inference_mode_enabled(),
+    "the input": lambda m, x: x.requires_grad,
+    "a weight": lambda m, x: m.fc.weight.requires_grad,
+    "a leaf": lambda m, x: (x * m.fc.bias).is_leaf,
+    "a history": lambda m, x: m.fc(x).grad_fn is None,
+    "a tensor's mode": lambda m, x: x.is_inference(),
+}
+
+
+class AsksOtherwise(Net):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.fc(x) * (2 if ASKED[self.what](self, x) else 3)
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_a_forward_that_asks_what_has_gradients_is_right(what: str) -> None:
+    original = AsksOtherwise(what).eval()
+    model = rewrite(original, [Monarch(where="head")], X, inplace=False)
+    with torch.inference_mode():
+        own = X.clone()
+    for frozen in (False, True):
+        for module in (original, model):
+            module.requires_grad_(not frozen)
+        assert_equal(model(X), original(X))
+        assert_equal(model(X.clone().requires_grad_()), original(X.clone().requires_grad_()))
+        for without, x in ((torch.no_grad(), X), (torch.inference_mode(), X),
+                           (torch.inference_mode(), own)):  # fmt: skip
+            with without:
+                assert_equal(model(x), original(x))
 
 
 class Makes(Net):

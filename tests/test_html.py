@@ -174,7 +174,7 @@ def test_everything_is_escaped(draw: object) -> None:
 
 
 def test_names_that_break_plots() -> None:
-    for name in ("$\\frac{1}", "\x00\x1b", "名前" * 40, "_hidden", "a" * 500, "%s {0}"):
+    for name in ("$\\frac{1}", "\x00\x1b", "名前" * 40, "_hidden", "a" * 500, "%s {0}", "\ud800"):
         report = made()
         report.steps[1].name = name
         Tags(report.to_html())

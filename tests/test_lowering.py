@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import rewriter
 from rewriter import explain, load, rewrite
 from rewriter.engine.engine import Engine
-from rewriter.errors import OptionError, VerifyError
+from rewriter.errors import OptionError, RewriteWarning, VerifyError
 from rewriter.kernels import linear_act as kernel
 from rewriter.lowering import DEFAULT_RULES, Fused, Place, Rule, fused
 from rewriter.modules.patterns import batch_norm, conv, linear, op, relu
@@ -603,6 +603,70 @@ def test_a_convolution_with_a_weight_of_no_layer_is_left_alone() -> None:
     assert found == [
         ("conv2d", "skipped", "conv2d calls a function: its weights are not a layer's")
     ]
+
+
+class Projections(nn.Module):
+    """Siblings whose results it returns: as they are, as a view, and only inside."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.q, self.k, self.kind = nn.Linear(6, 6), nn.Linear(6, 4), kind
+
+    def forward(self, x: Tensor) -> Any:
+        q, k = self.q(x), self.k(x)
+        if self.kind == "inside":
+            q.mul_(2)
+            return q.sum(-1) + k.sum(-1)
+        return (
+            (q, k) if self.kind == "as they are" else (q.sum(-1), k.view(-1, 2, 2).transpose(0, 1))
+        )
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("as they are", 0), ("a view", 0), ("inside", 1)])
+def test_what_a_joined_product_gives_out_is_no_piece_of_it(kind: str, calls: int) -> None:
+    model = Projections(kind).eval().requires_grad_(False)
+    optimized: Any = rewrite(model, [], torch.randn(5, 6))
+    x, scale = torch.randn(3, 6), torch.ones(()).requires_grad_()
+    assert (vars(optimized)["_rewriter"].lowered is not None) is bool(calls)
+    for ours, theirs in zip(
+        *(torch.utils._pytree.tree_leaves(m(x)) for m in (optimized, model)), strict=True
+    ):
+        assert_reordered(ours, theirs)
+        assert ours.stride() == theirs.stride()
+        ours *= scale  # with gradients on, what was computed without
+        ours.sum().backward()
+    assert not calls or fused_calls(optimized) == calls
+
+
+def test_a_piece_of_a_joined_product_may_be_written_with_gradients() -> None:
+    pieces = fused.joined_linear(torch.randn(2, 6), torch.randn(10, 6), None, (6, 4))
+    scale = torch.ones(()).requires_grad_()
+    for piece in pieces:
+        piece *= scale
+        piece.sum().backward()
+
+
+def test_rules_of_ones_own_are_not_saved_which_load_says(tmp_path: pathlib.Path) -> None:
+    own = Rule(relu >> linear, Fused("relu_linear", relu_linear, weights_of))
+    net = nn.Sequential(nn.ReLU(), nn.Linear(6, 4)).eval()
+    x = torch.randn(5, 6)
+    optimized: Any = rewrite(net, [], x, lower=[own])
+    with torch.no_grad():
+        expected = optimized(x)
+    assert fused_calls(optimized) == 1
+    optimized.save(tmp_path)
+    with pytest.warns(RewriteWarning, match=r"rules of its own \(relu >> linear\), which a save"):
+        loaded = load(tmp_path, net)
+    with torch.no_grad():
+        assert_reordered(loaded(x), expected)
+
+
+def relu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x.relu(), weight, bias)
+
+
+def weights_of(place: Place) -> tuple[Tensor, Tensor]:
+    return place.modules[1].weight, place.modules[1].bias
 
 
 @pytest.mark.parametrize("runs", [True, False])

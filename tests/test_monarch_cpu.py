@@ -346,6 +346,40 @@ def test_the_fastest_is_kept_for_later_processes(monkeypatch, tmp_path):
     assert choice.fastest("sizes", "v1", lambda: {"only": lambda: None}) == "only"
 
 
+def test_of_processes_that_measure_at_once_the_first_to_write_decides(monkeypatch, tmp_path):
+    monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
+    monkeypatch.setattr(choice, "_known", {})
+    monkeypatch.setattr(choice, "_read", set())
+
+    def candidates() -> dict[str, Callable[[], object]]:
+        path = choice._path()  # another process, which was faster
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"v1 sizes": "slow", "v1 others": "slow"}))
+        return {"slow": lambda: time.sleep(0.01), "fast": lambda: None}
+
+    for _ in range(2):
+        assert choice.fastest("sizes", "v1", candidates) == "slow"
+    assert choice.fastest("more", "v1", lambda: {"only": lambda: None}) == "only"
+    (path,) = (tmp_path / "kernels").glob("choices-*.json")
+    found = json.loads(path.read_text())
+    assert found == {"v1 more": "only", "v1 others": "slow", "v1 sizes": "slow"}
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_no_choice_is_lost_where_many_write(monkeypatch, tmp_path):
+    monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
+    names = [str(n) for n in range(24)]
+    with ThreadPoolExecutor(8) as pool:  # a lock of a folder holds between threads too
+        own = list(pool.map(lambda n: choice._agreed(f"v1 {n}", n), names))
+        shared = set(pool.map(lambda n: choice._agreed("v1 shared", n), names))
+    assert own == names
+    assert len(shared) == 1
+    (path,) = (tmp_path / "kernels").glob("choices-*.json")
+    assert json.loads(path.read_text()) == {
+        **{f"v1 {n}": n for n in names}, "v1 shared": shared.pop()
+    }  # fmt: skip
+
+
 def test_rows_up_to_a_power_of_two_count_as_equal():
     assert [choice.rows_bucket(n) for n in (0, 1, 2, 3, 512, 513, 99999)] == [
         *(1, 1, 2, 4, 512, 1024, 2048)

@@ -11,6 +11,8 @@ import importlib
 import json
 import pathlib
 import pickle
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -118,3 +120,45 @@ def test_import_paths_of_before_stay() -> None:
         [Layer, Moments, Pass, Replacement, Skip, as_parameter, unusable, Capture, arguments]
         + [capture, rewriter_backend, Engine, Options, check_passes, LINEAR, Site, find_sites]
     )
+
+
+# a model that was captured by parts
+
+
+class Branching(nn.Module):
+    """Branches on data, so that its two layers are captured by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        out: Tensor = self.last(-h if h.sum() > 0 else h)
+        return out
+
+
+PARTS = DATA / "version_0_2_0/by_parts"
+
+
+@pytest.mark.parametrize("name", ["plain", "monarch", "int8"])
+def test_a_model_by_parts_loads(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    home: Any = types.ModuleType("by_parts")  # where its class was then
+    home.Branching = Branching
+    monkeypatch.setitem(sys.modules, "by_parts", home)
+    expected = torch.tensor(json.loads((PARTS / "outputs.json").read_text())[name])
+    pickled = pickle.loads((PARTS / f"{name}.pkl").read_bytes())
+    stored: Any = rewriter.load(PARTS / name, Branching().eval())
+    captured = rewriter.load(PARTS / name, Branching().eval(), example_inputs=X)
+    stored.save(tmp_path)
+    again = rewriter.load(tmp_path, Branching().eval())
+    for model in (pickled, stored, captured, again):
+        with torch.no_grad():
+            assert_reordered(model(X), expected)
+            assert_reordered(model(X[:3]), expected[:3])
+        model.train()(X).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(X), stored.eval()(X))

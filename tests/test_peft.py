@@ -189,6 +189,21 @@ def test_the_report_says_why_adapters_stay() -> None:
     assert "name lora_A in where=" in reasons["lora_A"]
 
 
+@pytest.mark.parametrize("recipe", ["monarch", "int8"])
+def test_a_weight_that_dora_reads_stays_and_says_so(recipe: str) -> None:
+    """It scales the rows of W + BA by their norms, which takes the weight itself."""
+    model, x = adapted_model("DoRA")
+    optimized: Any = rewrite(model, LINEAR_RECIPES[recipe], {"x": x})
+    reasons = {d.site.rpartition(".")[2]: d.reason for d in optimized.report.skipped}
+    assert not optimized.report.replaced
+    assert "code that reads it" in reasons["base_layer"]
+    own = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert own == {n for n, p in optimized.named_parameters() if p.requires_grad}
+    after = optimized(x=x).detach()
+    assert_reordered(after, model(x=x))
+    assert_reordered(optimized.merge_and_unload()(x), after)
+
+
 def test_adapters_that_where_names_are_rewritten() -> None:
     model, x = adapted_model("LoRA")
     optimized = rewrite(model, [Quantize("int8-dynamic", where="*.lora_A.*")], {"x": x})

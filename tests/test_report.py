@@ -331,6 +331,17 @@ def test_save(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.TXT", "r.html", "r.json", "r.md"]
 
 
+def test_half_a_character_is_written_out(tmp_path: Path) -> None:
+    """As Python has them in names of files that are not UTF-8."""
+    r = report()
+    r.model = "a\udc80b"
+    for suffix in ("json", "md", "txt", "html"):
+        r.save(tmp_path / f"r.{suffix}")
+        assert "udc80b" in (tmp_path / f"r.{suffix}").read_text(encoding="utf-8")
+    str(r).encode()
+    assert Report.from_json((tmp_path / "r.json").read_text(encoding="utf-8")) == r
+
+
 def test_save_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match=r"'r.pdf': the suffix must be one of .html, .json, .md"):
         report().save(tmp_path / "r.pdf")

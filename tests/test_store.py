@@ -25,7 +25,18 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import rewriter
-from rewriter import LINEAR, Layer, Pass, Replacement, Site, StoreError, load, rewrite
+from rewriter import (
+    LINEAR,
+    Layer,
+    OptionError,
+    Pass,
+    Replacement,
+    RewriteWarning,
+    Site,
+    StoreError,
+    load,
+    rewrite,
+)
 from rewriter.base import as_parameter
 from rewriter.engine import Engine
 from rewriter.passes import Densify, Monarch, MonarchChain, MonarchLinear, Quadratic, TopK
@@ -862,6 +873,99 @@ def test_a_save_that_comes_while_another_is_read_is_loaded_in_its_place(
     assert len(calls) == 2
 
 
+class Buffered(nn.Module):
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.register_buffer("own", buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+BUFFERS: dict[str, Callable[[], Tensor]] = {
+    "one row for all": lambda: torch.arange(3.0).expand(4, 3),
+    "half a complex number": lambda: torch.ones(3, dtype=torch.complex64).to(torch.complex32),
+    "eight bits": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "none": lambda: torch.empty(0, 3),
+    "conjugated": lambda: torch.full((3,), 1 + 2j).conj(),
+    "unsigned": lambda: torch.full((3,), 60000).to(torch.uint16),
+}
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_buffers_of_all_kinds_come_back(tmp_path: pathlib.Path, kind: str) -> None:
+    x, make = torch.randn(2, 16), BUFFERS[kind]
+    model = Buffered(make()).eval()
+    optimized: Any = rewrite(model, [Quantize()], x)
+    optimized.save(tmp_path)
+    loaded: Any = load(tmp_path, Buffered(make().clone().zero_()).eval())
+    plain: Any = load(tmp_path, Buffered(make()).eval())
+    optimized.load_original(model.state_dict())
+    for found in (loaded, plain, optimized):
+        assert found.own.dtype == model.own.dtype
+        assert found.own.resolve_conj().tolist() == model.own.resolve_conj().tolist()
+        with torch.no_grad():
+            assert torch.equal(found(x), optimized(x))
+
+
+def test_a_sparse_buffer_is_kept_and_cannot_be_saved(tmp_path: pathlib.Path) -> None:
+    model = Buffered(torch.eye(3).to_sparse()).eval()
+    optimized: Any = rewrite(model, [Quantize()], torch.randn(2, 16))
+    assert torch.equal(optimized.own.to_dense(), torch.eye(3))
+    with pytest.raises(StoreError, match="own is a torch.sparse_coo tensor: only dense ones"):
+        optimized.save(tmp_path)
+
+
+def test_a_load_takes_no_longer_to_capture_than_it_may(saved: pathlib.Path) -> None:
+    with pytest.warns(RewriteWarning, match="limit of 1e-09 s of CPU time .* capture_seconds"):
+        loaded: Any = load(saved, MLP(), example_inputs=torch.randn(4, 32), capture_seconds=1e-9)
+    assert loaded(torch.randn(4, 32)).shape[0] == 4
+    with pytest.raises(OptionError, match="capture_seconds=0: use a number"):
+        load(saved, MLP(), capture_seconds=0)
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("later", [False, True])
+def test_loaded_results_are_the_same_bits(
+    tmp_path: pathlib.Path, example: bool, later: bool
+) -> None:
+    """Rewritten and loaded with example inputs or without."""
+    model, x = MLP().eval(), torch.randn(4, 32)
+    optimized: Any = rewrite(model, [Monarch()], x if example else None)
+    optimized.save(tmp_path)
+    loaded = load(tmp_path, MLP().eval(), example_inputs=x if later else None)
+    with torch.no_grad():
+        for given in (x, x[:1], torch.randn(3, 2, 32)):
+            assert torch.equal(loaded(given), optimized(given))
+
+
+class Branches(nn.Module):
+    """Captured by parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = MLP(), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(-x if x.sum() > 0 else x)
+
+
+def test_a_model_by_parts_is_captured_when_its_parts_are_called(tmp_path: pathlib.Path) -> None:
+    x = torch.randn(4, 32)
+    optimized: Any = rewrite(Branches().eval(), [Monarch()], x)
+    assert optimized.report.capture.rung == "parts"
+    optimized.save(tmp_path)
+    loaded: Any = load(tmp_path, Branches().eval())
+    with torch.no_grad():
+        for given in (x, -x, x[:1]):
+            assert torch.equal(loaded(given), optimized(given))
+    graphs = {f.module: (f.graph + f.lowered, f.python) for f in loaded.report.forms if f.module}
+    assert graphs["first"] == (3, 0)
+
+
 # saves that mean harm
 
 
@@ -904,6 +1008,7 @@ def option(**values: Any) -> Callable[[dict[str, Any]], Any]:
         ([Monarch()], lambda d: d.update(weights="../weights-0123456789abcdef.safetensors")),
         ([Monarch()], lambda d: d["layers"][0]["chain"][0].__setitem__(0, {"a": 1})),
         ([Monarch()], lambda d: d["layers"][0].update(weight="2.bias")),
+        ([Monarch()], lambda d: d["layers"][0]["chain"].extend(d["layers"][0]["chain"] * 10**5)),
         ([Monarch()], lambda d: d["ties"].update({"2.bias": "0.bias"})),
         ([Monarch()], lambda d: d["report"]["steps"][0].update(seconds="soon")),
         ([Monarch()], lambda d: d["report"]["steps"][0]["before"].update(params="many")),

@@ -9,6 +9,7 @@ import types
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from closeness import assert_equal
@@ -35,6 +36,7 @@ class Writer(nn.Module):
         self.listed = [torch.zeros(8)]
         self.nested: dict[str, Any] = {"a": {"b": torch.zeros(8)}, "log": []}
         self.queue = collections.deque([1], maxlen=2)
+        self.array = np.zeros(3)
         self.box = types.SimpleNamespace(seen=0, cache=torch.zeros(8))
         self.act = act
 
@@ -48,7 +50,7 @@ class Writer(nn.Module):
         return [
             *self.state_dict().values(), self.plain, self.half, self.listed[0],
             self.nested["a"]["b"], self.box.cache, len(self.listed), len(self.nested["log"]),
-            list(self.queue), self.box.seen,
+            list(self.queue), self.box.seen, self.array.tolist(),
         ]  # fmt: skip
 
 
@@ -65,6 +67,7 @@ WRITES: dict[str, Any] = {
     "an entry of a list": lambda m: m.listed.append(m.plain),
     "an entry of a list in a dict": lambda m: m.nested["log"].append(1),
     "an entry of a deque": lambda m: m.queue.append(2),
+    "an array": lambda m: m.array.__iadd__(1),
     "an attribute of an object": lambda m: setattr(m.box, "seen", m.box.seen + 1),
     "out=": lambda m: torch.add(m.plain, 1, out=m.plain),
     "several at once": lambda m: torch._foreach_add_([m.plain, m.scale], 1.0),

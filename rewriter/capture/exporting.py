@@ -7,9 +7,11 @@ arguments by `Signature`; attributes and hooks by `Watch`) or refused here, with
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +41,7 @@ from rewriter.modules.running import (
 )
 from rewriter.modules.structure import Structure, Unflattenable, flatten
 
-__all__ = ["TOO_LONG", "TRAIN_IN_PYTHON", "Region", "export_region", "unusual"]
+__all__ = ["TOO_LONG", "TRAIN_IN_PYTHON", "Region", "asked_for_modes", "export_region", "unusual"]
 
 TOO_LONG = "tracing took longer than its time limit"
 TRAIN_IN_PYTHON = "train mode runs the original Python forward over the rewritten layers"
@@ -99,9 +101,11 @@ def _export_region(
         return "it is called without tensors"
     if reason := next(filter(None, map(unusual, leaves)), ""):
         return reason
+    if signature.shared and not _tells_apart(module, signature, leaves):
+        signature.shared = None
     deadline = time.thread_time() + seconds
     region = Region(prefix, {}, {}, signature, leaves)
-    reason = _export(module, region, False, deadline, fakes)
+    reason = _export(module, region, False, deadline, fakes, call.grad)
     if reason:
         return reason
     if region.alike:
@@ -110,7 +114,9 @@ def _export_region(
     if True in region.graphs:
         signature.dims[True] = signature.dims[False].copy()
     _widen(module, region, (False,))
-    reason = "" if True in region.graphs else _export(module, region, True, deadline, fakes)
+    reason = ""
+    if True not in region.graphs:
+        reason = _export(module, region, True, deadline, fakes, call.grad)
     if reason:
         region.train_reason = f"{TRAIN_IN_PYTHON}: {reason}"
     else:
@@ -161,7 +167,7 @@ class _Flat(nn.Module):
         results: list[Any] = []
 
         def call() -> Any:
-            args, kwargs = self.signature.arguments(leaves)
+            args, kwargs = self.signature.arguments(self.signature.merged(leaves))
             return self.module(*args, **kwargs)
 
         try:
@@ -181,6 +187,11 @@ class _Flat(nn.Module):
 
 _HOOKS = frozenset({
     torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook,
+})  # fmt: skip
+_tensor: Any = torch.Tensor
+_GRADIENTS = frozenset({
+    *(getattr(_tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad", "grad_fn")),
+    torch.Tensor.is_inference,
 })  # fmt: skip
 _LAYOUT = frozenset({torch.Tensor.is_contiguous, torch.Tensor.stride, torch.Tensor.data_ptr})
 _VALUES = frozenset({
@@ -214,6 +225,10 @@ class _Observer(TorchFunctionMode):
             raise CaptureError(TOO_LONG)
         if func in _HOOKS:
             raise CaptureError("its forward hooks gradients, which a graph would lose")
+        if func in _GRADIENTS and _is_users(sys._getframe(1)):
+            raise CaptureError(
+                "its forward asks which tensors have gradients, which a graph would fix"
+            )
         if func in _LAYOUT:
             self.layout = True
         elif func in _VALUES and args and id(args[0]) in self.attributes:
@@ -225,7 +240,7 @@ class _Observer(TorchFunctionMode):
 
 
 def _export(
-    module: nn.Module, region: Region, training: bool, deadline: float, fakes: Fakes
+    module: nn.Module, region: Region, training: bool, deadline: float, fakes: Fakes, grad: bool
 ) -> str:
     """Adds one mode's graph to the region; returns why there is none."""
     signature, leaves = region.signature, region.leaves
@@ -233,9 +248,12 @@ def _export(
     assert leaves is not None
     examples = _distinct(leaves)
     rows = _two_rows(examples)
+    trace = functools.partial(
+        _traced, module, signature, leaves=leaves, training=training, deadline=deadline, grad=grad
+    )
     try:
         try:
-            traced = _traced(module, signature, rows, leaves, training, deadline)
+            traced = trace(rows)
             # a size that the model fixes is fixed as it was given, not as the two rows
             again = rows is not examples and any(s and s[0] == 1 for s in traced.dims.shapes)
         except Exception:
@@ -243,7 +261,7 @@ def _export(
                 raise
             again = True  # two rows may not be what the model takes
         if again:
-            traced = _traced(module, signature, examples, leaves, training, deadline)
+            traced = trace(examples)
     except RewriteError as error:
         return first_line(error)
     except Exception as error:
@@ -291,9 +309,14 @@ def _traced(
     leaves: list[Tensor],
     training: bool,
     deadline: float,
+    grad: bool,
     replay: bool = True,
 ) -> _Traced:
-    """The trace of one mode; that of eval mode tells whether train mode has the same."""
+    """The trace of one mode; that of eval mode tells whether train mode has the same. `grad` says
+    whether the call wants gradients, where the forward asks; else one trace is for both."""
+    again = functools.partial(
+        _traced, module, signature, examples, leaves, training, deadline, grad
+    )
     record = Record() if replay and not training else None
     observer = _Observer(module, deadline, record)
     flat = _Flat(module, signature, observer)
@@ -303,8 +326,8 @@ def _traced(
         without_hooks(module),
         quietly(logs=True),
         _own_backward_refused(),
-        _asked_for_grad() as asked,
-        torch.enable_grad(),
+        asked_for_modes(module) as asked,
+        torch.set_grad_enabled(signature.grad is not False),
         kept_values(module),
         kept_numbers() as drew,
     ):
@@ -315,11 +338,13 @@ def _traced(
             raise CaptureError(
                 "its forward draws from Python's or NumPy's random numbers, which a graph would fix"
             )
-    if asked():
-        signature.grad = True
+    if asked() and signature.grad is not grad:
+        signature.grad = grad
+        if not grad:
+            return again(replay)
     found = flat.result.replayed
     if found is not None and not found.clean:
-        return _traced(module, signature, examples, leaves, training, deadline, replay=False)
+        return again(replay=False)
     graph, constants = rehost(program, module, signature.names, "module")
     structure = flat.result.structure
     assert structure is not None
@@ -361,22 +386,53 @@ def _own_backward_refused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _asked_for_grad() -> Iterator[Callable[[], bool]]:
-    """Whether the model's own code asks if gradients are on, in this thread: a trace, which has
-    them on, takes the one way."""
-    thread, plain, asked = threading.get_ident(), torch.is_grad_enabled, []
+def asked_for_modes(module: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Whether the model's own code asks if gradients are on, in this thread: a trace takes the one
+    way. One that asks for inference mode, which no trace is in, is refused."""
+    thread, asked = threading.get_ident(), []
 
-    def is_grad_enabled() -> bool:
-        name = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
-        if threading.get_ident() == thread and name not in ("torch", "rewriter"):
-            asked.append(name)
-        return plain()
+    def watched(plain: Callable[[], bool]) -> Callable[[], bool]:
+        def answer() -> bool:
+            if threading.get_ident() == thread and _is_users(sys._getframe(1)):
+                if plain is torch._C.is_inference_mode_enabled:
+                    raise CaptureError(
+                        "its forward asks for inference mode, which a graph would fix"
+                    )
+                asked.append(plain)
+            return plain()
 
-    torch.is_grad_enabled = is_grad_enabled
+        return answer
+
+    # the code of its classes may have the functions under names of its own
+    files = {cls.__module__ for m in module.modules() for cls in type(m).__mro__}
+    own = [vars(sys.modules[f]) for f in sorted(files)
+           if f in sys.modules and not f.startswith("torch.")]  # fmt: skip
+    plain = {id(f): f for f in (torch.is_grad_enabled, torch.is_inference_mode_enabled)}
+    places = [(names, n, v) for names in (vars(torch), *own)
+              for n, v in list(names.items()) if id(v) in plain]  # fmt: skip
+    for names, name, value in places:
+        names[name] = watched(value)
     try:
         yield lambda: bool(asked)
     finally:
-        torch.is_grad_enabled = plain
+        for names, name, value in places:
+            names[name] = value
+
+
+def _is_users(frame: types.FrameType) -> bool:
+    """Whether code of neither torch nor this package runs there."""
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0] not in ("torch", "rewriter")
+
+
+def _tells_apart(module: nn.Module, signature: Signature, leaves: list[Tensor]) -> bool:
+    """Whether it makes a difference to a forward that some of its tensors are one object."""
+    copies = [t.clone() for t in leaves]
+    try:
+        one, apart = (run_flat(module, *signature.arguments(given)) for given in (leaves, copies))
+    except Exception:  # the one or the other is refused
+        return True
+    return difference(one, apart) is not None
 
 
 # sizes

@@ -307,7 +307,9 @@ class State:
             return forward(module, *args, **kwargs)
         if tracing or self.strict and self.forms:
             return self._differs(module, forward, args, kwargs, differs, None, tracing)
-        kind: Any = changed, _kind_of_call(args, kwargs, module.training)
+        asks = any(f.signature is not None and f.signature.grad is not None for f in self.forms)
+        grad = torch.is_grad_enabled() if asks else None
+        kind: Any = changed, grad, _kind_of_call(args, kwargs, module.training)
         if len(self.forms) >= MAX_FORMS or len(self.refused) >= MAX_FORMS:
             kind = kind if kind in self.refused else _FULL
         if kind not in self.refused:

@@ -5,17 +5,17 @@ generated code of the graph for the current mode over the module tree; a call th
 serve runs the original Python `forward` over the same, rewritten, layers.
 
 What a graph takes for granted. Checked at every call, which otherwise runs Python: names, types,
-dtypes and sizes of the arguments, and values of those that are no tensors (`Signature`); autocast;
-torch's default dtype; whether gradients are on, where the model's own code asks; dtypes of
-parameters; and, of every module that was opened up, its training flag, hooks, submodules and plain
-attributes, and those of objects in its attributes such as a `config` (`Watch`). Refused at capture:
-branches on data, attributes that the forward writes, draws from Python's or NumPy's global random
-numbers, reads of the values of tensors that are neither parameter nor buffer. Fixed at capture, and
-not noticed when it changes: module-level globals and closures that the forward reads, contents of
-NumPy arrays and of objects without `__dict__` in attributes, random number generators of the
-model's own, environment variables and clocks, and whether two arguments are one object. Under
-`torch.compile` and `torch.export` the checks of `Watch` run once, when the call is traced, or not
-at all.
+dtypes and sizes of the arguments, which of them are one object, and values of those that are no
+tensors (`Signature`); autocast; torch's default dtype; whether gradients are on, where the model's
+own code asks; dtypes of parameters; and, of every module that was opened up, its training flag,
+hooks, submodules and plain attributes, and those of objects in its attributes such as a `config`
+(`Watch`). Refused at capture: branches on data, attributes that the forward writes, draws from
+Python's or NumPy's global random numbers, reads of the values of tensors that are neither parameter
+nor buffer, questions which tensors require gradients or whether inference mode is on. Fixed at
+capture, and not noticed when it changes: module-level globals and closures that the forward reads,
+contents of NumPy arrays and of objects without `__dict__` in attributes, random number generators
+of the model's own, environment variables and clocks. Under `torch.compile` and `torch.export` the
+checks of `Watch` run once, when the call is traced, or not at all.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,13 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
-from rewriter.capture.exporting import TOO_LONG, TRAIN_IN_PYTHON, Region, export_region
+from rewriter.capture.exporting import (
+    TOO_LONG,
+    TRAIN_IN_PYTHON,
+    Region,
+    asked_for_modes,
+    export_region,
+)
 from rewriter.capture.guards import Watch
 from rewriter.capture.hosted import Form, Program, State, host, unhost
 from rewriter.capture.reads import recording
@@ -49,10 +55,11 @@ __all__ = ["Arguments", "Capture", "Region", "arguments", "calls_of", "capture"]
 
 @dataclass(frozen=True)
 class Arguments:
-    """One call, as Python makes it."""
+    """One call, as Python makes it; `grad` says whether gradients are on."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grad: bool = True
 
 
 @dataclass
@@ -234,7 +241,10 @@ def _prepared(root: nn.Module, given: Any) -> tuple[Call, Any, Any, bool]:
     args, kwargs = arguments(given)
     _check_inputs(root, args, kwargs)
     args, kwargs, moved = _usable(root, args, kwargs)
-    return _bind(root, args, kwargs), args, kwargs, moved
+    call = _bind(root, args, kwargs)
+    if isinstance(given, Arguments):
+        call = replace(call, grad=given.grad)
+    return call, args, kwargs, moved
 
 
 def _capture_further(result: Capture, given: Any, number: int, seconds: float) -> None:
@@ -578,8 +588,10 @@ def _symbolic(root: nn.Module) -> Capture:
         if reason:
             raise CaptureError(reason)
         for training in (False, True):
-            with TRACING, modes(root, training):
+            with TRACING, modes(root, training), asked_for_modes(root) as asked:
                 graphs[training] = _Tracer().trace(root)
+            if asked():
+                raise CaptureError("its forward asks whether gradients are on")
     except Exception as error:
         raise CaptureError(
             f"{type(root).__name__} cannot be traced without running it "

@@ -58,9 +58,11 @@ _SHOWN = 80
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its arguments by name, in the order of its signature."""
+    """One call of a module: its arguments by name, in the order of its signature; `grad` says
+    whether gradients are on."""
 
     arguments: Mapping[str, Any]
+    grad: bool = True
 
     @classmethod
     def of(cls, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -203,6 +205,9 @@ class Signature:
         default: torch's default dtype then, which new tensors get.
         grad: whether gradients were on; None where the forward does not ask.
         contiguous: the forward asks how tensors lie in memory, so inputs must be contiguous.
+        shared: where tensors of the call were one object, which a forward may ask and writes tell:
+            per tensor the place of the first that is the same; () where all were apart, None where
+            it makes no difference.
     """
 
     positional: tuple[str, ...]
@@ -218,6 +223,7 @@ class Signature:
     default: torch.dtype = field(default_factory=torch.get_default_dtype)
     grad: bool | None = None
     contiguous: bool = False
+    shared: tuple[int, ...] | None = ()
     _plans: dict[Any, _Plan | str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -253,8 +259,13 @@ class Signature:
             dtypes=tuple(t.dtype for t in leaves),
             device=device,
             autocast=_autocast(device),
+            shared=_shared(leaves),
         )
         return signature, leaves
+
+    def merged(self, leaves: Sequence[Any]) -> list[Any]:
+        """The leaves, with one object for those that were one in the captured call."""
+        return [leaves[i] for i in self.shared] if self.shared else list(leaves)
 
     def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of the captured call, with `leaves` for its tensors."""
@@ -317,16 +328,29 @@ class Signature:
                 f"torch's default dtype is {torch.get_default_dtype()}, captured as {self.default}"
             )
         if self.grad is not None and torch.is_grad_enabled() is not self.grad:
-            return "gradients are off, which its forward asks, captured with them on"
+            now, then = ("off", "on") if self.grad else ("on", "off")
+            return f"gradients are {now}, which its forward asks, captured with them {then}"
+        return self._other_sizes(leaves, training) or self._otherwise_shared(leaves) or leaves
+
+    def _other_sizes(self, leaves: list[Tensor], training: bool) -> str | None:
         dims = self.dims.get(training)
         if dims is None:  # no graph of this mode
-            return leaves
+            return None
         if torch.compiler.is_compiling():  # its sizes may be symbols, which cannot be looked up
-            return dims.difference(leaves, self.names) or leaves
+            return dims.difference(leaves, self.names)
         try:
-            return dims.serves(leaves, self.names) or leaves
+            return dims.serves(leaves, self.names)
         except TypeError:  # so may those of another tracer
-            return dims.difference(leaves, self.names) or leaves
+            return dims.difference(leaves, self.names)
+
+    def _otherwise_shared(self, leaves: list[Tensor]) -> str | None:
+        if self.shared is None or torch.compiler.is_compiling():
+            return None
+        shared = _shared(leaves)
+        if shared == self.shared:
+            return None
+        now = "one tensor, captured as several" if shared else "several, captured as one"
+        return f"arguments are {now}"
 
     def _plan(self, count: int, keywords: tuple[str, ...]) -> _Plan | str:
         """Where a call with so many positional and these keyword arguments has the arguments of
@@ -418,6 +442,14 @@ class Signature:
             shown = ", ".join(map(str, sizes))
             parts.append(f"{name}: {str(dtype).removeprefix('torch.')}[{shown}]")
         return ", ".join(parts)
+
+
+def _shared(leaves: Sequence[Any]) -> tuple[int, ...]:
+    """Per leaf the place of the first that is the same object; () where all are apart."""
+    if len(set(map(id, leaves))) == len(leaves):
+        return ()
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(leaf), i) for i, leaf in enumerate(leaves))
 
 
 def _identifier(name: str) -> str:

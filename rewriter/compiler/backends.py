@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -37,7 +36,8 @@ from rewriter.cost import Device
 from rewriter.engine import Engine, Options, check_passes
 from rewriter.engine.decide import device_of
 from rewriter.engine.prices import Prices
-from rewriter.errors import OptionError, RewriteError, RewriteWarning, nearest, warn
+from rewriter.errors import OptionError, RewriteError, nearest, warn
+from rewriter.modules.quiet import quietly
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.parse import parse_pass
 from rewriter.recipe.recipe import Recipe
@@ -552,8 +552,7 @@ def _plain(quiet: bool) -> Iterator[None]:
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
-        warnings.catch_warnings(),
+        # that a part of the code has nothing for a pass says nothing
+        quietly(about="nothing to do") if quiet else contextlib.nullcontext(),
     ):
-        if quiet:  # that a part of the code has nothing for a pass says nothing
-            warnings.filterwarnings("ignore", ".*nothing to do", RewriteWarning)
         yield

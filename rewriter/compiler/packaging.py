@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from rewriter.errors import CaptureError, RewriteError
 from rewriter.kernels import ops as kernel_ops
 from rewriter.kernels.ops import Record
 from rewriter.modules.generated import unwritable
+from rewriter.modules.quiet import quietly
 from rewriter.report import Report
 
 __all__ = ["FORMATS", "Exported", "exported"]
@@ -101,8 +101,7 @@ def exported(
                 f"{said[0] if said else ''}): use torch.compile(model, backend='rewriter')"
             ) from error
         if standalone:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own copies
+            with quietly():  # torch warns of its own copies
                 program = program.run_decompositions(_written_out(_own_ops(program)))
     done = Exported(program, report, None, _own_ops(program))
     if path is not None and format == "onnx":
@@ -126,8 +125,7 @@ def _in_onnx(program: ExportedProgram, path: Path) -> Path:
     """The program in ONNX; what stands for our ops there, their records say."""
     weights = [*program.state_dict.values(), *program.constants.values()]
     size = sum(t.nbytes for t in weights if isinstance(t, Tensor))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own imports
+    with quietly():  # of the exporter's own imports
         try:
             torch.onnx.export(
                 program, (), str(path), dynamo=True, verbose=False, external_data=size > _ONE_FILE
@@ -153,8 +151,7 @@ def _written_out(ops: Mapping[str, int]) -> dict[Any, Callable[..., Any]]:
 def _packaged(program: ExportedProgram, path: Path, config: dict[str, Any]) -> Path:
     import torch._inductor
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Inductor's own imports
+    with quietly():  # of Inductor's own imports
         try:
             written = torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=config

@@ -39,11 +39,12 @@ def capture_form(module: nn.Module, state: State, args: Any, kwargs: Any) -> For
         module.get_submodule(inner)
     ):
         return f"{inner} is sharded by itself, and its hooks gather it where a graph would not"
+    call = Arguments(args, kwargs, torch.is_grad_enabled())
     try:
         with torch.inference_mode(False):
             twin, originals = _twin(module)
             layers = _originals_back(twin, state)
-            captured = capture(twin, Arguments(args, kwargs), whole=True)
+            captured = capture(twin, call, whole=True)
             _place(captured, layers)
             form = finished(captured, captured.regions[0], state)
     except RewriteError as error:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 
 from rewriter.kernels import linear_act as kernel
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.lowering.rules import Fused, Place
-from rewriter.spellings import activation_name, works_in_place
+from rewriter.spellings import activation_name, is_view, works_in_place
 
 __all__ = ["CONV", "CONV_TRANSPOSE", "JOINED", "LINEAR_ACT"]
 
@@ -165,7 +166,9 @@ def joined_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """x·[W₁ W₂ …]ᵀ + [b₁ b₂ …], cut into the single results."""
-    return torch.split(F.linear(x, weight, bias), list(sizes), -1)
+    # no views to autograd: what follows may write them in place, with gradients too
+    pieces = torch.unsafe_split_with_sizes(F.linear(x, weight, bias), list(sizes), -1)
+    return tuple(pieces)
 
 
 def _joined(place: Place) -> tuple[Tensor, Tensor | None]:
@@ -189,7 +192,20 @@ def _not_joined(place: Place) -> str | None:
     order = list(nodes[0].graph.nodes)
     between = order[order.index(nodes[0]) : order.index(nodes[-1])]
     writing = next((n for n in between if works_in_place(n, place.root)), None)
-    return None if writing is None else f"{writing.name} writes in place between the products"
+    if writing is not None:
+        return f"{writing.name} writes in place between the products"
+    given = next((n for n in nodes if _is_given_out(n, place.root)), None)
+    if given is not None:
+        return f"the model returns {given.name}, which would be a piece of all of them in memory"
+    return None
+
+
+def _is_given_out(node: Node, root: nn.Module) -> bool:
+    """Whether a node's result, or a view of it, is what the graph returns."""
+    return any(
+        user.op == "output" or (is_view(user, root) and _is_given_out(user, root))
+        for user in node.users
+    )
 
 
 def _slow_joined(place: Place, x: Tensor) -> str | None:

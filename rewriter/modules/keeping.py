@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -91,19 +92,31 @@ def kept(root: nn.Module, *, data: bool = True) -> Iterator[None]:
     hold, and with `data` the values of buffers."""
     values = [(b, b.detach().clone()) for b in root.buffers() if data and not b.is_meta]
     seen: dict[int, Any] = {}
-    held = [v for v in _reachable(root, seen) if isinstance(v, _MUTABLE)]
-    contents = [(v, _entries(v), v.copy()) for v in held]
+    reached = list(_reachable(root, seen))
+    contents = [(v, _entries(v), v.copy()) for v in reached if isinstance(v, _MUTABLE)]
+    arrays = [(v, v.copy()) for v in reached if isinstance(v, np.ndarray) and v.flags.writeable]
     try:
         yield
     finally:
         for container, entries, copy in contents:
             if _entries(container) != entries:
                 _refill(container, copy)
+        for array, values_then in arrays:
+            array[...] = values_then
         # without data nothing is called: under a tracer that would be traced
         with torch.no_grad() if values else contextlib.nullcontext():
             for buffer, tensor in values:  # batch norm does not count as a version
-                if not torch.equal(buffer, tensor):
+                if not _equal(buffer, tensor):
                     buffer.copy_(tensor)
+
+
+def _equal(now: Tensor, then: Tensor) -> bool:
+    """Whether the values are the same; False of kinds that torch cannot compare (sparse ones, half
+    complex numbers)."""
+    try:
+        return torch.equal(now, then)
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 def _entries(container: Any) -> list[Any]:
@@ -170,6 +183,8 @@ def _content(value: Any, parents: tuple[int, ...]) -> Any:
         return {k: _content(v, parents) for k, v in value.items()}
     if isinstance(value, list | dict | tuple | set | frozenset | collections.deque):
         return value.copy() if isinstance(value, _MUTABLE) else value
+    if isinstance(value, np.ndarray):
+        return value.copy()
     if own := _inner(value):
         return _Held(value, _content(own[0], parents))
     return value
@@ -187,4 +202,8 @@ def _unchanged(now: Any, then: Any) -> bool:
         return all(k in then and _unchanged(v, then[k]) for k, v in now.items())
     if isinstance(now, _MUTABLE) and type(now) is type(then):
         return _entries(now) == _entries(then)
+    if isinstance(now, np.ndarray) and isinstance(then, np.ndarray):
+        return (
+            now.dtype == then.dtype and now.shape == then.shape and now.tobytes() == then.tobytes()
+        )
     return same(now, then)

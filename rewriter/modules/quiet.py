@@ -25,8 +25,9 @@ training step. Whoever holds it waits for no other lock of this package."""
 
 
 class _Quiet(threading.local):
-    warnings = 0
-    logs = 0
+    def __init__(self) -> None:
+        self.about: list[str] = []
+        self.logs = 0
 
 
 _quiet = _Quiet()
@@ -40,15 +41,15 @@ class _Filter(logging.Filter):
         return not _quiet.logs
 
     def match(self, text: str) -> bool:
-        return bool(_quiet.warnings)
+        return any(about in text for about in _quiet.about)
 
 
 _filter = _Filter()
 
 
 @contextlib.contextmanager
-def quietly(*, logs: bool = False) -> Iterator[None]:
-    """No warnings of this thread, and with `logs` no log records either."""
+def quietly(*, about: str = "", logs: bool = False) -> Iterator[None]:
+    """No warnings of this thread that contain `about`, and with `logs` no log records either."""
     filters: Any = warnings.filters
     if not any(f[1] is _filter for f in filters):
         # past simplefilter(), which would have every warning of the process shown once more
@@ -58,12 +59,12 @@ def quietly(*, logs: bool = False) -> Iterator[None]:
                    if isinstance(v, logging.Logger)]  # fmt: skip
         for logger in (logging.root, *loggers):
             logger.addFilter(_filter)
-    _quiet.warnings += 1
+    _quiet.about.append(about)
     _quiet.logs += logs
     try:
         yield
     finally:
-        _quiet.warnings -= 1
+        _quiet.about.pop()
         _quiet.logs -= logs
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "is_sharded",
     "named_tensors",
     "non_persistent",
+    "overlaps",
     "put_extra_states",
     "put_tensor",
     "tell_replaced",
@@ -56,6 +57,11 @@ def non_persistent(root: nn.Module) -> set[str]:
         for name in module._non_persistent_buffers_set
         if module._buffers.get(name) is not None and not is_constant(name)
     }
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether several elements are one place in memory (`expand`), so that none can be written."""
+    return torch._debug_has_internal_overlap(tensor) == 1
 
 
 def put_tensor(root: nn.Module, key: str, tensor: Tensor) -> None:

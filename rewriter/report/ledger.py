@@ -70,7 +70,7 @@ class Report(Ledger):
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
             try:
-                draft.write_text(text, encoding="utf-8")
+                draft.write_text(text, encoding="utf-8", errors="backslashreplace")
                 os.replace(draft, path)
             finally:
                 draft.unlink(missing_ok=True)

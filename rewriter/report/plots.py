@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from rewriter.cost import Cost, Device
+from rewriter.modules.quiet import quietly
 from rewriter.report import format as fmt
 from rewriter.report.content import Layer
 
@@ -284,13 +284,13 @@ _HREF = "{http://www.w3.org/1999/xlink}href"
 def _inline(figure: Figure, label: str) -> str:
     """The figure as an SVG element that can stand beside others in a page."""
     out = io.StringIO()
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # the browser's fonts have the characters that matplotlib's lack
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    # the browser's fonts have the characters that matplotlib's lack
+    with matplotlib.rc_context(_STYLE), quietly(about="missing from"):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=metadata)
     root = ElementTree.fromstring(out.getvalue())
-    mark = f"p{zlib.crc32((label + out.getvalue()).encode()):08x}-"
+    drawn = (label + out.getvalue()).encode(errors="backslashreplace")
+    mark = f"p{zlib.crc32(drawn):08x}-"
     for element in root.iter():
         for child in [c for c in element if c.tag == f"{_SVG}style"]:
             element.remove(child)  # it would style the whole page

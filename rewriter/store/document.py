@@ -139,6 +139,7 @@ _ENTRY: Mapping[str, Any] = {
     "origin": tuple[str, dict[str, Any]] | None,
     "chain": list[tuple[str, Any]],
 }
+_MOST_PASSES = 100  # over one layer, which each replaced
 _DEEPEST = 64  # of tables in tables; a report's go nine deep, an example's as deep as the call
 
 
@@ -220,6 +221,8 @@ def _check(data: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> Non
 
 def _entry(entry: Mapping[str, Any], extra: Sequence[type]) -> Entry:
     _check(entry, _ENTRY, "a layer")
+    if len(entry["chain"]) > _MOST_PASSES:
+        raise ValueError(f"a layer that {len(entry['chain']):,} passes installed")
     chain = [(known_class(k, extra, (Layer,)), pass_of(p, extra)) for k, p in entry["chain"]]
     if not chain:
         raise ValueError("a layer that no pass installed")

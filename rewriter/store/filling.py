@@ -17,6 +17,7 @@ from rewriter.modules.tensors import (
     extra_states,
     named_tensors,
     non_persistent,
+    overlaps,
     put_extra_states,
     put_tensor,
     tensor_like,
@@ -208,7 +209,8 @@ class Filler:
         value = self.weights[first]
         if list(value.shape) == _scalar_as(old):
             value = value[None]
-        fits = not old.is_meta and (old.dtype, old.shape) == (value.dtype, value.shape)
+        fits = not (old.is_meta or overlaps(old))
+        fits = fits and (old.dtype, old.shape) == (value.dtype, value.shape)
         if fits and self.taken.get(id(old), first) == first:
             with torch.no_grad():
                 old.copy_(value)

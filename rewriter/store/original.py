@@ -14,6 +14,7 @@ from rewriter.modules.tensors import (
     is_constant,
     named_tensors,
     non_persistent,
+    overlaps,
     put_extra_states,
     put_tensor,
     tensor_like,
@@ -99,7 +100,7 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     renewed: dict[int, Tensor] = {}
     for key, value in values.items():
         old = own[key]
-        if old.is_meta:
+        if old.is_meta or overlaps(old):
             renewed.setdefault(id(old), tensor_like(value, old, old.dtype))
         else:
             with torch.no_grad():

@@ -42,6 +42,7 @@ def load(
     *,
     example_inputs: Any = None,
     layers: Sequence[type] = (),
+    capture_seconds: float = 60.0,
 ) -> nn.Module:
     """Rebuilds a saved rewrite on a copy of the original model.
 
@@ -61,12 +62,14 @@ def load(
             own are not saved: there results are equal up to rounding.
         layers: further `Layer` and `Pass` classes that the recipe may name, beside those that ship
             and those that installed packages list as entry points.
+        capture_seconds: as of `rewrite`, where the model is captured at once.
 
     Returns:
         The rewritten model, with the saved report.
 
     Raises:
-        OptionError: `layers` holds something else, or two classes of one name.
+        OptionError: `layers` holds something else, or two classes of one name; `capture_seconds`
+            is no number above 0.
         StoreError: not a saved rewrite, truncated, from a newer version, for another model, or it
             names a class that is not on the allow-list.
     """
@@ -76,6 +79,7 @@ def load(
             "build the original again, with any weights"
         )
     check_extra(layers)
+    options = Options(capture_seconds=capture_seconds)
     with _opened(pathlib.Path(directory), layers, room_for(model)) as (saved, weights):
         try:
             root = copy.deepcopy(model)
@@ -86,7 +90,7 @@ def load(
         built = {e.name: _build(e, root, old, filler) for e in saved.layers if e.same_as == e.name}
         for entry in saved.layers:
             built[entry.name] = built[entry.same_as]
-        engine = _engine(saved, root, example_inputs, filler)
+        engine = _engine(saved, root, example_inputs, filler, options)
         try:
             engine.replay(saved.edits)
             engine.place(built)
@@ -153,19 +157,21 @@ def _opened(
 _TRIES = 100
 
 
-def _engine(saved: Saved, root: nn.Module, example_inputs: Any, filler: Filler) -> Engine:
+def _engine(
+    saved: Saved, root: nn.Module, example_inputs: Any, filler: Filler, options: Options
+) -> Engine:
     """The engine for the loaded model, captured on the example inputs or the recorded ones."""
     if example_inputs is not None:
         filler.prepare(root)
         tell_replaced(root)
-        return prepare(root, example_inputs)
+        return prepare(root, example_inputs, options)
     if not saved.in_graph:
-        return Engine(Capture(root, "loaded", [], pending=tuple(saved.lowering)), Options())
+        return Engine(Capture(root, "loaded", [], pending=tuple(saved.lowering)), options)
     example = example_from_json(saved.example)
     filler.prepare(root)
     tell_replaced(root)
     try:
-        return prepare(root, example)
+        return prepare(root, example, options)
     except Exception as error:
         raise StoreError(
             f"{type(root).__name__} cannot be captured on the call that the recipe recorded; pass "
