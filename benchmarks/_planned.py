@@ -200,6 +200,8 @@ class Measured:
 class _Fixed:
     """Stands where `rewrite(memory_budget=…)` puts its planner, and runs one partition."""
 
+    peak = 0
+
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
 

@@ -56,6 +56,10 @@ class SignatureError(RewriteError):
     """A rewritten model was called in a way that its captured graph cannot serve."""
 
 
+class PlanError(RewriteError, RuntimeError):
+    """A training step by a memory plan was used in a way that its plan rules out."""
+
+
 class StoreError(RewriteError):
     """A saved model cannot be written or read."""
 

@@ -176,6 +176,26 @@ def test_memory(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.clients
+@pytest.mark.timeout(600)
+def test_budget_clients(tmp_path: pathlib.Path) -> None:
+    """Every client trains by the plan, with its peak, to the parameters of eager training; but for
+    one that checkpoints by itself, which is told so."""
+    run("benchmarks/budget_clients.py", "--quick", "--out", str(tmp_path))
+    rows = tables(tmp_path, "budget_clients")["Clients"]
+    assert len(rows) == 14
+    for row in rows:
+        done, _, steps = row["steps by plan"].partition(" of ")
+        assert row["parameters"] == "equal"
+        if "checkpointing" in row["client"]:
+            assert "checkpoints" in row["said"]
+            continue
+        assert done == steps
+        assert abs(row["off %"]) <= 2
+        assert not row["said"]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_latency(tmp_path: pathlib.Path) -> None:
     """Every case is predicted, and the largest batch of a model is not the fastest."""

@@ -47,6 +47,10 @@ class PlannedSteps(Protocol):
         """The memory plan; None before the first step."""
 
     @property
+    def peak(self) -> int:
+        """Bytes that the plan of the last planned step comes to."""
+
+    @property
     def without(self) -> str:
         """Why the last step that ran without the plan did; "" where none did."""
 
@@ -106,6 +110,7 @@ class Form:
             results = self.memory(module, program, leaves, signature.dims[True].shapes)
             if results is not None:
                 entry.planned += 1
+                entry.planned_peak = max(entry.planned_peak, self.memory.peak)
                 return program.built(results)
             entry.reason = entry.reason or self.memory.without
         place = self._place(leaves)
@@ -269,8 +274,9 @@ class State:
         if not tracing:
             form.entry.python += 1
             if lost := self._unplanned(module):
-                name = type(module).__name__
-                self._warn(f"{name} has no graph for training steps; they run{lost}")
+                name, reason = type(module).__name__, form.entry.reason
+                why = f" ({reason})" if reason else ""
+                self._warn(f"{name} has no graph for training steps{why}; they run{lost}")
         return forward(module, *args, **kwargs)
 
     def _unplanned(self, module: nn.Module) -> str:

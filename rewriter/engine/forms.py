@@ -52,6 +52,8 @@ def capture_form(module: nn.Module, state: State, args: Any, kwargs: Any) -> For
     for setting in captured.settings:
         setting.apply(originals.get(id(setting.owner)))
     region = captured.regions[0]
+    if len(form.programs) < 2:  # one mode has no graph, and the notes say why
+        form.entry.reason = "; ".join(captured.notes)
     for name, buffer in twin._buffers.items():
         if name.startswith(CONSTANT) and name not in module._buffers:
             module.register_buffer(name, buffer, persistent=False)

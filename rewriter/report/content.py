@@ -596,8 +596,9 @@ def tail(report: Ledger) -> Iterator[tuple[str, list[str]]]:
 
 def _form(form: CallForm) -> str:
     """One way in which the model was called: what ran how often, and why Python did."""
+    planned = f"as planned step with a peak of {fmt.size(form.planned_peak)}"
     ways = (
-        (form.planned, "as planned step"), (form.lowered, "as graph with fused ops"),
+        (form.planned, planned), (form.lowered, "as graph with fused ops"),
         (form.graph, "as graph"), (form.python, "in Python"),
     )  # fmt: skip
     runs = [f"{n}× {way}" for n, way in ways if n] or ["not yet called"]

@@ -141,6 +141,8 @@ class CallForm:
         graph, lowered, planned, python: how many calls ran as the graph, as the graph with fused
             ops, as a training step by the memory plan, and as the original Python; without those
             that `torch.compile` traced.
+        planned_peak: bytes of activations, gradients and temporaries at the worst moment of the
+            planned steps, by their plans.
     """
 
     call: str = ""
@@ -151,6 +153,7 @@ class CallForm:
     lowered: int = 0
     planned: int = 0
     python: int = 0
+    planned_peak: int = 0
 
     @property
     def calls(self) -> int:

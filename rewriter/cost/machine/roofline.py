@@ -140,6 +140,8 @@ def gemm_efficiency(batch: int, m: int, n: int, k: int, units: int) -> float:
     Guide"; the tiles' speeds are typical, not measured.
     """
     best = 0.0
+    if not batch * m * n:  # nothing to compute
+        return 1.0
     for rows, columns, speed in _TILES:
         for high, wide in ((rows, columns), (columns, rows)):
             tiles = batch * -(-m // high) * -(-n // wide)

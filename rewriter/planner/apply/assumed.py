@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from rewriter.capture.hosted import Program
 from rewriter.modules.structure import is_constant
 from rewriter.modules.tree import attribute, hooked, is_hook_dict
 
-__all__ = ["assumed", "changed", "foreign_hooks", "weights"]
+__all__ = ["assumed", "changed", "foreign_hooks", "transformed", "weights"]
 
 _LIVE = {"_parameters", "_buffers", "_modules", "_rewriter", "_non_persistent_buffers_set"}
 _LIVE |= {"_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks"}
@@ -85,6 +86,15 @@ def foreign_hooks(root: nn.Module) -> str | None:
         return "torch.nn has global backward hooks"
     own = hooked(root)
     return f"{own} has hooks" if own else None
+
+
+def transformed() -> str | None:
+    """What looks into every operation of the call that is being made; None where nothing does."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "torch.autograd.forward_ad"
+    return "torch.jit.trace" if torch._C._is_tracing() else None
 
 
 def _settings() -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from torch._functorch.aot_autograd import (
     aot_compile_joint_with_descriptors,
     aot_export_joint_with_descriptors,
 )
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -33,6 +34,7 @@ from rewriter.errors import OptionError, RewriteError
 from rewriter.modules.quiet import TRACING
 from rewriter.modules.running import first_line
 from rewriter.planner.apply.assumed import weights
+from rewriter.planner.apply.backward import watch
 from rewriter.planner.apply.unused import Uses, uses
 from rewriter.planner.joint.dropout import as_eager_rounds
 
@@ -104,6 +106,7 @@ class Traced:
         results = self.run(*held.values(), *leaves)
         if self.unused is not None:
             self.unused.attach(results, held, leaves)
+            watch(results)
         return results
 
 
@@ -136,6 +139,7 @@ def trace(
         OptionError: what `partition` raises, and where there is no trace.
     """
     _refuse(program)
+    _ordinary(root, program, leaves)
     try:
         with TRACING:
             return _traced(root, program, leaves, rows, partition)
@@ -177,6 +181,21 @@ def _refuse(program: Program) -> None:
             )
 
 
+def _ordinary(root: nn.Module, program: Program, leaves: Sequence[Tensor]) -> None:
+    """Refuses tensors that compute in a way of their own.
+
+    Raises:
+        OptionError: a weight or an input is of a subclass of Tensor.
+    """
+    given = weights(root, program) | {f"input {i}": leaf for i, leaf in enumerate(leaves)}
+    for name, tensor in given.items():
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise OptionError(
+                f"memory_budget: {name} is a {type(tensor).__name__}, a subclass of Tensor, of "
+                "which no training step can be planned: leave memory_budget out for it"
+            )
+
+
 @_disable_current_modes()  # who counts the operations of a step must not see those of a trace
 def _traced(
     root: nn.Module,
@@ -196,15 +215,14 @@ def _traced(
         as_eager_rounds(module)
         return partition(module, inputs, **rest)
 
-    with contextlib.ExitStack() as stack, torch.enable_grad():
+    # what a user calls backward outside of runs without autocast
+    settings = torch._functorch.config.patch(backward_pass_autocast="off")
+    with contextlib.ExitStack() as stack, torch.enable_grad(), settings:
         stack.enter_context(mode)
         joint = aot_export_joint_with_descriptors(stack, flat, tuple(fakes))
-        # What was saved is let go of as the backward reads it (donated buffers): that is in the
-        # peak, and why a graph cannot be retained.
-        with torch._functorch.config.patch(donated_buffer=True):
-            run = aot_compile_joint_with_descriptors(
-                joint, partition_fn=part, fw_compiler=_plain, bw_compiler=_plain
-            )
+        run = aot_compile_joint_with_descriptors(
+            joint, partition_fn=part, fw_compiler=_plain, bw_compiler=_backward
+        )
     names = [n.removeprefix("root.") for n in (*joint.params_spec, *joint.buffers_spec)]
     return Traced(run, names, env, [list(f.shape) for f in fakes], next(iter(unused), None))
 
@@ -242,6 +260,14 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, row: Sequence[int | str], number
     return mode.from_tensor(
         given, symbolic_context=context, source=ConstantSource(f"input_{number}")
     )
+
+
+def _backward(gm: fx.GraphModule, example_inputs: object) -> Callable[[list[Any]], Any]:
+    """`_plain`, which writes over nothing that was saved: so that a graph can be retained."""
+    metadata = TracingContext.get().fw_metadata
+    assert metadata is not None
+    metadata.bw_donated_idxs = []
+    return _plain(gm, example_inputs)
 
 
 def _plain(gm: fx.GraphModule, example_inputs: object) -> Callable[[list[Any]], Any]:

@@ -14,7 +14,7 @@ from rewriter.capture.hosted import Program
 from rewriter.cost import Device
 from rewriter.errors import OptionError, warn
 from rewriter.modules.quiet import TRACING
-from rewriter.planner.apply.assumed import assumed, changed, foreign_hooks
+from rewriter.planner.apply.assumed import assumed, changed, foreign_hooks, transformed
 from rewriter.planner.apply.partition import partitioner
 from rewriter.planner.apply.trace import Traced, trace
 from rewriter.planner.budget import MemoryBudget, parse_budget
@@ -36,7 +36,17 @@ class _Known:
     graph: fx.Graph
     assumed: dict[str, Any]
     traced: Traced
+    plan: MemoryPlan | None
+    shapes: list[tuple[int, ...]]
     used: int = 0
+
+    def holds(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether no input is larger than what the plan was made for."""
+        return all(
+            n <= own
+            for leaf, row in zip(leaves, self.shapes, strict=True)
+            for n, own in zip(leaf.shape, row, strict=True)
+        )
 
 
 class PlannedTraining:
@@ -53,15 +63,19 @@ class PlannedTraining:
     Attributes:
         plan: of the example inputs.
         without: why the last step that ran without the plan did.
+        peak: bytes that the plan of the last planned step comes to, at the sizes that it was made
+            for.
     """
 
     def __init__(self, budget: MemoryBudget, device: Device | None = None) -> None:
         self.budget, self.device = budget, device
         self.plan: MemoryPlan | None = None
         self._known: list[_Known] = []
+        self._refused: list[tuple[fx.Graph, dict[str, Any], OptionError]] = []
         self._made = 0
         self._said: set[str] = set()
         self.without = ""
+        self.peak = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"budget": self.budget, "device": self.device, "plan": self.plan}
@@ -88,19 +102,28 @@ class PlannedTraining:
         Raises:
             OptionError: the first step of all cannot be planned.
         """
-        hooks = foreign_hooks(root)
+        self.without = ""
+        hooks, around = foreign_hooks(root), transformed()
         if hooks:
             return self._without(
                 f"{hooks}, which a memory plan would not run",
                 "Remove the hooks, or rewrite without memory_budget",
             )
+        if around:
+            return self._without(
+                f"the model is called inside {around}, which has no rule for a planned step",
+                "Call it outside, or rewrite without memory_budget",
+            )
         try:
-            traced = self.traced(root, program, leaves, rows)
+            known = self._found(root, program, leaves, rows)
         except OptionError as error:
             if self.plan is None:
                 raise
             return self._without(str(error), "Or rewrite with example_inputs like this call")
-        return None if traced.unused is None else traced(root, leaves)
+        if known.traced.unused is None:
+            return None
+        self.peak = known.plan.peak if known.plan is not None else 0
+        return known.traced(root, leaves)
 
     def traced(
         self,
@@ -114,6 +137,20 @@ class PlannedTraining:
         Raises:
             OptionError: no plan meets the budget on the first inputs, or there is no trace.
         """
+        return self._found(root, program, leaves, rows).traced
+
+    def _found(
+        self,
+        root: nn.Module,
+        program: Program,
+        leaves: Sequence[Tensor],
+        rows: Sequence[Sequence[int | str]],
+    ) -> _Known:
+        """The trace that serves a call, with its plan; made where there is none yet.
+
+        Raises:
+            OptionError: no plan meets the budget on the first inputs, or there is no trace.
+        """
         now = assumed(root, program, leaves)
         found = self._serving(program, now, leaves)
         if found is None:
@@ -122,7 +159,7 @@ class PlannedTraining:
                 if found is None:
                     found = self._planned_anew(root, program, leaves, rows, now)
         found.used = next(_clock)
-        return found.traced
+        return found
 
     @property
     def traces(self) -> int:
@@ -132,7 +169,9 @@ class PlannedTraining:
     def _serving(
         self, program: Program, now: dict[str, Any], leaves: Sequence[Tensor]
     ) -> _Known | None:
-        own = (known for known in self._known if known.graph is program.graph)
+        own = [known for known in self._known if known.graph is program.graph]
+        if isinstance(parse_budget(self.budget.peak), int):  # a larger batch has to fit it too
+            own = [known for known in own if known.holds(leaves)]
         return next((k for k in own if k.traced.serves(leaves) and k.assumed == now), None)
 
     def _planned_anew(
@@ -143,11 +182,27 @@ class PlannedTraining:
         rows: Sequence[Sequence[int | str]],
         now: dict[str, Any],
     ) -> _Known:
+        for graph, then, refusal in self._refused:
+            if graph is program.graph and then == now:
+                raise refusal.with_traceback(None)
+        plans: list[MemoryPlan] = []
         part = partitioner(
-            self.budget, on_plan=self._planned, granted=self._granted(), device=self.device
+            self.budget, on_plan=plans.append, granted=self._granted(), device=self.device
         )
         self._say_again(program, now)
-        found = _Known(program.graph, now, trace(root, program, leaves, rows, part), next(_clock))
+        try:
+            traced = trace(root, program, leaves, rows, part)
+        except OptionError as error:
+            if self.plan is not None:  # each step would try again
+                kept_refusals = self._refused[-MOST + 1 :]
+                self._refused = [*kept_refusals, (program.graph, now, error)]
+            raise
+        plan = plans[0] if plans else None
+        if plan is not None:
+            self._say_above(plan)
+            self.plan = self.plan or plan
+        shapes = [tuple(leaf.shape) for leaf in leaves]
+        found = _Known(program.graph, now, traced, plan, shapes, next(_clock))
         # a new list, as other threads go through the old one
         kept = sorted(self._known, key=lambda known: known.used)[-MOST + 1 :]
         self._known = [*kept, found]
@@ -163,7 +218,7 @@ class PlannedTraining:
         what = f"{reason} is another" if reason else "the sizes of the inputs are others"
         _log.info("memory_budget: the training step is planned again, as %s", what)
         if self._made == MOST:
-            warn(
+            self._warn(
                 f"memory_budget: the training step was planned {self._made} times and is planned "
                 f"again, now as {what}: each time takes as long as the first. Change it less often"
             )
@@ -176,15 +231,28 @@ class PlannedTraining:
         amount = parse_budget(self.budget.peak)
         return int(amount * self.plan.default_peak) if isinstance(amount, float) else amount or 0
 
-    def _planned(self, plan: MemoryPlan) -> None:
-        if self.plan is None:
-            self.plan = plan
+    def _say_above(self, plan: MemoryPlan) -> None:
+        """Warns, once, of a step that no plan brings within what the budget came to."""
+        amount, granted = parse_budget(self.budget.peak), self._granted()
+        if amount is None or granted is None:
+            return
+        share = amount * plan.default_peak if isinstance(amount, float) else 0
+        if plan.peak > max(share, granted):
+            self._warn(
+                f"memory_budget ({self.budget}): a training step with inputs of other sizes, or "
+                f"with another set of trained parameters, takes {plan.peak:,} bytes at the least "
+                f"({granted:,} were granted by the example inputs), and runs with that. Use a "
+                "smaller batch, or a larger budget"
+            )
 
     def _without(self, why: str, remedy: str) -> None:
         """Says, once for each reason, that a step runs without the plan."""
         text = f"{why}: the training step runs without the memory plan, and may take more than "
         text += f"memory_budget ({self.budget}) allows. {remedy}"
         self.without = why
+        self._warn(text)
+
+    def _warn(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             warn(text)

@@ -21,7 +21,8 @@ from torch._functorch._aot_autograd.descriptors import (
     PlainAOTOutput,
     TangentAOTInput,
 )
-from torch.autograd.function import BackwardCFunction
+
+from rewriter.planner.apply.backward import edge
 
 __all__ = ["Uses", "uses"]
 
@@ -44,12 +45,12 @@ class Uses:
         if not self.of:
             return
         numbers = frozenset().union(*self.of.values())
-        found = {n: edge for n in numbers if (edge := _backward(results[n])) is not None}
+        found = {n: place for n in numbers if (place := edge(results[n])) is not None}
         node = next((node for node, _ in found.values()), None)
         if node is None:
             return
-        places = {n: place for n, (_, place) in found.items()}
-        inputs = {edge: i for i, edge in enumerate(node.next_functions)}
+        places = {n: number for n, (_, number) in found.items()}
+        inputs = {source: i for i, source in enumerate(node.next_functions)}
         needs = {}
         for name, own in self.of.items():
             tensor = weights[name] if isinstance(name, str) else leaves[name]
@@ -102,15 +103,3 @@ def _name(output: object) -> str | int | None:
     if isinstance(of, ParamAOTInput | BufferAOTInput):
         return of.target.removeprefix("root.")
     return of.idx if isinstance(of, PlainAOTInput) else None
-
-
-def _backward(result: Any) -> tuple[Any, int] | None:
-    """(node, place) of a result in the planned backward; it may be a view of what that gives."""
-    if not isinstance(result, Tensor) or result.grad_fn is None:
-        return None
-    edge: tuple[Any, int] = torch.autograd.graph.get_gradient_edge(result)[:2]
-    while not isinstance(edge[0], BackwardCFunction):
-        if not edge[0].next_functions or edge[0].next_functions[0][0] is None:
-            return None
-        edge = edge[0].next_functions[0]
-    return edge
