@@ -179,10 +179,10 @@ class _Case:
             self._eval(optimized, reference, "of a longer time", make(rows, seed=6, time=time + 2))
         if self.random.random() < 0.1:
             self._eval(optimized, reference, "with no rows", make(0, seed=6))
-        for form in FORMS[1:]:
-            call = make(rows, seed=5, form=form)
-            if (len(call.args), [*call.kwargs]) != (len(self.call.args), [*self.call.kwargs]):
-                self._eval(optimized, reference, f"of form {form!r}", call)
+        form = self.random.choice(FORMS)
+        call = make(rows, seed=5, form=form)
+        if (len(call.args), [*call.kwargs]) != (len(self.call.args), [*self.call.kwargs]):
+            self._eval(optimized, reference, f"of form {form!r}", call)
 
     def _eval(
         self, optimized: nn.Module, reference: nn.Module | None, what: str, call: Call

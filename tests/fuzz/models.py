@@ -220,7 +220,7 @@ class Source:
             self.body.append("x = self.embed(x)")
         if self.kind == "image":
             self._image()
-        for _ in range(self.random.randint(1, 5)):
+        for _ in range(self.random.randint(1, 4)):
             self._step()
         if self.random.random() < 0.7:
             self._linear()
@@ -277,7 +277,7 @@ class Source:
         if self.kind != "vector":
             steps += [(self._views, 1.5)]
         if self.long:
-            steps += [(self._attention, 1), (self._recurrent, 0.3), (self._conv, 1),
+            steps += [(self._attention, 1), (self._recurrent, 0.2), (self._conv, 1),
                       (self._conv2d, 0.7), (self._pool, 0.4),
                       (self._mask, 1 if self.masked else 0)]  # fmt: skip
         step = self.random.choices([s for s, _ in steps], [w for _, w in steps])[0]
@@ -598,7 +598,7 @@ class Source:
         if kind < 0.4:
             name = self._place(f"nn.MultiheadAttention({width}, 2, batch_first=True)")
             self.body.append(f"x = {name}(x, x, x, need_weights=False)[0]")
-        elif kind < 0.5:
+        elif kind < 0.45:
             name = self._place(
                 f"nn.TransformerEncoderLayer({width}, 2, {2 * width}, 0.0, batch_first=True)"
             )
