@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fuzz.models import FORMS, Call, Source
-from rewriter import load, rewrite
+from rewriter import RewrittenModule, load, rewrite, save
 from rewriter.errors import RewriteError, RewriteWarning
 from rewriter.passes import (
     Densify,
@@ -149,7 +149,7 @@ class _Case:
         """The original with the replaced layers in place, where they say all of it."""
         reference = copy.deepcopy(self.model)
         names = dict(reference.named_modules(remove_duplicate=False))
-        report: Any = optimized.report
+        report = RewrittenModule.report.__get__(optimized)  # the model may have its own `report`
         replaced = {d.site for step in report.steps for d in step.decisions
                     if d.action == "replaced"}  # fmt: skip
         if not all(isinstance(names.get(site), LAYERS) for site in replaced):
@@ -267,8 +267,7 @@ class _Case:
                 self._same("state after load", again.state_dict(), optimized.state_dict(), True)
 
     def _reload(self, optimized: nn.Module, directory: str, with_inputs: bool) -> nn.Module:
-        saved: Any = optimized
-        saved.save(directory)
+        save(optimized, directory)  # the model may have a `save` of its own
         fresh = self.source.model()
         for model in (fresh,) if self.changed else ():
             _set(model)
