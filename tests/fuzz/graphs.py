@@ -28,7 +28,7 @@ from closeness import ROUNDING
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fuzz.models import FORMS, Call, Source
+from fuzz.models import FORMS, Call, Source, drawn
 from rewriter import RewrittenModule, load, rewrite, save
 from rewriter.errors import RewriteError, RewriteWarning
 from rewriter.passes import (
@@ -43,7 +43,7 @@ from rewriter.passes import (
     TopK,
 )
 
-__all__ = ["Outcome", "check", "describe", "kind"]
+__all__ = ["Outcome", "check", "check_written", "describe", "kind"]
 
 
 @dataclass
@@ -73,15 +73,14 @@ SETTINGS = {"p": 0.3, "eps": 0.1, "momentum": 0.5, "negative_slope": 0.4, "alpha
 
 
 class _Case:
-    def __init__(self, seed: int) -> None:
-        self.outcome = Outcome(seed)
-        self.source = Source(seed)
-        self.random = random.Random(seed + 10**6)
+    def __init__(self, source: Source, recipe: tuple[list[Any], dict[str, Any]] | None) -> None:
+        self.outcome = Outcome(source.seed)
+        self.source = source
+        self.random = random.Random(source.seed + 10**6)
         self.model = self.source.model()
         self.call = self.source.call(self.source.rows)
         self.buffers = dict(self.model.named_buffers())
-        self.passes = self._passes()
-        self.options = self._options()
+        self.passes, self.options = recipe or (self._passes(), self._options())
         self.changed = self.random.random() < 0.25
 
     def _passes(self) -> list[Any]:
@@ -375,8 +374,13 @@ def _quiet() -> Iterator[None]:
 def check(seed: int) -> Outcome:
     """One case, of this seed."""
     with _quiet():
-        case = _Case(seed)
-        return case.run()
+        return _Case(drawn(seed), None).run()
+
+
+def check_written(source: Source, passes: list[Any], **options: Any) -> Outcome:
+    """The same of a model that is given, with this recipe."""
+    with _quiet():
+        return _Case(source, (passes, options)).run()
 
 
 def kind(refusal: str) -> str:
@@ -387,7 +391,7 @@ def kind(refusal: str) -> str:
 
 def describe(seed: int) -> str:
     """The case in words: the recipe and the model's source."""
-    case = _Case(seed)
+    case = _Case(drawn(seed), None)
     call = pytree.tree_map_only(
         Tensor, lambda t: (t.dtype, tuple(t.shape)), [*case.call.args, case.call.kwargs]
     )

@@ -1,6 +1,6 @@
 """Random small models, as the source of a class: what a user might write, and odder.
 
-`Source(seed)` writes `class Model(nn.Module)`: layers with their names, a forward of some ten
+`drawn(seed)` writes `class Model(nn.Module)`: layers with their names, a forward of some ten
 lines, and the arguments of a call. Inputs are tokens, vectors with and without a batch, sequences
 and images, one by one, as rest, keywords or a mapping. Layers are shared, tied, frozen, hooked and
 parametrized; weights are used by functions; sizes and values are branched on; operations write in
@@ -15,13 +15,13 @@ import random
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FORMS", "Call", "Source"]
+__all__ = ["FORMS", "Call", "Source", "drawn"]
 
 FORMS = ("example", "defaults", "others", "swapped")
 """How a call may give its arguments: as the example does; with the others at their defaults; the
@@ -169,52 +169,172 @@ class Call:
         return self.args[0] if one else self.args
 
 
+@dataclass
 class Source:
-    """One random model.
+    """A small model as Python source, and how it is called.
 
     Args:
-        seed: chooses everything.
-
-    Attributes:
-        text: Python source of `Model`.
-        rows: the batch of the example.
+        init, body, result: lines of `__init__` and of `forward`, and what forward returns.
+        methods: further methods, as they stand in a class.
+        kind: what x is: "tokens" or "long" [B, time(, width)], "wide" [B, width], "vector" [width],
+            "image" [B, width, 4, 4].
+        form: how forward takes its arguments: "plain", "keyword" only, `*rest`, `*args`,
+            `**kwargs`, or as one "batch", a mapping.
+        masked, option: there is a `mask`, a `scale`; `given` names those that the example gives.
+        extra: so many tensors beside x in the example, of `*rest` and `*args`.
+        keywords: the example gives x by its name.
+        trains: the model is in training mode when it is rewritten.
     """
 
+    init: list[str] = field(default_factory=list)
+    body: list[str] = field(default_factory=list)
+    result: str = "x"
+    methods: str = ""
+    kind: str = "long"
+    time: int = 4
+    rows: int = 2
+    width: int = 8
+    dtype: torch.dtype = torch.float32
+    form: str = "plain"
+    masked: bool = False
+    option: bool = False
+    given: frozenset[str] = frozenset()
+    extra: int = 0
+    keywords: bool = False
+    trains: bool = False
+    seed: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x, without the batch."""
+        shapes = {"tokens": (self.time,), "long": (self.time, self.width)}
+        return {"image": (self.width, 4, 4), **shapes}.get(self.kind, (self.width,))
+
+    @property
+    def text(self) -> str:
+        """The Python source of `Model`."""
+        arguments, opening = self._arguments()
+        text = PREAMBLE + "".join(f"        {line}\n" for line in self.init)
+        text += f"{self.methods}\n    def forward({arguments}):\n"
+        text += "".join(f"        {line}\n" for line in [*opening, *self.body])
+        return text + f"        return {self.result}\n"
+
+    def _arguments(self) -> tuple[str, list[str]]:
+        """The signature of forward, and the lines that read its arguments."""
+        defaults = [f"{n}={d}" for n, d, there in (("mask", None, self.masked),
+                    ("scale", 1.0, self.option)) if there]  # fmt: skip
+        added = "x = (x + other) % 20" if self.kind == "tokens" else "x = x + 0.5 * other"
+        opening: list[str] = []
+        if self.form in ("rest", "args"):
+            opening += ["x, rest = args[0], args[1:]"] if self.form == "args" else []
+            opening += ["for other in rest:", f"    {added}"]
+        elif self.form == "kwargs":
+            opening += [f"{d.partition('=')[0]} = kwargs.get({d.partition('=')[0]!r}, "
+                          f"{d.partition('=')[2]})" for d in defaults]  # fmt: skip
+        elif self.form == "batch":
+            opening += ["x = batch['x']"] + (["mask = batch.get('mask')"] if self.masked else [])
+        signature = {
+            "plain": ", ".join(["self", "x", *defaults]),
+            "keyword": ", ".join(["self", "x", *(["*"] if defaults else []), *defaults]),
+            "rest": "self, x, *rest", "args": "self, *args", "kwargs": "self, x, **kwargs",
+            "batch": "self, batch",
+        }[self.form]  # fmt: skip
+        return signature, opening
+
+    def model(self) -> nn.Module:
+        """The model, with the weights of this seed."""
+        name = "fuzzed"
+        module = types.ModuleType(name)
+        file, text = f"<fuzzed {self.seed}>", self.text
+        linecache.cache[file] = len(text), None, text.splitlines(True), file
+        sys.modules[name] = module  # pickle looks the classes up there
+        exec(compile(text, file, "exec", dont_inherit=True), vars(module))
+        torch.manual_seed(self.seed)
+        made: nn.Module = module.Model()
+        return made.to(self.dtype).train(self.trains)
+
+    def call(self, rows: int, seed: int = 0, form: str = "example", time: int = 0) -> Call:
+        """A call with a batch of `rows` and sequences of `time` (0: the example's)."""
+        generator = torch.Generator().manual_seed(seed + 1000 * rows)
+        shape = self.shape if self.kind not in ("tokens", "long") or not time else (
+            time, *self.shape[1:])  # fmt: skip
+        batch = () if self.kind == "vector" else (rows,)
+        count = self.extra if form == "example" else (self.extra + 1) % 3
+        inputs = [self._input((*batch, *shape), generator) for _ in range(1 + count)]
+        if self.form in ("rest", "args"):
+            return Call(tuple(inputs))
+        values: dict[str, Any] = {"scale": 0.5}
+        values["mask"] = torch.rand((rows, *shape[:1]), generator=generator) < 0.3
+        if self.form == "batch":
+            given = self.masked and ("mask" in self.given) == (form == "example")
+            batched = {"x": inputs[0]} | ({"mask": values["mask"]} if given else {})
+            return Call((), {"batch": batched}) if self.keywords else Call((batched,))
+        return self._bound(inputs[0], values, form)
+
+    def _input(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if self.kind == "tokens":
+            return torch.randint(20, shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(self.dtype)
+
+    def _bound(self, x: Tensor, values: dict[str, Any], form: str) -> Call:
+        """x and the optional arguments, by position or keyword as the form has it."""
+        names = {"mask": self.masked, "scale": self.option}
+        optional = [n for n, there in names.items() if there]
+        defaults = {"mask": None, "scale": 1.0}
+        given = {}
+        for name in optional:
+            if (name in self.given) != (form == "others"):
+                given[name] = values[name]
+            elif form == "defaults":
+                given[name] = defaults[name]
+        first = self.form == "plain" and [*given] == optional[: len(given)]
+        keywords = self.keywords or (bool(given) and not first)
+        if keywords != (form == "swapped"):
+            return Call((), {"x": x, **given})
+        return Call((x, *given.values())) if first else Call((x,), given)
+
+
+def drawn(seed: int) -> Source:
+    """A random model; the same seed gives the same."""
+    return _Writer(seed).source()
+
+
+class _Writer:
     def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.random = random.Random(seed)
+        self.random = pick = random.Random(seed)
         self._count = itertools.count()
         self._linears: list[tuple[str, int, int]] = []  # (expression, in, out), plain nn.Linear
         self._earlier: list[tuple[str, int, bool]] = []  # (variable, width, of [B, T, width])
         self._methods = ""
         self.init: list[str] = []
         self.body: list[str] = []
-        pick = self.random
         self.kind = pick.choices(("tokens", "long", "wide", "image", "vector"), (5, 7, 6, 3, 1))[0]
         self.time = pick.choice((3, 4, 5, 8))
         self.rows = pick.choice((2, 2, 3, 4, 5, 8, 1))
         self.width = pick.choice((4, 8, 12, 16))
         self.long = self.kind in ("tokens", "long")  # x is [B, T, width], else [B, width]
-        self.dtype = pick.choices((torch.float32, torch.float64, torch.bfloat16), (10, 1.5, 1))[0]
-        self.form = pick.choices(
+        self.made = Source(kind=self.kind, time=self.time, rows=self.rows, width=self.width,
+                           seed=seed, **self._form())  # fmt: skip
+        self.masked = self.made.masked
+
+    def _form(self) -> dict[str, Any]:
+        """How the model is called."""
+        pick = self.random
+        dtype = pick.choices((torch.float32, torch.float64, torch.bfloat16), (10, 1.5, 1))[0]
+        form = pick.choices(
             ("plain", "keyword", "rest", "args", "kwargs", "batch"), (6, 1.5, 1, 1, 1, 1)
         )[0]
-        self.masked = self.long and self.form not in ("rest", "args") and pick.random() < 0.4
-        self.option = self.form not in ("rest", "args", "batch") and pick.random() < 0.4
-        self.given = {name for name, there in (("mask", self.masked), ("scale", self.option))
-                      if there and pick.random() < 0.5}  # fmt: skip
-        self.extra = pick.choice((0, 1, 2)) if self.form in ("rest", "args") else 0
-        self.keywords = self.form in ("keyword", "kwargs") or pick.random() < 0.4
-        self.trains = pick.random() < 0.15
-        self.shape = {"tokens": (self.time,), "long": (self.time, self.width),
-                      "wide": (self.width,), "vector": (self.width,),
-                      "image": (self.width, 4, 4)}[self.kind]  # fmt: skip
-        self._write()
+        there = {"mask": self.long and form not in ("rest", "args") and pick.random() < 0.4}
+        there["scale"] = form not in ("rest", "args", "batch") and pick.random() < 0.4
+        given = frozenset(n for n, is_there in there.items() if is_there and pick.random() < 0.5)
+        extra = pick.choice((0, 1, 2)) if form in ("rest", "args") else 0
+        keywords = form in ("keyword", "kwargs") or pick.random() < 0.4
+        return {"dtype": dtype, "form": form, "masked": there["mask"], "option": there["scale"],
+                "given": given, "extra": extra, "keywords": keywords,
+                "trains": pick.random() < 0.15}  # fmt: skip
 
-    # the text
-
-    def _write(self) -> None:
-        arguments = self._arguments()
+    def source(self) -> Source:
+        """The model, written."""
         if self.kind == "tokens":
             self.init.append(f"self.embed = nn.Embedding(20, {self.width})")
             self.body.append("x = self.embed(x)")
@@ -224,35 +344,13 @@ class Source:
             self._step()
         if self.random.random() < 0.7:
             self._linear()
-        if self.option:
+        if self.made.option:
             self.body.append("x = x * scale")
         result = self.random.choice(RESULTS)
         if self.random.random() < 0.1 and self._earlier:
             result = f"(x, {self.random.choice(self._earlier)[0]})"
-        self.text = PREAMBLE + "".join(f"        {line}\n" for line in [*self.init, *self._marks()])
-        self.text += f"{self._methods}\n    def forward({arguments}):\n"
-        self.text += "".join(f"        {line}\n" for line in self.body)
-        self.text += f"        return {result}\n"
-
-    def _arguments(self) -> str:
-        """The signature of forward; its body opens with what reads them."""
-        defaults = [f"{n}={d}" for n, d, there in (("mask", None, self.masked),
-                    ("scale", 1.0, self.option)) if there]  # fmt: skip
-        added = "x = (x + other) % 20" if self.kind == "tokens" else "x = x + 0.5 * other"
-        if self.form in ("rest", "args"):
-            self.body += ["x, rest = args[0], args[1:]"] if self.form == "args" else []
-            self.body += ["for other in rest:", f"    {added}"]
-        elif self.form == "kwargs":
-            self.body += [f"{d.partition('=')[0]} = kwargs.get({d.partition('=')[0]!r}, "
-                          f"{d.partition('=')[2]})" for d in defaults]  # fmt: skip
-        elif self.form == "batch":
-            self.body += ["x = batch['x']"] + (["mask = batch.get('mask')"] if self.masked else [])
-        return {
-            "plain": ", ".join(["self", "x", *defaults]),
-            "keyword": ", ".join(["self", "x", *(["*"] if defaults else []), *defaults]),
-            "rest": "self, x, *rest", "args": "self, *args", "kwargs": "self, x, **kwargs",
-            "batch": "self, batch",
-        }[self.form]  # fmt: skip
+        init = [*self.init, *self._marks()]
+        return replace(self.made, init=init, body=self.body, result=result, methods=self._methods)
 
     def _marks(self) -> list[str]:
         """Lines of __init__ that come last: what is frozen, hooked, or in bfloat16 alone."""
@@ -262,7 +360,7 @@ class Source:
                 lines.append(f"for p in {expression}.parameters(): p.requires_grad_(False)")
             if self.random.random() < 0.08:
                 lines.append(self.random.choice(HOOKS).format(expression))
-        if self.random.random() < 0.03 and self.form == "plain":
+        if self.random.random() < 0.03 and self.made.form == "plain":
             lines.append("self.register_forward_pre_hook(called)")
         return lines
 
@@ -631,57 +729,3 @@ class Source:
 
     def _mask(self) -> None:
         self.body += ["if mask is not None:", "    x = x.masked_fill(mask[..., None], 0.0)"]
-
-    # what it makes
-
-    def model(self) -> nn.Module:
-        """The model, with the weights of this seed."""
-        name = "fuzzed"
-        module = types.ModuleType(name)
-        file = f"<fuzzed {self.seed}>"
-        linecache.cache[file] = len(self.text), None, self.text.splitlines(True), file
-        sys.modules[name] = module  # pickle looks the classes up there
-        exec(compile(self.text, file, "exec", dont_inherit=True), vars(module))
-        torch.manual_seed(self.seed)
-        made: nn.Module = module.Model()
-        return made.to(self.dtype).train(self.trains)
-
-    def call(self, rows: int, seed: int = 0, form: str = "example", time: int = 0) -> Call:
-        """A call with a batch of `rows` and sequences of `time` (0: the example's)."""
-        generator = torch.Generator().manual_seed(seed + 1000 * rows)
-        shape = self.shape if self.kind not in ("tokens", "long") or not time else (
-            time, *self.shape[1:])  # fmt: skip
-        batch = () if self.kind == "vector" else (rows,)
-        count = self.extra if form == "example" else (self.extra + 1) % 3
-        inputs = [self._input((*batch, *shape), generator) for _ in range(1 + count)]
-        if self.form in ("rest", "args"):
-            return Call(tuple(inputs))
-        values: dict[str, Any] = {"scale": 0.5}
-        values["mask"] = torch.rand((rows, *shape[:1]), generator=generator) < 0.3
-        if self.form == "batch":
-            given = self.masked and ("mask" in self.given) == (form == "example")
-            batched = {"x": inputs[0]} | ({"mask": values["mask"]} if given else {})
-            return Call((), {"batch": batched}) if self.keywords else Call((batched,))
-        return self._bound(inputs[0], values, form)
-
-    def _input(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        if self.kind == "tokens":
-            return torch.randint(20, shape, generator=generator)
-        return torch.randn(shape, generator=generator).to(self.dtype)
-
-    def _bound(self, x: Tensor, values: dict[str, Any], form: str) -> Call:
-        """x and the optional arguments, by position or keyword as the form has it."""
-        names = {"mask": self.masked, "scale": self.option}
-        optional = [n for n, there in names.items() if there]
-        defaults = {"mask": None, "scale": 1.0}
-        given = {}
-        for name in optional:
-            if (name in self.given) != (form == "others"):
-                given[name] = values[name]
-            elif form == "defaults":
-                given[name] = defaults[name]
-        first = self.form == "plain" and [*given] == optional[: len(given)]
-        keywords = self.keywords or (bool(given) and not first)
-        if keywords != (form == "swapped"):
-            return Call((), {"x": x, **given})
-        return Call((x, *given.values())) if first else Call((x,), given)
