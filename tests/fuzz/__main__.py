@@ -49,7 +49,7 @@ def rewritten(count: int, seed: int, folder: pathlib.Path) -> int:
         if found.wrong:
             wrong += 1
             print(f"graphs {number}: {'; '.join(found.wrong)}", flush=True)
-        if number % 500 == 499:
+        if number % 100 == 99:
             print(f"# {number + 1}: {wrong} wrong", flush=True)
     for text, times in refused.most_common():
         print(f"refused {times}: {text}")

@@ -1,16 +1,18 @@
 """Random models × random recipes: what a rewrite promises, checked on each.
 
 `check(seed)` makes a model (`models.Source`) and a recipe, rewrites, and compares with what the
-model's own Python gives: outputs at the example and at other batch sizes, gradients, after save and
-load, pickle and deepcopy, within a memory budget; the user's model must be as it was. A layer that
-was replaced is put into a copy of the model at its place, whose Python forward then says what is
-right, lossy passes included.
+model's own Python gives: outputs at the example, at other sizes and called in other ways, gradients
+of weights and inputs, after save and load, pickle and deepcopy, after an attribute of a layer was
+set, within a memory budget; the user's model must be as it was. A layer that was replaced is put
+into a copy of the model at its place, whose Python forward then says what is right, lossy passes
+included.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import pickle
 import random
 import re
@@ -26,8 +28,8 @@ from closeness import ROUNDING
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fuzz.models import Source
-from rewriter import load, rewrite
+from fuzz.models import FORMS, Call, Source, drawn
+from rewriter import RewrittenModule, load, rewrite, save
 from rewriter.errors import RewriteError, RewriteWarning
 from rewriter.passes import (
     Densify,
@@ -41,7 +43,7 @@ from rewriter.passes import (
     TopK,
 )
 
-__all__ = ["Outcome", "check", "describe", "kind"]
+__all__ = ["Outcome", "check", "check_written", "describe", "kind"]
 
 
 @dataclass
@@ -62,16 +64,24 @@ class Outcome:
     runs: bool = False
 
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+"""What passes replace one by one."""
+
+SETTINGS = {"p": 0.3, "eps": 0.1, "momentum": 0.5, "negative_slope": 0.4, "alpha": 0.7}
+"""Attributes of layers that a user sets between two steps, with other values than the example had.
+"""
+
+
 class _Case:
-    def __init__(self, seed: int) -> None:
-        self.outcome = Outcome(seed)
-        self.source = Source(seed)
-        self.random = random.Random(seed + 10**6)
+    def __init__(self, source: Source, recipe: tuple[list[Any], dict[str, Any]] | None) -> None:
+        self.outcome = Outcome(source.seed)
+        self.source = source
+        self.random = random.Random(source.seed + 10**6)
         self.model = self.source.model()
         self.call = self.source.call(self.source.rows)
         self.buffers = dict(self.model.named_buffers())
-        self.passes = self._passes()
-        self.options = self._options()
+        self.passes, self.options = recipe or (self._passes(), self._options())
+        self.changed = self.random.random() < 0.25
 
     def _passes(self) -> list[Any]:
         pick = self.random
@@ -103,10 +113,10 @@ class _Case:
             options["objective"] = pick.choice(("params", "memory"))
         if pick.random() < 0.1:
             options["where"] = pick.choice(("*l*", lambda site: len(site.fqn) % 2 == 0))
-        if pick.random() < 0.2:
+        if pick.random() < 0.06:  # the dearest to make
             options["memory_budget"] = pick.choice((0.5, 0.8, 1.0))
         if pick.random() < 0.1:
-            options["calibration"] = [self.source.call(self.source.rows, i) for i in (1, 2)]
+            options["calibration"] = [self.source.call(self.source.rows, i).example for i in (1, 2)]
         return options
 
     # running
@@ -123,26 +133,25 @@ class _Case:
         if optimized is None:
             return self.outcome
         reference = self._reference(optimized)
-        for rows in (self.source.rows, self.source.rows + 3, 1, 2):
-            self._eval(optimized, reference, rows)
         if reference is not None:
-            keys = [sorted(m.state_dict()) for m in (optimized, reference)]
-            self._same("keys of the state_dict", *keys)
+            self._same("as the user's model", *map(_kept, (optimized, reference)), exact=True)
+            reference.eval()
+        self._calls(optimized.eval(), reference)
         self._training(optimized, reference)
         self._stored(optimized)
         return self.outcome
 
     def _rewrite(self) -> nn.Module:
-        return rewrite(self.model, self.passes, self.call, **self.options)
+        return rewrite(self.model, self.passes, self.call.example, **self.options)
 
     def _reference(self, optimized: nn.Module) -> nn.Module | None:
         """The original with the replaced layers in place, where they say all of it."""
         reference = copy.deepcopy(self.model)
         names = dict(reference.named_modules(remove_duplicate=False))
-        report: Any = optimized.report
+        report = RewrittenModule.report.__get__(optimized)  # the model may have its own `report`
         replaced = {d.site for step in report.steps for d in step.decisions
                     if d.action == "replaced"}  # fmt: skip
-        if not all(isinstance(names.get(site), nn.Linear) for site in replaced):
+        if not all(isinstance(names.get(site), LAYERS) for site in replaced):
             return None
         if any(isinstance(p, ResizeMLP | RemoveBlocks) for p in self.passes):
             return None
@@ -154,41 +163,73 @@ class _Case:
                 reference.set_submodule(name, new)
         return reference
 
-    def _alone(self, model: nn.Module, call: dict[str, Any]) -> Any:
+    def _alone(self, model: nn.Module, call: Call) -> Any:
+        """What a call gives, and its arguments as it leaves them."""
         torch.manual_seed(1)
-        return model(**copy.deepcopy(call))
+        call = copy.deepcopy(call)
+        return _plain(model(*call.args, **call.kwargs)), [*call.args, call.kwargs]
 
-    def _eval(self, optimized: nn.Module, reference: nn.Module | None, rows: int) -> None:
-        call = self.source.call(rows, seed=5)
+    def _calls(self, optimized: nn.Module, reference: nn.Module | None) -> None:
+        """Outputs at other sizes, and at the arguments of another call form."""
+        make, rows, time = self.source.call, self.source.rows, self.source.time
+        for other in (rows, rows + 3, 1, 2):
+            self._eval(optimized, reference, f"with {other} rows", make(other, seed=5))
+        if self.random.random() < 0.3:
+            self._eval(optimized, reference, "of a longer time", make(rows, seed=6, time=time + 2))
+        if self.random.random() < 0.1:
+            self._eval(optimized, reference, "with no rows", make(0, seed=6))
+        form = self.random.choice(FORMS)
+        call = make(rows, seed=5, form=form)
+        if (len(call.args), [*call.kwargs]) != (len(self.call.args), [*self.call.kwargs]):
+            self._eval(optimized, reference, f"of form {form!r}", call)
+
+    def _eval(
+        self, optimized: nn.Module, reference: nn.Module | None, what: str, call: Call
+    ) -> None:
         with torch.no_grad():
             if reference is None:
-                found = self._refusable(f"call with {rows} rows", self._alone, optimized, call)
+                self._refusable(f"call {what}", self._alone, optimized, call)
                 return
             try:
                 want = self._alone(reference, call)
-            except Exception:  # noqa: BLE001 (not a size that the model takes)
+            except Exception:  # noqa: BLE001 (no call that the model takes)
                 return
-            found = self._refusable(f"call with {rows} rows", self._alone, optimized, call)
+            found = self._refusable(f"call {what}", self._alone, optimized, call)
         if found is not None:
-            self._same(f"output at {rows} rows", found, want)
+            self._same(f"output {what}", found, want)
 
     def _training(self, optimized: nn.Module, reference: nn.Module | None) -> None:
         if reference is None:
             return
-        want = self._gradients(reference.train())
-        reference.eval()
+        reference.train(), optimized.train()  # noqa: B018
+        self._step("training step", optimized, reference)
+        if self.changed:
+            for model in (optimized, reference):
+                _set(model)
+            self._step("training step after settings", optimized, reference)
+        reference.eval(), optimized.eval()  # noqa: B018
+        if self.random.random() < 0.2:
+            self._step("step in eval mode", optimized, reference)
+
+    def _step(self, what: str, optimized: nn.Module, reference: nn.Module) -> None:
+        want = self._gradients(reference)
         if want is None:
             return
-        found = self._refusable("training step", self._gradients, optimized.train(), raising=True)
-        optimized.eval()
+        found = self._refusable(what, self._gradients, optimized, raising=True)
         if found is not None:
-            self._same("training step", found, want)
+            self._same(what, found, want)
 
     def _gradients(self, model: nn.Module, *, raising: bool = False) -> Any:
-        """(outputs, loss, gradients by name, buffers) of a step; None where it fails."""
-        model = copy.deepcopy(model)
+        """(outputs, loss, gradients by name and of the inputs, buffers) of a step; None where it
+        fails."""
+        model, call = copy.deepcopy(model), copy.deepcopy(self.call)
+        inputs = [t for t in pytree.tree_leaves((call.args, call.kwargs))
+                  if isinstance(t, Tensor) and t.is_floating_point()]  # fmt: skip
         try:
-            output = self._alone(model, self.call)
+            torch.manual_seed(1)
+            for tensor in inputs:
+                tensor.requires_grad_()
+            output = _plain(model(*call.args, **call.kwargs))
             leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
             loss = sum(t.float().square().mean() for t in leaves)
             if not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -199,7 +240,8 @@ class _Case:
                 raise
             return None
         grads = {n: p.grad for n, p in model.named_parameters()}
-        return leaves, loss, grads, {n: b for n, b in model.named_buffers() if n in self.buffers}
+        buffers = {n: b for n, b in model.named_buffers() if n in self.buffers}
+        return leaves, loss, grads, [t.grad for t in inputs], buffers
 
     def _stored(self, optimized: nn.Module) -> None:
         call = self.source.call(self.source.rows, seed=9)
@@ -215,19 +257,20 @@ class _Case:
             if thawed is not None:
                 self._same("pickle", self._alone(thawed, call), want, exact=True)
             with tempfile.TemporaryDirectory() as directory:
-                kind = self.random.random() < 0.5
+                kind = self.random.random() < 0.2
                 again = self._refusable("save and load", self._reload, optimized, directory, kind)
             if again is not None:
-                found = self._refusable("call after load", self._alone, again, call)
+                found = self._refusable("call after load", self._alone, again.eval(), call)
                 if found is not None:
                     self._same("after load", found, want, exact=True)
                 self._same("state after load", again.state_dict(), optimized.state_dict(), True)
 
     def _reload(self, optimized: nn.Module, directory: str, with_inputs: bool) -> nn.Module:
-        saved: Any = optimized
-        saved.save(directory)
-        fresh = Source(self.source.seed).model()
-        inputs = {"example_inputs": self.call} if with_inputs else {}
+        save(optimized, directory)  # the model may have a `save` of its own
+        fresh = self.source.model()
+        for model in (fresh,) if self.changed else ():
+            _set(model)
+        inputs = {"example_inputs": self.call.example} if with_inputs else {}
         return load(directory, fresh, **inputs)
 
     # judging
@@ -262,6 +305,36 @@ class _Case:
             elif type(x) is not type(y) or (not isinstance(x, Tensor) and x != y):
                 self.outcome.wrong.append(f"{what}: {type(x).__name__} for {type(y).__name__}")
                 return
+
+
+def _plain(output: Any) -> Any:
+    """An output as containers that pytree looks into, with the names of its classes."""
+    if dataclasses.is_dataclass(output):
+        fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+        return type(output).__name__, _plain(fields)
+    if isinstance(output, dict):
+        return type(output).__name__, [(key, _plain(value)) for key, value in output.items()]
+    if isinstance(output, tuple | list):
+        return type(output).__name__, [_plain(value) for value in output]
+    return output
+
+
+def _set(model: nn.Module) -> None:
+    """Sets what layers read at each call, as a user does between two epochs."""
+    for module in model.modules():
+        for name, value in SETTINGS.items():
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, value)
+
+
+def _kept(model: nn.Module) -> Any:
+    """What a rewritten model has as the original with the new layers in its place has it."""
+    return {
+        "keys": sorted(model.state_dict()),
+        "training": {n: m.training for n, m in model.named_modules()},
+        "trained": {n: p.requires_grad for n, p in model.named_parameters()},
+        "hooks": {n: len(m._forward_hooks) for n, m in model.named_modules()},
+    }
 
 
 def _differs(found: Tensor, want: Tensor, tolerance: float) -> str:
@@ -301,8 +374,13 @@ def _quiet() -> Iterator[None]:
 def check(seed: int) -> Outcome:
     """One case, of this seed."""
     with _quiet():
-        case = _Case(seed)
-        return case.run()
+        return _Case(drawn(seed), None).run()
+
+
+def check_written(source: Source, passes: list[Any], **options: Any) -> Outcome:
+    """The same of a model that is given, with this recipe."""
+    with _quiet():
+        return _Case(source, (passes, options)).run()
 
 
 def kind(refusal: str) -> str:
@@ -313,6 +391,8 @@ def kind(refusal: str) -> str:
 
 def describe(seed: int) -> str:
     """The case in words: the recipe and the model's source."""
-    case = _Case(seed)
-    call = {n: (t.dtype, tuple(t.shape)) for n, t in case.call.items()}
+    case = _Case(drawn(seed), None)
+    call = pytree.tree_map_only(
+        Tensor, lambda t: (t.dtype, tuple(t.shape)), [*case.call.args, case.call.kwargs]
+    )
     return f"passes {case.passes}, options {case.options}, called with {call}\n{case.source.text}"
