@@ -156,6 +156,8 @@ def of_ways(rows: Rows) -> Rows:
             {"what": f"{name}: captured by parts",
              "figure": sum(r[name] == "by parts" for r in rows)},
             {"what": f"{name}: rewritten", "figure": sum(r[f"{name} rewritten"] for r in rows)},
+            {"what": f"{name}: compared with the same layers in Python",
+             "figure": sum(r[f"{name} eval"] != "–" for r in rows)},
             {"what": f"{name}: saved and loaded, bit for bit",
              "figure": sum(r[f"{name} loads"] == "yes" for r in rows)},
         ]  # fmt: skip
