@@ -236,14 +236,15 @@ def main() -> None:
     tables: dict[str, Rows] = {}
     if args.section and args.out and (args.out / "coverage.json").exists():
         tables = json.loads((args.out / "coverage.json").read_text(encoding="utf-8"))["tables"]
-    runs = {row["section"]: row for row in tables.pop(RUNS, [])}
+    runs = list(tables.pop(RUNS, []))
     for section in [args.section] if args.section else SECTIONS:
         tables |= SECTIONS[section].tables(args, tables)
-        runs[section] = circumstances(section)
+        own = circumstances(section)  # beside those of the rows that `--only` leaves out
+        runs = [r for r in runs if r != own and (args.only or r["section"] != section)] + [own]
     write_results(
         "coverage",
         "Coverage over models",
-        tables | {RUNS: list(runs.values())},
+        tables | {RUNS: runs},
         command=command(),
         notes=NOTES,
         out=args.out,
