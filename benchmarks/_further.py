@@ -558,12 +558,13 @@ def _relu(i: int, o: int, kernel: int, **options: Any) -> nn.Sequential:
 
 
 def alexnet() -> nn.Module:
-    """Convolutions, in-place ReLU and in-place dropout before linear layers."""
+    """Convolutions, in-place ReLU and in-place dropout before linear layers (not after a ReLU,
+    whose backward reads its result)."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 5, 2, 2), nn.ReLU(inplace=True), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2),
         nn.Flatten(), nn.Dropout(0.5, inplace=True), nn.Linear(128, 64), nn.ReLU(inplace=True),
-        nn.Dropout(0.5, inplace=True), nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Linear(64, 10),
+        nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Linear(64, 10),
     )  # fmt: skip
 
 

@@ -135,6 +135,9 @@ def _in_python(model: nn.Module, optimized: Any, inputs: dict[str, Any]) -> nn.M
             owner = reference.get_submodule(parent)
             delattr(owner, leaf)
             owner.add_module(leaf, copy.deepcopy(optimized.get_submodule(name), memo))
+            for key, own in optimized.get_submodule(parent)._parameters.items():
+                if id(own) in memo:  # the layer's bias, which its owner passes to it
+                    owner._parameters[key] = memo[id(own)]
         _call(reference, inputs)
     except (AttributeError, TypeError, RuntimeError):
         return None

@@ -156,6 +156,8 @@ def of_ways(rows: Rows) -> Rows:
             {"what": f"{name}: captured by parts",
              "figure": sum(r[name] == "by parts" for r in rows)},
             {"what": f"{name}: rewritten", "figure": sum(r[f"{name} rewritten"] for r in rows)},
+            {"what": f"{name}: compared with the same layers in Python",
+             "figure": sum(r[f"{name} eval"] != "–" for r in rows)},
             {"what": f"{name}: saved and loaded, bit for bit",
              "figure": sum(r[f"{name} loads"] == "yes" for r in rows)},
         ]  # fmt: skip
@@ -234,14 +236,15 @@ def main() -> None:
     tables: dict[str, Rows] = {}
     if args.section and args.out and (args.out / "coverage.json").exists():
         tables = json.loads((args.out / "coverage.json").read_text(encoding="utf-8"))["tables"]
-    runs = {row["section"]: row for row in tables.pop(RUNS, [])}
+    runs = list(tables.pop(RUNS, []))
     for section in [args.section] if args.section else SECTIONS:
         tables |= SECTIONS[section].tables(args, tables)
-        runs[section] = circumstances(section)
+        own = circumstances(section)  # beside those of the rows that `--only` leaves out
+        runs = [r for r in runs if r != own and (args.only or r["section"] != section)] + [own]
     write_results(
         "coverage",
         "Coverage over models",
-        tables | {RUNS: list(runs.values())},
+        tables | {RUNS: runs},
         command=command(),
         notes=NOTES,
         out=args.out,
