@@ -282,6 +282,21 @@ def test_attention_without_the_mask_it_was_captured_with() -> None:
         assert runs(model) == [(0, 0), (1, 0), (1, 0)]
 
 
+@pytest.mark.filterwarnings("ignore:.*original Python forward:rewriter.errors.RewriteWarning")
+def test_parts_capture_calls_of_layers_that_only_their_graphs_reach() -> None:
+    """A decoder's mask makes it ask for values, so that its layers are captured by themselves."""
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
+    original = nn.TransformerDecoder(layer, 1).eval()
+    call = {"tgt": torch.randn(2, 4, 16), "memory": torch.randn(2, 5, 16)}
+    masked = {**call, "tgt_mask": nn.Transformer.generate_square_subsequent_mask(4)}
+    model = rewrite(original, [Quantize("int8-dynamic")], masked)
+    assert model.report.capture.rung == "parts"
+    for given in (masked, call, masked, {**call, "memory_mask": torch.zeros(4, 5)}):
+        for own in (model, copy.deepcopy(model)):
+            assert (own(**given) - original(**given)).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("rest", [(), (X,), (X, X)])
 def test_positional_arguments_of_any_number(rest: tuple[Tensor, ...]) -> None:
     class All(nn.Module):

@@ -416,6 +416,8 @@ def test_models_that_cannot_be_planned() -> None:
         rewrite(mlp(), [], x, memory_budget="1KB")
     with pytest.raises(OptionError, match="cannot check a lossy plan"):
         plan_memory(mlp(), x, MemoryBudget(0.5, lossy=True))
+    with pytest.raises(OptionError, match="capture_seconds=0: use a number"):
+        plan_memory(mlp(), x, capture_seconds=0)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,14 @@ class TensorHook(Two):
         return self.b(h)
 
 
+class HookWhereGradientsAreOn(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if torch.is_grad_enabled():
+            h.register_hook(lambda grad: grad * 5)
+        return self.b(h)
+
+
 class Reentrant(Two):
     def forward(self, x: Tensor) -> Tensor:
         return self.b(checkpoint(self.a, x, use_reentrant=True))
@@ -63,7 +71,8 @@ class Checkpointed(Two):
     ("cls", "reason"),
     [
         (OwnBackward, "Reversed has a backward of its own"),
-        (TensorHook, "hooks gradients"),
+        (TensorHook, "asks which tensors have gradients"),
+        (HookWhereGradientsAreOn, "hooks gradients"),
         (Reentrant, "checkpoints activations"),
         (Checkpointed, "checkpoints or hooks saved tensors"),
     ],

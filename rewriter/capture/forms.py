@@ -176,6 +176,7 @@ class State:
         graph_only: rewritten places that the Python `forward` does not go through.
         report: the ledger (root only).
         recipe: what `save` writes (root only).
+        whole: the recipe of the root, in every part of it that runs graphs.
         warned: which differences of calls were warned of.
         capturer: captures new forms; None where there shall be none.
         ledger: the forms in the report of the root, of all hosted modules.
@@ -194,6 +195,7 @@ class State:
     graph_only: tuple[str, ...] = ()
     report: Report | None = None
     recipe: Any = None
+    whole: Any = None
     warned: set[str] = field(default_factory=set)
     capturer: Capturer | None = None
     ledger: list[CallForm] = field(default_factory=list)

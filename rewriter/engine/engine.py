@@ -344,7 +344,7 @@ class Engine:
             state = vars(module).get("_rewriter")
             if not isinstance(state, State):
                 continue
-            state.ledger = report.forms
+            state.ledger, state.whole = report.forms, self.capture.root.__dict__["_rewriter"].recipe
             others = capture.others if not name else []
             for region, form in zip(others, state.forms[1:], strict=True):
                 like = finished(capture, region, state)

@@ -83,24 +83,25 @@ def _originals_back(twin: nn.Module, state: State) -> dict[str, nn.Module]:
     Raises:
         CaptureError: blocks were removed or widths cut there, which Python cannot run any more.
     """
-    recipe: Recipe | None = state.recipe
+    recipe: Recipe | None = state.whole or state.recipe  # pickles of before have the latter
     layers: dict[str, nn.Module] = {}
     for name in state.graph_only:
         own = None if recipe is None else recipe.installed.get(name)
-        layer = twin.get_submodule(name)
+        inside = name.removeprefix(f"{state.fqn}.") if state.fqn else name
+        layer = twin.get_submodule(inside)
         if recipe is None or own is None or name in recipe.origins or not isinstance(layer, Layer):
             raise CaptureError(f"what it was before {name} was rewritten is not kept")
-        layers[name] = layer
+        layers[inside] = layer
         given = _dense(layer, own.transposed, recipe.dtypes.get(own.weight_ref or ""))
         if own.bias_ref != f"{name}.bias":
             given.pop("bias", None)
         if own.weight_ref == name:
-            owner, _, last = name.rpartition(".")
+            owner, _, last = inside.rpartition(".")
             holder = twin.get_submodule(owner)
             del holder._modules[last]
             holder.register_parameter(last, nn.Parameter(given["weight"]))
         else:
-            twin.set_submodule(name, layer_before(name, recipe, given).train(layer.training))
+            twin.set_submodule(inside, layer_before(name, recipe, given).train(layer.training))
     return layers
 
 
