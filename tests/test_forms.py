@@ -542,6 +542,25 @@ def test_what_every_call_sets_is_a_constant_where_it_hangs_on_no_open_size(
         assert model.seen == original.seen
 
 
+class LastWidth(Net):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y = self.fc(x) * getattr(self, "width", 1)
+        self.width = x.shape[1]
+        return y
+
+
+@pytest.mark.parametrize("calls_before", [0, 1, 2])
+def test_what_a_call_leaves_for_the_next_is_never_fixed(calls_before: int) -> None:
+    original = LastWidth().eval()
+    for _ in range(calls_before):
+        original(torch.randn(3, 6, 16))
+    model = rewrite(original, [], torch.randn(3, 6, 16))
+    assert model.report.capture.rung == "parts"
+    for rows in (6, 2, 6, 9, 1):
+        x = torch.randn(3, rows, 16)
+        assert_equal(model(x), original(x))
+
+
 class Asks(Net):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return self.fc(x) * (2 if torch.is_grad_enabled() else 3)

@@ -85,8 +85,11 @@ def export_region(
     """The region of `module`, or why it cannot be captured whole; `fakes` are of its weights."""
     with recording(module) as reads:
         region = _export_region(module, prefix, call, seconds, fakes)
-    if isinstance(region, Region):
-        region.reads = reads
+    if isinstance(region, str):
+        return region
+    if name := reads.carried(module):
+        return f"its forward reads the attribute {name!r}, which it then sets for the next call"
+    region.reads = reads
     return region
 
 

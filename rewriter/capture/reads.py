@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriter.modules.structure import is_constant
+from rewriter.modules.structure import SYMBOLS, is_constant
 from rewriter.sites import is_leaf
 
 __all__ = ["Reads", "objects_in", "owners", "recording"]
@@ -37,6 +37,7 @@ class Reads:
         self._names: dict[int, set[str]] = {}
         self._whole: set[int] = set()
         self._set: dict[tuple[int, str], list[Any]] = {}
+        self._carried: set[tuple[int, str]] = set()
         self._held: list[Any] = []  # no id is given anew
 
     def of(self, owner: Any) -> set[str] | None:
@@ -70,7 +71,20 @@ class Reads:
     def set(self, owner: Any, name: str, value: Any) -> None:
         """An attribute is set."""
         kept = value if is_constant(value) else _NO_CONSTANT
-        self._set.setdefault((id(owner), name), []).append(kept)
+        place = (id(owner), name)
+        if isinstance(value, SYMBOLS) and place not in self._set and name in (self.of(owner) or ()):
+            self._carried.add(place)
+        self._set.setdefault(place, []).append(kept)
+
+    def carried(self, root: nn.Module) -> str:
+        """The attribute that was read and then set to a size of the inputs, so that the next call
+        reads what this one left there; "" where there is none."""
+        for name, module in root.named_modules():
+            for owner in (module, *(o for v in vars(module).values() for o in objects_in(v))):
+                for key in vars(owner):
+                    if (id(owner), key) in self._carried:
+                        return f"{name}.{key}" if name else key
+        return ""
 
     def given(self, owner: Any, name: str) -> list[Any] | None:
         """What an attribute was set to, one by one; None where that could not be observed."""

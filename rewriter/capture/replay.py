@@ -29,12 +29,11 @@ from torch.overrides import TorchFunctionMode
 from rewriter.modules.isolation import kept_numbers
 from rewriter.modules.keeping import kept, written
 from rewriter.modules.running import modes
-from rewriter.modules.structure import Structure, flatten, is_constant, same
+from rewriter.modules.structure import SYMBOLS, Structure, flatten, is_constant, same
 from rewriter.spellings import mutates
 
 __all__ = ["Record", "Replayed", "in_train_mode", "replayed"]
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _DROPOUT: Any = torch.nn.functional.dropout
 _ATTENTION: Any = torch.nn.functional.scaled_dot_product_attention
 _CONTIGUOUS: Any = torch.Tensor.contiguous
@@ -136,7 +135,7 @@ def _dropped(then: _Made, args: Any, kwargs: Any) -> tuple[fx.Node, tuple[str, A
         target = torch.ops.aten.scaled_dot_product_attention.default
     else:
         raise _Differs
-    nodes = [n for n in then.nodes if not isinstance(n.meta.get("val"), _SYMBOLIC)]
+    nodes = [n for n in then.nodes if not isinstance(n.meta.get("val"), SYMBOLS)]
     one = len(nodes) == 1 and nodes[0].target is target
     new = isinstance(then.result, Tensor) and not any(then.result is a for a in before)
     known = type(now[-1]) is type(off) and now[-1] == mark[1]
@@ -250,7 +249,7 @@ def replayed(
         _set_grad(grad)
     # comparisons of sizes are traced too: nothing uses them, so that they fall away
     new = itertools.islice(nodes, before, None)
-    clean = all(isinstance(n.meta.get("val"), _SYMBOLIC) for n in new)
+    clean = all(isinstance(n.meta.get("val"), SYMBOLS) for n in new)
     if alike:
         for node, mark in replay.marks:
             node.meta[_TRAIN] = mark
@@ -296,7 +295,7 @@ def _alike(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_alike(v, b[k]) for k, v in a.items())
     if isinstance(a, slice):
         return _alike((a.start, a.stop, a.step), (b.start, b.stop, b.step))
-    if isinstance(a, _SYMBOLIC):
+    if isinstance(a, SYMBOLS):
         return bool(a.node.expr == b.node.expr)
     return is_constant(a) and bool(a == b)
 

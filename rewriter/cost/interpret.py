@@ -30,6 +30,7 @@ from rewriter.cost.meter import GraphCost, Meter, Tally
 from rewriter.cost.symbolic import Size, condition, largest, number
 from rewriter.cost.work import Work, grouped
 from rewriter.errors import VerifyError
+from rewriter.modules.structure import SYMBOLS
 from rewriter.modules.tree import attribute, is_hook_dict
 from rewriter.sites import user_line
 
@@ -408,7 +409,7 @@ class Run:
 
 def _number(value: Any) -> Any:
     """A symbolic number as the number it stood for when it was traced."""
-    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if not isinstance(value, SYMBOLS):
         return value
     hint = value.node.hint
     if hint is None:

@@ -22,14 +22,16 @@ from torch.utils import _pytree as pytree
 
 from rewriter.errors import CaptureError
 
-__all__ = ["Structure", "Unflattenable", "flatten", "same"]
+__all__ = ["SYMBOLS", "Structure", "Unflattenable", "flatten", "same"]
 
 
 class Unflattenable(CaptureError):
     """A value holds something that is neither a tensor, a constant, nor a container of them."""
 
 
-_LEAVES = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+"""The types of sizes, and of what is computed from them, in a trace that leaves them open."""
+_LEAVES = (Tensor, *SYMBOLS)
 _COMPARABLE = (
     bool, int, float, complex, str, bytes, range, enum.Enum, type, types.FunctionType,
     types.BuiltinFunctionType, types.MethodType, torch.dtype, torch.device, torch.layout,
