@@ -325,7 +325,7 @@ def row(case: Case, size: Size, steps: int) -> dict[str, Any]:
     predicted = gradients + max(form.planned_peak for form in forms)
     lost = [str(w.message) for w in said if "without the memory plan" in str(w.message)]
     differs = max(
-        float((a - b).abs().max())
+        float((a - b).detach().abs().max())
         for a, b in zip(eager.parameters(), planned.parameters(), strict=True)
     )
     return {

@@ -8,7 +8,7 @@ from budget_clients import CASES, TARGET, Size, row
 
 pytestmark = pytest.mark.clients
 
-SMALL = Size(1, 32, 4, 32)
+SMALL = Size(1, 32, 16, 32)
 NAMED = {case.name: case for case in CASES}
 
 

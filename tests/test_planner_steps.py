@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from _tracker import Tracker
+from closeness import assert_close
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad
@@ -325,7 +326,8 @@ def test_a_batch_that_no_plan_brings_within_the_budget_runs_with_a_warning() -> 
 
 def test_the_report_names_the_largest_planned_peak() -> None:
     x = torch.randn(256, 16)
-    model = rewrite(deep(), [], x, memory_budget=0.7).train()
+    budget = plan_memory(deep(), x).curve[-1].peak
+    model = rewrite(deep(), [], x, memory_budget=budget).train()
     measured = peak(model, x)
     peak(model, x[:1])
     found = model.report.forms
@@ -401,3 +403,77 @@ def test_what_can_be_planned_is(name: str) -> None:
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
     assert model.report.forms[0].planned == 1
+
+
+# ---- recurrent layers --------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over 4 steps, and a linear one."""
+
+    def __init__(self, kind: Any, packed: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.rnn, self.packed = kind(8, 8, batch_first=True, **options), packed
+        width = (options.get("proj_size") or 8) * (2 if options.get("bidirectional") else 1)
+        self.out = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 4, 8)
+        if not self.packed:
+            return self.out(self.rnn(x)[0])
+        rows = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 3, 2, 1]), batch_first=True)
+        padded = nn.utils.rnn.pad_packed_sequence(self.rnn(rows)[0], batch_first=True)
+        return self.out(padded[0])
+
+
+LSTM = "an LSTM as the kernel for inference"
+UNPLANNED: dict[str, tuple[Recurrent, str]] = {
+    "LSTM": (Recurrent(nn.LSTM), LSTM),
+    "LSTM, two directions": (Recurrent(nn.LSTM, bidirectional=True), LSTM),
+    "LSTM, projected": (Recurrent(nn.LSTM, proj_size=5), LSTM),
+    "RNN with dropout": (
+        Recurrent(nn.RNN, num_layers=2, dropout=0.3), "2 layers without the dropout",
+    ),
+    "GRU, packed": (Recurrent(nn.GRU, packed=True), "whole model as one train graph"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNPLANNED)
+def test_recurrent_layers_without_a_plan_are_refused_at_the_rewrite(name: str) -> None:
+    model, why = UNPLANNED[name]
+    with pytest.raises(OptionError, match=why):
+        rewrite(model, [], X, memory_budget=MemoryBudget(1.0, lossy=True))
+
+
+RECURRENT: dict[str, Recurrent] = {
+    "GRU": Recurrent(nn.GRU),
+    "RNN, two layers": Recurrent(nn.RNN, num_layers=2, nonlinearity="relu"),
+    "RNN, two directions": Recurrent(nn.RNN, bidirectional=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_train_within_their_smallest_budget(name: str) -> None:
+    original, x = RECURRENT[name].train(), X.repeat(16, 1)
+    least = plan_memory(original, x).curve[-1].peak
+    model = rewrite(original, [], x, memory_budget=least).train()
+    grads = []
+    for twin in (model, copy.deepcopy(original)):
+        loss(twin, x).backward()
+        grads.append(gradients(twin))
+    for a, b in zip(*grads, strict=True):
+        assert_close(a, b)
+    assert model.report.forms[0].planned == 1
+
+
+@pytest.mark.slow
+def test_a_recurrent_layer_within_a_lossy_budget_keeps_its_bound() -> None:
+    original, x = Recurrent(nn.GRU, bidirectional=True).train(), X.repeat(16, 1)
+    least = plan_memory(original, x).curve[-1].peak
+    budget = MemoryBudget(int(0.9 * least), lossy=True, gradient_error=0.04)
+    model = rewrite(original, [], x, memory_budget=budget).train()
+    plan = vars(model)["_rewriter"].memory.plan
+    assert plan.peak <= 0.9 * least
+    assert 0 < plan.gradient_error <= 0.04
