@@ -618,3 +618,52 @@ def test_minilm_is_bit_equal_and_trains_alike() -> None:
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None:
             equal(a.grad, b.grad)
+
+
+def asks_the_tensor(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    return self.b(y) if y.requires_grad else y - 1
+
+
+def asks_the_input(self: Any, x: Tensor) -> Tensor:
+    return self.a(x) if x.is_leaf and not x.requires_grad else self.b(x)
+
+
+def asks_the_history(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    return y if y.grad_fn is None else self.b(y)
+
+
+def asks_the_tracer(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    return 2 * y if torch.compiler.is_exporting() else self.b(y)
+
+
+def asks_the_tracer_in_train(self: Any, x: Tensor) -> Tensor:
+    return asks_the_tracer(self, x) if self.training else self.a(x)
+
+
+@pytest.mark.filterwarnings("ignore::rewriter.RewriteWarning")  # that one row runs Python
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "forward",
+    [asks_the_tensor, asks_the_input, asks_the_history, asks_the_tracer, asks_the_tracer_in_train],
+)
+def test_what_a_forward_asks_of_gradients_and_tracers_is_fixed_by_no_graph(
+    forward: Callable[..., Any], rows: int
+) -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    Asks.forward = forward  # type: ignore[method-assign]
+    model = Asks()
+    optimized = rewrite(model, [], torch.randn(rows, 4))
+    for training in (False, True):
+        for count, grad, own in ((1, False, False), (2, False, False), (4, True, False),
+                                 (3, True, True)):  # fmt: skip
+            x = torch.randn(count, 4, requires_grad=own)
+            with torch.set_grad_enabled(grad):
+                wanted, found = model.train(training)(x), optimized.train(training)(x)
+            assert_equal(found.detach(), wanted.detach())

@@ -113,18 +113,60 @@ def _export_region(
         return reason
     if region.alike:
         _widen(module, region, (False, True))
-        return region
+        return _unseen(module, region, False) or region
     if True in region.graphs:
         signature.dims[True] = signature.dims[False].copy()
     _widen(module, region, (False,))
+    if reason := _unseen(module, region, False):
+        return reason
     reason = ""
     if True not in region.graphs:
         reason = _export(module, region, True, deadline, fakes, call.grad)
-    if reason:
-        region.train_reason = f"{TRAIN_IN_PYTHON}: {reason}"
-    else:
+    if not reason:
         _widen(module, region, (True,))
+        reason = _unseen(module, region, True)
+    if reason:
+        region.graphs.pop(True, None)
+        region.train_reason = f"{TRAIN_IN_PYTHON}: {reason}"
     return region
+
+
+def _unseen(module: nn.Module, region: Region, training: bool) -> str:
+    """Why a graph that does not serve the example itself, a batch of one, is wrong for the sizes
+    that it serves; "" where it is right, or where the example will show it."""
+    assert region.signature is not None
+    assert region.leaves is not None
+    signature, dims = region.signature, region.signature.dims[training]
+    if signature.grad or any(p.is_meta for p in module.parameters()):
+        return ""  # what is compared here runs without gradients, on values
+    if dims.difference(region.leaves, signature.names) is None:
+        return ""
+    leaves = _two_rows(_distinct(region.leaves))
+    if dims.difference(leaves, signature.names) is not None:
+        return ""
+    reason = _disagrees(module, region, leaves, (training,))
+    return reason and f"the captured graph does not reproduce the model's outputs: {reason}"
+
+
+def _disagrees(
+    module: nn.Module, region: Region, leaves: list[Tensor], trainings: tuple[bool, ...]
+) -> str:
+    """How the results of the graph that `trainings` share differ from the model's in each of
+    them, or why one of the two fails; "" where they agree."""
+    assert region.signature is not None
+    program = Program(region.graphs[trainings[0]], region.outputs[trainings[0]])
+    actual: list[Any] = []
+    try:
+        with quiet_run(module, trainings[0]):
+            own, _ = own_copy(leaves, {})
+            flatten(program(module, own, ""), actual, objects=True)
+        for training in trainings:
+            expected = run_flat(module, *region.signature.arguments(leaves), training=training)
+            if reason := difference(actual, expected):
+                return reason
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
 
 
 def unusual(value: Any) -> str:
@@ -207,8 +249,8 @@ class _Observer(TorchFunctionMode):
     """Sees every torch call of the model's Python code while it is traced.
 
     It stops a trace that takes too long, refuses one that turns the value of a plain tensor
-    attribute into a number, and notes whether the code asks how its tensors lie in memory. With a
-    record, it keeps the calls.
+    attribute into a number or asks whether a tensor needs a gradient, and notes whether the code
+    asks how its tensors lie in memory. With a record, it keeps the calls.
     """
 
     def __init__(self, module: nn.Module, deadline: float, record: Record | None = None) -> None:
@@ -223,7 +265,7 @@ class _Observer(TorchFunctionMode):
             if isinstance(v, Tensor)
         }
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         if time.thread_time() > self.deadline:
             raise CaptureError(TOO_LONG)
         if func in _HOOKS:
@@ -524,16 +566,5 @@ def _agrees_on_one(
                 leaves[i] = leaves[i].narrow(d, 0, 1)
     if dims.difference(leaves, signature.names) is not None:
         return False
-    program = Program(region.graphs[trainings[0]], region.outputs[trainings[0]])
-    actual: list[Any] = []
-    try:
-        with quiet_run(module, trainings[0]):
-            own, _ = own_copy(leaves, {})
-            flatten(program(module, own, ""), actual, objects=True)
-        for training in trainings:
-            expected = run_flat(module, *signature.arguments(leaves), training=training)
-            if difference(actual, expected) is not None:
-                return False
-    except Exception:  # either side refuses size 1: the graph keeps to 2 and above
-        return False
-    return True
+    # where either side refuses size 1, the graph keeps to 2 and above
+    return not _disagrees(module, region, leaves, trainings)

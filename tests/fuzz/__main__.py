@@ -4,6 +4,7 @@ its number."""
 from __future__ import annotations
 
 import collections
+import contextlib
 import pathlib
 import shutil
 import sys
@@ -38,23 +39,25 @@ def damaged(count: int, seed: int, folder: pathlib.Path) -> int:
 
 
 def rewritten(count: int, seed: int, folder: pathlib.Path) -> int:
-    """Random models under random recipes; how many went wrong."""
+    """Random models under random recipes; how many went wrong. An interrupt ends it early."""
     refused: collections.Counter[str] = collections.Counter()
-    wrong, checks, cases = 0, 0, 0
-    for number in range(seed, seed + count):
-        found = graphs.check(number)
-        checks += found.checks
-        cases += found.runs
-        refused.update(text.partition(": ")[0] + ": " + graphs.kind(text) for text in found.refused)
-        if found.wrong:
-            wrong += 1
-            print(f"graphs {number}: {'; '.join(found.wrong)}", flush=True)
-        if number % 100 == 99:
-            print(f"# {number + 1}: {wrong} wrong", flush=True)
+    wrong, checks, cases, done = 0, 0, 0, 0
+    with contextlib.suppress(KeyboardInterrupt):
+        for number in range(seed, seed + count):
+            found = graphs.check(number)
+            done += 1
+            checks += found.checks
+            cases += found.runs
+            refused.update(t.partition(": ")[0] + ": " + graphs.kind(t) for t in found.refused)
+            if found.wrong:
+                wrong += 1
+                print(f"graphs {number}: {'; '.join(found.wrong)}", flush=True)
+            if number % 100 == 99:
+                print(f"# {number + 1}: {wrong} wrong", flush=True)
     for text, times in refused.most_common():
         print(f"refused {times}: {text}")
     print(
-        f"{count:,} models and recipes from {seed}: {cases:,} ran, {checks:,} comparisons, "
+        f"{done:,} models and recipes from {seed}: {cases:,} ran, {checks:,} comparisons, "
         f"{refused.total():,} refusals, {wrong} wrong"
     )
     return wrong

@@ -200,6 +200,7 @@ class _Case:
 
     def _training(self, optimized: nn.Module, reference: nn.Module | None) -> None:
         if reference is None:
+            self.changed = False
             return
         reference.train(), optimized.train()  # noqa: B018
         self._step("training step", optimized, reference)
