@@ -165,7 +165,8 @@ CONVOLUTIONS = frozenset({
 })  # fmt: skip
 PRODUCTS = RECURRENT | CONVOLUTIONS | {
     "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "mv", "dot",
-    "bilinear", "tensordot", "inner", "_grouped_mm", "grouped_mm", "multi_head_attention_forward",
+    "bilinear", "tensordot", "inner", "linalg_multi_dot", "chain_matmul", "_grouped_mm",
+    "grouped_mm", "multi_head_attention_forward",
     "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
 }  # fmt: skip
 """Ops that multiply by a weight."""

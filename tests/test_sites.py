@@ -847,6 +847,7 @@ class Strays(nn.Module):
         self.norm, self.conv = nn.LayerNorm((1, 8)), nn.Conv1d(1, 1, 3, padding=1)
         self.fc, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
         self.by_einsum, self.place, self.spare = param(8, 8), param(1, 8), param(2, 3)
+        self.by_chain = param(8, 8)
         self.experts = param(2, 8, 8)
 
     def forward(self, x: Tensor, i: Tensor) -> Tensor:
@@ -854,6 +855,7 @@ class Strays(nn.Module):
         h = self.rnn_cell(self.gru_cell(h))[:, None]
         h = self.rnn(self.gru(self.lstm(h)[0])[0])[0]
         h = torch.einsum("bi,io->bo", self.pair(h, h)[:, 0], self.by_einsum)
+        h = torch.linalg.multi_dot([h, self.by_chain, self.by_chain])
         h = self.attention(h, h, h)[0] + self.words(i) + self.bag(i[:, None])
         h = torch.bmm(h.expand(2, -1, -1), self.experts).sum(0)
         return self.fc(self.conv(self.norm(h[:, None]))[:, 0])
@@ -869,6 +871,7 @@ WHY = {
     "pair.weight": "goes into bilinear, a product of two inputs",
     "attention.in_proj_weight": "goes into linear, part by part",
     "by_einsum": "goes into einsum in a form that is no linear layer",
+    "by_chain": "goes into linalg_multi_dot in a form that is no linear layer",
     "experts": "goes into bmm in a form that is no linear layer",
     "words": "an Embedding looks rows up",
     "bag.weight": "an EmbeddingBag looks rows up",
