@@ -282,6 +282,7 @@ def test_attention_without_the_mask_it_was_captured_with() -> None:
         assert runs(model) == [(0, 0), (1, 0), (1, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*original Python forward:rewriter.errors.RewriteWarning")
 def test_parts_capture_calls_of_layers_that_only_their_graphs_reach() -> None:
     """A decoder's mask makes it ask for values, so that its layers are captured by themselves."""

@@ -18,7 +18,7 @@ from torch import nn
 from rewriter import Report, explain
 from rewriter.cost import Cost, Device, Training, Work
 from rewriter.passes import Monarch, Quantize
-from rewriter.report import CaptureInfo, Decision, Island, Step, Timeline
+from rewriter.report import CallForm, CaptureInfo, Decision, Island, Step, Timeline
 from rewriter.report.html import fragment, page
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$x_1$ & {{ 7 * 7 }} ]]>"
@@ -305,7 +305,7 @@ def test_schema_covers_every_field() -> None:
     assert set(form["properties"]) == own
     for name, cls in {
         "capture": CaptureInfo, "island": Island, "step": Step, "timeline": Timeline,
-        "decision": Decision, "cost": Cost, "training": Training, "work": Work,
+        "decision": Decision, "cost": Cost, "training": Training, "work": Work, "form": CallForm,
         "cost_formulas": Cost, "training_formulas": Training, "work_formulas": Work,
     }.items():  # fmt: skip
         assert set(definitions[name]["properties"]) == {f.name for f in fields(cls)}, name

@@ -160,7 +160,9 @@ def budgeted(model: nn.Module, budget: Any) -> MemoryPlan:
     return state.memory
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "gpt" else n for n in MODELS]
+)
 def test_gradients_are_equal_and_the_peak_is_as_planned_at_every_budget(name: str) -> None:
     torch.manual_seed(0)
     make, inputs, passes = MODELS[name]
