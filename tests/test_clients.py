@@ -14,7 +14,7 @@ import torch
 from closeness import assert_reordered
 from torch import Tensor, nn
 
-from rewriter import Pass, rewrite
+from rewriter import CaptureError, Pass, rewrite
 from rewriter.passes import Monarch, Quantize
 
 pytestmark = [pytest.mark.clients, pytest.mark.slow]
@@ -144,3 +144,24 @@ def test_lightning_trains_and_resumes(recipe: str, whole: bool, tmp_path: pathli
     fitted(2, resumed, file)  # nothing left to do
     for name, tensor in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor)
+
+
+def test_a_model_whose_weights_are_on_disk_is_refused_for_what_it_is(
+    tmp_path: pathlib.Path,
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    x = torch.randn(6, 8)
+    places = {"0": "disk", "1": "cpu", "2": "cpu"}
+    spread = accelerate.dispatch_model(
+        copy.deepcopy(model), places, "cpu", offload_dir=str(tmp_path), force_hooks=True
+    )
+    assert torch.equal(spread(x), model(x))
+    with pytest.raises(CaptureError, match="the weights of 0 are on meta.*before dispatch_model"):
+        rewrite(spread, RECIPES["int8"], x)
+    first: Any = rewrite(model, RECIPES["int8"], x)
+    expected = first(x)
+    spread = accelerate.dispatch_model(
+        first, places, "cpu", offload_dir=str(tmp_path / "more"), force_hooks=True
+    )
+    assert torch.equal(spread(x), expected)

@@ -585,6 +585,28 @@ def test_a_forward_that_asks_for_gradients_has_a_form_for_each(kind: Any, traini
     assert runs(model) == [(2, 0), (4, 0)]
 
 
+class AsksBeforeAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.fc(x) * (2 if torch.is_grad_enabled() else 3))
+
+
+def test_one_row_shows_how_a_forward_that_asks_for_gradients_is_with_them() -> None:
+    x = torch.randn(1, 4, 16)
+    original = AsksBeforeAttention().eval()
+    model = rewrite(original, [Quantize("int8-dynamic")], x)
+    assert "layer.self_attn.in_proj_weight" in [d.site for d in model.report.replaced]
+    same: Any = rewrite(original, [], x)
+    for rows in (1, 3):
+        batch = torch.randn(rows, 4, 16)
+        model(batch)
+        assert_reordered(same(batch), original(batch))
+
+
 ASKED: dict[str, Callable[[Net, Tensor], bool]] = {
     "inference mode": lambda m, x: torch.is_inference_mode_enabled(),
     "the input": lambda m, x: x.requires_grad,

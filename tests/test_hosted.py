@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import assert_equal
+from closeness import assert_equal, assert_reordered
 from torch import Tensor, nn
 
 from rewriter import RewriteWarning, SignatureError, rewrite
@@ -405,3 +405,28 @@ def test_torch_compile_takes_a_model_that_never_ran_as_one_graph(how: str, train
     found = torch.compile(model, backend="eager", fullgraph=True)(x)
     assert found.shape == (4, 2)
     assert found.device == x.device
+
+
+def test_hooks_on_all_modules_of_the_process_meet_all_of_them() -> None:
+    original = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Identity(), nn.Sequential(nn.ReLU()), nn.Flatten(), nn.Linear(288, 5)
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    model: Any = rewrite(original, [], x)
+    seen: list[str] = []
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append(type(module).__name__)
+        return output + 1
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        with pytest.warns(RewriteWarning, match="all modules of the process"):
+            found = model(x)
+        ours, seen = seen, []
+        expected = original(x)
+    finally:
+        handle.remove()
+    assert_equal(found, expected)
+    assert ours == seen
+    assert_reordered(model(x), original(x))

@@ -137,8 +137,8 @@ def _unseen(module: nn.Module, region: Region, training: bool) -> str:
     assert region.signature is not None
     assert region.leaves is not None
     signature, dims = region.signature, region.signature.dims[training]
-    if signature.grad or any(p.is_meta for p in module.parameters()):
-        return ""  # what is compared here runs without gradients, on values
+    if any(p.is_meta for p in module.parameters()):
+        return ""  # there are no values to compare
     if dims.difference(region.leaves, signature.names) is None:
         return ""
     leaves = _two_rows(_distinct(region.leaves))
@@ -155,13 +155,15 @@ def _disagrees(
     them, or why one of the two fails; "" where they agree."""
     assert region.signature is not None
     program = Program(region.graphs[trainings[0]], region.outputs[trainings[0]])
+    grad = bool(region.signature.grad)
     actual: list[Any] = []
     try:
-        with quiet_run(module, trainings[0]):
+        with quiet_run(module, trainings[0], grad=grad):
             own, _ = own_copy(leaves, {})
             flatten(program(module, own, ""), actual, objects=True)
         for training in trainings:
-            expected = run_flat(module, *region.signature.arguments(leaves), training=training)
+            arguments = region.signature.arguments(leaves)
+            expected = run_flat(module, *arguments, training=training, grad=grad)
             if reason := difference(actual, expected):
                 return reason
     except Exception as error:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from rewriter.capture.guards import Watch
 from rewriter.capture.program import Program
@@ -34,6 +35,11 @@ MAX_FORMS = 8
 
 _FULL = "full"
 """Of all calls that come when the bound is reached."""
+
+_ALL_MODULES = (
+    "hooks on all modules of the process are set (register_module_forward_hook and the like), of "
+    "which a graph calls only those of its layers"
+)
 
 _log = logging.getLogger("rewriter")
 
@@ -242,6 +248,8 @@ class State:
         """Serves one call: by the graph of its form, or by the original Python."""
         tracing = torch.compiler.is_compiling()
         differs, changed = "", None
+        if _has_any_global_hook() and not tracing and not self.graph_only:
+            return self._differs(module, forward, args, kwargs, _ALL_MODULES, None, tracing)
         for form in self.forms:
             leaves = form.leaves(module, forward, args, kwargs)
             if isinstance(leaves, str):

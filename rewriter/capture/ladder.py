@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -131,7 +130,9 @@ class Capture:
         if self.example is None:
             return None
         types = self._result_types() if self.on_meta else None
-        return run_flat(self.root, *self.example) if types is None else types
+        if types is not None:
+            return types
+        return run_flat(self.root, *self.example, grad=self.asks_for_grad)
 
     def _result_types(self) -> list[Any] | None:
         """The values that the graph of the whole model gives its results."""
@@ -392,6 +393,13 @@ def _expected(root: nn.Module, args: Any, kwargs: Any) -> _Expected:
         if random_state() != numbers:  # drawn by other threads, or while nobody looked: once more
             found = _observed(root, args, kwargs, training=False)
     except Exception as error:
+        if name := _fetched(root):
+            raise CaptureError(
+                f"the weights of {name} are on meta, and its forward, set on the object, fetches "
+                "them in each call, as accelerate's offload does: a rewrite sees no values. "
+                "Rewrite before dispatch_model or cpu_offload, or take the hooks off first "
+                "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            ) from error
         raise CaptureError(
             f"{type(root).__name__} itself fails on example_inputs, before any rewrite: "
             f"{type(error).__name__}: {first_line(error)}. {_remedy(root, error)}"
@@ -434,6 +442,14 @@ def _whole(
     return refusal(root, observed.writes) or "its forward writes attributes"
 
 
+def _fetched(root: nn.Module) -> str:
+    """A module without weights that seems to fetch them when it is called; "" where none does."""
+    for name, module in root.named_modules():
+        if "forward" in vars(module) and any(p.is_meta for p in module.parameters(recurse=False)):
+            return name or "the model"
+    return ""
+
+
 def _remedy(root: nn.Module, error: Exception) -> str:
     if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
         return (
@@ -473,7 +489,7 @@ def _observed(
 ) -> _Observed:
     results: list[Any] = []
     inputs: list[Any] = []
-    with quiet_run(root, training), torch.set_grad_enabled(grad):
+    with quiet_run(root, training, grad=grad):
         changes, given = written(root), settings(root)
         own = own_copy(args, kwargs)
         flatten(root(*own[0], **own[1]), results, objects=True, opaque=True)

@@ -184,7 +184,7 @@ class Engine:
         """Seconds of a forward on the example inputs, the least of some."""
         example, root = self.capture.example, self.capture.root
         assert example is not None
-        with quiet_run(root, training=False):
+        with quiet_run(root, training=False, grad=self.capture.asks_for_grad):
             args, kwargs = own_copy(*example)
             times: list[float] = []
             while len(times) < 2 or (len(times) < 10 and sum(times) < _SHORT_CALL):
@@ -280,7 +280,7 @@ class Engine:
             root(*args, **kwargs)
 
         lowered, plain = functools.partial(run, True), functools.partial(run, False)
-        with quiet_run(root, training=False, timed=True):
+        with quiet_run(root, training=False, timed=True, grad=self.capture.asks_for_grad):
             lowered()  # derives the weights
             start = time.perf_counter()
             lowered()
@@ -427,7 +427,9 @@ class Engine:
         models = [self.capture.root] if self.model is None else [self.model, self.capture.root]
         with contextlib.ExitStack() as stack:
             for model in models:
-                stack.enter_context(quiet_run(model, training=False, timed=True))
+                stack.enter_context(
+                    quiet_run(model, training=False, timed=True, grad=self.capture.asks_for_grad)
+                )
             args, kwargs = own_copy(*example)
             calls = [functools.partial(model, *args, **kwargs) for model in models]
             times = medians(calls, tensors[0].device)

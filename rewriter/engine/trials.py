@@ -97,7 +97,9 @@ def goes_past(capture: Capture, graph_only: Sequence[str], outputs: Sequence[Any
         capture.host()
         for layer in layers.values():
             vars(layer)["forward"] = _noting(called, layer, layer.forward)
-        error = relative_error(run_flat(root, *capture.example), outputs)
+        error = relative_error(
+            run_flat(root, *capture.example, grad=capture.asks_for_grad), outputs
+        )
         if error is not None and error > tolerance(outputs):
             why = f"computes something else with {', '.join(graph_only)}"
     except Exception as error:  # the forward cannot use the new layers: it must not run

@@ -100,15 +100,18 @@ def without_values(root: nn.Module) -> contextlib.AbstractContextManager[object]
 
 
 @contextlib.contextmanager
-def quiet_run(root: nn.Module, training: bool, *, timed: bool = False) -> Iterator[None]:
-    """One mode, no hooks, no gradients, no warnings; the same random numbers every time; nothing
-    that the run writes into the model stays.
+def quiet_run(
+    root: nn.Module, training: bool, *, timed: bool = False, grad: bool = False
+) -> Iterator[None]:
+    """One mode, no hooks, no gradients unless asked for, no warnings; the same random numbers every
+    time; nothing that the run writes into the model stays.
 
     Args:
         root: the model.
         training: its mode.
         timed: nothing looks at the operations, which would take time: torch's random numbers are
             those of the process, and values of tensors stay as they are written.
+        grad: gradients are on, which a forward that asks is captured with.
     """
     on_meta = any(p.is_meta for p in root.parameters())
     alone = timed or on_meta
@@ -116,7 +119,7 @@ def quiet_run(root: nn.Module, training: bool, *, timed: bool = False) -> Iterat
         modes(root, training),
         without_hooks(root),
         kept(root),
-        torch.no_grad(),
+        torch.set_grad_enabled(grad),
         kept_numbers(),
         without_values(root),
         quietly(),
@@ -125,14 +128,16 @@ def quiet_run(root: nn.Module, training: bool, *, timed: bool = False) -> Iterat
         yield
 
 
-def run_flat(root: nn.Module, args: Any, kwargs: Any, *, training: bool = False) -> list[Any]:
+def run_flat(
+    root: nn.Module, args: Any, kwargs: Any, *, training: bool = False, grad: bool = False
+) -> list[Any]:
     """The flat outputs of one call; same random numbers every time, no state left behind."""
     leaves: list[Any] = []
-    with quiet_run(root, training):
+    with quiet_run(root, training, grad=grad):
         own_args, own_kwargs = own_copy(args, kwargs)
         flatten(root(*own_args, **own_kwargs), leaves, objects=True, opaque=True)
         # buffers that are results are about to be restored
-        return [t.clone() if isinstance(t, Tensor) else t for t in leaves]
+        return [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
 
 
 def difference(actual: Sequence[Any], expected: Sequence[Any]) -> str | None:
