@@ -36,6 +36,10 @@ class CaptureError(RewriteError):
     """The model, or its example inputs, could not be turned into graphs."""
 
 
+class CallError(CaptureError):
+    """The call that was to be captured fails by itself, without any graph."""
+
+
 class OptionError(RewriteError, ValueError):
     """An option of a pass or of an API call is impossible."""
 

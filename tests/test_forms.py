@@ -658,3 +658,16 @@ def test_another_default_dtype_is_another_form() -> None:
         torch.set_default_dtype(torch.float32)
     assert_equal(model(X), original(X))
     assert runs(model) == [(1, 0), (1, 0)]
+
+
+def test_a_call_that_fails_by_itself_fails_as_the_original_does() -> None:
+    original = net()
+    model = rewrite(original, [], X)
+    for wrong in ((torch.randn(4, 15),), (X, "mask")):
+        with pytest.raises(Exception) as plain:  # noqa: PT011
+            original(*wrong)
+        with pytest.raises(type(plain.value)):  # and no warning, and no form of it in the report
+            model(*wrong)
+    assert runs(model) == [(0, 0)]
+    model(X)
+    assert runs(model) == [(1, 0)]

@@ -36,6 +36,9 @@ MAX_FORMS = 8
 _FULL = "full"
 """Of all calls that come when the bound is reached."""
 
+_FAILS = ""
+"""No reason for want of a form: the call fails without any graph, and its own error says why."""
+
 _ALL_MODULES = (
     "hooks on all modules of the process are set (register_module_forward_hook and the like), of "
     "which a graph calls only those of its layers"
@@ -81,7 +84,7 @@ class Capturer(Protocol):
     copied and pickled by name."""
 
     def __call__(self, module: nn.Module, state: State, args: Any, kwargs: Any) -> Form | str:
-        """The form, or why there is none."""
+        """The form, or why there is none; "" where the call itself fails."""
 
 
 @dataclass
@@ -330,7 +333,9 @@ class State:
             kind = kind if kind in self.refused else _FULL
         if kind not in self.refused:
             form = self._captured(module, forward, args, kwargs, kind)
-            if form is not None:
+            if form == _FAILS and not self.graph_only:
+                return forward(module, *args, **kwargs)
+            if isinstance(form, Form):
                 leaves = form.leaves(module, forward, args, kwargs)
                 assert isinstance(leaves, list)
                 return self._served(form, module, forward, args, kwargs, leaves, tracing)
@@ -340,8 +345,8 @@ class State:
 
     def _captured(
         self, module: nn.Module, forward: Any, args: Any, kwargs: Any, kind: Any
-    ) -> Form | None:
-        """A new form for this call; None where there can be none, or not now."""
+    ) -> Form | str | None:
+        """A new form for this call; None where there can be none, or not now; or `_FAILS`."""
         if self.capturer is None or _Capturing.thread == threading.get_ident():
             return None
         if not _may_capture(module, args, kwargs):
@@ -361,7 +366,7 @@ class State:
 
     def _attempt(
         self, module: nn.Module, forward: Any, args: Any, kwargs: Any, kind: Any
-    ) -> Form | None:
+    ) -> Form | str | None:
         start = time.perf_counter()
         name = f"{type(module).__name__} {self.fqn}".strip()
         made: Form | str
@@ -370,6 +375,8 @@ class State:
         else:
             assert self.capturer is not None
             made = self.capturer(module, self, args, kwargs)
+            if made == _FAILS:
+                return _FAILS
         if isinstance(made, Form):
             made = made.fits(module, forward, args, kwargs) or made
         seconds = time.perf_counter() - start

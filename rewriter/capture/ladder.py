@@ -32,7 +32,7 @@ from rewriter.capture.settling import Setting, set_again, settings, traced_alike
 from rewriter.capture.signature import Call
 from rewriter.capture.submodules import capture_submodules, refusal
 from rewriter.cost import Fakes
-from rewriter.errors import CaptureError, warn
+from rewriter.errors import CallError, CaptureError, warn
 from rewriter.modules.isolation import forget, random_state
 from rewriter.modules.keeping import written
 from rewriter.modules.quiet import TRACING
@@ -400,7 +400,7 @@ def _expected(root: nn.Module, args: Any, kwargs: Any) -> _Expected:
                 "Rewrite before dispatch_model or cpu_offload, or take the hooks off first "
                 "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
             ) from error
-        raise CaptureError(
+        raise CallError(
             f"{type(root).__name__} itself fails on example_inputs, before any rewrite: "
             f"{type(error).__name__}: {first_line(error)}. {_remedy(root, error)}"
         ) from error

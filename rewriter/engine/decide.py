@@ -113,18 +113,27 @@ def check_passes(passes: Sequence[Pass]) -> None:
     """
     if isinstance(passes, Pass):
         raise OptionError(f"passes must be a list: write [{passes}]")
-    problems = []
+    if isinstance(passes, torch.Tensor | str | nn.Module) or not isinstance(passes, Sequence):
+        raise OptionError(
+            f"passes must be a list of passes, not a {type(passes).__name__}: "
+            "rewrite(model, passes, example_inputs)"
+        )
+    problems, disorder = [], ""
     for i, p in enumerate(passes):
         if isinstance(p, type) and issubclass(p, Pass):
             problems.append(f"passes[{i}] is the class {p.__name__}: write {p.__name__}()")
         elif not isinstance(p, Pass):
-            problems.append(f"passes[{i}] is a {type(p).__name__}, not a pass")
+            problems.append(
+                f"passes[{i}] is a {type(p).__name__}, not a pass as Quantize('int8-dynamic') of "
+                "rewriter.passes is one"
+            )
     valid = [p for p in passes if isinstance(p, Pass)]
     problems += [why for p in valid if (why := _method(p))]
     for p in valid:
         if not (p.where is None or isinstance(p.where, str) or callable(p.where)):
             problems.append(
-                f"{p.name}: where={p.where!r} is no name pattern and no predicate over sites"
+                f"{p.name}: where={p.where!r} is no name pattern (as 'encoder.*') and no "
+                "predicate over sites (as lambda site: site.in_features > 512)"
             )
     for i, later in enumerate(valid):
         for earlier in valid[:i]:
@@ -132,10 +141,10 @@ def check_passes(passes: Sequence[Pass]) -> None:
                 problems.append(
                     f"{later} ({later.phase.name}) comes after {earlier} ({earlier.phase.name})"
                 )
+                disorder = f". Phases run {' < '.join(p.name for p in Phase)}"
                 break
     if problems:
-        order = " < ".join(p.name for p in Phase)
-        raise OptionError(f"impossible passes: {'; '.join(problems)}. Phases run {order}")
+        raise OptionError(f"impossible passes: {'; '.join(problems)}{disorder}")
 
 
 def _method(rewrite: Pass) -> str:

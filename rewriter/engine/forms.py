@@ -15,7 +15,7 @@ from rewriter.capture.hosted import Form, State, original_class
 from rewriter.capture.ladder import form_of
 from rewriter.engine.install import names_of, put
 from rewriter.engine.looking import sites_of
-from rewriter.errors import CaptureError, OptionError, RewriteError
+from rewriter.errors import CallError, CaptureError, OptionError, RewriteError
 from rewriter.layer import Layer
 from rewriter.lowering import lowered_again
 from rewriter.modules.running import first_line
@@ -29,7 +29,8 @@ __all__ = ["capture_form", "finished"]
 
 
 def capture_form(module: nn.Module, state: State, args: Any, kwargs: Any) -> Form | str:
-    """Captures a call of a rewritten module, as it is now, as a new form; or why it cannot be.
+    """Captures a call of a rewritten module, as it is now, as a new form; or why it cannot be, ""
+    where the call itself fails.
 
     The call is traced on a twin of the module tree, so that other threads may run the module
     meanwhile, and nothing of it changes.
@@ -47,6 +48,8 @@ def capture_form(module: nn.Module, state: State, args: Any, kwargs: Any) -> For
             captured = capture(twin, call, whole=True)
             _place(captured, layers)
             form = finished(captured, captured.regions[0], state)
+    except CallError:
+        return ""
     except RewriteError as error:
         return first_line(error)
     for setting in captured.settings:

@@ -57,6 +57,8 @@ def run(
     report = engine.report(steps)
     engine.finish(report)
     report.speed = engine.speed()
+    for form in report.forms:
+        form.reset()
     if said := slower(report):
         warn(f'{report.model} is {said}. objective="latency" keeps the layers that are no faster')
     return report

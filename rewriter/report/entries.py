@@ -155,6 +155,10 @@ class CallForm:
     python: int = 0
     planned_peak: int = 0
 
+    def reset(self) -> None:
+        """Starts to count anew: what ran so far were no calls of the user's."""
+        self.graph = self.lowered = self.planned = self.python = self.planned_peak = 0
+
     @property
     def calls(self) -> int:
         """How often the model was called in this form."""
