@@ -237,8 +237,10 @@ class MonarchLinear(LinearLayer):
             self.left * (self.left_gain / _over_cap(self.left)).to(self.left.dtype),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return monarch_linear(x, *self.factors(), self.bias, self.out_features, self.interleaved)
+    def forward(self, input: Tensor) -> Tensor:
+        return monarch_linear(
+            input, *self.factors(), self.bias, self.out_features, self.interleaved
+        )
 
     def kernel(self, tokens: int) -> str:
         sizes = tokens, self.in_features, self.right, self.left, self.out_features

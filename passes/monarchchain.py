@@ -146,8 +146,8 @@ class MonarchChainLinear(LinearLayer):
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return chain_linear(x, self.factors, self.axes, self.grid, self.bias, self.out_features)
+    def forward(self, input: Tensor) -> Tensor:
+        return chain_linear(input, self.factors, self.axes, self.grid, self.bias, self.out_features)
 
     def kernel(self, tokens: int) -> str:
         return "torch.bmm"

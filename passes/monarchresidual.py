@@ -126,13 +126,15 @@ class MonarchResidualLinear(LinearLayer):
             wide = (2 / self.blocks.shape[2]) ** 0.5
             nn.init.uniform_(self.blocks, -wide, wide)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         gate = torch.sigmoid(self.gate)
         # the gate goes on the smaller side: weights, or what is r wide
-        y = monarch_linear(x, self.right, self.left * gate, self.bias, self.out_features)
+        y = monarch_linear(input, self.right, self.left * gate, self.bias, self.out_features)
         if self.residual == "low-rank":
-            return y + F.linear(F.linear(x, self.down) * (1 - gate), self.up)
-        return y + block_sparse_linear(x, self.blocks * (1 - gate), self.index, self.out_features)
+            return y + F.linear(F.linear(input, self.down) * (1 - gate), self.up)
+        return y + block_sparse_linear(
+            input, self.blocks * (1 - gate), self.index, self.out_features
+        )
 
     def lr_scales(self) -> Mapping[str, float]:
         """(in_features / fan-in of the factor) / number of factors in a row."""

@@ -86,8 +86,8 @@ class QuadraticLinear(Layer):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(n), 1 / math.sqrt(n), generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return quadratic_linear(x, self.weight_a, self.weight_b, self.weight_c, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return quadratic_linear(input, self.weight_a, self.weight_b, self.weight_c, self.bias)
 
     @property
     def weight(self) -> Tensor:

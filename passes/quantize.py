@@ -106,8 +106,8 @@ class QuantizedLinear(LinearLayer):
         layer.bias = None if bias is None else as_parameter(bias)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return int8_linear(x, self.qweight, self.scale, self.bias, self.activation)
+    def forward(self, input: Tensor) -> Tensor:
+        return int8_linear(input, self.qweight, self.scale, self.bias, self.activation)
 
     def dense_weight(self) -> Tensor:
         """W = qweight·scale[:, None], [out_features, in_features]."""
@@ -205,9 +205,9 @@ class QuantizedMonarch(LinearLayer):
         layer.bias = monarch.bias
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return int8_monarch_linear(
-            x,
+            input,
             self.qright,
             self.right_scale,
             self.qleft,

@@ -77,8 +77,8 @@ class TopKLinear(Layer):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, h: Tensor) -> Tensor:
-        return topk_linear(h, self.weight, self.bias, self.k)
+    def forward(self, input: Tensor) -> Tensor:
+        return topk_linear(input, self.weight, self.bias, self.k)
 
 
 @dataclass(frozen=True)

@@ -162,13 +162,13 @@ class Pointwise(nn.Module):
 
     groups, padding_mode, transposed = 1, "zeros", False
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not 0 <= x.dim() - self.channels.spatial - 1 <= 1:
+    def forward(self, input: Tensor) -> Tensor:
+        if not 0 <= input.dim() - self.channels.spatial - 1 <= 1:
             dims = self.channels.spatial + 1
             raise RuntimeError(
-                f"a 1×1 convolution takes {dims} or {dims + 1} dimensions, not {x.dim()}"
+                f"a 1×1 convolution takes {dims} or {dims + 1} dimensions, not {input.dim()}"
             )
-        return self.channels.back(self.linear(self.channels.rows(x)), x)
+        return self.channels.back(self.linear(self.channels.rows(input)), input)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
