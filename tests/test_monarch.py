@@ -486,7 +486,7 @@ def test_compile_forward_and_backward(sizes):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_export_keeps_the_op(dynamic):
     layer, x = MonarchLinear(10, 7, 3), torch.randn(4, 10)
-    shapes = {"x": {0: torch.export.Dim.AUTO}} if dynamic else None
+    shapes = {"input": {0: torch.export.Dim.AUTO}} if dynamic else None
     program = torch.export.export(layer, (x,), dynamic_shapes=shapes)
     targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
     assert targets == [torch.ops.rewriter.monarch_linear.default]

@@ -200,7 +200,7 @@ def test_compile():
 def test_export_keeps_one_op():
     layer, x = QuadraticLinear(6, 4), torch.randn(5, 6)
     batch = torch.export.Dim("batch")
-    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: batch}})
+    program = torch.export.export(layer, (x,), dynamic_shapes={"input": {0: batch}})
     called = [n.target for n in program.graph.nodes if n.op == "call_function"]
     assert called == [OPS.quadratic_linear.default]
     x = torch.randn(9, 6)

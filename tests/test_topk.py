@@ -277,7 +277,7 @@ def test_compile():
 def test_export_keeps_one_op():
     layer, h = TopKLinear(6, 4, 2), torch.randn(5, 6)
     batch = torch.export.Dim("batch")
-    program = torch.export.export(layer, (h,), dynamic_shapes={"h": {0: batch}})
+    program = torch.export.export(layer, (h,), dynamic_shapes={"input": {0: batch}})
     called = [n.target for n in program.graph.nodes if n.op == "call_function"]
     assert called == [OPS.topk_linear.default]
     h = torch.randn(9, 6, requires_grad=True)
