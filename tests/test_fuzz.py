@@ -12,7 +12,7 @@ import pytest
 from fuzz.graphs import check, check_written, describe
 from fuzz.models import Source
 
-from rewriter.passes import Monarch
+from rewriter.passes import Monarch, MonarchChain, Quantize
 
 CASES, PART = 200, 20
 FAILED: dict[str, tuple[Source, list[Any]]] = {
@@ -49,6 +49,14 @@ FAILED: dict[str, tuple[Source, list[Any]]] = {
             body=["x = self.report(self.save(x))"],
         ),
         [Monarch(nblocks=2)],
+    ),
+    "a layer that Python gives its input by name, as that of nn.Linear is": (
+        Source(
+            form="args",
+            init=["self.first = nn.Linear(8, 8)"],
+            body=["x = self.first(input=x)", "x = x if x.sum() > 0 else -x"],
+        ),
+        [MonarchChain(order=2), Quantize("int8-dynamic")],
     ),
 }
 

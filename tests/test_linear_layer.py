@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from closeness import assert_reordered
 from torch import nn
 
-from rewriter import OptionError, Pass, RewriteWarning, load, rewrite
+from rewriter import OptionError, Pass, RewriteWarning, load, passes, rewrite
+from rewriter.modules.pointwise import Pointwise
 from rewriter.passes import Monarch, MonarchChain, MonarchResidual, Quantize
 
 RECIPES: dict[str, list[Pass]] = {
@@ -136,3 +138,11 @@ def test_a_layer_that_was_written_to_saves_and_loads(tmp_path: Any) -> None:
     assert type(again[2]) is nn.Linear
     x = torch.randn(4, 16)
     assert_reordered(again(x), model(x))
+
+
+def test_every_layer_takes_its_input_by_the_name_that_torch_gives_it() -> None:
+    layers = [getattr(passes, name) for name in passes.__all__]
+    own = [c for c in (*layers, Pointwise) if issubclass(c, nn.Module)]
+    assert len(own) > 6
+    for layer in own:
+        assert list(inspect.signature(layer.forward).parameters) == ["self", "input"], layer
