@@ -32,12 +32,6 @@ COMPUTED: dict[str, Callable[[], Layer]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPUTED)
-def test_a_layer_takes_its_input_by_the_name_that_a_linear_layer_has_for_it(name: str) -> None:
-    layer, x = COMPUTED[name](), torch.randn(3, 8)
-    assert torch.equal(layer(input=x), layer(x))
-
-
 def data_plus(layer: Layer) -> None:
     layer.weight.data += 1
 
