@@ -1153,3 +1153,24 @@ def test_the_file_holds_a_tie_once(tmp_path: pathlib.Path) -> None:
     (weights,) = tmp_path.glob("*.safetensors")
     buffer = io.BytesIO(weights.read_bytes())
     assert buffer.getbuffer().nbytes < 4 * (32 * 32 + 48 * 32) + 2000
+
+
+def _halved(module: nn.Module, args: Any) -> Any:
+    return (0.5 * args[0], *args[1:])
+
+
+@pytest.mark.parametrize("recipe", [MonarchChain(order=2), MonarchChain(stars=1)], ids=str)
+def test_hooks_of_a_layer_of_several_operations_run_after_load(recipe: Any, tmp_path: Any) -> None:
+    def original() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False)).eval()
+        model[0].register_forward_pre_hook(_halved)
+        return model
+
+    x = torch.randn(2, 5, 4)
+    model = rewrite(original(), [recipe], x)
+    model.save(tmp_path / "save")
+    loaded = load(tmp_path / "save", original())
+    assert torch.equal(loaded(x), model(x))
+    nodes = vars(loaded)["_rewriter"].forms[0].programs[False].graph.nodes
+    assert [n.target for n in nodes if n.op == "call_module"] == ["0", "1"]

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import _has_any_global_hook
 
 from rewriter.capture.guards import Watch
@@ -251,7 +252,7 @@ class State:
         """Serves one call: by the graph of its form, or by the original Python."""
         tracing = torch.compiler.is_compiling()
         differs, changed = "", None
-        if _has_any_global_hook() and not tracing and not self.graph_only:
+        if _has_any_global_hook() and not tracing and not self.graph_only and _hooked_by_users():
             return self._differs(module, forward, args, kwargs, _ALL_MODULES, None, tracing)
         for form in self.forms:
             leaves = form.leaves(module, forward, args, kwargs)
@@ -454,6 +455,17 @@ class State:
 def _say_once_compiled(text: str) -> None:
     """A warning while torch.compile traces, which runs this once and leaves nothing of it."""
     warn(text)
+
+
+def _hooked_by_users() -> bool:
+    """Whether hooks on all modules are not only torch's own, which look on (FLOP counters)."""
+    hooks = (
+        hook
+        for name, own in vars(torch_module).items()
+        if name.startswith("_global_") and isinstance(own, dict)
+        for hook in own.values()
+    )
+    return any(not str(getattr(h, "__module__", "")).startswith("torch.") for h in hooks)
 
 
 _signatures: dict[Any, inspect.Signature] = {}

@@ -25,7 +25,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from rewriter.capture.signature import Dims
 from rewriter.errors import CaptureError
 from rewriter.modules.tensors import CONSTANT
-from rewriter.modules.tree import find, submodule
+from rewriter.modules.tree import find, has_hooks, submodule
 from rewriter.sites import is_leaf, user_line
 
 __all__ = ["rehost", "size_rules"]
@@ -160,11 +160,16 @@ def _raise_leaves(flat: fx.Graph, module: nn.Module) -> fx.Graph:
     raised: dict[fx.Node, tuple[str, fx.Node]] = {}  # output node → (target, input node)
     dropped: set[fx.Node] = set()
     for key, nodes in calls.items():
-        ends = _single_in_out(nodes, targets[key], module)
-        if ends is not None:
-            source, result = ends
+        call = _single_in_out(nodes, targets[key], module)
+        if call is not None:
+            source, result, shared = call
             raised[result] = (targets[key], source)
-            dropped.update(nodes)
+            dropped.update(set(nodes) - shared)
+        elif has_hooks(module.get_submodule(targets[key])):
+            raise CaptureError(
+                f"{targets[key]} has hooks, and its call is no single node of the graph, which "
+                "would run past them"
+            )
     graph = fx.Graph()
     environment: dict[fx.Node, fx.Node] = {}
     for node in flat.nodes:
@@ -184,13 +189,15 @@ def _raise_leaves(flat: fx.Graph, module: nn.Module) -> fx.Graph:
 
 def _single_in_out(
     nodes: list[fx.Node], target: str, module: nn.Module
-) -> tuple[fx.Node, fx.Node] | None:
-    """The one tensor that goes into a call of a leaf module and the one that comes out."""
+) -> tuple[fx.Node, fx.Node, set[fx.Node]] | None:
+    """The one tensor that goes into a call of a leaf module, the one that comes out, and the sizes
+    computed on the way that others read too: a trace computes equal sizes once."""
     inside = set(nodes)
     leaf = module.get_submodule(target)
     tensors = {id(t) for t in (*leaf.parameters(), *leaf.buffers())}  # a tie has another's name
     sources: dict[fx.Node, None] = {}
     results: list[fx.Node] = []
+    shared: set[fx.Node] = set()
     for node in nodes:
         for source in node.all_input_nodes:
             name = str(source.target)
@@ -200,10 +207,13 @@ def _single_in_out(
             if source not in inside and not own and _is_tensor_value(source):
                 sources[source] = None
         if any(user not in inside for user in node.users):
-            results.append(node)
-    if len(sources) != 1 or len(results) != 1 or not _is_tensor_value(results[0]):
+            (results.append if _is_tensor_value(node) else shared.add)(node)
+    for node in reversed(nodes):  # and what those sizes are computed from
+        if node in shared:
+            shared.update(inside.intersection(node.all_input_nodes))
+    if len(sources) != 1 or len(results) != 1 or any(map(_is_tensor_value, shared)):
         return None
-    return next(iter(sources)), results[0]
+    return next(iter(sources)), results[0], shared
 
 
 def _is_tensor_value(node: fx.Node) -> bool:
