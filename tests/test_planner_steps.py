@@ -19,6 +19,7 @@ from torch.func import functional_call, grad
 
 from rewriter import MemoryBudget, PlanError, plan_memory, rewrite
 from rewriter.errors import OptionError, RewriteWarning
+from rewriter.passes import Quadratic
 
 X = torch.linspace(-1, 1, 128).view(16, 8)
 
@@ -477,3 +478,15 @@ def test_a_recurrent_layer_within_a_lossy_budget_keeps_its_bound() -> None:
     plan = vars(model)["_rewriter"].memory.plan
     assert plan.peak <= 0.9 * least
     assert 0 < plan.gradient_error <= 0.04
+
+
+def test_a_result_that_is_laid_out_otherwise_than_its_fake_is_copied() -> None:
+    original = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten(2), nn.Linear(16, 8))
+    x = torch.randn(5, 4, 4, 4)
+    plain = rewrite(original, [Quadratic()], x).train()
+    model = rewrite(original, [Quadratic()], x, memory_budget=1.0).train()
+    for twin in (plain, model):
+        twin(x).square().mean().backward()
+    assert model.report.forms[0].planned == 1
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_close(a.grad, b.grad, msg=lambda m, n=name: f"{n}: {m}")

@@ -272,7 +272,13 @@ def _backward(gm: fx.GraphModule, example_inputs: object) -> Callable[[list[Any]
 
 def _plain(gm: fx.GraphModule, example_inputs: object) -> Callable[[list[Any]], Any]:
     """Runs a graph as Python code that lets go of every value after its last use, its inputs
-    included."""
+    included.
+
+    A view is a reshape there: kernels lay some results out otherwise than their fakes do (batch
+    norm's backward), and what is a view of the fake may need a copy.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
     gm.graph.set_codegen(_BoxedCodeGen())
     gm.recompile()
     forward = gm.forward
