@@ -11,7 +11,6 @@ import functools
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from rewriter.capture.hosted import Program
-from rewriter.capture.reads import Reads, recording
+from rewriter.capture.reads import Reads, in_torch, recording
 from rewriter.capture.rehost import rehost, size_rules
 from rewriter.capture.replay import Record, Replayed, in_train_mode, replayed
 from rewriter.capture.signature import Call, Dims, Signature
@@ -87,7 +86,7 @@ def export_region(
         region = _export_region(module, prefix, call, seconds, fakes)
     if isinstance(region, str):
         return region
-    if name := reads.carried(module):
+    if name := reads.carried:
         return f"its forward reads the attribute {name!r}, which it then sets for the next call"
     region.reads = reads
     return region
@@ -272,7 +271,7 @@ class _Observer(TorchFunctionMode):
             raise CaptureError(TOO_LONG)
         if func in _HOOKS:
             raise CaptureError("its forward hooks gradients, which a graph would lose")
-        if func in _GRADIENTS and _is_users(sys._getframe(1)):
+        if func in _GRADIENTS and not in_torch(sys._getframe(1)):
             raise CaptureError(
                 "its forward asks which tensors have gradients, which a graph would fix"
             )
@@ -440,7 +439,7 @@ def asked_for_modes(module: nn.Module) -> Iterator[Callable[[], bool]]:
 
     def watched(plain: Callable[[], bool]) -> Callable[[], bool]:
         def answer() -> bool:
-            if threading.get_ident() == thread and _is_users(sys._getframe(1)):
+            if threading.get_ident() == thread and not in_torch(sys._getframe(1)):
                 if plain is torch._C.is_inference_mode_enabled:
                     raise CaptureError(
                         "its forward asks for inference mode, which a graph would fix"
@@ -464,12 +463,6 @@ def asked_for_modes(module: nn.Module) -> Iterator[Callable[[], bool]]:
     finally:
         for names, name, value in places:
             names[name] = value
-
-
-def _is_users(frame: types.FrameType) -> bool:
-    """Whether code of neither torch nor this package runs there."""
-    name: str = frame.f_globals.get("__name__", "")
-    return name.partition(".")[0] not in ("torch", "rewriter")
 
 
 def _tells_apart(module: nn.Module, signature: Signature, leaves: list[Tensor]) -> bool:

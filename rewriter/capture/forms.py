@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.module import _has_any_global_hook
 
 from rewriter.capture.guards import Watch
 from rewriter.capture.program import Program
@@ -252,7 +251,7 @@ class State:
         """Serves one call: by the graph of its form, or by the original Python."""
         tracing = torch.compiler.is_compiling()
         differs, changed = "", None
-        if _has_any_global_hook() and not tracing and not self.graph_only and _hooked_by_users():
+        if not tracing and not self.graph_only and _all_hooked():
             return self._differs(module, forward, args, kwargs, _ALL_MODULES, None, tracing)
         for form in self.forms:
             leaves = form.leaves(module, forward, args, kwargs)
@@ -457,8 +456,10 @@ def _say_once_compiled(text: str) -> None:
     warn(text)
 
 
-def _hooked_by_users() -> bool:
+def _all_hooked() -> bool:
     """Whether hooks on all modules are not only torch's own, which look on (FLOP counters)."""
+    if not torch_module._has_any_global_hook():
+        return False
     hooks = (
         hook
         for name, own in vars(torch_module).items()

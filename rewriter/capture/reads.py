@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rewriter.modules.structure import SYMBOLS, is_constant
 from rewriter.sites import is_leaf
 
-__all__ = ["Reads", "objects_in", "owners", "recording"]
+__all__ = ["Reads", "in_torch", "objects_in", "owners", "recording"]
 
 _set_class: Any = vars(object)["__class__"]
 _NO_CONSTANT: Any = object()
@@ -31,13 +31,17 @@ class Reads:
 
     What cannot be observed (an object of a built-in type, one that hands out its `__dict__`, a
     layer, which is one node of a graph) counts as read whole.
+
+    Attributes:
+        carried: an attribute that was read and then set to a size of the inputs, so that the next
+            call reads what this one left there; "" where there is none.
     """
 
     def __init__(self) -> None:
         self._names: dict[int, set[str]] = {}
         self._whole: set[int] = set()
         self._set: dict[tuple[int, str], list[Any]] = {}
-        self._carried: set[tuple[int, str]] = set()
+        self.carried = ""
         self._held: list[Any] = []  # no id is given anew
 
     def of(self, owner: Any) -> set[str] | None:
@@ -61,10 +65,10 @@ class Reads:
         if _asker(asking).f_globals.get("__name__", "").partition(".")[0] == "rewriter":
             return value
         if asking.f_code.co_name in ("__getattribute__", "__getattr__"):
-            return value if _in_torch(asking) else _Noted(self, owner, value)
+            return value if in_torch(asking) else _Noted(self, owner, value)
         while asking.f_back is not None and asking.f_code.co_name == "__getattribute__":
             asking = asking.f_back
-        if not _in_torch(asking):
+        if not in_torch(asking):
             self.all_of(owner)
         return value
 
@@ -73,18 +77,8 @@ class Reads:
         kept = value if is_constant(value) else _NO_CONSTANT
         place = (id(owner), name)
         if isinstance(value, SYMBOLS) and place not in self._set and name in (self.of(owner) or ()):
-            self._carried.add(place)
+            self.carried = name
         self._set.setdefault(place, []).append(kept)
-
-    def carried(self, root: nn.Module) -> str:
-        """The attribute that was read and then set to a size of the inputs, so that the next call
-        reads what this one left there; "" where there is none."""
-        for name, module in root.named_modules():
-            for owner in (module, *(o for v in vars(module).values() for o in objects_in(v))):
-                for key in vars(owner):
-                    if (id(owner), key) in self._carried:
-                        return f"{name}.{key}" if name else key
-        return ""
 
     def given(self, owner: Any, name: str) -> list[Any] | None:
         """What an attribute was set to, one by one; None where that could not be observed."""
@@ -115,7 +109,7 @@ def _asker(frame: FrameType) -> FrameType:
     return frame
 
 
-def _in_torch(frame: FrameType) -> bool:
+def in_torch(frame: FrameType) -> bool:
     """Whether code is torch's, which finds submodules and tensors in a `__dict__`, or ours."""
     return frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "rewriter")
 
