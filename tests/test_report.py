@@ -8,6 +8,7 @@ import math
 import os
 import re
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from rewriter import rewrite
+from rewriter import explain, rewrite
 from rewriter.capture import capture
 from rewriter.cost import Cost, Device, Training, Work
 from rewriter.engine import Engine, slower
@@ -123,6 +124,7 @@ site            was              kernel    error             weights
 ────────────────────────────────────────────────────────────────────
 layer.1.query   linear           bmm      0.3000   90.9 MB → 50.9 MB
 layer.0.query   linear 384→384            0.0200
+error: relative Frobenius error ‖W − W′‖/‖W‖ of the layer's weights
 
 Monarch(nblocks=4): 2 sites left as is
   • skipped, out_features 10 % nblocks 4: head (model.py:12)
@@ -135,6 +137,7 @@ Quantize('int8-dynamic'): 1 site replaced
 site   was       error
 ──────────────────────
 head   linear   0.0040
+error: relative Frobenius error ‖W − W′‖/‖W‖ of the layer's weights
 
 Quantize('int8-dynamic'): 2 sites left as is
   • declined, error 0.31 > max_error=0.1 (the first; figures vary): layer.0.query, layer.1.query
@@ -557,3 +560,33 @@ def test_sizes_have_one_name() -> None:
     r = rewrite(nn.Sequential(nn.Linear(8, 8)), [], torch.randn(4, 3, 8)).report
     assert r.capture.signature == "input: float32[batch, sequence, 8]"
     assert set(r.sizes) == {"batch", "sequence"}
+
+
+@pytest.mark.parametrize(("bias", "left"), [(True, "42"), (False, "0")])
+def test_weights_that_a_pass_freezes_are_no_saving_in_training(bias: bool, left: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 32, bias=bias), nn.ReLU(), nn.Linear(32, 10, bias=bias))
+    x, own = torch.zeros(4, 16), sum(p.numel() for p in model.parameters())
+    int8 = explain(model, [Quantize("int8-dynamic")], x)
+    said = f"weights frozen by Quantize(scheme='int8-dynamic'): {left} of "
+    for shown in (str(int8), int8.to_markdown(), int8.to_html(), int8._repr_html_()):
+        plain = " ".join(unescape(shown).replace("\\_", "_").split())
+        assert said in plain
+        assert f"parameters still train, {own} of {own} before" in plain
+        assert ("peak memory in training, weights frozen" in plain.lower()) is bias
+    assert "weights frozen" not in str(explain(model, [Monarch(nblocks=2)], x))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert "weights frozen" not in str(explain(model, [Quantize("int8-dynamic")], x))
+
+
+def test_the_errors_of_layers_say_what_they_are() -> None:
+    weights = "error: relative Frobenius error ‖W − W′‖/‖W‖ of the layer's weights"
+    outputs = "of outputs: ‖y − y′‖/‖y‖ of its outputs on calibration rows held out"
+    r = report()
+    for shown in (r.to_markdown(), r.to_html(), r._repr_html_()):
+        assert weights in unescape(shown)
+        assert outputs not in unescape(shown)
+    step = r.steps[0]
+    step.decisions = [replace(d, output_error=0.1) if d.error else d for d in step.decisions]
+    for shown in (str(r), r.to_markdown(), r.to_html(), r._repr_html_()):
+        assert f"{weights}; {outputs}" in unescape(" ".join(shown.split()))

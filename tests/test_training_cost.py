@@ -421,6 +421,7 @@ def test_the_parts_of_a_step() -> None:
     trained = weights - 32
     assert training.weight_bytes == 4 * weights
     assert training.gradient_bytes == 4 * trained
+    assert training.trained == trained
     assert training.saved_bytes == 16 * 32 * 4  # ReLU's result; the input is the caller's
     assert training.optimizers == {
         "sgd": 0,

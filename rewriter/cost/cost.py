@@ -27,6 +27,7 @@ class Training:
         flops, macs, bytes_moved, launches: of forward and backward together.
         weight_bytes: parameters and buffers.
         gradient_bytes: of all parameters that get a gradient.
+        trained: elements of these parameters (0 beside bytes: not known, of 0.2.0).
         saved_bytes: activations that the forward leaves to the backward.
         worst: what is alive, beside weights and optimizer state, at the worst moment of forward and
             backward: bytes of "saved" activations, "gradients" and "workspace" (inputs, results
@@ -49,6 +50,7 @@ class Training:
     peaks: Mapping[str, int] = field(default_factory=dict)
     work: tuple[Work, ...] = field(default=(), repr=False)
     latency_s: float | None = None
+    trained: int = 0
 
     def __add__(self, other: Training) -> Training:
         if not isinstance(other, Training):
@@ -57,7 +59,7 @@ class Training:
             **{
                 n: getattr(self, n) + getattr(other, n)
                 for n in ("flops", "macs", "bytes_moved", "launches", "weight_bytes")
-                + ("gradient_bytes", "saved_bytes")
+                + ("gradient_bytes", "saved_bytes", "trained")
             },
             work=grouped(self.work + other.work),
             latency_s=_added(self.latency_s, other.latency_s),

@@ -247,6 +247,7 @@ class _Run(Run):
         whole: dict[str, Any] = {
             "weight_bytes": stored,
             "gradient_bytes": gradients,
+            "trained": sum(p.numel() for p in trained),
             "worst": worst,
             "optimizers": states,
             "peaks": {

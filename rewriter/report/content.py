@@ -14,6 +14,7 @@ from rewriter.report.data import Ledger
 from rewriter.report.entries import CallForm, Decision, Step
 
 __all__ = [
+    "STEP_ERROR",
     "Grid",
     "Group",
     "Layer",
@@ -23,7 +24,9 @@ __all__ = [
     "change",
     "device_of",
     "done",
+    "errors_note",
     "every_decision",
+    "freezing",
     "is_priced",
     "layers",
     "lower_bounds",
@@ -128,6 +131,8 @@ def summary(report: Ledger) -> list[str]:
         lines.insert(0, said)
     if said := untaken(report):
         lines.append(said)
+    if said := freezing(report):
+        lines.append(said)
     errors = [s for s in report.steps if s.output_error is not None]
     if errors:
         worst = max(errors, key=lambda s: rank(s.output_error))
@@ -161,6 +166,37 @@ def slower(report: Ledger) -> str:
 
 CLEARLY, SHORTEST = 0.95, 1e-3
 """Of the original's speed, above which it may be noise, and seconds, below which nobody minds."""
+
+
+def freezing(report: Ledger) -> str:
+    """Which steps leave fewer parameters to train and more weights that do not, as int8 does, and
+    how many still train; "" where none does."""
+    known = not any("training cost not known" in line for line in report.errors)
+    names = [s.name for s in report.steps if _freezes(s.before, s.after, known)]
+    if not names:
+        return ""
+    left, all_ = _trained(report.after), _trained(report.before)
+    return (
+        f"weights frozen by {' and '.join(names)}: {left} parameters still train, {all_} before; "
+        "figures of training do not compare like with like"
+    )
+
+
+def _freezes(before: Cost, after: Cost, known: bool) -> bool:
+    """Whether fewer parameters train, and more do not; where a step has no cost of training and
+    that is `known`, nothing trains."""
+    old, new = _training(before), _training(after)
+    if after.training is None and not known or new >= old:
+        return False
+    return after.params - new > before.params - old
+
+
+def _training(cost: Cost) -> int:
+    return 0 if cost.training is None else cost.training.trained
+
+
+def _trained(cost: Cost) -> str:
+    return f"{fmt.count(_training(cost))} of {fmt.count(cost.params)}"
 
 
 def untaken(report: Ledger) -> str:
@@ -223,7 +259,8 @@ def totals(report: Ledger) -> Grid:
     ]
     old, new = before.train_peak_bytes, after.train_peak_bytes
     if old is not None and new is not None:
-        rows.append(("peak memory in training", fmt.size(old), fmt.size(new), fmt.ratio(old, new)))
+        name = "peak memory in training" + (", weights frozen" if freezing(report) else "")
+        rows.append((name, fmt.size(old), fmt.size(new), fmt.ratio(old, new)))
     device = report.device or "no device named"
     for name, a, b, show, compared in (
         (f"predicted time ({device})", before.latency_s, after.latency_s, fmt.seconds, fmt.speed),
@@ -351,6 +388,10 @@ def training(report: Ledger) -> Grid | None:
             if key in b:
                 rows.append((title.format(OPTIMIZERS.get(key, key)), a[key], b[key]))
     shown = [(n, fmt.size(a), fmt.size(b), fmt.ratio(a, b)) for n, a, b in rows if a or b]
+    if old.trained and new.trained:
+        many, left = old.trained, new.trained
+        row = "parameters that train", fmt.count(many), fmt.count(left), fmt.ratio(many, left)
+        shown.insert(0, row)
     return Grid(("training step", "before", "after", "change"), shown)
 
 
@@ -528,6 +569,20 @@ def replaced(decisions: Sequence[Decision]) -> Grid:
     error = "worst error" if many else "error"
     header = "site", "was", "kernel", error, "of outputs", "weights"
     return without_empty(Grid(header, rows, left=3))
+
+
+STEP_ERROR = (
+    "error: how far the step moved the outputs on the example inputs, relative to their size"
+)
+
+
+def errors_note(header: Sequence[str]) -> str:
+    """What the errors of a table of sites are; "" where no column has any."""
+    known = (
+        ("error", "error: relative Frobenius error ‖W − W′‖/‖W‖ of the layer's weights"),
+        ("of outputs", "of outputs: ‖y − y′‖/‖y‖ of its outputs on calibration rows held out"),
+    )
+    return "; ".join(said for name, said in known if any(h.endswith(name) for h in header))
 
 
 def change(decisions: Iterable[Decision]) -> str:

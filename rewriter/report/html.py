@@ -77,6 +77,7 @@ def page(report: Ledger) -> str:
         "totals": content.totals(report),
         "bars": list(_bars(report)),
         "steps": content.steps(report) if report.steps else None,
+        "step_error": content.STEP_ERROR,
         "times": content.times(report),
         "times_note": content.times_note(report),
         "training": content.training(report),
@@ -87,6 +88,7 @@ def page(report: Ledger) -> str:
         "roofs_summary": content.roofs_summary(report),
         "predictions": _predictions(report),
         "columns": columns,
+        "errors_note": content.errors_note([name for name, _ in columns]),
         "rows": rows,
         "names": list(dict.fromkeys(r.step for r in rows)),
         "actions": sorted({r.action for r in rows}),
@@ -111,12 +113,14 @@ def fragment(report: Ledger) -> str:
             (
                 step,
                 ", ".join(_counts(of)),
-                content.replaced(of.changed) if of.changed else None,
+                replaced,
+                content.errors_note(replaced.header) if replaced else "",
                 [*content.refusals(of.lowered), *content.refusals(of.kept)],
             )
             for step in report.steps
             if step.decisions or step.notes
             for of in [content.outcome(step)]
+            for replaced in [content.replaced(of.changed) if of.changed else None]
         ],
         tail=list(content.tail(report)),
     )
@@ -154,12 +158,13 @@ def _tiles(report: Ledger) -> list[Tile]:
     a, b = report.before, report.after
     device = report.device or "a device"
     priced = content.is_priced(a) or content.is_priced(b)
+    frozen = ", weights frozen" if content.freezing(report) else ""
     found = [
         _tile("Parameters", a.params, b.params, fmt.count),
         _tile("Parameter memory", a.param_bytes, b.param_bytes, fmt.size),
         _tile("Multiply-adds", a.macs, b.macs, fmt.count) if priced else None,
         _tile("Peak, inference", a.peak_bytes, b.peak_bytes, fmt.size) if priced else None,
-        _tile("Peak, training (Adam)", a.train_peak_bytes, b.train_peak_bytes, fmt.size),
+        _tile(f"Peak, training (Adam{frozen})", a.train_peak_bytes, b.train_peak_bytes, fmt.size),
         _tile(f"Predicted time, {device}", a.latency_s, b.latency_s, fmt.seconds, fmt.speed),
         _tile("Measured time, here", a.measured_s, b.measured_s, fmt.seconds, fmt.speed),
         _tile(f"Energy, {device}", a.energy_j, b.energy_j, fmt.joules),

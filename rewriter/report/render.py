@@ -26,7 +26,6 @@ _UNBROKEN = 12  # letters of a column of words that stay on one line
 _NAMES = 6  # of sites that a group names
 _JOINTS = re.compile(r"(?<=[(=,])|(?<=\D\.)|(?<=\.)(?!\d)")
 _HYPHENS = re.compile(r"(?<=[-_])|(?<=[a-z])(?=[A-Z])")
-_CAPTION = "error: how far the step moved the outputs on the example inputs, relative to their size"
 
 
 def blocks(report: Ledger) -> Iterator[RenderableType]:
@@ -43,7 +42,7 @@ def blocks(report: Ledger) -> Iterator[RenderableType]:
     if len(report.steps) > 1 or (report.steps and report.steps[0].name != "original"):
         yield Text("Step by step", style="bold")
         yield _Drawn(content.steps(report))
-        yield Text(_CAPTION, style="dim")
+        yield Text(content.STEP_ERROR, style="dim")
         yield Text()
     for title, grid, note in _more(report):
         yield Text(title, style="bold")
@@ -109,7 +108,7 @@ def markdown(report: Ledger) -> str:
     if said := content.lower_bounds(report):
         parts.append(f"**{_md(said)} (below)**")
     parts += ["## Cost", _md_table(content.totals(report))]
-    parts += ["## Steps", _md_table(content.steps(report))]
+    parts += ["## Steps", _md_table(content.steps(report)), _md(content.STEP_ERROR)]
     for title, grid, note in _more(report):
         parts += [f"## {_md(title)}", _md_table(grid)]
         parts += [_md(note)] if note else []
@@ -118,7 +117,8 @@ def markdown(report: Ledger) -> str:
             parts.append(f"## {_md(step.name)}")
         parts += [f"- {_md(note)}" for note in step.notes]
         if step.decisions:
-            parts.append(_md_table(content.every_decision(step)))
+            parts.append(_md_table(grid := content.every_decision(step)))
+            parts += [_md(note)] if (note := content.errors_note(grid.header)) else []
     for title, lines_ in content.tail(report):
         parts += [f"## {title}", "\n".join(f"- {_md(line)}" for line in lines_)]
     return "\n\n".join(parts) + "\n"
@@ -128,7 +128,9 @@ def _step_blocks(step: Step) -> Iterator[RenderableType]:
     of = content.outcome(step)
     if of.changed:
         yield Text(f"{step.name}: {content.done(of.changed)}", style="bold green")
-        yield _Drawn(content.replaced(of.changed))
+        yield _Drawn(grid := content.replaced(of.changed))
+        if note := content.errors_note(grid.header):
+            yield Text(note, style="dim")
         yield Text()
     if of.lowered:
         yield Text(f"{step.name}: {plural(len(of.lowered), 'place')} fused", style="bold green")
