@@ -87,7 +87,10 @@ def test_a_new_form_is_captured_when_it_first_comes(
         assert_equal(model(X, twice=True), net()(X, twice=True))
         assert_equal(model(X, mask=mask), net()(X, mask))
     assert runs(model) == [(0, 0), (3, 0), (3, 0)]
-    assert ["captured a new form" in line for line in lines] == [True, True]
+    said = [line.partition(": ")[2].partition(" new form")[0] for line in lines]
+    assert said == ["capturing a", "captured a"] * 2  # the first before a wait of seconds
+    assert lines[2] == "Net: capturing a new form (0: float32[8, 16], mask: float32[8, 1])"
+    assert "(x: float32[batch, 16], mask: float32[batch, 1]) in " in lines[3]
     assert "twice=True" in model.report.forms[1].call
     assert "mask" in model.report.forms[2].call
 
@@ -671,3 +674,21 @@ def test_a_call_that_fails_by_itself_fails_as_the_original_does() -> None:
     assert runs(model) == [(0, 0)]
     model(X)
     assert runs(model) == [(1, 0)]
+
+
+def test_open_sizes_are_named_by_their_role_or_argument() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            return self.fc(x).sum() + (0 if other is None else other.sum())
+
+    model = rewrite(Two(), [], (X, torch.ones(5, 3)))
+    call = "x: float32[batch, 16], other: float32[other_0, other_1]"
+    assert model.report.capture.signature == model.report.forms[0].call == call
+    assert model.report.sizes == {"batch": 8, "other_0": 5, "other_1": 3}
+    assert model.report.at(other_1=300).sizes["other_1"] == 300
+    model(X)
+    assert model.report.forms[1].call == "x: float32[batch, 16]"

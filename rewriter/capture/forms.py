@@ -374,6 +374,7 @@ class State:
             made = f"{MAX_FORMS} forms of calls were captured or tried already"
         else:
             assert self.capturer is not None
+            _log.info("%s: capturing a new form (%s)", name, _described(args, kwargs))
             made = self.capturer(module, self, args, kwargs)
             if made == _FAILS:
                 return _FAILS

@@ -171,15 +171,15 @@ class OpenSizes:
     ranges: dict[str, tuple[int, int | None]]
 
 
-def _role(leaf: Tensor, dim: int) -> str:
+def _role(dtype: torch.dtype, dims: int, dim: int) -> str:
     """What a dimension of an input is called, by the usual layouts: [batch, sequence, …] of text
     and [batch, channels, height, width] of images."""
     if dim == 0:
         return "batch"
-    image = leaf.is_floating_point() and leaf.dim() == 4
+    image = dtype.is_floating_point and dims == 4
     if image:
         return ("channels", "height", "width")[dim - 1]
-    return "sequence" if dim == 1 and (leaf.dim() > 2 or not leaf.is_floating_point()) else ""
+    return "sequence" if dim == 1 and (dims > 2 or not dtype.is_floating_point) else ""
 
 
 _Plan = tuple[list[tuple[str, int | str, Structure]], list[tuple[str, int | str, Any]]]
@@ -387,30 +387,39 @@ class Signature:
 
     def open_sizes(self, training: bool, leaves: Sequence[Tensor]) -> OpenSizes:
         """The sizes that the captured graph leaves open, under the names people know them by."""
-        names: dict[str, str] = {}
         result = OpenSizes([], {}, {})
         dims = self.dims[training]
+        names = self._size_names(dims.shapes, [leaf.shape for leaf in leaves])
         for leaf, sizes in zip(leaves, dims.shapes, strict=True):
-            row: list[int | str] = []
-            for d, symbol in enumerate(sizes):
+            for size, symbol in zip(leaf.shape, sizes, strict=True):
                 if isinstance(symbol, str):
-                    size = leaf.shape[d]
-                    if symbol not in names:
-                        name = _role(leaf, d)
-                        if not name or result.values.get(name, size) != size:
-                            name = f"n{len(result.values)}"
-                        names[symbol] = name
                     name = names[symbol]
                     low, high = dims.ranges.get(symbol, (0, None))
                     old_low, old_high = result.ranges.get(name, (low, high))
                     highs = [h for h in (high, old_high) if h is not None]
                     result.values[name] = size
                     result.ranges[name] = (max(low, old_low), min(highs, default=None))
-                    row.append(name)
-                else:
-                    row.append(symbol)
-            result.rows.append(row)
+            result.rows.append(_renamed(sizes, names))
         return result
+
+    def _size_names(
+        self, shapes: Sequence[Sequence[int | str]], example: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, str]:
+        """Symbol → what people know the size by: its role ("batch", "sequence", …), else argument
+        and dimension ("mask_1"). Sizes of one role share it where they are equal in the example.
+        """
+        names: dict[str, str] = {}
+        taken: dict[str, int | None] = {}
+        for i, row in enumerate(shapes):
+            for d, symbol in enumerate(row):
+                if isinstance(symbol, str) and symbol not in names:
+                    size = None if example is None else example[i][d]
+                    name = _role(self.dtypes[i], len(row), d)
+                    if not name or (name in taken and (size is None or taken[name] != size)):
+                        name = f"{self.names[i]}_{d}"
+                    names[symbol] = name
+                    taken.setdefault(name, size)
+        return names
 
     def described(self) -> str:
         """As `str`, and the arguments that are no tensors."""
@@ -419,18 +428,10 @@ class Signature:
         return ", ".join([str(self), *options])
 
     def __str__(self) -> str:
-        """The tensors with their dtypes and sizes; a letter stands for a size that may vary."""
-        letters: dict[str, str] = {}
+        """The tensors with their dtypes and sizes; a name stands for a size that may vary."""
         shapes = self.dims[False].shapes if self.dims else [[] for _ in self.names]
-        return self._listed(
-            [
-                [
-                    s if isinstance(s, int) else letters.setdefault(s, f"n{len(letters)}")
-                    for s in row
-                ]
-                for row in shapes
-            ]
-        )
+        names = self._size_names(shapes)
+        return self._listed([_renamed(row, names) for row in shapes])
 
     def named(self, leaves: Sequence[Tensor] | None) -> str:
         """As `str`, with the names that `open_sizes` gives to the sizes that may vary."""
@@ -442,6 +443,10 @@ class Signature:
             shown = ", ".join(map(str, sizes))
             parts.append(f"{name}: {str(dtype).removeprefix('torch.')}[{shown}]")
         return ", ".join(parts)
+
+
+def _renamed(sizes: Sequence[int | str], names: Mapping[str, str]) -> list[int | str]:
+    return [names[s] if isinstance(s, str) else s for s in sizes]
 
 
 def _shared(leaves: Sequence[Any]) -> tuple[int, ...]:

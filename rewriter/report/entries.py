@@ -134,7 +134,8 @@ class CallForm:
     """One way in which a model was called, what runs it, and how often it was called.
 
     Args:
-        call: the tensors with their dtypes and sizes; a letter stands for a size that may vary.
+        call: the tensors with their dtypes and sizes; a name (`batch`, `sequence`, or argument and
+            dimension, `mask_1`) stands for a size that may vary.
         module: dotted name of the module that is called; "" for the model.
         reason: why Python runs it, where it does.
         seconds: how long the capture took, where it was captured when it first came.
