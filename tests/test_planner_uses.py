@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from torch.utils.checkpoint import (
 from rewriter import MemoryBudget, OptionError, plan_memory, rewrite
 from rewriter.errors import RewriteWarning, SignatureError
 from rewriter.planner import MemoryPlan, inductor_partitioner, partitioner
+from rewriter.planner.search.plan import ValueDecision
 
 WORKER = """
 import sys, torch, torch.distributed as dist
@@ -357,3 +359,42 @@ def test_a_model_of_transformers_keeps_its_output_class() -> None:
     assert_close(results[0].last_hidden_state, results[1].last_hidden_state)
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert_close(a.grad, b.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 32)
+        self.down = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def test_a_plan_is_told_by_layer_and_line() -> None:
+    model = nn.Sequential(Residual(), Residual())
+    x = torch.randn(500, 16)
+    plan = plan_memory(model, x)
+    assert {v.layer for v in plan.values} == {f"{i}{n}" for i in "01" for n in ("", ".up")}
+    assert all(v.line.startswith("test_planner_uses.py:") for v in plan.values)
+    lines = str(plan).splitlines()
+    table = {line.split()[0]: line.split() for line in lines[3 : lines.index("", 3)]}
+    assert table["0.up"][1:-1] == ["0.064", "MB"] * 2  # kept, and saved
+    assert MemoryPlan.from_dict(plan.to_dict()) == plan
+
+
+def test_a_long_plan_is_printed_short_and_saved_whole(tmp_path: pathlib.Path) -> None:
+    values = [ValueDecision(f"v{i}", "mm", "kept", "", 10**6 + i, i, "m.py:1", f"l.{i}") for i in
+              range(50)]  # fmt: skip
+    values[3] = replace(values[3], action="recomputed", saved=0)
+    plan = MemoryPlan("all", 1, 1, "mm", 1, 1, 0.0, 0, 0.0, 0.0, values)
+    text = str(plan)
+    assert len(text.splitlines()) == 2 + (1 + 20 + 2) + 1 + (1 + 20 + 1)
+    assert "l.49                1 MB            –   4.9e-05 MB  m.py:1" in text
+    assert "… 30 more          29 MB         1 MB  0.000432 MB  m.py:1" in text
+    assert "all                49 MB         1 MB   0.00122 MB\n" in text
+    assert "… 30 more, together 30 MB: plan.values has all" in text
+    plan.save(tmp_path / "plan.txt")
+    whole = (tmp_path / "plan.txt").read_text()
+    assert "more" not in whole.replace("more time", "")
+    assert all(f"\n{v.layer} " in whole and f"\n{v.value} " in whole for v in values)

@@ -22,6 +22,8 @@ __all__ = ["Program"]
 
 _MODE_TARGETS = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
 _DEVICES = ("cpu", "cuda")
+_SOURCE = ("nn_module_stack", "stack_trace")
+"""What the nodes of a graph know of where they come from."""
 _NAMED = "rewriter_target_"
 _TARGET = re.compile(rf"\bself\.{_NAMED}(\d+)\b")
 
@@ -85,6 +87,21 @@ class Program:
         if self.changes_modes:
             return _restoring_modes(function, owner, leaves)
         return function(owner, *leaves)
+
+    def traced(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
+        """As `results`, node by node: a tracer gets the layer and the user's line of each."""
+        graph = copy.deepcopy(self.graph)
+        for node in graph.nodes:
+            node.meta = {k: node.meta[k] for k in _SOURCE if node.meta.get(k)}
+            if node.op == "call_module":
+                stack = node.meta.get("nn_module_stack", {})
+                own = {str(node.target): (str(node.target), "")}
+                node.meta["nn_module_stack"] = {**stack, **own}
+
+        def run(owner: nn.Module, *given: Any) -> Any:
+            return fx.Interpreter(owner, graph=graph).run(*given)
+
+        return (_restoring_modes if self.changes_modes else _called)(run, root, leaves)
 
     def ready(self, device: str = "") -> Program:
         """With the functions of this device, which torch.compile could not trace the making of."""
@@ -152,6 +169,10 @@ def _member(owner: str, name: str) -> str:
 def _moved(argument: Any, device: str) -> Any:
     """Device literals follow the module: a graph captured on the CPU runs where its inputs are."""
     return torch.device(device) if isinstance(argument, torch.device) else argument
+
+
+def _called(function: Callable[..., Any], root: Any, leaves: Sequence[Any]) -> Any:
+    return function(root, *leaves)
 
 
 def _restoring_modes(function: Callable[..., Any], root: Any, leaves: Sequence[Any]) -> Any:

@@ -54,7 +54,7 @@ class _Flat(nn.Module):
         self.program = program
 
     def forward(self, *leaves: Tensor) -> Any:
-        return tuple(self.program.results(self.root, leaves, ""))
+        return tuple(self.program.traced(self.root, leaves))
 
 
 class Traced:

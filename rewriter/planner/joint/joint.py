@@ -32,6 +32,7 @@ class Value:
         maker: index of the step that makes it; None where it is given.
         given: "input" (parameters, buffers, inputs: the caller's own), "tangent", or "".
         line: the user's line it comes from.
+        layer: dotted name of the module whose forward makes it; "" where it is not known.
         dtype, shape: of the tensor.
         order: "contiguous" or "channels_last" where its memory is, else "".
         node: of the graph, whose tensor is the whole of it; None where there is none.
@@ -42,6 +43,7 @@ class Value:
     maker: int | None
     given: str = ""
     line: str = ""
+    layer: str = ""
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
     order: str = ""

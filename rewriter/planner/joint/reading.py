@@ -6,6 +6,7 @@ Sizes that are symbols count as what they were at capture.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -190,6 +191,7 @@ class _Reader:
                     number,
                     given,
                     user_line(node) or "",
+                    _layer(node),
                     tensor.dtype,
                     tuple(map(hint, tensor.shape)),
                 )
@@ -257,6 +259,13 @@ class _Reader:
     def _given(self, tensor: Tensor) -> bool:
         number = self.known.get(tensor.untyped_storage()._cdata)
         return number is not None and self.joint.values[number].given == "input"
+
+
+def _layer(node: fx.Node) -> str:
+    """The innermost module that a node comes from; Dynamo writes `L['model'].fc` for `fc`."""
+    stack = node.meta.get("nn_module_stack")
+    name = next(reversed(stack.values()))[0] if stack else ""
+    return re.sub(r"^L\['\w+'\]\.?", "", str(name))
 
 
 def _fixed(node: fx.Node) -> str:

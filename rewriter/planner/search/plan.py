@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CurvePoint", "MemoryPlan", "ValueDecision", "decide"]
 
+_ACTIONS = ("kept", "packed", "closed form", "recomputed")
+_NAME = 40  # letters of a layer's name, in print
+_SHOWN = 20  # layers and values in print, before the rest is summed
+
 
 @dataclass(frozen=True)
 class ValueDecision:
@@ -35,6 +39,7 @@ class ValueDecision:
         nbytes: of the value.
         saved: bytes kept for the backward.
         line: the user's line, "" where it is not known.
+        layer: dotted name of the module whose forward makes it, "" where it is not known.
     """
 
     value: str
@@ -44,6 +49,7 @@ class ValueDecision:
     nbytes: int
     saved: int
     line: str = ""
+    layer: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,18 +146,51 @@ class MemoryPlan:
         )
 
     def __str__(self) -> str:
-        lines = [f"Memory plan for {self.budget}: {self.summary()}", ""]
-        lines.append(f"{'value':34}{'op':34}{'bytes':>10}{'saved':>10}  decision")
+        return self._text(_SHOWN)
+
+    def _text(self, most: int | None) -> str:
+        """The plan by layer and by value: of each the `most` largest, and the rest together."""
+        head = f"Memory plan for {self.budget}: {self.summary()}"
+        return "\n".join([head, "", *self._by_layer(most), "", *self._by_value(most)])
+
+    def _by_layer(self, most: int | None) -> Iterator[str]:
+        """Bytes of the values of every layer, by what becomes of them."""
+        layers: dict[str, list[ValueDecision]] = {}
+        for value in self.values:
+            layers.setdefault(value.layer, []).append(value)
+        ordered = sorted(layers.items(), key=lambda row: -sum(v.nbytes for v in row[1]))
+        rows = [(name or "(no layer known)", own) for name, own in ordered[:most]]
+        if rest := ordered[len(rows) :]:
+            rows.append((f"… {len(rest)} more", [v for _, own in rest for v in own]))
+        actions = [a for a in _ACTIONS if a in self.counts()]
+        figures = "".join(f"{a:>13}" for a in (*actions, "saved"))
+        width = min(max(len(name) for name, _ in rows), _NAME) + 2 if rows else _NAME
+        yield f"{'layer':{width}}{figures}  where"
+        for name, own in [*rows, ("all", self.values)]:
+            sizes = [sum(v.nbytes for v in own if v.action == a) for a in actions]
+            shown = [f"{_mb(n) if n else '–':>13}" for n in (*sizes, sum(v.saved for v in own))]
+            lines = [] if name == "all" else list(dict.fromkeys(v.line for v in own if v.line))
+            where = "" if not lines else lines[0] + (f" +{len(lines) - 1}" if lines[1:] else "")
+            yield f"{_fitting(name):{width}}{''.join(shown)}  {where}".rstrip()
+
+    def _by_value(self, most: int | None) -> Iterator[str]:
+        """What becomes of every value, in the order of the graph."""
+        largest = {id(v) for v in sorted(self.values, key=lambda v: -v.nbytes)[:most]}
+        rest = [v for v in self.values if id(v) not in largest]
+        yield f"{'value':34}{'op':34}{'bytes':>12}{'saved':>12}  decision"
         for v in self.values:
-            where = f"  {v.line}" if v.line else ""
-            lines.append(
-                f"{v.value[:33]:34}{v.op[:33]:34}{_mb(v.nbytes):>10}{_mb(v.saved):>10}  "
-                f"{v.action}: {v.reason}{where}"
-            )
-        return "\n".join(lines)
+            if id(v) in largest:
+                where = f"  {v.line}" if v.line else ""
+                yield (
+                    f"{v.value[:33]:34}{v.op[:33]:34}{_mb(v.nbytes):>12}{_mb(v.saved):>12}  "
+                    f"{v.action}: {v.reason}{where}"
+                )
+        if rest:
+            size = _mb(sum(v.nbytes for v in rest))
+            yield f"… {len(rest)} more, together {size}: plan.values has all"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON (.json), the table (.txt) or the Pareto plot (.png, .svg, .pdf), by suffix.
+        """Writes JSON (.json), the whole tables (.txt) or the curve (.png, .svg, .pdf), by suffix.
 
         Raises:
             OptionError: another suffix.
@@ -160,7 +199,7 @@ class MemoryPlan:
         if target.suffix == ".json":
             target.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         elif target.suffix == ".txt":
-            target.write_text(f"{self}\n", encoding="utf-8")
+            target.write_text(f"{self._text(None)}\n", encoding="utf-8")
         elif target.suffix in (".png", ".svg", ".pdf"):
             self.plot(target)
         else:
@@ -335,8 +374,14 @@ def _values(joint: Joint, decisions: Decisions, again: set[int]) -> list[ValueDe
             action, reason = "recomputed", f"{step.seconds * 1e6:.0f} µs predicted"
         several = len(step.outputs) > 1
         name = f"{value.name}[{step.outputs.index(number)}]" if several else value.name
-        rows.append(ValueDecision(name, step.op, action, reason, value.nbytes, saved, value.line))
+        where = value.line, value.layer
+        rows.append(ValueDecision(name, step.op, action, reason, value.nbytes, saved, *where))
     return rows
+
+
+def _fitting(name: str) -> str:
+    """The end of a long name, which tells layers apart."""
+    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
 
 
 def _mb(nbytes: int) -> str:
