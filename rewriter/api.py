@@ -21,7 +21,16 @@ from rewriter.engine.batches import Calibration
 from rewriter.engine.decide import device_of
 from rewriter.engine.pipeline import copied, run
 from rewriter.engine.undo import restored_on_error
-from rewriter.errors import CaptureError, OptionError, RewriteError, one_of, warn
+from rewriter.errors import (
+    PATH,
+    CaptureError,
+    OptionError,
+    RewriteError,
+    given,
+    of_type,
+    one_of,
+    warn,
+)
 from rewriter.lowering import Rule, checked
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.parse import parse_pass
@@ -144,7 +153,7 @@ def explain(
     Raises:
         RewriteError: as `rewrite`.
     """
-    _check_model(model)
+    _check_model(model, "explain")
     settings = _settings(
         passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels,
         example_inputs, lower, capture_seconds,
@@ -180,7 +189,7 @@ def plan_memory(
     """
     from rewriter.planner.apply.install import plan_of
 
-    _check_model(model)
+    _check_model(model, "plan_memory")
     wanted = MemoryBudget.of(budget)
     options = Options(device=device_of(device), capture_seconds=capture_seconds)
     if wanted.lossy:
@@ -232,8 +241,11 @@ def export(
         CaptureError: there is no example, or the rewritten model cannot be exported.
         OptionError: an option is impossible.
     """
+    _check_model(model, "export")
     if example_inputs is None:
         raise CaptureError("export needs example_inputs: one real batch of the model")
+    wanted = "where to write, a path, or None"
+    of_type("export", "package", package, (*PATH, type(None)), wanted)
     path = None if package is None else Path(package)
     one_of("format", format, FORMATS)
     if path is not None and path.suffix != f".{format}":
@@ -243,7 +255,7 @@ def export(
     if path is not None and not path.parent.is_dir():
         raise OptionError(f"package={str(path)!r}: there is no directory {path.parent}")
     if isinstance(passes, str | Pass) or not isinstance(passes, Sequence):
-        raise OptionError(f"passes must be a list of passes or of their texts, not {passes!r}")
+        raise OptionError(f"passes must be a list of passes or of their texts, not {given(passes)}")
     if inductor and path is None:
         raise OptionError("inductor= is for the package: give package='model.pt2' too")
     chosen = [parse_pass(p) if isinstance(p, str) else p for p in passes]
@@ -267,7 +279,7 @@ def _settings(
 ) -> Options:
     """The engine's options, or what is impossible about the arguments."""
     if not isinstance(passes, list | tuple | Pass):
-        raise OptionError(f"passes must be a list of passes, not {passes!r}")
+        raise OptionError(f"passes must be a list of passes, not {given(passes)}")
     check_passes(passes)
     memory = None if memory_budget is None else MemoryBudget.of(memory_budget)
     if memory is not None and example_inputs is None:
@@ -284,13 +296,13 @@ def _settings(
     )
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, call: str = "rewrite") -> None:
     if isinstance(model, type) and issubclass(model, nn.Module):
-        raise RewriteError(f"rewrite needs a model, not the class {model.__name__}: build it first")
+        raise RewriteError(f"{call} needs a model, not the class {model.__name__}: build it first")
     if not isinstance(model, nn.Module):
-        raise RewriteError(f"rewrite needs an nn.Module, not a {type(model).__name__}")
+        raise RewriteError(f"{call} needs an nn.Module, not a {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise RewriteError("rewrite needs the Python model, not a TorchScript module")
+        raise RewriteError(f"{call} needs the Python model, not a TorchScript module")
     if hasattr(model, "_orig_mod"):
         raise RewriteError("the model is compiled already: rewrite first (pass model._orig_mod)")
     if any(m._compiled_call_impl is not None for m in model.modules()):

@@ -7,6 +7,7 @@ what to change without opening this package.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 import warnings
@@ -93,6 +94,30 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def given(value: object) -> str:
+    """What was given, in a message: as it is written where that is short, else its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    plain = value is None or isinstance(value, str | bytes | int | float)
+    return repr(value) if plain and len(repr(value)) <= 80 else f"a {type(value).__name__}"
+
+
+def of_type(
+    call: str, name: str, value: object, kinds: type | tuple[type, ...], wanted: str
+) -> None:
+    """Checks an argument of a call such as `load(directory, model)`.
+
+    Raises:
+        OptionError: it is of none of these classes.
+    """
+    if not isinstance(value, kinds):
+        raise OptionError(f"{call}: {name} must be {wanted}, not {given(value)}")
+
+
+PATH = (str, os.PathLike)
+"""What a path is given as."""
 
 
 def one_of(name: str, value: object, valid: Iterable[str]) -> None:

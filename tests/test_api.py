@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,15 @@ from rewriter import (
     Skip,
     VerifyError,
     explain,
+    export,
+    from_pretrained,
+    load,
+    load_original,
+    param_groups,
+    plan_memory,
+    remap_optimizer,
     rewrite,
+    save,
 )
 from rewriter.base import as_parameter
 from rewriter.passes import Densify, Monarch, MonarchLinear, Quadratic, TopK
@@ -479,3 +488,50 @@ def test_an_activation_pass_of_the_users_own() -> None:
     optimized = rewrite(MLP(), [Soften()], X)
     assert isinstance(optimized.act, Gentle)
     assert optimized.report.steps[-1].output_error
+
+
+def test_arguments_in_the_wrong_place_are_told(tmp_path: Path) -> None:
+    model = MLP()
+    optimized = rewrite(model, [Monarch()], X)
+    adam = torch.optim.Adam(model.parameters())
+    for call, message in (
+        (
+            lambda: load(model, tmp_path),
+            "directory must be the path of a saved rewrite, not a MLP",
+        ),
+        (
+            lambda: load(tmp_path, tmp_path),
+            "model must be the original model, an nn.Module, not a ",
+        ),
+        (lambda: load(tmp_path, MLP), "model must be .* an nn.Module, not the class MLP"),
+        (lambda: load(tmp_path, None), "not None"),
+        (lambda: save(tmp_path, optimized), r"model must be a rewritten model, not a \w*Path"),
+        (lambda: optimized.save(None), "directory must be a path, not None"),
+        (
+            lambda: save(optimized, tmp_path, 3),
+            "state_dict must be tensors by name, or None, not 3",
+        ),
+        (
+            lambda: optimized.load_original(model),
+            "state_dict must be tensors by name .* not a MLP",
+        ),
+        (lambda: load_original({}, optimized), "model must be a rewritten model, not a dict"),
+        (lambda: from_pretrained("there", MLP), "cls must be the model's class, not 'there'"),
+        (lambda: from_pretrained(MLP, MLP), "directory must be .* a path, not the class MLP"),
+        (lambda: plan_memory(X, model), "plan_memory needs an nn.Module, not a Tensor"),
+        (lambda: plan_memory(model, [Monarch()], X), "memory_budget=a Tensor: use bytes as an int"),
+        (lambda: explain([Monarch()], model, X), "explain needs an nn.Module, not a list"),
+        (lambda: rewrite(model, X, [Monarch()]), "passes must be a list of passes, not a Tensor$"),
+        (lambda: rewrite(model, [Monarch()], model), "example_inputs is a MLP; pass a tensor"),
+        (lambda: export(X, [], model), "export needs an nn.Module, not a Tensor"),
+        (lambda: export(model, X, []), "passes must be a list of .* texts, not a Tensor$"),
+        (lambda: export(model, [], X, package=3), "package must be where to write, a path"),
+        (lambda: param_groups(1e-3, optimized), "optimized must be a model, not 0.001"),
+        (lambda: param_groups(optimized, "fast"), "lr='fast': use a number"),
+        (lambda: remap_optimizer(model, optimized, adam), "optimizer must be a torch.optim.Opti"),
+        (lambda: remap_optimizer(adam, None, optimized), "model must be the model before the rew"),
+        (lambda: remap_optimizer(adam, model, 1), "optimized must be the model after the rewrite"),
+    ):
+        with pytest.raises(RewriteError, match=message):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter import OptionError, RewriteError, recover, rewrite
+from rewriter import CalibrationError, OptionError, RewriteError, recover, rewrite
 from rewriter.passes import Monarch
 from rewriter.training.recovery import _outputs_distance
 
@@ -137,6 +138,42 @@ def test_it_stops_early_and_keeps_the_best(pair: tuple[nn.Module, nn.Module]) ->
     assert all(torch.equal(states[1][k], v) for k, v in optimized.state_dict().items())
 
 
+def test_it_says_where_training_did_not_help(
+    pair: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, lines = iter([3.0, 1.0, 2.0, 9.0, 9.5]), []
+    monkeypatch.setattr(
+        logging.getLogger("rewriter"), "handle", lambda record: lines.append(record.getMessage())
+    )
+    before = {k: v.clone() for k, v in pair[0].state_dict().items()}
+    options: dict[str, Any] = {"evaluate": lambda _: next(scores), "every": 5, "layer_steps": 0}
+    result = heal(*pair, patience=2, **options)
+    (note,) = result.notes
+    assert note.startswith("the distillation did not help")
+    assert str(result) == f"no better for 2 evaluations; score 3 at step 0\n{note}"
+    assert lines == [f"recover: {note}"]
+    assert all(torch.equal(before[k], v) for k, v in pair[0].state_dict().items())
+    result = heal(*pair, steps=5, **options)
+    assert str(result) == "all 5 steps done; score 9 at step 0 → 9.5 at step 5"
+    assert not heal(*pair, steps=0, layer_steps=0).notes  # nothing was tried
+    assert len(lines) == 1
+
+
+def test_arguments_in_the_wrong_place_are_told(pair: tuple[nn.Module, nn.Module]) -> None:
+    optimized, teacher = pair
+    for arguments, message in (
+        ((teacher, optimized, BATCHES), "teacher is rewritten and optimized is not"),
+        ((optimized, optimized, BATCHES), "both are the same model"),
+        ((optimized, BATCHES, teacher), "teacher must be the original model, not a list"),
+        ((BATCHES, optimized, teacher), "optimized must be the rewritten model, not a list"),
+        ((optimized, Net, BATCHES), "teacher must be the original model, not the class Net"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            recover(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="batches is a int: pass a list of batches"):
+        recover(optimized, teacher, 3)
+
+
 def test_mixed_precision_and_other_outputs() -> None:
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)).eval()
@@ -182,8 +219,20 @@ def test_bare_parameters_are_left_out_of_the_first_phase_and_named() -> None:
     [
         ({"lr": -1.0}, "impossible lr=-1.0"),
         ({"train": "some"}, "impossible train='some'"),
-        ({"every": 0, "patience": 0}, "impossible every=0, patience=0"),
+        (
+            {"every": 0, "patience": 0},
+            r"impossible every=0 \(a whole number of at least 1\), patience=0",
+        ),
         ({"temperature": 0.0}, "impossible temperature"),
+        (
+            {"steps": "3", "layer_steps": 1.5, "lr": "1e-3"},
+            "impossible steps='3' .*, layer_steps=1.5 .*, lr='1e-3' .a number above 0",
+        ),
+        (
+            {"loss": "mse", "evaluate": 3, "checkpoint": 7, "amp": "bf16"},
+            "impossible amp='bf16' .a torch.dtype., loss='mse' .a function., evaluate=3.*check",
+        ),
+        ({"hidden": -1, "seconds": "9", "seed": 0.5}, "impossible hidden=-1.*seconds='9'.*seed"),
     ],
 )
 def test_impossible_options(

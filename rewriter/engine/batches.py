@@ -25,8 +25,8 @@ class Calibration:
     batches: tuple[Any, ...]
 
     @classmethod
-    def of(cls, given: Any) -> Calibration:
-        """One batch, or an iterable of batches.
+    def of(cls, given: Any, name: str = "calibration") -> Calibration:
+        """One batch, or an iterable of batches, which the user gave as the argument `name`.
 
         Raises:
             CalibrationError: there is none, or one is nothing a model can be called with.
@@ -34,16 +34,16 @@ class Calibration:
         one = isinstance(given, Tensor | Mapping)
         if not one and not isinstance(given, Iterable):
             raise CalibrationError(
-                f"calibration is a {type(given).__name__}: pass a list of batches like "
+                f"{name} is a {type(given).__name__}: pass a list of batches like "
                 "example_inputs, or a DataLoader"
             )
         batches = (given,) if one else tuple(given)
         if not batches:
-            raise CalibrationError("calibration has no batch: pass at least one, better ten")
+            raise CalibrationError(f"{name} has no batch: pass at least one, better ten")
         for i, batch in enumerate(batches):
             if not isinstance(batch, Tensor | Mapping | tuple | list):
                 raise CalibrationError(
-                    f"calibration[{i}] is a {type(batch).__name__}: each batch must be a tensor, a "
+                    f"{name}[{i}] is a {type(batch).__name__}: each batch must be a tensor, a "
                     "tuple of positional or a mapping of keyword arguments"
                 )
         return cls(batches)

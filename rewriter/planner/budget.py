@@ -7,7 +7,7 @@ import numbers
 import re
 from dataclasses import dataclass
 
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, given
 
 __all__ = ["MemoryBudget", "parse_budget"]
 
@@ -59,13 +59,13 @@ class MemoryBudget:
             raise OptionError(f"MemoryBudget: forms={self.forms!r}: of 'bf16', 'int8', 'int4'")
 
     @classmethod
-    def of(cls, given: object) -> MemoryBudget:
+    def of(cls, amount: object) -> MemoryBudget:
         """A budget as `rewrite` takes it."""
-        if isinstance(given, cls):
-            return given
-        if given is None or not isinstance(given, int | float | str):
-            raise OptionError(f"memory_budget={given!r}: use {_FORMS}, or a MemoryBudget")
-        return cls(peak=given)
+        if isinstance(amount, cls):
+            return amount
+        if amount is None or not isinstance(amount, int | float | str):
+            raise OptionError(f"memory_budget={given(amount)}: use {_FORMS}, or a MemoryBudget")
+        return cls(peak=amount)
 
     @property
     def lossy_forms(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from rewriter.errors import StoreError
+from rewriter.errors import StoreError, of_type
 from rewriter.modules.tensors import (
     EXTRA_STATE,
     extra_states,
@@ -37,9 +37,13 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         state_dict: of the original, un-rewritten model; any dtype and device.
 
     Raises:
+        OptionError: an argument is of another type.
         StoreError: keys are missing, left over or of another shape, or a pass now refuses a weight
             it took before; the model is as it was.
     """
+    call = "load_original(model, state_dict)"
+    of_type(call, "model", model, nn.Module, "a rewritten model")
+    of_type(call, "state_dict", state_dict, Mapping, "tensors by name (original.state_dict())")
     recipe, _ = recipe_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     own, loose = named_tensors(model), non_persistent(model)

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from rewriter.capture.hosted import original_class
-from rewriter.errors import OptionError, StoreError
+from rewriter.errors import PATH, OptionError, StoreError, of_type
 from rewriter.modules.tensors import is_sharded
 from rewriter.store.reading import load
 from rewriter.store.writing import save
@@ -49,9 +49,13 @@ def from_pretrained(
         The rewritten model, in eval mode.
 
     Raises:
-        OptionError: the class does not say how it is built from a config.
+        OptionError: `cls` is no class or `directory` no path, or the class does not say how it is
+            built from a config.
         StoreError: as of `rewriter.load`.
     """
+    call = "from_pretrained(cls, directory)"
+    of_type(call, "cls", cls, type, "the model's class")
+    of_type(call, "directory", directory, PATH, "what save_pretrained wrote to, a path")
     original: Any = original_class(cls)
     if not (pathlib.Path(directory) / "config.json").is_file():
         raise StoreError(f"{directory} has no config.json: it was not written by save_pretrained")

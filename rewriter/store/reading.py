@@ -17,7 +17,7 @@ from rewriter import lowering
 from rewriter.capture import Capture
 from rewriter.engine import Engine, Options
 from rewriter.engine.pipeline import prepare
-from rewriter.errors import StoreError, warn
+from rewriter.errors import PATH, StoreError, of_type, warn
 from rewriter.lowering import Verdicts
 from rewriter.modules.tensors import named_tensors, tell_replaced
 from rewriter.planner import MemoryBudget
@@ -68,11 +68,14 @@ def load(
         The rewritten model, with the saved report.
 
     Raises:
-        OptionError: `layers` holds something else, or two classes of one name; `capture_seconds`
-            is no number above 0.
+        OptionError: `directory` is no path, or `model` no module; `layers` holds something else, or
+            two classes of one name; `capture_seconds` is no number above 0.
         StoreError: not a saved rewrite, truncated, from a newer version, for another model, or it
             names a class that is not on the allow-list.
     """
+    call = "load(directory, model)"
+    of_type(call, "directory", directory, PATH, "the path of a saved rewrite")
+    of_type(call, "model", model, nn.Module, "the original model, an nn.Module")
     if getattr(vars(model).get("_rewriter"), "recipe", None) is not None:
         raise StoreError(
             f"load needs the original {type(model).__name__}, and this one is rewritten already: "

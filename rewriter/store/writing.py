@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rewriter.base import Layer
 from rewriter.capture.hosted import State, original_class
-from rewriter.errors import StoreError
+from rewriter.errors import PATH, StoreError, of_type
 from rewriter.modules.pointwise import inner
 from rewriter.modules.tensors import (
     extra_states,
@@ -55,6 +55,10 @@ def _on_one_rank(writes: Callable[..., None]) -> Callable[..., None]:
         directory: str | os.PathLike[str],
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
+        call = "save(model, directory)"
+        of_type(call, "model", model, nn.Module, "a rewritten model")
+        of_type(call, "directory", directory, PATH, "a path")
+        of_type(call, "state_dict", state_dict, (Mapping, type(None)), "tensors by name, or None")
         if state_dict is not None or not is_sharded(model):
             writes(model, directory, state_dict)
             return

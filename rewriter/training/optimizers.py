@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rewriter.base import Layer
-from rewriter.errors import OptionError, warn
+from rewriter.errors import OptionError, of_type, warn
 from rewriter.modules.tree import join, submodule
 from rewriter.spellings import channels_of
 
@@ -47,8 +47,9 @@ def param_groups(
     Source: Qiu et al. 2024, "Compute Better Spent: Replacing Dense Layers with Structured
     Matrices", section 4 (μP for each core).
     """
+    of_type("param_groups(optimized, lr)", "optimized", optimized, nn.Module, "a model")
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not 0 <= value < float("inf"):
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise OptionError(f"{name}={value!r}: use a number of at least 0")
     scales = _scales(optimized)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -110,6 +111,10 @@ def remap_optimizer(optimizer: Optimizer, model: nn.Module, optimized: nn.Module
     Raises:
         OptionError: the optimizer holds no parameter of `model`.
     """
+    call = "remap_optimizer(optimizer, model, optimized)"
+    of_type(call, "optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+    of_type(call, "model", model, nn.Module, "the model before the rewrite")
+    of_type(call, "optimized", optimized, nn.Module, "the model after the rewrite")
     old_names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
     new_names = {n: p for n, p in optimized.named_parameters()}
     owner = {

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
+import numbers
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from rewriter.base import Layer
 from rewriter.capture import arguments
 from rewriter.engine.batches import Calibration
-from rewriter.errors import OptionError, RewriteError
+from rewriter.errors import PATH, OptionError, RewriteError, given, of_type
 from rewriter.modules.running import modes
 from rewriter.modules.structure import flatten
 from rewriter.training.optimizers import param_groups
@@ -30,24 +33,32 @@ __all__ = ["Recovery", "recover"]
 
 _HELD_OUT = 10
 Loss = Callable[[Any, Any, Any], Tensor]
+_log = logging.getLogger("rewriter")
 
 
 @dataclass
 class Recovery:
-    """What happened: one line per evaluation.
+    """What happened: one line per evaluation; `print` shows it in short.
 
     Args:
         curve: phase, step, seconds of training so far, loss on the batches held out, and the
             user's own score where `evaluate` is given.
         best: the step of the distillation whose weights the model has now.
         stopped: why it ended.
-        notes: what was left out, and why.
+        notes: what was left out, and why; and whether the distillation was of no use.
     """
 
     curve: list[dict[str, Any]] = field(default_factory=list)
     best: int = 0
     stopped: str = ""
     notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        judged = [row for row in self.curve if row["phase"] == "distillation"]
+        key = "held-out loss" if not judged or judged[0]["score"] is None else "score"
+        told = [row for row in judged if row["step"] in (0, self.best)]
+        figures = " → ".join(f"{row[key]:.4g} at step {row['step']}" for row in told)
+        return "\n".join([f"{self.stopped}; {key} {figures}", *self.notes])
 
 
 @dataclass(frozen=True)
@@ -125,11 +136,13 @@ def recover(
 
     Source: Hinton et al. 2015 (soft targets); Jiao et al. 2020, "TinyBERT" (hidden states).
     """
-    given = Calibration.of(batches).batches
-    _check(steps, layer_steps, lr, temperature, train, every, patience)
+    _check_models(optimized, teacher)
+    every_one = Calibration.of(batches, "batches").batches
     plan = _Plan(steps, layer_steps, lr, hidden, temperature, amp, every, patience, seconds, seed)
-    held = [b for i, b in enumerate(given) if len(given) >= _HELD_OUT and i % _HELD_OUT == 9]
-    fitted = [b for i, b in enumerate(given) if len(given) < _HELD_OUT or i % _HELD_OUT != 9]
+    _check(plan, train, loss, evaluate, checkpoint)
+    enough = len(every_one) >= _HELD_OUT
+    held = [b for i, b in enumerate(every_one) if enough and i % _HELD_OUT == 9]
+    fitted = [b for i, b in enumerate(every_one) if not enough or i % _HELD_OUT != 9]
     run = _Run(optimized, teacher, fitted, held or fitted, plan, loss, evaluate)
     run.folder = None if checkpoint is None else Path(checkpoint)
     flags = [(p, p.requires_grad) for p in optimized.parameters()]
@@ -152,25 +165,51 @@ def recover(
     return run.result
 
 
-def _check(
-    steps: int,
-    layer_steps: int,
-    lr: float,
-    temperature: float,
-    train: str,
-    every: int,
-    patience: int,
-) -> None:
+_NO_USE = (
+    "the distillation did not help: no evaluation was better than the one before its first step, "
+    "whose weights the model has now"
+)
+
+
+def _check_models(optimized: Any, teacher: Any) -> None:
+    call = "recover(optimized, teacher, batches)"
+    of_type(call, "optimized", optimized, nn.Module, "the rewritten model")
+    of_type(call, "teacher", teacher, nn.Module, "the original model")
+    rewritten = [any(isinstance(m, Layer) for m in x.modules()) for x in (optimized, teacher)]
+    if rewritten == [False, True]:
+        raise OptionError(f"{call}: teacher is rewritten and optimized is not: exchange them")
+    if optimized is teacher:
+        raise OptionError(
+            f"{call}: both are the same model, which has nothing to learn from itself"
+        )
+
+
+def _check(plan: _Plan, train: Any, loss: Any, evaluate: Any, checkpoint: Any) -> None:
+    def number(value: Any, least: float, whole: bool = False) -> bool:
+        kind: type = numbers.Integral if whole else numbers.Real
+        known = isinstance(value, kind) and not isinstance(value, bool)
+        return known and least <= value < math.inf
+
+    above = sys.float_info.min
+    least = "a number of at least 0"
+    count, positive, function = "a whole number of at least {}", "a number above 0", "a function"
     wrong = [
-        f"{name}={value!r}"
-        for name, value, good in (
-            ("steps", steps, steps >= 0),
-            ("layer_steps", layer_steps, layer_steps >= 0),
-            ("lr", lr, 0 < lr < math.inf),
-            ("temperature", temperature, 0 < temperature < math.inf),
-            ("train", train, train in ("all", "replaced")),
-            ("every", every, every >= 1),
-            ("patience", patience, patience >= 1),
+        f"{name}={given(value)} ({wanted})"
+        for name, value, good, wanted in (
+            ("steps", plan.steps, number(plan.steps, 0, True), count.format(0)),
+            ("layer_steps", plan.layer_steps, number(plan.layer_steps, 0, True), count.format(0)),
+            ("lr", plan.lr, number(plan.lr, above), positive),
+            ("hidden", plan.hidden, number(plan.hidden, 0), least),
+            ("temperature", plan.temperature, number(plan.temperature, above), positive),
+            ("amp", plan.amp, isinstance(plan.amp, torch.dtype | None), "a torch.dtype"),
+            ("every", plan.every, number(plan.every, 1, True), count.format(1)),
+            ("patience", plan.patience, number(plan.patience, 1, True), count.format(1)),
+            ("seconds", plan.seconds, plan.seconds is None or number(plan.seconds, 0), least),
+            ("seed", plan.seed, number(plan.seed, -math.inf, True), "a whole number"),
+            ("train", train, train in ("all", "replaced"), "'all' or 'replaced'"),
+            ("loss", loss, loss is None or callable(loss), function),
+            ("evaluate", evaluate, evaluate is None or callable(evaluate), function),
+            ("checkpoint", checkpoint, isinstance(checkpoint, (*PATH, type(None))), "a path"),
         )
         if not good
     ]
@@ -279,6 +318,9 @@ class _Run:
                     self.result.stopped = f"the time of {plan.seconds:.0f} s is over"
                     break
         self.result.stopped = self.result.stopped or f"all {plan.steps} steps done"
+        if plan.steps and not self.result.best:
+            self.result.notes.append(_NO_USE)
+            _log.warning("recover: %s", _NO_USE)
         self._restore()
 
     # their parts
