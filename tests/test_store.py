@@ -1136,6 +1136,21 @@ def test_checkpoints_that_do_not_fit_change_nothing(
     assert all(torch.equal(t, before[k]) for k, t in optimized.state_dict().items())
 
 
+def test_a_state_dict_of_the_original_is_pointed_to_load_original() -> None:
+    model = rewritten(MLP(), [Monarch()])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for whole in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match=r"(?s)Missing key.*by load_original\(state_dict\)$"):
+            whole.load_state_dict(MLP().state_dict())
+    found = model.load_state_dict(before, strict=True, assign=True)
+    assert not found.missing_keys
+    found = model.load_state_dict({k: v for k, v in before.items() if "left" not in k}, False)
+    assert found.missing_keys
+    with pytest.raises(RuntimeError, match="Error") as caught:  # theirs, not of a rewritten model
+        MLP().load_state_dict({})
+    assert "load_original" not in str(caught.value)
+
+
 def test_a_shared_module_may_be_given_under_either_name() -> None:
     original = Shared().eval()
     want = rewritten(original, [Monarch()])

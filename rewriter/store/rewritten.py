@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from rewriter.planner import MemoryPlan
 
 __all__ = ["RewrittenModule"]
+
+_FOR_ORIGINALS = (
+    "\n\tThis model was rewritten: a state_dict of the original model goes through the same "
+    "rewrite by load_original(state_dict)"
+)
 
 
 @offer_on_root
@@ -40,6 +45,15 @@ class RewrittenModule(Hosted):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes safetensors and one JSON recipe; see `rewriter.save`."""
         save(self, directory)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the model's class; where the keys do not fit, the error names `load_original`."""
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            if str(error).startswith("Error(s) in loading state_dict"):
+                error.args = (f"{error}{_FOR_ORIGINALS}",)
+            raise
 
     def load_original(self, state_dict: Mapping[str, Tensor]) -> None:
         """Puts an original checkpoint through the same rewrite; see `rewriter.load_original`."""
