@@ -173,8 +173,9 @@ def plan_memory(
     """min seconds(plan) over all plans with peak(plan) ≤ budget, and the whole curve of them.
 
     Plans a training step of any model that can be captured as one graph, also on `meta`: traced on
-    fake tensors, nothing runs. `print` shows the decision on every value that the backward needs,
-    `plan.curve` all plans worth having, `plan.save("curve.png")` plots them.
+    fake tensors, nothing runs. `print` shows what becomes of the values that the backward needs, by
+    layer and line of code, the largest first; `plan.values` has every decision, `plan.curve` all
+    plans worth having, `plan.save("curve.png")` plots them.
 
     Args:
         model: any `nn.Module`, rewritten or not; not changed.

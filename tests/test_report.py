@@ -584,6 +584,7 @@ def test_the_errors_of_layers_say_what_they_are() -> None:
     outputs = "of outputs: ‖y − y′‖/‖y‖ of its outputs on calibration rows held out"
     r = report()
     for shown in (r.to_markdown(), r.to_html(), r._repr_html_()):
+        assert "error: how far the step moved the outputs on the example inputs" in shown
         assert weights in unescape(shown)
         assert outputs not in unescape(shown)
     step = r.steps[0]

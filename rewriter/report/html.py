@@ -136,11 +136,11 @@ def _counts(of: content.Outcome) -> Iterator[str]:
         yield f"{content.plural(len(of.kept), 'site')} left as is"
 
 
-def _fragment_tables(report: Ledger) -> Iterator[tuple[str, Grid, bool]]:
-    """(title, table, whether it is open at first)."""
-    yield "Cost", content.totals(report), True
+def _fragment_tables(report: Ledger) -> Iterator[tuple[str, Grid, bool, str]]:
+    """(title, table, whether it is open at first, note)."""
+    yield "Cost", content.totals(report), True, ""
     if len(report.steps) > 1 or (report.steps and report.steps[0].name != "original"):
-        yield "Step by step", content.steps(report), True
+        yield "Step by step", content.steps(report), True, content.STEP_ERROR
     for title, grid in (
         ("Time and energy", content.times(report)),
         ("Memory in training", content.training(report)),
@@ -148,7 +148,7 @@ def _fragment_tables(report: Ledger) -> Iterator[tuple[str, Grid, bool]]:
         ("Layer by layer", content.slowest(report)),
     ):
         if grid is not None:
-            yield title, grid, False
+            yield title, grid, False, ""
 
 
 # the head

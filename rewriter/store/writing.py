@@ -94,6 +94,7 @@ def save(
             that was gathered from all processes.
 
     Raises:
+        OptionError: an argument is of another type.
         StoreError: the model was not made by `rewrite`, an installed layer cannot be rebuilt from
             JSON, extra state is no tensor, or the directory cannot be written.
     """

@@ -18,10 +18,10 @@ Every pass and every client, as `make interop` found them: each cell runs a smal
 the pass through the client, and compares outputs or gradients with the same rewritten model left
 alone. *Works* means that they are equal; *refused* that an error says why, as the footnote does. A
 footnote at *works* is what the rewriter warned of there. *Numbers* in it are the elements that a
-layer's weights have, not bytes: 272 of int8 (scales included) take about a third of the bytes of 256
-in float32. Gradient checkpointing and `memory_budget` also have to take fewer bytes: of what is kept
-for the backward, and at the peak of activations, gradients and temporaries. The models are tiny:
-speed is no part of the checks. Passes, models and checks are in [tests/interop](../tests/interop).
+layer's weights have, not bytes: 272 of int8 (scales included) take a third of the bytes of 256 in
+float32. Gradient checkpointing and `memory_budget` must also take fewer bytes: of what is kept for
+the backward, and at the peak of activations, gradients and temporaries. The models are tiny: speed
+is no part of the checks. Passes, models and checks are in [tests/interop](../tests/interop).
 """
 
 
