@@ -1,4 +1,5 @@
-"""`Layer`: a module that a pass installs, and that can be saved without pickle; `LinearLayer`."""
+"""`Layer`: a module that a pass installs, and that can be saved without pickle; `LinearLayer`; what
+stands in the place of a bare weight."""
 
 from __future__ import annotations
 
@@ -13,29 +14,15 @@ from rewriter.errors import OptionError, warn
 from rewriter.modules.computed import computed
 from rewriter.modules.tree import own_class
 
-__all__ = ["Layer", "LinearLayer"]
+__all__ = ["DenseWeight", "Layer", "LinearLayer", "StandsForWeight"]
 
 
-class Layer(nn.Module):
-    """A module that a pass installs, and that can be saved without pickle.
+class StandsForWeight(nn.Module):
+    """A layer that may take the place of a bare weight: Python code that hands it to `F.linear`,
+    `@` or `addmm`, as the weight that it was, calls it."""
 
-    A subclass takes `device` and `dtype` among its constructor's keyword arguments, keeps every
-    other argument as the attribute of its name (JSON values), and every tensor as a parameter or a
-    buffer: `type(layer)(**layer.config(), device=…, dtype=…)` builds a layer with the same
-    state_dict.
-    """
-
-    op: ClassVar[str] = ""
-    """The name that printed graphs show, e.g. `low_rank`."""
-
-    packed: ClassVar[Mapping[str, int]] = {}
-    """Of each buffer that holds more than one weight an element, how many: of 4-bit weights 2."""
-
-    once_scalars: ClassVar[tuple[str, ...]] = ()
-    """Parameters [1] that version 0.1.0 had as scalars: `fully_shard` takes none."""
-
-    stands_for_transposed = False
-    """Where the layer replaces a bare parameter: whether that was stored [in, out]."""
+    stands_for_transposed: bool | None = None
+    """Where the layer replaces a bare weight: whether that was stored [in, out]; else None."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,9 +43,9 @@ class Layer(nn.Module):
             bias, x, weight = args
         flipped = isinstance(weight, _Transposed)
         layer = weight.layer if isinstance(weight, _Transposed) else weight
-        if named or not isinstance(layer, Layer) or not isinstance(x, Tensor):
+        if named or not isinstance(layer, StandsForWeight) or not isinstance(x, Tensor):
             raise TypeError(f"{name} cannot take a {cls.__name__} in the place of a weight here")
-        if layer.stands_for_transposed != (flipped if rows else not flipped):
+        if bool(layer.stands_for_transposed) != (flipped if rows else not flipped):
             raise TypeError(f"{name} reads the weight that {type(layer).__name__} stands for askew")
         return _as_called(layer, x, bias)
 
@@ -70,6 +57,25 @@ class Layer(nn.Module):
 
     def t(self) -> _Transposed:
         return _Transposed(self)
+
+
+class Layer(StandsForWeight):
+    """A module that a pass installs, and that can be saved without pickle.
+
+    A subclass takes `device` and `dtype` among its constructor's keyword arguments, keeps every
+    other argument as the attribute of its name (JSON values), and every tensor as a parameter or a
+    buffer: `type(layer)(**layer.config(), device=…, dtype=…)` builds a layer with the same
+    state_dict.
+    """
+
+    op: ClassVar[str] = ""
+    """The name that printed graphs show, e.g. `low_rank`."""
+
+    packed: ClassVar[Mapping[str, int]] = {}
+    """Of each buffer that holds more than one weight an element, how many: of 4-bit weights 2."""
+
+    once_scalars: ClassVar[tuple[str, ...]] = ()
+    """Parameters [1] that version 0.1.0 had as scalars: `fully_shard` takes none."""
 
     def __prepare_scriptable__(self) -> Layer:
         """What `torch.jit.script` asks first.
@@ -218,7 +224,7 @@ class LinearLayer(Layer, nn.Linear):
         raise OptionError(f"{type(self).__name__} does not say how it is drawn anew")
 
     def _become_dense(self, weight: Tensor) -> Tensor:
-        if type(self) is nn.Linear:  # a write may come in two steps
+        if not isinstance(self, Layer):  # a write may come in two steps
             with torch.no_grad():
                 return self.weight.copy_(weight)
         shape, bias = (self.out_features, self.in_features), self.bias
@@ -239,9 +245,14 @@ class LinearLayer(Layer, nn.Linear):
             vars(self).pop(name, None)
         self._buffers.clear()
         self._parameters.clear()
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        bare = self.stands_for_transposed is not None
+        self.__class__ = DenseWeight if bare else nn.Linear  # type: ignore[assignment]
         self._parameters.update(weight=weight, bias=bias)
         return weight
+
+
+class DenseWeight(StandsForWeight, nn.Linear):
+    """The `nn.Linear` in the place of a bare weight; saved as an `nn.Linear`."""
 
 
 _LINEAR = ("input", "weight", "bias")
@@ -251,10 +262,10 @@ _OF_TENSORS = ("device", "dtype")
 class _Transposed:
     """`layer.T` in code that knew a weight: the right-hand side of `x @ weight.T`."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: StandsForWeight) -> None:
         self.layer = layer
 
-    __torch_function__ = Layer.__torch_function__
+    __torch_function__ = StandsForWeight.__torch_function__
 
 
 class _InOnePiece:
@@ -276,7 +287,7 @@ def _in_one_piece(layer: Layer) -> OptionError:
     )
 
 
-def _as_called(layer: Layer, x: Tensor, bias: Tensor | None) -> Tensor:
+def _as_called(layer: StandsForWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     own = getattr(layer, "bias", None)
     if own is None and bias is not None:  # made on the fly: it was no part of the layer
         result = layer(x)

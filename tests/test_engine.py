@@ -12,11 +12,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_equal
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
-from rewriter import ACTIVATION, CONV, LINEAR, MLP, Pass, Phase, Replacement, Site, Skip, rewrite
+from rewriter import (
+    ACTIVATION,
+    CONV,
+    LINEAR,
+    MLP,
+    Pass,
+    Phase,
+    Replacement,
+    Site,
+    Skip,
+    load,
+    rewrite,
+)
 from rewriter.capture import Capture, capture
 from rewriter.engine.decide import timed
 from rewriter.engine.looking import sites_of
@@ -26,6 +39,7 @@ from rewriter.errors import OptionError, PassError, RewriteWarning, VerifyError
 from rewriter.passes import Densify, Monarch, Quadratic, Quantize, TopK
 from rewriter.passes.monarch import MonarchLinear
 from rewriter.passes.quadratic import QuadraticLinear
+from rewriter.passes.quantize import QuantizedLinear
 from rewriter.report.graph_text import graph_text
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -449,7 +463,6 @@ def test_verify_a_tie_that_is_half_replaced() -> None:
 
 
 def test_a_rewritten_model_is_rewritten_again(tmp_path: pathlib.Path) -> None:
-    from rewriter import load
 
     original = Net().eval()
     first = rewrite(original, [Monarch(nblocks=4)], X)
@@ -482,6 +495,43 @@ def test_functional_places_are_rewritten_again() -> None:
     again = rewrite(rewrite(model, [Monarch(nblocks=4)], X), [Quantize()], X)
     assert again.w.stands_for_transposed
     assert_close(again(X), result(X))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_dense_layer_in_the_place_of_a_weight_is_called_by_python(
+    transposed: bool, tmp_path: pathlib.Path
+) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.w if transposed else F.linear(x, self.w)
+
+    model = Functional().eval()
+    result = rewrite(model, [Monarch(nblocks=4), Densify()], X)
+    assert isinstance(result.w, nn.Linear)
+    assert_close(type(model).forward(result, X), result(X))
+    result.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved", model)
+    assert_equal(loaded(X), result(X))
+    assert_close(type(model).forward(loaded, X), result(X))
+    assert isinstance(rewrite(result, [Quantize()], X).w, QuantizedLinear)
+
+
+def test_what_python_cannot_call_in_the_place_of_a_weight_is_refused() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.w)
+
+    own = By(lambda s: Replacement(nn.Sequential(nn.Linear(16, 16, bias=False))))
+    with pytest.raises(PassError, match=r"w is a weight that Python .* not a Sequential"):
+        rewrite(Functional(), [own], X)
 
 
 # text and example

@@ -12,7 +12,7 @@ import pytest
 from fuzz.graphs import check, check_written, describe
 from fuzz.models import Source
 
-from rewriter.passes import Monarch, MonarchChain, Quantize
+from rewriter.passes import Densify, Monarch, MonarchChain, Quantize
 
 CASES, PART = 200, 20
 FAILED: dict[str, tuple[Source, list[Any]]] = {
@@ -57,6 +57,13 @@ FAILED: dict[str, tuple[Source, list[Any]]] = {
             body=["x = self.first(input=x)", "x = x if x.sum() > 0 else -x"],
         ),
         [MonarchChain(order=2), Quantize("int8-dynamic")],
+    ),
+    "a weight that Python reads by hand, of a layer that is dense again": (
+        Source(
+            init=["self.first = Scaled(8, 8)", "self.second = Own(8, 8)"],
+            body=["x = self.second(self.first(x))", "x = x if x.sum() > 0 else -x"],
+        ),
+        [Monarch(nblocks=2), Densify()],
     ),
 }
 

@@ -14,7 +14,7 @@ from rewriter.capture import Capture
 from rewriter.edits import Cut
 from rewriter.edits.blocks import dead_nodes
 from rewriter.errors import PassError
-from rewriter.layer import Layer
+from rewriter.layer import DenseWeight, StandsForWeight
 from rewriter.modules.bypass import Bypass
 from rewriter.modules.pointwise import Pointwise
 from rewriter.modules.tensors import named_tensors, put_tensor
@@ -45,10 +45,10 @@ def put(capture: Capture, site: Site, layer: nn.Module, names: Mapping[int, list
             prefix = prefixes[id(node.graph)]
             name = site.fqn.removeprefix(f"{prefix}.") if prefix else site.fqn
             _call_instead(node, name, kept_bias=site.bias_ref is None)
-    if isinstance(layer, Layer):
-        # what Python code that reads the weight by hand sees in its place
-        stood = getattr(old, "stands_for_transposed", False)
-        layer.stands_for_transposed = stood if old is not None else site.transposed
+    bare: bool | None = site.transposed if site.weight_ref == site.fqn else None
+    if old is not None:
+        bare = getattr(old, "stands_for_transposed", None)
+    _stand_in(layer, bare, site.fqn)
     if old is not None:
         _take_hooks(old, layer)
         if isinstance(old, Pointwise) and isinstance(layer, Pointwise):
@@ -68,6 +68,28 @@ def put(capture: Capture, site: Site, layer: nn.Module, names: Mapping[int, list
     if hasattr(holder, name):
         raise PassError(f"{site.fqn} exists already: cannot install a layer there")
     holder.add_module(name, layer)
+
+
+def _stand_in(layer: nn.Module, transposed: bool | None, fqn: str) -> None:
+    """What Python code that reads a bare weight by hand sees in its place.
+
+    Args:
+        layer: the new one.
+        transposed: how the weight was stored; None where a module is replaced.
+        fqn: name of the place.
+
+    Raises:
+        PassError: Python code could not call the layer there.
+    """
+    if transposed is not None and type(layer) is nn.Linear:
+        layer.__class__ = DenseWeight
+    if isinstance(layer, StandsForWeight):
+        layer.stands_for_transposed = transposed
+    elif transposed is not None and not hasattr(layer, "__torch_function__"):
+        raise PassError(
+            f"{fqn} is a weight that Python code reads by hand: only a rewriter.base.Layer or an "
+            f"nn.Linear can take its place, not a {type(layer).__name__}"
+        )
 
 
 def cut_graphs(capture: Capture, cuts: Sequence[Cut], names: Sequence[str]) -> None:

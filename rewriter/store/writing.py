@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rewriter.base import Layer
 from rewriter.capture.hosted import State, original_class
 from rewriter.errors import PATH, StoreError, of_type
+from rewriter.layer import DenseWeight
 from rewriter.modules.pointwise import inner
 from rewriter.modules.tensors import (
     extra_states,
@@ -193,7 +194,7 @@ def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         origin = recipe.origins.get(fqn)
         entries.append({
             "name": fqn,
-            "class": class_name(own_class(inner(layer))),
+            "class": class_name(_class(inner(layer))),
             "config": _config(inner(layer), fqn),
             "channels": None if installed.channels is None else installed.channels.to_json(),
             "same_as": next(n for n in recipe.installed if modules.get(n) is layer),
@@ -208,10 +209,14 @@ def _entries(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return entries
 
 
+def _class(layer: nn.Module) -> type[nn.Module]:
+    return nn.Linear if isinstance(layer, DenseWeight) else own_class(layer)
+
+
 def _config(layer: nn.Module, fqn: str) -> dict[str, Any]:
     if isinstance(layer, Layer):
         config = dict(layer.config())
-    elif own_class(layer) is nn.Linear:
+    elif isinstance(layer, nn.Linear) and _class(layer) is nn.Linear:
         config = {
             "in_features": layer.in_features,
             "out_features": layer.out_features,
