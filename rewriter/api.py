@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from rewriter.engine.pipeline import copied, run
 from rewriter.engine.undo import restored_on_error
 from rewriter.errors import CaptureError, OptionError, RewriteError, one_of, warn
 from rewriter.lowering import Rule, checked
+from rewriter.modules.paths import path_of
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.parse import parse_pass
 from rewriter.report import Report
@@ -234,7 +234,7 @@ def export(
     """
     if example_inputs is None:
         raise CaptureError("export needs example_inputs: one real batch of the model")
-    path = None if package is None else Path(package)
+    path = None if package is None else path_of(package, "package")
     one_of("format", format, FORMATS)
     if path is not None and path.suffix != f".{format}":
         raise OptionError(f"package={str(path)!r}: the suffix must be .{format}")

@@ -13,7 +13,7 @@ from rewriter.errors import OptionError, warn
 from rewriter.modules.computed import computed
 from rewriter.modules.tree import own_class
 
-__all__ = ["Layer", "LinearLayer"]
+__all__ = ["Layer", "LinearLayer", "unscriptable"]
 
 
 class Layer(nn.Module):
@@ -77,11 +77,7 @@ class Layer(nn.Module):
         Raises:
             OptionError: always.
         """
-        raise OptionError(
-            f"{type(self).__name__} cannot be scripted, and torch.jit.script is deprecated: use "
-            "torch.export.export, torch.compile or torch.jit.trace, or script the model before it "
-            "is rewritten"
-        )
+        raise unscriptable(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """A parameter under the name of a property is that property's to take or to refuse."""
@@ -242,6 +238,15 @@ class LinearLayer(Layer, nn.Linear):
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self._parameters.update(weight=weight, bias=bias)
         return weight
+
+
+def unscriptable(module: nn.Module) -> OptionError:
+    """What `torch.jit.script` is told of a layer of ours, or a model with a generated forward."""
+    return OptionError(
+        f"{type(module).__name__} cannot be scripted, and torch.jit.script is deprecated: use "
+        "torch.export.export, torch.compile or torch.jit.trace, or script the model before it is "
+        "rewritten"
+    )
 
 
 _LINEAR = ("input", "weight", "bias")

@@ -34,7 +34,10 @@ from rewriter import (
     RewriteWarning,
     Site,
     StoreError,
+    export,
+    from_pretrained,
     load,
+    plan_memory,
     rewrite,
 )
 from rewriter.base import as_parameter
@@ -791,6 +794,37 @@ def test_an_interrupt_leaves_the_old_save(
     with pytest.raises(KeyboardInterrupt):
         rewritten(MLP(), [Monarch()]).save(saved)
     assert files(saved) == before
+
+
+UNUSABLE = {"zero byte": "a\0b", "half a character": "\ud800", "too long": "x" * 300}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_name_that_no_file_can_have_is_refused_wherever_a_path_is_given(
+    kind: str, tmp_path: pathlib.Path
+) -> None:
+    """Some of torch's writers end the process for half a character, or cut the name at the zero."""
+    name = str(tmp_path / UNUSABLE[kind])
+    model, x = MLP(), torch.randn(4, 32)
+    rewritten = rewrite(model, [Monarch(nblocks=4)], x)
+    for opened in (
+        lambda: rewritten.save(name),
+        lambda: load(name, model),
+        lambda: from_pretrained(MLP, name),
+        lambda: rewritten.report.save(f"{name}.json"),
+        lambda: plan_memory(model, x).save(f"{name}.json"),
+        lambda: export(model, [], x, package=f"{name}.pt2"),
+        lambda: export(model, [], x, package=f"{name}.onnx", format="onnx"),
+    ):
+        with pytest.raises(StoreError, match=r"no file can be called so|name too long"):
+            opened()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_path_is_refused() -> None:
+    for path in (3, None, b"bytes", ["a"]):
+        with pytest.raises(OptionError, match="directory=.*: give a path"):
+            load(path, MLP())  # type: ignore[arg-type]
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: pathlib.Path) -> None:

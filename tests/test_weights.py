@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_equal, assert_reordered
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from rewriter import rewrite
 from rewriter.errors import OptionError, RewriteWarning
 from rewriter.layer import Layer
 from rewriter.passes import (
@@ -158,3 +159,18 @@ def test_a_layer_is_traced_and_says_why_it_is_not_scripted(name: str) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(layer, x)
         assert_equal(traced(2 * x), layer(2 * x))
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_torch_fx_traces_through_a_layer(name: str) -> None:
+    layer, x = COMPUTED[name](), torch.randn(3, 8)
+    traced = fx.symbolic_trace(nn.Sequential(layer))
+    assert_equal(traced(x), layer(x))
+    assert_equal(fx.symbolic_trace(traced)(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_rewritten_model_without_a_layer_of_ours_says_why_it_is_not_scripted() -> None:
+    found = rewrite(nn.Sequential(nn.Linear(8, 8)), [], torch.randn(3, 8))
+    with pytest.raises(OptionError, match=r"deprecated: use torch.export.export"):
+        torch.jit.script(nn.Sequential(found))

@@ -28,6 +28,7 @@ from torch import nn
 
 from rewriter.capture.forms import Form, Lowered, PlannedSteps, State
 from rewriter.capture.program import Program, _Op, _Ref  # noqa: F401 (0.1.0 pickled them as of here)
+from rewriter.layer import unscriptable
 
 __all__ = [
     "Form",
@@ -54,6 +55,14 @@ class Hosted(nn.Module):
         assert isinstance(reduced, tuple)
         root = isinstance(self, _mixin(root=True))
         return (_rebuild, (original_class(self), root, _own_names(self)), *reduced[2:])
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` asks first.
+
+        Raises:
+            OptionError: always.
+        """
+        raise unscriptable(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rewriter.base import Layer
 from rewriter.capture.hosted import State, original_class
 from rewriter.errors import StoreError
+from rewriter.modules.paths import path_of
 from rewriter.modules.pointwise import inner
 from rewriter.modules.tensors import (
     extra_states,
@@ -117,7 +118,7 @@ def save(
         # the calls so far are those of this process
         "report": {k: v for k, v in report.to_dict().items() if k != "forms"},
     }
-    path = pathlib.Path(directory)
+    path = path_of(directory, "directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path) as alone:
