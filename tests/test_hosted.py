@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import threading
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from closeness import assert_equal, assert_reordered
 from torch import Tensor, nn
 
-from rewriter import RewriteWarning, SignatureError, rewrite
+from rewriter import RewriteError, RewriteWarning, SignatureError, rewrite
+from rewriter.passes import Monarch, MonarchLinear
 
 X = torch.arange(32.0).view(4, 8) / 16 - 1
 
@@ -220,6 +222,39 @@ def test_strict_signature_raises(captured: tuple[nn.Module, nn.Module]) -> None:
     rewritten.inner.scale = 2.0
     with pytest.raises(SignatureError, match="'scale' of inner"):
         rewritten(X)
+
+
+class Sized(nn.Module):
+    def __init__(self, width: int, *, deep: bool = False) -> None:
+        super().__init__()
+        self.width = width
+        self.a = nn.Linear(16, width)
+        self.b = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x).relu())
+        return out
+
+
+def test_the_class_of_a_rewritten_model_builds_the_original_anew() -> None:
+    """What Lightning's `load_from_checkpoint` does, and `type(self)(self.config)` in libraries."""
+    x = torch.randn(3, 16)
+    rewritten: Any = rewrite(Sized(32), [Monarch(nblocks=4)], x)
+    assert inspect.signature(type(rewritten)) == inspect.signature(Sized)
+    fresh = type(rewritten)(24, deep=True)
+    assert type(fresh) is Sized
+    assert fresh.double()(x.double()).shape == (3, 4)
+    assert isinstance(rewrite(fresh.float(), [Monarch(nblocks=4)], x).a, MonarchLinear)
+    rewritten.__init__(32)
+    assert type(rewritten) is Sized
+    assert type(rewritten.a) is nn.Linear
+
+
+def test_a_class_derived_from_that_of_a_rewritten_model_is_refused() -> None:
+    rewritten = rewrite(Sized(32), [], torch.randn(3, 16))
+    derived = type("Derived", (type(rewritten),), {})
+    with pytest.raises(RewriteError, match="derive it from the original class"):
+        derived(32)
 
 
 def test_copies_keep_what_was_taken_for_granted(captured: tuple[nn.Module, nn.Module]) -> None:

@@ -22,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import rewriter
@@ -819,6 +820,15 @@ def test_a_name_that_no_file_can_have_is_refused_wherever_a_path_is_given(
         with pytest.raises(StoreError, match=r"no file can be called so|name too long"):
             opened()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wrapper_is_told_which_model_inside_can_be_saved(tmp_path: pathlib.Path) -> None:
+    inner = rewrite(MLP(), [Monarch(nblocks=4)], torch.randn(4, 32))
+    compiled = torch.compile(inner, backend="eager")
+    for wrapper, name in ((compiled, "_orig_mod"), (AveragedModel(inner), "module"),
+                          (nn.Sequential(nn.ReLU(), inner), "1")):  # fmt: skip
+        with pytest.raises(StoreError, match=f"inside it that was, is its '{name}': give that one"):
+            rewriter.save(wrapper, tmp_path)
 
 
 def test_what_is_no_path_is_refused() -> None:
