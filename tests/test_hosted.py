@@ -224,6 +224,82 @@ def test_strict_signature_raises(captured: tuple[nn.Module, nn.Module]) -> None:
         rewritten(X)
 
 
+class Asking(nn.Module):
+    """Code that asks whether a tensor, or a layer, is there."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        if kind == "parameter":
+            self.register_parameter("extra", None)
+        elif kind == "buffer":
+            self.register_buffer("extra", None)
+        elif kind != "nowhere":
+            self.extra = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        extra = getattr(self, "extra", None)
+        if extra is None:
+            return y
+        return extra(y) if isinstance(extra, nn.Module) else y * extra
+
+
+EXTRAS: dict[str, Callable[[], Any]] = {
+    "parameter": lambda: nn.Parameter(torch.full((8,), 3.0)),
+    "nowhere": lambda: nn.Parameter(torch.full((8,), 3.0)),
+    "buffer": lambda: torch.full((8,), 3.0),
+    "attribute": lambda: torch.full((8,), 3.0),
+    "module": nn.Tanh,
+}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("kind", EXTRAS)
+@pytest.mark.filterwarnings("ignore::rewriter.RewriteWarning")
+def test_what_was_none_and_is_there_now_is_not_passed_over(kind: str, there: bool) -> None:
+    model: Any = Asking(kind)
+    if there:
+        model.extra = EXTRAS[kind]()
+    rewritten: Any = rewrite(model, [], X)
+    for _ in range(3):
+        there = not there
+        for one in (model, rewritten):
+            one.extra = EXTRAS[kind]() if there else None
+        assert_equal(rewritten(X), model(X))
+
+
+class Reparametrized(nn.Module):
+    """RepVGG's: eval mode makes one layer of two, train mode drops it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.fused: nn.Linear | None = None
+
+    def train(self, mode: bool = True) -> Reparametrized:
+        super().train(mode)
+        if mode:
+            self.fused = None
+        elif self.fused is None:
+            self.fused = nn.Linear(8, 8)
+            self.fused.weight.data = self.a.weight.data + self.b.weight.data
+            self.fused.bias.data = self.a.bias.data + self.b.bias.data
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) if self.fused is None else self.fused(x)
+
+
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.filterwarnings("ignore::rewriter.RewriteWarning")
+def test_a_layer_that_only_one_mode_has(mode: bool) -> None:
+    model = Reparametrized().train(mode)
+    rewritten = rewrite(model, [], X)
+    for now in (mode, not mode, mode):
+        assert_equal(rewritten.train(now)(X), model.train(now)(X))
+
+
 class Sized(nn.Module):
     def __init__(self, width: int, *, deep: bool = False) -> None:
         super().__init__()
