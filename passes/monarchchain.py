@@ -35,13 +35,16 @@ from rewriter.sites import LINEAR, Kind, Site
 
 __all__ = ["MonarchChain", "MonarchChainLinear"]
 
+torch.fx.wrap("chain_linear")  # one node of torch.fx.symbolic_trace: it compares sizes
+
 
 def _check(order: object, stars: object, expansion: object) -> None:
-    # 2^64 features have no more axes than 64; each is a factor of its own, as each star is two
+    # 2^64 features have no more axes than 64; each is a factor of its own, as each star is two, and
+    # an expansion makes every one of them so many times as large
     for name, value, least, most in (
         ("order", order, 2, 64),
         ("stars", stars, 0, 64),
-        ("expansion", expansion, 1, None),
+        ("expansion", expansion, 1, 64),
     ):
         whole_number(name, value, least, most)
     if stars and order != 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -47,7 +48,7 @@ class ResizeMLP(Pass):
     def __post_init__(self) -> None:
         keep = self.keep
         number = isinstance(keep, int | float) and not isinstance(keep, bool)
-        if not number or not (0 < keep < 1 or (keep >= 1 and keep == int(keep))):
+        if not number or not (0 < keep < 1 or (1 <= keep < math.inf and keep == int(keep))):
             raise OptionError(f"keep={keep!r}: use a whole number, or a fraction between 0 and 1")
         if self.by not in ("weight", "activation"):
             raise OptionError(f"by={self.by!r}: use 'weight' or 'activation'")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -32,6 +31,7 @@ from rewriter.errors import (
     warn,
 )
 from rewriter.lowering import Rule, checked
+from rewriter.modules.paths import path_of
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.parse import parse_pass
 from rewriter.report import Report
@@ -247,7 +247,7 @@ def export(
         raise CaptureError("export needs example_inputs: one real batch of the model")
     wanted = "where to write, a path, or None"
     of_type("export", "package", package, (*PATH, type(None)), wanted)
-    path = None if package is None else Path(package)
+    path = None if package is None else path_of(package, "package")
     one_of("format", format, FORMATS)
     if path is not None and path.suffix != f".{format}":
         raise OptionError(f"package={str(path)!r}: the suffix must be .{format}")

@@ -228,7 +228,7 @@ def read_number(text: str, kind: type) -> Any:
         value = kind(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if kind is int or math.isfinite(value) else None
 
 
 def as_parameter(tensor: Tensor, like: Tensor | None = None) -> nn.Parameter:

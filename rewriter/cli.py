@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rewriter.errors import OptionError, RewriteError, StoreError, printable
+from rewriter.modules.paths import path_of
 
 __all__ = ["main"]
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings():
             args.run(args)
     except RewriteError as error:
-        print(f"rewriter: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"rewriter: error: {_shortened(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `rewriter devices | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,8 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Argparse's, whose errors quote what was given: at any length, with all that it holds."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_shortened(printable(message)))
+
+
+def _shortened(text: str, most: int = 1000) -> str:
+    """The text, or where it is longer its beginning and its end, which says what to do."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="rewriter", description="Rewrites PyTorch models and says what each rewrite costs."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -101,14 +114,14 @@ def _report(args: argparse.Namespace) -> None:
 
     # all that can be wrong is looked at before the long work
     files = {n: p for n in _SUFFIX if (p := getattr(args, n)) is not None}
-    printed = [n for n, path in files.items() if str(path) == "-"]
+    printed = [n for n, path in files.items() if n != "html" and str(path) == "-"]
     if len(printed) > 1:
         raise OptionError("--json and --markdown cannot both be printed: give one a file")
     for name, path in files.items():
         if name not in printed:
             _check_file(name, path)
     passes = [parse_pass(text) for text in args.passes]
-    sizes = parse_sizes(args.at)
+    sizes: dict[str, Any] = {**parse_sizes(args.at)}
     sizes |= {n: v for n in ("batch", "sequence") if (v := getattr(args, n)) is not None}
     if args.max_error is not None and not args.max_error >= 0:
         raise OptionError(f"--max-error {args.max_error}: use a number of at least 0")
@@ -131,7 +144,7 @@ def _report(args: argparse.Namespace) -> None:
             measure=args.measure,
         )
     if sizes:
-        report = report.at(None, **sizes)
+        report = report.at(**sizes)
     for name, path in files.items():
         if name not in printed:
             report.save(path)
@@ -160,9 +173,10 @@ def _check_file(name: str, path: Path) -> None:
 
     Raises:
         OptionError: the suffix is another format's.
-        StoreError: the folder is missing or may not be written to, or the path is a folder.
+        StoreError: the folder is missing or may not be written to, or the path is a folder, or none
+            that a file can have.
     """
-    if path.is_dir():
+    if path_of(path, f"--{name}").is_dir():
         raise StoreError(f"cannot write {path}: it is a directory")
     if path.suffix.lower() != _SUFFIX[name]:
         raise OptionError(f"--{name} {path}: the suffix must be {_SUFFIX[name]}")

@@ -14,7 +14,7 @@ from rewriter.errors import OptionError, warn
 from rewriter.modules.computed import computed
 from rewriter.modules.tree import own_class
 
-__all__ = ["DenseWeight", "Layer", "LinearLayer", "StandsForWeight"]
+__all__ = ["DenseWeight", "Layer", "LinearLayer", "StandsForWeight", "unscriptable"]
 
 
 class StandsForWeight(nn.Module):
@@ -83,11 +83,7 @@ class Layer(StandsForWeight):
         Raises:
             OptionError: always.
         """
-        raise OptionError(
-            f"{type(self).__name__} cannot be scripted, and torch.jit.script is deprecated: use "
-            "torch.export.export, torch.compile or torch.jit.trace, or script the model before it "
-            "is rewritten"
-        )
+        raise unscriptable(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """A parameter under the name of a property is that property's to take or to refuse."""
@@ -253,6 +249,15 @@ class LinearLayer(Layer, nn.Linear):
 
 class DenseWeight(StandsForWeight, nn.Linear):
     """The `nn.Linear` in the place of a bare weight; saved as an `nn.Linear`."""
+
+
+def unscriptable(module: nn.Module) -> OptionError:
+    """What `torch.jit.script` is told of a layer of ours, or a model with a generated forward."""
+    return OptionError(
+        f"{type(module).__name__} cannot be scripted, and torch.jit.script is deprecated: use "
+        "torch.export.export, torch.compile or torch.jit.trace, or script the model before it is "
+        "rewritten"
+    )
 
 
 _LINEAR = ("input", "weight", "bias")

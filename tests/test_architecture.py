@@ -164,6 +164,7 @@ MAY_MUTATE = {
     "rewriter/sites.py": "builds a root around a free-standing module",
     "rewriter/lowering/lowering.py": "makes the lowered graph, a copy of the eval graph",
     "rewriter/lowering/planning.py": "makes the lowered graph, a copy of the eval graph",
+    "rewriter/modules/pointwise.py": "hands a parameter that user code sets to the layer inside",
     "rewriter/modules/generated.py": "copies a graph whose names cannot be written as code",
     "rewriter/modules/quiet.py": "keeps a tracer's patches of nn.Module from other threads",
     # weights into models, and models out of recipes

@@ -116,6 +116,8 @@ def test_a_pass_is_what_its_text_and_its_stored_options_say(rewrite: Pass) -> No
         ("monarhc", "no pass is called 'monarhc'; did you mean 'monarch'"),
         ("monarch:nblock=4", "no option 'nblock'; did you mean 'nblocks'"),
         ("monarch:nblocks=0", "at least 1"),
+        ("monarch:nblocks=-1" + "0" * 400, "at least 1"),
+        ("resizemlp:keep=1" + "0" * 400 + ".5", "must be an integer or a number"),
         ("monarch:nblocks=four", "must be an integer"),
         ("monarch:4,2", "write '2' as option=value"),
         ("monarch:4,nblocks=2", "gives nblocks twice"),
@@ -174,6 +176,14 @@ def test_a_file_and_no_inputs(here: Path, capsys: pytest.CaptureFixture[str]) ->
         (["models_of_mine:make", "--json", "."], "it is a directory"),
         (["models_of_mine:make", "--at", "batch"], "write size=number"),
         (["models_of_mine:make", "--at", "bach=3"], "did you mean batch"),
+        (["models_of_mine:make", "--at", "self=4"], "no open size is called 'self'"),
+        (["models_of_mine:make", "--at", "device=4"], "device is named by text"),
+        (["models_of_mine:make", "--html", "-"], "the suffix must be .html"),
+        (["models_of_mine:make", "--html", "a\0.html"], "no file can be called so"),
+        (["models_of_mine:make", "--json", "\ud800.json"], "no file can be called so"),
+        (["models_of_mine:make", "--json", "x" * 300 + ".json"], "name too long"),
+        (["models_of_mine:make", "--pass", "monarch:" + "a" * 10**6], "at least 1, got 'aaa"),
+        (["x" * 10**6], "e.g. mymodels:resnet or path.py:resnet"),
     ],
 )
 def test_errors_are_one_line(
@@ -182,6 +192,7 @@ def test_errors_are_one_line(
     assert main(["report", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("rewriter: ")
+    assert len(line) < 1100
     with pytest.raises(AssertionError, match=match):
         raise AssertionError(line)
 
@@ -203,6 +214,19 @@ def test_names_cannot_give_the_terminal_orders(
         assert not {"\x1b", "\x9b"} & set(shown)
         if form == ["--json"]:
             assert json.loads(shown)["steps"][1]["decisions"][0]["site"] == "\x1b[31mred\x9b"
+
+
+@pytest.mark.parametrize("given", ["x" * 10**6, "\x1b[2J\u202e"], ids=["long", "orders"])
+def test_an_argument_that_is_none_cannot_flood_the_terminal_or_give_it_orders(
+    capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    for arguments in ([given], ["report", "m:f", "--batch", given], ["devices", given]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        shown = capsys.readouterr().err
+        assert len(shown) < 2000
+        assert not {"\x1b", "\u202e"} & set(shown)
 
 
 def test_devices(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import threading
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from closeness import assert_equal, assert_reordered
 from torch import Tensor, nn
 
-from rewriter import RewriteWarning, SignatureError, rewrite
+from rewriter import RewriteError, RewriteWarning, SignatureError, rewrite
+from rewriter.passes import Monarch, MonarchLinear
 
 X = torch.arange(32.0).view(4, 8) / 16 - 1
 
@@ -220,6 +222,115 @@ def test_strict_signature_raises(captured: tuple[nn.Module, nn.Module]) -> None:
     rewritten.inner.scale = 2.0
     with pytest.raises(SignatureError, match="'scale' of inner"):
         rewritten(X)
+
+
+class Asking(nn.Module):
+    """Code that asks whether a tensor, or a layer, is there."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        if kind == "parameter":
+            self.register_parameter("extra", None)
+        elif kind == "buffer":
+            self.register_buffer("extra", None)
+        elif kind != "nowhere":
+            self.extra = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        extra = getattr(self, "extra", None)
+        if extra is None:
+            return y
+        return extra(y) if isinstance(extra, nn.Module) else y * extra
+
+
+EXTRAS: dict[str, Callable[[], Any]] = {
+    "parameter": lambda: nn.Parameter(torch.full((8,), 3.0)),
+    "nowhere": lambda: nn.Parameter(torch.full((8,), 3.0)),
+    "buffer": lambda: torch.full((8,), 3.0),
+    "attribute": lambda: torch.full((8,), 3.0),
+    "module": nn.Tanh,
+}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("kind", EXTRAS)
+@pytest.mark.filterwarnings("ignore::rewriter.RewriteWarning")
+def test_what_was_none_and_is_there_now_is_not_passed_over(kind: str, there: bool) -> None:
+    model: Any = Asking(kind)
+    if there:
+        model.extra = EXTRAS[kind]()
+    rewritten: Any = rewrite(model, [], X)
+    for _ in range(3):
+        there = not there
+        for one in (model, rewritten):
+            one.extra = EXTRAS[kind]() if there else None
+        assert_equal(rewritten(X), model(X))
+
+
+class Reparametrized(nn.Module):
+    """RepVGG's: eval mode makes one layer of two, train mode drops it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.fused: nn.Linear | None = None
+
+    def train(self, mode: bool = True) -> Reparametrized:
+        super().train(mode)
+        if mode:
+            self.fused = None
+        elif self.fused is None:
+            self.fused = nn.Linear(8, 8)
+            self.fused.weight.data = self.a.weight.data + self.b.weight.data
+            self.fused.bias.data = self.a.bias.data + self.b.bias.data
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) if self.fused is None else self.fused(x)
+
+
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.filterwarnings("ignore::rewriter.RewriteWarning")
+def test_a_layer_that_only_one_mode_has(mode: bool) -> None:
+    model = Reparametrized().train(mode)
+    rewritten = rewrite(model, [], X)
+    for now in (mode, not mode, mode):
+        assert_equal(rewritten.train(now)(X), model.train(now)(X))
+
+
+class Sized(nn.Module):
+    def __init__(self, width: int, *, deep: bool = False) -> None:
+        super().__init__()
+        self.width = width
+        self.a = nn.Linear(16, width)
+        self.b = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x).relu())
+        return out
+
+
+def test_the_class_of_a_rewritten_model_builds_the_original_anew() -> None:
+    """What Lightning's `load_from_checkpoint` does, and `type(self)(self.config)` in libraries."""
+    x = torch.randn(3, 16)
+    rewritten: Any = rewrite(Sized(32), [Monarch(nblocks=4)], x)
+    assert inspect.signature(type(rewritten)) == inspect.signature(Sized)
+    fresh = type(rewritten)(24, deep=True)
+    assert type(fresh) is Sized
+    assert fresh.double()(x.double()).shape == (3, 4)
+    assert isinstance(rewrite(fresh.float(), [Monarch(nblocks=4)], x).a, MonarchLinear)
+    rewritten.__init__(32)
+    assert type(rewritten) is Sized
+    assert type(rewritten.a) is nn.Linear
+
+
+def test_a_class_derived_from_that_of_a_rewritten_model_is_refused() -> None:
+    rewritten = rewrite(Sized(32), [], torch.randn(3, 16))
+    derived = type("Derived", (type(rewritten),), {})
+    with pytest.raises(RewriteError, match="derive it from the original class"):
+        derived(32)
 
 
 def test_copies_keep_what_was_taken_for_granted(captured: tuple[nn.Module, nn.Module]) -> None:

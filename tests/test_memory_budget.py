@@ -421,6 +421,8 @@ def test_models_that_cannot_be_planned() -> None:
         plan_memory(mlp(), x, MemoryBudget(0.5, lossy=True))
     with pytest.raises(OptionError, match="capture_seconds=0: use a number"):
         plan_memory(mlp(), x, capture_seconds=0)
+    with pytest.raises(OptionError, match="capture_seconds=1000+: use a number"):
+        plan_memory(mlp(), x, capture_seconds=10**400)
 
 
 @pytest.mark.parametrize(

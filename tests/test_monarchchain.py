@@ -344,6 +344,7 @@ def test_a_member_of_the_class_comes_back() -> None:
         ({"stars": -1}, "stars must be"),
         ({"stars": 1, "expansion": 0}, "expansion must be"),
         ({"expansion": 2}, "expansion=2 is for stars"),
+        ({"stars": 1, "expansion": 10**400}, "expansion must be an integer from 1 to 64"),
         ({"init": "best"}, "MonarchChain: init='best' is unknown; there are project, random"),
     ],
 )

@@ -181,6 +181,7 @@ def test_a_structured_layer_is_not_cut() -> None:
 
 
 @pytest.mark.parametrize("options", [{"keep": 0}, {"keep": 1.5}, {"keep": -2}, {"keep": True},
+                                     {"keep": float("inf")}, {"keep": float("nan")},
                                      {"by": "size"}])  # fmt: skip
 def test_impossible_options(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):

@@ -22,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import rewriter
@@ -34,7 +35,10 @@ from rewriter import (
     RewriteWarning,
     Site,
     StoreError,
+    export,
+    from_pretrained,
     load,
+    plan_memory,
     rewrite,
 )
 from rewriter.base import as_parameter
@@ -792,6 +796,46 @@ def test_an_interrupt_leaves_the_old_save(
     with pytest.raises(KeyboardInterrupt):
         rewritten(MLP(), [Monarch()]).save(saved)
     assert files(saved) == before
+
+
+UNUSABLE = {"zero byte": "a\0b", "half a character": "\ud800", "too long": "x" * 300}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_name_that_no_file_can_have_is_refused_wherever_a_path_is_given(
+    kind: str, tmp_path: pathlib.Path
+) -> None:
+    """Some of torch's writers end the process for half a character, or cut the name at the zero."""
+    name = str(tmp_path / UNUSABLE[kind])
+    model, x = MLP(), torch.randn(4, 32)
+    rewritten = rewrite(model, [Monarch(nblocks=4)], x)
+    for opened in (
+        lambda: rewritten.save(name),
+        lambda: load(name, model),
+        lambda: from_pretrained(MLP, name),
+        lambda: rewritten.report.save(f"{name}.json"),
+        lambda: plan_memory(model, x).save(f"{name}.json"),
+        lambda: export(model, [], x, package=f"{name}.pt2"),
+        lambda: export(model, [], x, package=f"{name}.onnx", format="onnx"),
+    ):
+        with pytest.raises(StoreError, match=r"no file can be called so|name too long"):
+            opened()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrapper_is_told_which_model_inside_can_be_saved(tmp_path: pathlib.Path) -> None:
+    inner = rewrite(MLP(), [Monarch(nblocks=4)], torch.randn(4, 32))
+    compiled = torch.compile(inner, backend="eager")
+    for wrapper, name in ((compiled, "_orig_mod"), (AveragedModel(inner), "module"),
+                          (nn.Sequential(nn.ReLU(), inner), "1")):  # fmt: skip
+        with pytest.raises(StoreError, match=f"inside it that was, is its '{name}': give that one"):
+            rewriter.save(wrapper, tmp_path)
+
+
+def test_what_is_no_path_is_refused() -> None:
+    for path in (3, None, b"bytes", ["a"]):
+        with pytest.raises(OptionError, match="directory=.*: give a path"):
+            load(path, MLP())  # type: ignore[arg-type]
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: pathlib.Path) -> None:

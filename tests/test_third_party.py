@@ -6,16 +6,17 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import rewriter
-from rewriter import OptionError, StoreError, load, rewrite
+from rewriter import LINEAR, OptionError, Pass, Replacement, Site, StoreError, load, rewrite
 from rewriter.cli import main
 from rewriter.recipe import plugins
 from rewriter.recipe.parse import parse_pass
@@ -219,3 +220,45 @@ def test_a_listed_class_that_is_broken_is_said_when_a_recipe_needs_it(
         StoreError, match=r"names theirs.low_rank.LowRank.*and the entry point .* of"
     ):
         load(tmp_path / "saved", net())
+
+
+@dataclass(frozen=True)
+class Halved(Pass):
+    """W x → (W/2) x + (W/2) x, by layers that know nothing of what was trained before."""
+
+    matches = (LINEAR,)
+
+    def propose(self, site: Site) -> Replacement:
+        layer = nn.Linear(2 * site.in_features, site.out_features)
+        layer.weight.data = torch.cat([site.weight.detach() / 2] * 2, 1)
+        layer.bias = cast(nn.Parameter, site.bias)
+        return Replacement(nn.Sequential(_Twice(), layer))
+
+
+class _Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x], -1)
+
+
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+        self.bias = nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("make", [net, ByHand])
+@pytest.mark.parametrize("trains", [(), ("weight",), ("bias",), ("weight", "bias")])
+def test_what_replaces_frozen_weights_is_frozen(
+    make: Callable[[], nn.Module], trains: tuple[str, ...]
+) -> None:
+    model = make()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(trains))
+    rewritten = rewrite(model, [Halved()], X)
+    assert_close(rewritten(X), model(X))
+    for name, parameter in rewritten.named_parameters():
+        assert parameter.requires_grad == name.endswith(trains), name

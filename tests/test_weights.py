@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_equal, assert_reordered
-from torch import Tensor, nn
+from closeness import assert_equal, assert_reordered, sqnr
+from torch import Tensor, fx, nn
 
+from rewriter import Pass, rewrite
 from rewriter.errors import OptionError, RewriteWarning
 from rewriter.layer import Layer
 from rewriter.passes import (
+    Densify,
+    Monarch,
     MonarchChainLinear,
     MonarchLinear,
     MonarchResidualLinear,
     QuadraticLinear,
+    Quantize,
     QuantizedLinear,
     QuantizedMonarch,
     TopKLinear,
@@ -158,3 +162,77 @@ def test_a_layer_is_traced_and_says_why_it_is_not_scripted(name: str) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(layer, x)
         assert_equal(traced(2 * x), layer(2 * x))
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_torch_fx_traces_through_a_layer(name: str) -> None:
+    layer, x = COMPUTED[name](), torch.randn(3, 8)
+    traced = fx.symbolic_trace(nn.Sequential(layer))
+    assert_equal(traced(x), layer(x))
+    assert_equal(fx.symbolic_trace(traced)(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_rewritten_model_without_a_layer_of_ours_says_why_it_is_not_scripted() -> None:
+    found = rewrite(nn.Sequential(nn.Linear(8, 8)), [], torch.randn(3, 8))
+    with pytest.raises(OptionError, match=r"deprecated: use torch.export.export"):
+        torch.jit.script(nn.Sequential(found))
+
+
+CONVOLUTIONS: dict[str, Callable[[Any, Tensor], object]] = {
+    "data +=": lambda c, w: c.weight.data.add_(w),
+    "data =": lambda c, w: setattr(c.weight, "data", w),
+    "parameter": lambda c, w: setattr(c, "weight", nn.Parameter(w)),
+    "init": lambda c, w: nn.init.ones_(c.weight),
+    "slice": lambda c, w: c.weight.data[:2].copy_(w[:2]),
+    "twice": lambda c, w: (c.weight.data.add_(w), setattr(c.weight, "data", c.weight.data * 2)),
+    "bias": lambda c, w: setattr(c, "bias", nn.Parameter(torch.ones(16))),
+}
+
+
+@pytest.mark.parametrize("passes", [[], [Monarch(nblocks=4)], [Monarch(nblocks=4), Densify()]])
+@pytest.mark.parametrize("write", CONVOLUTIONS)
+@pytest.mark.filterwarnings("ignore:the weight of a MonarchLinear")
+def test_no_write_to_a_rewritten_convolution_is_lost(passes: list[Pass], write: str) -> None:
+    x, w = torch.randn(2, 16, 5), torch.randn(16, 16, 1)
+    rewritten: Any = rewrite(nn.Sequential(nn.Conv1d(16, 16, 1)), passes, x)
+    want = nn.Conv1d(16, 16, 1)
+    want.weight.data, want.bias = rewritten[0].weight.detach().clone(), rewritten[0].bias
+    for conv in (rewritten[0], want):
+        CONVOLUTIONS[write](conv, w)
+    assert_reordered(rewritten(x), want(x))
+
+
+class MergingConvolution(nn.Module):
+    """loralib's `ConvLoRA`: the weight of the layer inside holds the adapter in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.down, self.up = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(8, 2))
+        self.merged = False
+
+    def delta(self) -> Tensor:
+        return (self.up @ self.down).view(self.conv.weight.shape)
+
+    def train(self, mode: bool = True) -> MergingConvolution:
+        super().train(mode)
+        if mode is self.merged:
+            self.conv.weight.data += (-1 if mode else 1) * self.delta()
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            out: Tensor = self.conv(x)
+            return out
+        return self.conv._conv_forward(x, self.conv.weight + self.delta(), self.conv.bias)
+
+
+@pytest.mark.filterwarnings("ignore:the weight of a QuantizedLinear")
+def test_an_adapter_of_a_convolution_is_taken_out_and_merged_again() -> None:
+    x = torch.randn(2, 8, 3, 3)
+    model = MergingConvolution().eval()
+    rewritten = rewrite(model, [Quantize("int8-dynamic")], x)
+    for mode in (True, False, True):
+        assert sqnr(rewritten.train(mode)(x), model.train(mode)(x)) > 30

@@ -21,7 +21,8 @@ from rewriter.modules.tree import RECORDED, is_hook_dict, is_recorder, join, rec
 
 __all__ = ["Watch"]
 
-_IGNORED = {"training", "_rewriter", "_parameters", "_buffers", "_non_persistent_buffers_set"}
+_TENSORS = ("_parameters", "_buffers")
+_IGNORED = {"training", "_rewriter", *_TENSORS, "_non_persistent_buffers_set"}
 _IGNORED |= {"_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks"}
 _IGNORED |= {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
 _IGNORED |= {"_forward_hooks_with_kwargs", "_forward_hooks_always_called"}
@@ -75,6 +76,9 @@ class Watch:
         read = None if reads is None else reads.of(owner)
         state: dict[str, Any] = {}
         for key, value in vars(owner).items():
+            if key in _TENSORS and is_module:
+                state[key] = _Given(value)
+                continue
             if key in _IGNORED and is_module:
                 continue
             if is_module and is_hook_dict(key):
@@ -130,6 +134,8 @@ class Watch:
                 found = now[key]
                 if key == "_modules" and isinstance(owner, nn.Module):
                     tests += _children(found, known)
+                elif isinstance(value, _Given):
+                    tests += value.tests(known(found))
                 elif is_hook_dict(key) and isinstance(owner, nn.Module) and not found:
                     tests.append(f"{own}[{key!r}] is {(inner := known(found))} and not {inner}")
                 elif isinstance(value, list | dict | set):
@@ -171,6 +177,8 @@ class Watch:
                     if changed:
                         return f"{changed} was replaced after the rewrite"
                     then[key] = dict(now[key])
+                elif isinstance(value, _Given) and key in now:
+                    return f"{label} {value.difference(now[key])}"
                 elif (
                     is_hook_dict(key)
                     and isinstance(owner, nn.Module)
@@ -197,8 +205,10 @@ class Watch:
 
     def _replaced(self, name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for key in [*then, *now]:
-            inner = join(name, key)
-            if then.get(key) is not now.get(key) and inner not in self._layers:
+            inner, was, found = join(name, key), then.get(key), now.get(key)
+            if found is was:
+                continue
+            if inner not in self._layers or found is None or was is None:  # code asks for None
                 return inner
         return ""
 
@@ -221,6 +231,36 @@ class _Same:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class _Given:
+    """Which tensors a module has, and which are None: code asks for that, and a graph, which reads
+    their values at every call, took the answer."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | None]) -> None:
+        self.given = {name: tensor is not None for name, tensor in tensors.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Given) and self.given == other.given
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def tests(self, tensors: str) -> list[str]:
+        """That they are the same ones, as code; `tensors` is the name of their dict there."""
+        tests = [f"len({tensors}) == {len(self.given)}"] if self.given else [f"not {tensors}"]
+        for name, there in self.given.items():
+            tests.append(f"{tensors}[{name!r}] is {'not ' if there else ''}None")
+        return tests
+
+    def difference(self, tensors: Mapping[str, Tensor | None]) -> str:
+        """What is no more as it was, in words."""
+        now = _Given(tensors).given
+        name = next(n for n in [*self.given, *now] if self.given.get(n) != now.get(n))
+        if name not in now:
+            return f"has no tensor {name!r} any more"
+        if now[name]:
+            return f"has got a tensor {name!r}"
+        return f"has None in place of the tensor {name!r}"
 
 
 def _children(children: Mapping[str, Any], known: Callable[[Any], str]) -> list[str]:
@@ -248,6 +288,8 @@ def _users(hooks: Mapping[Any, Any]) -> dict[Any, Any]:
 def _equal(now: Any, then: Any) -> bool:
     if isinstance(then, _Same):
         return now is then.value
+    if isinstance(then, _Given):
+        return _Given(now) == then
     try:
         return bool(now == then) and not isinstance(now, Tensor)
     except (RuntimeError, ValueError):

@@ -28,6 +28,8 @@ from torch import nn
 
 from rewriter.capture.forms import Form, Lowered, PlannedSteps, State
 from rewriter.capture.program import Program, _Op, _Ref  # noqa: F401 (0.1.0 pickled them as of here)
+from rewriter.errors import RewriteError
+from rewriter.layer import unscriptable
 
 __all__ = [
     "Form",
@@ -54,6 +56,14 @@ class Hosted(nn.Module):
         assert isinstance(reduced, tuple)
         root = isinstance(self, _mixin(root=True))
         return (_rebuild, (original_class(self), root, _own_names(self)), *reduced[2:])
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` asks first.
+
+        Raises:
+            OptionError: always.
+        """
+        raise unscriptable(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -93,7 +103,7 @@ def unhost(module: nn.Module) -> None:
     """Takes the generated forward away again, in place."""
     if "_original_class" in vars(type(module)):
         module.__class__ = original_class(module)
-        del module.__dict__["_rewriter"]
+        module.__dict__.pop("_rewriter", None)
 
 
 def original_class(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
@@ -134,11 +144,22 @@ def _new_class(cls: type[nn.Module], root: bool, own: tuple[str, ...]) -> type[n
         # the class's forward as it is now: it may have been patched since
         return self.__dict__["_rewriter"].run(self, cls.forward, args, kwargs)
 
+    @functools.wraps(cls.__init__)
+    def built_anew(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if "_original_class" not in vars(type(self)):
+            raise RewriteError(
+                f"{type(self).__name__} derives from the class of a rewritten {cls.__name__}: "
+                "derive it from the original class"
+            )
+        unhost(self)  # as `type(model)(…)`, what Lightning's load_from_checkpoint says, means it
+        cls.__init__(self, *args, **kwargs)
+
     mixin: Any = _mixin(root)
     around = mixin.around if hasattr(cls, "save_pretrained") else {}
     namespace: dict[str, Any] = {
         **{name: wrap(getattr(cls, name)) for name, wrap in around.items() if hasattr(cls, name)},
         **{name: _OwnAttribute(name) for name in own},
+        "__init__": built_anew,
         "forward": forward,
         "_original_class": cls,
         "__module__": cls.__module__,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import numbers
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -77,7 +79,8 @@ class Options:
         if limit is not None and not (number and limit >= 0):
             raise OptionError(f"max_error={limit!r}: use a number of at least 0, or None")
         most = self.capture_seconds
-        if isinstance(most, bool) or not (isinstance(most, numbers.Real) and most > 0):
+        number = isinstance(most, numbers.Real) and not isinstance(most, bool)
+        if not (number and (0 < most <= sys.maxsize or most == math.inf)):
             raise OptionError(f"capture_seconds={most!r}: use a number of seconds above 0")
         if not (where is None or isinstance(where, str) or callable(where)):
             raise OptionError(

@@ -18,7 +18,7 @@ from rewriter.layer import DenseWeight, StandsForWeight
 from rewriter.modules.bypass import Bypass
 from rewriter.modules.pointwise import Pointwise
 from rewriter.modules.tensors import named_tensors, put_tensor
-from rewriter.modules.tree import is_hook_dict
+from rewriter.modules.tree import attribute, is_hook_dict
 from rewriter.recipe.edits import Removed, Resized, replayed
 from rewriter.sites import HostedGraph, Site
 from rewriter.spellings import is_adapter, operands, source_of
@@ -40,6 +40,7 @@ def put(capture: Capture, site: Site, layer: nn.Module, names: Mapping[int, list
     prefixes = {id(g): r.prefix for r, _, g in capture.graphs()}
     old = site.place
     layer.train(root.training if old is None else old.training)
+    _keep_frozen(site, layer)
     for node in site.nodes:
         if node.op != "call_module":
             prefix = prefixes[id(node.graph)]
@@ -90,6 +91,19 @@ def _stand_in(layer: nn.Module, transposed: bool | None, fqn: str) -> None:
             f"{fqn} is a weight that Python code reads by hand: only a rewriter.base.Layer or an "
             f"nn.Linear can take its place, not a {type(layer).__name__}"
         )
+
+
+def _keep_frozen(site: Site, layer: nn.Module) -> None:
+    """Freezes the new parameters of a layer in the place of one whose weights are frozen: an
+    optimizer over what requires gradients trains what it did before."""
+    held = [] if site.place is None else [p for p in site.place.parameters() if p is not site.bias]
+    if site.weight_ref is not None:
+        held = [attribute(site.root, site.weight_ref)]
+    if held and not any(t.requires_grad for t in held):
+        kept = {id(p) for p in site.root.parameters()}
+        for parameter in layer.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
 
 
 def cut_graphs(capture: Capture, cuts: Sequence[Cut], names: Sequence[str]) -> None:

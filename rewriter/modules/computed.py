@@ -61,7 +61,7 @@ class _Computed(Tensor):
         own = [t for t in (*args, *kwargs.values()) if isinstance(t, _Computed)]
         with torch._C.DisableTorchFunctionSubclass():
             if func == _SET_DATA and isinstance(args[0], _Computed):
-                args[0]._written(args[1].detach().as_subclass(Tensor))
+                _set(args[0], args[1].detach().as_subclass(Tensor))
                 return None
             if func in (_SET_GRAD, Tensor.requires_grad_) and isinstance(args[0], _Computed):
                 if args[0].requires_grad != (args[1:] or (True,))[0]:
@@ -84,6 +84,19 @@ class _Computed(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(_plain(self), memo)
+
+
+def _set(tensor: _Computed, value: Tensor) -> None:
+    """`tensor.data = value`; a view, such as the weight of a 1×1 convolution, is a part of it all,
+    or has another shape."""
+    whole = tensor._whole
+    if value.shape == tensor.shape and (tensor.shape, tensor.stride()) != (
+        whole.shape,
+        whole.stride(),
+    ):
+        tensor.detach().copy_(value)
+        value = whole
+    tensor._written(value)
 
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
+from rewriter.modules.computed import computed
+
 __all__ = ["Channels", "Pointwise", "inner"]
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -147,9 +149,23 @@ class Pointwise(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[out, in, 1, …] of the layer's own weight, for code that reads its dtype or device."""
+        """[out, in, 1, …] of the layer's own weight; a write to it is one to that."""
         weight: Tensor = self._linear.weight
-        return weight.reshape(*weight.shape, *self.kernel_size)
+        shaped = weight.reshape(*weight.shape, *self.kernel_size)
+        return computed(shaped, self._write) if isinstance(weight, nn.Parameter) else shaped
+
+    def _write(self, weight: Tensor) -> Tensor:
+        self._linear.weight.data = weight.flatten(1)
+        return weight
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; "weight" and "bias" are those of the layer."""
+        if name == "weight" and param is not None:
+            self._linear.weight = nn.Parameter(param.detach().flatten(1), param.requires_grad)
+        elif name == "bias":
+            self._linear.bias = param
+        else:
+            super().register_parameter(name, param)
 
     @property
     def bias(self) -> Tensor | None:
@@ -161,6 +177,10 @@ class Pointwise(nn.Module):
         return self.linear
 
     groups, padding_mode, transposed = 1, "zeros", False
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution by another weight: what adapters call, as of torch's convolutions."""
+        return self.channels.convolve(input, weight, bias)
 
     def forward(self, input: Tensor) -> Tensor:
         if not 0 <= input.dim() - self.channels.spatial - 1 <= 1:

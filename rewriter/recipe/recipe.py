@@ -198,9 +198,21 @@ def example_from_json(data: Any) -> dict[str, Any]:
 
 
 def recipe_of(model: nn.Module) -> tuple[Recipe, Report]:
-    state = vars(model).get("_rewriter") if isinstance(model, nn.Module) else None
-    if state is None or state.recipe is None:
-        raise StoreError(
-            f"{type(model).__name__} was not made by rewriter.rewrite or rewriter.load"
-        )
+    """What was done to a rewritten model, and its ledger.
+
+    Raises:
+        StoreError: it is none; where one is inside (a wrapper's), the message says where.
+    """
+    if not _is_rewritten(model):
+        said = f"{type(model).__name__} was not made by rewriter.rewrite or rewriter.load"
+        inside = model.named_modules() if isinstance(model, nn.Module) else ()
+        if found := next((name for name, m in inside if _is_rewritten(m)), ""):
+            said += f"; the model inside it that was, is its {found!r}: give that one"
+        raise StoreError(said)
+    state = vars(model)["_rewriter"]
     return state.recipe, state.report
+
+
+def _is_rewritten(model: object) -> bool:
+    state = vars(model).get("_rewriter") if isinstance(model, nn.Module) else None
+    return getattr(state, "recipe", None) is not None

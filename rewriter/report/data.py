@@ -109,7 +109,7 @@ class Ledger:
         """Whether some part of the model has no known cost, so the totals miss it."""
         return bool(self.islands) or any("lower bound" in line for line in self.errors)
 
-    def at(self, device: Device | str | None = None, **sizes: int) -> Self:
+    def at(self, /, device: Device | str | None = None, **sizes: int) -> Self:
         """The same ledger at other sizes of the inputs, e.g. `report.at(batch=32, sequence=512)`.
 
         Figures come from formulas over the sizes, found on the first call (`with_formulas`). What

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rewriter.errors import OptionError, StoreError
+from rewriter.modules.paths import path_of
 from rewriter.report import render
 from rewriter.report.data import Ledger
 from rewriter.report.entries import CaptureInfo, Decision, Island, Step, Timeline
@@ -44,7 +45,7 @@ class Report(Ledger):
             OptionError: another suffix.
             StoreError: the file cannot be written.
         """
-        path = Path(path)
+        path = path_of(path, "path")
         writers = {
             ".html": self.to_html,
             ".json": self.to_json,

@@ -20,6 +20,7 @@ from torch import nn
 
 from rewriter.capture.hosted import original_class
 from rewriter.errors import PATH, OptionError, StoreError, of_type
+from rewriter.modules.paths import path_of
 from rewriter.modules.tensors import is_sharded
 from rewriter.store.reading import load
 from rewriter.store.writing import save
@@ -57,7 +58,7 @@ def from_pretrained(
     of_type(call, "cls", cls, type, "the model's class")
     of_type(call, "directory", directory, PATH, "what save_pretrained wrote to, a path")
     original: Any = original_class(cls)
-    if not (pathlib.Path(directory) / "config.json").is_file():
+    if not (path_of(directory, "directory") / "config.json").is_file():
         raise StoreError(f"{directory} has no config.json: it was not written by save_pretrained")
     if hasattr(original, "load_config"):
         model = original.from_config(original.load_config(directory))
@@ -86,7 +87,7 @@ def _around(method: Callable[..., Any]) -> Callable[..., Any]:
         if state.saving:  # one method of the library calls another
             return method(self, *args, **kwargs)
         given = list(signature.bind(self, *args, **kwargs).arguments.values())
-        path = pathlib.Path(given[1])
+        path = path_of(given[1], "directory")
         if kwargs.get("push_to_hub"):
             raise StoreError(
                 "push_to_hub would upload a rewritten model without its recipe: save it, and "

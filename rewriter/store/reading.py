@@ -19,6 +19,7 @@ from rewriter.engine import Engine, Options
 from rewriter.engine.pipeline import prepare
 from rewriter.errors import PATH, StoreError, of_type, warn
 from rewriter.lowering import Verdicts
+from rewriter.modules.paths import path_of
 from rewriter.modules.tensors import named_tensors, tell_replaced
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.edits import replayed
@@ -83,7 +84,7 @@ def load(
         )
     check_extra(layers)
     options = Options(capture_seconds=capture_seconds)
-    with _opened(pathlib.Path(directory), layers, room_for(model)) as (saved, weights):
+    with _opened(path_of(directory, "directory"), layers, room_for(model)) as (saved, weights):
         try:
             root = copy.deepcopy(model)
         except Exception as error:

@@ -20,6 +20,7 @@ from rewriter.base import Layer
 from rewriter.capture.hosted import State, original_class
 from rewriter.errors import PATH, StoreError, of_type
 from rewriter.layer import DenseWeight
+from rewriter.modules.paths import path_of
 from rewriter.modules.pointwise import inner
 from rewriter.modules.tensors import (
     extra_states,
@@ -123,7 +124,7 @@ def save(
         # the calls so far are those of this process
         "report": {k: v for k, v in report.to_dict().items() if k != "forms"},
     }
-    path = pathlib.Path(directory)
+    path = path_of(directory, "directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path) as alone:

@@ -25,6 +25,7 @@ from rewriter.base import Layer
 from rewriter.capture import arguments
 from rewriter.engine.batches import Calibration
 from rewriter.errors import PATH, OptionError, RewriteError, given, of_type
+from rewriter.modules.paths import path_of
 from rewriter.modules.running import modes
 from rewriter.modules.structure import flatten
 from rewriter.training.optimizers import param_groups
@@ -144,7 +145,7 @@ def recover(
     held = [b for i, b in enumerate(every_one) if enough and i % _HELD_OUT == 9]
     fitted = [b for i, b in enumerate(every_one) if not enough or i % _HELD_OUT != 9]
     run = _Run(optimized, teacher, fitted, held or fitted, plan, loss, evaluate)
-    run.folder = None if checkpoint is None else Path(checkpoint)
+    run.folder = None if checkpoint is None else path_of(checkpoint, "checkpoint")
     flags = [(p, p.requires_grad) for p in optimized.parameters()]
     layers = {n: m for n, m in optimized.named_modules() if isinstance(m, Layer)}
     if train == "replaced":

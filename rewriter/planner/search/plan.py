@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, StoreError
+from rewriter.modules.paths import path_of
 from rewriter.planner.budget import MemoryBudget, parse_budget
 from rewriter.planner.joint.joint import Joint
 from rewriter.planner.search.frontier import Frontier, Point
@@ -194,16 +194,20 @@ class MemoryPlan:
 
         Raises:
             OptionError: another suffix.
+            StoreError: the file cannot be written.
         """
-        target = pathlib.Path(path)
-        if target.suffix == ".json":
-            target.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        elif target.suffix == ".txt":
-            target.write_text(f"{self._text(None)}\n", encoding="utf-8")
-        elif target.suffix in (".png", ".svg", ".pdf"):
-            self.plot(target)
-        else:
-            raise OptionError(f"{target.name}: use .json, .txt, .png, .svg or .pdf")
+        target = path_of(path, "path")
+        try:
+            if target.suffix == ".json":
+                target.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            elif target.suffix == ".txt":
+                target.write_text(f"{self._text(None)}\n", encoding="utf-8")
+            elif target.suffix in (".png", ".svg", ".pdf"):
+                self.plot(target)
+            else:
+                raise OptionError(f"{target.name}: use .json, .txt, .png, .svg or .pdf")
+        except OSError as error:
+            raise StoreError(f"cannot write the plan to {target}: {error.strerror}") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """The curve of memory over time, with the chosen plan."""
