@@ -1,9 +1,9 @@
 // Linear layers on a CPU with 8-bit integers: quantize, multiply and finish in one call.
 //
 //   lo[r] = min_k x[r,k]      s[r] = (max_k x[r,k] − lo[r])/255      q[r,k] = round((x[r,k] − lo[r])/s[r])
-//   y[r,n] = f(s[r]·(scale[n]·Σ_k q[r,k] w[n,k]) + bias[n] + lo[r]·offset[n]) + add[r,n]
+//   y[r,n] = f(s[r]·(scale[n]·Σ_k q[r,k] w[n,k]) + bias[n] + lo[r]·(scale[n]·Σ_k w[n,k])) + add[r,n]
 //
-// with offset[n] = scale[n]·Σ_k w[n,k], and f nothing, ReLU, GELU or SiLU. A row of x is read from
+// where f is nothing, ReLU, GELU or SiLU. A row of x is read from
 // memory once and quantized in the nearest cache; the sums of products are exact in int32; what
 // follows a sum happens before it is written. Rounding is that of fbgemm's row-wise quantizer and of
 // the torch operations in int8_linear.py, in their order, so that the results have the same bits.
@@ -48,6 +48,7 @@ INLINE ints spread(const level* p) {
 INLINE some first(long n) { return n >= V ? (some)0xffff : n <= 0 ? (some)0 : (some)((1u << n) - 1); }
 INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE vec load(const float* p, some n) { return _mm512_maskz_loadu_ps(n, p); }
+INLINE ints load(const int32_t* p, some n) { return _mm512_maskz_loadu_epi32(n, p); }
 INLINE void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
 INLINE void store(float* p, vec v, some n) { _mm512_mask_storeu_ps(p, n, v); }
 INLINE vec all(float v) { return _mm512_set1_ps(v); }
@@ -96,6 +97,7 @@ INLINE some first(long n) {
 }
 INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE vec load(const float* p, some n) { return _mm256_maskload_ps(p, n); }
+INLINE ints load(const int32_t* p, some n) { return _mm256_maskload_epi32(p, n); }
 INLINE void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
 INLINE void store(float* p, vec v, some n) { _mm256_maskstore_ps(p, n, v); }
 INLINE vec all(float v) { return _mm256_set1_ps(v); }
@@ -165,7 +167,7 @@ struct Call {
   const float* x;       // [rows, in], rows `stride` apart
   const int8_t* weight; // int8_pack
   const float* scale;   // [out]
-  const float* offset;  // [out]
+  const int32_t* sums;  // [out]: Σ_k w[n,k]
   const float* bias;    // [out] or null
   const float* add;     // [rows, out] or null
   float* y;             // [rows, out]
@@ -309,7 +311,7 @@ __attribute__((noinline)) void tile(const Call& c, const level* q, long width, c
     const long n = n0 + j * V;
     if (n >= c.out) break;
     const some part = first(c.out - n);
-    const vec scale = load(c.scale + n, part), offset = load(c.offset + n, part);
+    const vec scale = load(c.scale + n, part), offset = floats(load(c.sums + n, part)) * scale;
     const vec bias = c.bias ? load(c.bias + n, part) : all(0);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {

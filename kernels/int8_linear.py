@@ -11,11 +11,12 @@ of x, and a constant row (zeros, padding) is exact. ε = 1e-8 is fbgemm's.
 Kernels on the CPU, chosen by measurement per shape and refused where a probe with extreme values
 finds them wrong (u8·s8 instructions without VNNI saturate their int16 pair sums):
 
+    native   of int8_cpu.cpp: quantizer, product of bytes and all that follows in one call
     onednn   fbgemm's row-wise quantizer, oneDNN's packed u8·s8 GEMM with the weight scale fused
     int_mm   the same quantizer, `torch._int_mm` on the weight as it lies: no packed copy
     torch    the same quantizer, products of whole numbers in float32, which are exact
 
-All three give the same bits, so that a result depends neither on the choice nor on the number of
+All of them give the same bits, so that a result depends neither on the choice nor on the number of
 threads. Other devices, and float64, run the formula in plain torch, in x's range.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import ops
+from rewriter.kernels import int8_cpu, ops
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
 
@@ -46,7 +47,9 @@ __all__ = [
     "int8_linear",
     "int8_linear_reference",
     "kernel_name",
+    "PACKED",
     "multiply",
+    "native",
     "onnx_product",
     "packed_weight",
     "pick_kernel",
@@ -58,8 +61,11 @@ __all__ = [
 
 ACTIVATIONS = ("per_token", "per_tensor")
 _EPS = 1e-8
-_FAST = ("onednn", "int_mm")
-_VERSION = "int8-2"
+_FAST = ("native", "onednn", "int_mm")
+PACKED = ("native", "onednn")
+"""Kernels that hold a copy of the weight in a layout of their own."""
+
+_VERSION = "int8-3"
 """Of the kernels: choices that another version of them measured do not count."""
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
@@ -171,9 +177,10 @@ def _formula(
 # Choice of the kernel ----------------------------------------------------------------------------
 
 
-def available_kernels() -> tuple[str, ...]:
+def available_kernels(activation: str = "per_token") -> tuple[str, ...]:
     """The CPU kernels that gave the right answers on this machine; "torch" is always one."""
-    return (*(k for k in _FAST if _refusal(k) is None), "torch")
+    fast = (k for k in _FAST if k != "native" or activation == "per_token")
+    return (*(k for k in fast if _refusal(k) is None), "torch")
 
 
 def refused_kernels() -> dict[str, str]:
@@ -190,7 +197,7 @@ def pick_kernel(
     rounded up to a power of two (at most 2048); remembered per number of threads, for later
     processes too.
     """
-    kernels = available_kernels()  # "torch" too: without int8 instructions it is the fastest
+    kernels = available_kernels(activation)  # "torch" too: the fastest without int8 instructions
     if len(kernels) < 2:
         return kernels[0]
     rows, threads = rows_bucket(tokens), torch.get_num_threads()
@@ -224,6 +231,8 @@ def kernel_name(
 @functools.cache
 def _refusal(kernel: str) -> str | None:
     """Runs the kernel on sums that saturate int16 arithmetic, against exact results."""
+    if kernel == "native" and (reason := int8_cpu.refusal()) is not None:
+        return f"not available: {reason}"
     with torch.inference_mode(False), torch.no_grad():
         for rows, k, n in ((1, 64, 16), (3, 67, 5), (9, 256, 33)):
             x = torch.full((rows, k), 255.0)
@@ -232,7 +241,7 @@ def _refusal(kernel: str) -> str | None:
             qweight = torch.full((n, k), 127, dtype=torch.int8)
             qweight[1::3], qweight[2::3, ::2] = -128, -1
             scale, bias = torch.linspace(0.5, 2.0, n), torch.linspace(-1.0, 1.0, n)
-            for activation in ACTIVATIONS:
+            for activation in ACTIVATIONS[:1] if kernel == "native" else ACTIVATIONS:
                 want = int8_linear_reference(x, qweight, scale, bias, activation)
                 try:
                     got = _run(kernel, x, qweight, scale, bias, activation)
@@ -255,6 +264,7 @@ class _Packed:
         self.stamp = stamp
         self.row_sums = qweight.sum(-1, dtype=torch.int32)
         self.onednn: dict[tuple[int, int], Tensor] = {}
+        self.native: dict[int, Tensor] = {}
 
 
 _CACHE = WeakTensorKeyDictionary()
@@ -424,11 +434,36 @@ def _run(
     activation: str,
 ) -> Tensor:
     """x [rows, k] float32 contiguous, on a CPU, rows·k·n > 0 → [rows, n] float32."""
+    packed = packed_weight(qweight)
+    if kernel == "native":
+        return native(x, qweight, packed, None, scale, bias)
     q, s, lo = quantized = quantize(x, activation)
-    y = multiply(kernel, quantized, qweight, packed_weight(qweight), None, scale, bias)
+    y = multiply(kernel, quantized, qweight, packed, None, scale, bias)
     if isinstance(s, Tensor) and not math.isfinite(s.sum().item()):
         wide = ~s.isfinite().squeeze(1)  # rows whose range is beyond float32, or with NaN or inf
         y[wide] = _plain(x[wide], qweight, scale, bias, activation)
+    return y
+
+
+def native(
+    x: Tensor,
+    qweight: Tensor,
+    packed: _Packed,
+    index: int | None,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The kernel "native", per token: x [rows, k] whose rows are dense × qweight [n, k] (number
+    `index` of the packed stack) → [rows, n]."""
+    own = packed.native.get(index or 0)
+    if own is None:
+        own = packed.native[index or 0] = int8_cpu.pack(qweight.contiguous())
+    sums = packed.row_sums if index is None else packed.row_sums[index]
+    bias = None if bias is None else bias.contiguous()
+    y, wide = int8_cpu.linear(x, own, scale.contiguous(), sums, bias)
+    if wide:
+        rows = ~(x.amax(-1) - x.amin(-1)).isfinite()
+        y[rows] = _plain(x[rows], qweight, scale, bias, "per_token")
     return y
 
 
