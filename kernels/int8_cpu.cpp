@@ -3,6 +3,10 @@
 //   lo[r] = min_k x[r,k]      s[r] = (max_k x[r,k] − lo[r])/255      q[r,k] = round((x[r,k] − lo[r])/s[r])
 //   y[r,n] = f(s[r]·(scale[n]·Σ_k q[r,k] w[n,k]) + bias[n] + lo[r]·(scale[n]·Σ_k w[n,k])) + add[r,n]
 //
+// or, with one range for all of x, 0 in it and lo a multiple of s,
+//
+//   z = round(−lo/s)     q[r,k] = ⌊x[r,k]/s + z + ½⌋     y[r,n] = f(s·scale[n]·(Σ_k q w − z·Σ_k w) + …)
+//
 // where f is nothing, ReLU, GELU or SiLU. A row of x is read from
 // memory once and quantized in the nearest cache; the sums of products are exact in int32; what
 // follows a sum happens before it is written. Rounding is that of fbgemm's row-wise quantizer and of
@@ -59,9 +63,17 @@ INLINE vec most(vec a, vec b) { return _mm512_max_ps(a, b); }
 INLINE bool odd(vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 INLINE float least_of(vec v) { return _mm512_reduce_min_ps(v); }
 INLINE float most_of(vec v) { return _mm512_reduce_max_ps(v); }
-INLINE void put_levels(level* q, vec v) {  // to nearest, ties to even; 0 … 255
-  _mm_storeu_si128((__m128i*)q, _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_cvtps_epi32(v), zero())));
+INLINE void put_bytes(level* q, ints v, long n) {
+  const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, zero()));
+  if (n >= V)
+    _mm_storeu_si128((__m128i*)q, bytes);
+  else
+    _mm_mask_storeu_epi8(q, first(n), bytes);
 }
+INLINE ints nearest(vec v) { return _mm512_cvtps_epi32(v); }
+INLINE ints whole(vec v) { return _mm512_cvttps_epi32(v); }
+INLINE ints times(int32_t a, ints b) { return _mm512_mullo_epi32(_mm512_set1_epi32(a), b); }
+INLINE ints minus(ints a, ints b) { return _mm512_sub_epi32(a, b); }
 INLINE vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 #elif defined(__AVX2__) && defined(__FMA__)
 #define WIDE 0
@@ -114,11 +126,16 @@ INLINE float least_of(vec v) {
   return found;
 }
 INLINE float most_of(vec v) { return -least_of(_mm256_sub_ps(_mm256_setzero_ps(), v)); }
-INLINE void put_levels(level* q, vec v) {
+INLINE void put_bytes(level* q, ints v, long n) {
   int32_t lanes[V];
-  _mm256_storeu_si256((__m256i*)lanes, _mm256_cvtps_epi32(v));
-  for (int i = 0; i < V; i++) q[i] = (level)(lanes[i] < 0 ? 0 : lanes[i] > 255 ? 255 : lanes[i]);
+  _mm256_storeu_si256((__m256i*)lanes, v);
+  if (n > V) n = V;
+  for (int i = 0; i < n; i++) q[i] = (level)(lanes[i] < 0 ? 0 : lanes[i] > 255 ? 255 : lanes[i]);
 }
+INLINE ints nearest(vec v) { return _mm256_cvtps_epi32(v); }
+INLINE ints whole(vec v) { return _mm256_cvttps_epi32(v); }
+INLINE ints times(int32_t a, ints b) { return _mm256_mullo_epi32(_mm256_set1_epi32(a), b); }
+INLINE ints minus(ints a, ints b) { return _mm256_sub_epi32(a, b); }
 INLINE vec fused(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 #else
 #error "neither AVX-512-VNNI nor AVX2"
@@ -173,17 +190,25 @@ struct Call {
   float* y;             // [rows, out]
   void* q;              // int8_scratch bytes
   Parallel parallel;
-  int64_t rows, in, out, stride, then, threads;
+  int64_t rows, in, out, stride, then, one_range, threads;
 };
 
 namespace {
 
 enum Then { NOTHING, RELU, GELU, SILU };
 
+// Levels: to nearest, ties to even; or the whole part. 0 … 255.
+INLINE void put_levels(level* q, vec v, long n) { put_bytes(q, nearest(v), n); }
+INLINE void put_whole(level* q, vec v, long n) { put_bytes(q, whole(v), n); }
+
 // Quantization ------------------------------------------------------------------------------------
 
-// One row: its levels, s and lo. A range that is not finite gives levels of no meaning.
-void quantize_row(const float* x, long n, level* q, long width, float* s, float* lo) {
+struct Range {
+  float low, high;
+  bool bad;  // a value is NaN or infinite
+};
+
+Range range_of(const float* x, long n) {
   vec low = all(__builtin_inff()), high = all(-__builtin_inff()), spoiled = all(0);
   long i = 0;
   for (; i + 2 * V <= n; i += 2 * V) {
@@ -191,24 +216,35 @@ void quantize_row(const float* x, long n, level* q, long width, float* s, float*
     low = least(low, least(a, b)), high = most(high, most(a, b));
     spoiled = fused(a, all(0), fused(b, all(0), spoiled));  // NaN where any is NaN or infinite
   }
-  float l = least_of(low), h = most_of(high);
-  bool bad = odd(spoiled);
+  Range found = {least_of(low), most_of(high), odd(spoiled)};
   for (; i < n; i++) {
-    l = x[i] < l ? x[i] : l, h = x[i] > h ? x[i] : h;
-    bad |= !(x[i] - x[i] == 0);
+    found.low = x[i] < found.low ? x[i] : found.low;
+    found.high = x[i] > found.high ? x[i] : found.high;
+    found.bad |= !(x[i] - x[i] == 0);
   }
-  const float range = h - l, inverse = 255.0f / (range + 1e-8f);
-  *lo = l, *s = bad ? __builtin_nanf("") : range / 255.0f + (float)(1e-8 / 255);
-  const vec from = all(l), times = all(inverse);
-  for (i = 0; i + V <= n; i += V) put_levels(q + i, (load(x + i) - from) * times);
-  if (i < n) {
-    alignas(64) float rest[V] = {};
-    for (long j = 0; j < V; j++) rest[j] = i + j < n ? x[i + j] : l;
-    level last[V];
-    put_levels(last, (load(rest) - from) * times);
-    for (long j = 0; i + j < n; j++) q[i + j] = last[j];
+  return found;
+}
+
+// One row by its own range: its levels, s and lo. A range that is not finite gives levels of no
+// meaning, and s that is NaN or infinite.
+void quantize_row(const float* x, long n, level* q, long width, float* s, float* lo) {
+  const Range of = range_of(x, n);
+  const float range = of.high - of.low, inverse = 255.0f / (range + 1e-8f);
+  *lo = of.low, *s = of.bad ? __builtin_nanf("") : range / 255.0f + (float)(1e-8 / 255);
+  const vec from = all(of.low), times = all(inverse);
+  for (long i = 0; i < n; i += V)
+    put_levels(q + i, (load(x + i, first(n - i)) - from) * times, n - i);
+  for (long i = n; i < width; i++) q[i] = 0;  // they meet columns of zeros, but are to be numbers
+}
+
+// One row by a range that is known: q = ⌊x/s + z + ½⌋.
+void quantize_row_by(const float* x, long n, level* q, long width, float inverse, float half) {
+  const vec times = all(inverse), plus = all(half), most_level = all(255.5f);
+  for (long i = 0; i < n; i += V) {
+    const vec v = fused(load(x + i, first(n - i)), times, plus);
+    put_whole(q + i, least(most(v, all(0)), most_level), n - i);
   }
-  for (i = n; i < width; i++) q[i] = 0;  // they meet columns of zeros, but are to be numbers
+  for (long i = n; i < width; i++) q[i] = 0;
 }
 
 // Finish ------------------------------------------------------------------------------------------
@@ -281,6 +317,7 @@ INLINE vec finished(int then, vec y) {
 
 struct Row {
   float s, lo;
+  int32_t zero;
 };
 
 // M rows × P panels of the weight, all of k.
@@ -311,13 +348,16 @@ __attribute__((noinline)) void tile(const Call& c, const level* q, long width, c
     const long n = n0 + j * V;
     if (n >= c.out) break;
     const some part = first(c.out - n);
-    const vec scale = load(c.scale + n, part), offset = floats(load(c.sums + n, part)) * scale;
+    const ints sums = load(c.sums + n, part);
+    const vec scale = load(c.scale + n, part), offset = floats(sums) * scale;
     const vec bias = c.bias ? load(c.bias + n, part) : all(0);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      vec y = floats(sum[m][j]) * scale;
+      const ints exact = c.one_range ? minus(sum[m][j], times(row[m].zero, sums)) : sum[m][j];
+      vec y = floats(exact) * scale;
       y = c.bias ? fused(y, all(row[m].s), bias) : y * all(row[m].s);
-      y = finished(then, fused(all(row[m].lo), offset, y));
+      if (!c.one_range) y = fused(all(row[m].lo), offset, y);
+      y = finished(then, y);
       float* to = c.y + (r + m) * c.out + n;
       if (c.add) y = y + load(c.add + (r + m) * c.out + n, part);
       if (n + V <= c.out)
@@ -330,8 +370,8 @@ __attribute__((noinline)) void tile(const Call& c, const level* q, long width, c
 
 template <int M>
 void rows_of(const Call& c, const level* q, long width, const Row* row, long r, long panel, long end) {
-  constexpr int P = M <= 3 ? 3 : M <= 6 ? 2 : 1;  // M·P·NV ≤ 24 sums
 #if WIDE
+  constexpr int P = M <= 3 ? 3 : M <= 6 ? 2 : 1;  // M·P·NV ≤ 24 sums
   for (; panel + P <= end; panel += P) tile<M, P>(c, q, width, row, r, panel, (int)c.then);
 #endif
   for (; panel < end; panel++) tile<M, 1>(c, q, width, row, r, panel, (int)c.then);
@@ -352,6 +392,34 @@ void block(const Call& c, const level* q, long width, const Row* row, long r, lo
     for (long m = 0; m < count; m += ROWS)
       few_rows<ROWS>(least(ROWS, count - m), c, q + m * width, width, row + m, r + m, p,
                      least(p + step, end));
+}
+
+// s and the zero point of all of x, in float64 as Python has them; NaN and 0 where it is not finite.
+Row range_of_all(const Call& c, float* inverse, float* half) {
+  const long size = 64, tasks = (c.rows + size - 1) / size;
+  Range* found = (Range*)malloc(tasks * sizeof(Range));
+  if (!found) std::abort();
+  for_each(c.parallel, c.threads, tasks, [&](long task) {
+    Range own = range_of(c.x + task * size * c.stride, c.in);
+    for (long r = task * size + 1; r < least(task * size + size, c.rows); r++) {
+      const Range of = range_of(c.x + r * c.stride, c.in);
+      own.low = of.low < own.low ? of.low : own.low;
+      own.high = of.high > own.high ? of.high : own.high;
+      own.bad |= of.bad;
+    }
+    found[task] = own;
+  });
+  double low = 0, high = 0;
+  bool bad = false;
+  for (long i = 0; i < tasks; i++) {
+    low = found[i].low < low ? found[i].low : low;
+    high = found[i].high > high ? found[i].high : high;
+    bad |= found[i].bad;
+  }
+  free(found);
+  const double s = (high - low + 1e-8) / 255, zero = bad ? 0 : __builtin_nearbyint(-low / s);
+  *inverse = bad ? 0 : (float)(1 / s), *half = bad ? 0 : (float)(zero + 0.5);
+  return {bad ? __builtin_nanf("") : (float)s, 0, (int32_t)zero};
 }
 
 }  // namespace
@@ -382,8 +450,17 @@ int64_t int8_linear(const Call* call) {
   Row* row = (Row*)c.q;
   level* q = (level*)((char*)c.q + up(c.rows * sizeof(Row), 64));
   std::atomic<long> spoiled{0};
+  float inverse = 0, half = 0;
+  if (c.one_range) {
+    const Row one = range_of_all(c, &inverse, &half);
+    for (long r = 0; r < c.rows; r++) row[r] = one;
+  }
   auto quantize = [&](long from, long to) {
     for (long r = from; r < to; r++) {
+      if (c.one_range) {
+        quantize_row_by(c.x + r * c.stride, c.in, q + r * width, width, inverse, half);
+        continue;
+      }
       quantize_row(c.x + r * c.stride, c.in, q + r * width, width, &row[r].s, &row[r].lo);
       if (!(row[r].s - row[r].s == 0)) spoiled.store(1, std::memory_order_relaxed);
     }

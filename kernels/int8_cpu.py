@@ -25,7 +25,7 @@ THEN = ("", "relu", "gelu", "silu")
 
 _SOURCE = Path(__file__).with_name("int8_cpu.cpp")
 _POINTERS = "x weight scale sums bias add y q parallel"
-_SIZES = "rows in_features out_features stride then threads"
+_SIZES = "rows in_features out_features stride then one_range threads"
 
 
 class _Call(ctypes.Structure):
@@ -85,6 +85,7 @@ def linear(
     bias: Tensor | None,
     then: str = "",
     add: Tensor | None = None,
+    one_range: bool = False,
 ) -> tuple[Tensor, bool]:
     """y = then(q(x) @ (qweight·scale[:, None])ᵀ + bias) + add, each row of x quantized by itself.
 
@@ -96,9 +97,10 @@ def linear(
         bias: [out] float32, contiguous, or None.
         then: one of `THEN`.
         add: [rows, out] float32, contiguous, or None.
+        one_range: for all of x, with 0 in it, in place of one for each row.
 
     Returns:
-        y [rows, out]; and whether a row of x has no finite range, whose y is NaN.
+        y [rows, out]; and whether a row of x has no finite range of its own: its y is NaN.
     """
     made, start = _library()
     (rows, width), out = x.shape, scale.shape[0]
@@ -119,6 +121,7 @@ def linear(
         out,
         x.stride(0),
         THEN.index(then),
+        one_range,
         torch.get_num_threads(),
     )
     return y, bool(made.int8_linear(ctypes.byref(call)))

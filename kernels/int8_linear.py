@@ -177,10 +177,9 @@ def _formula(
 # Choice of the kernel ----------------------------------------------------------------------------
 
 
-def available_kernels(activation: str = "per_token") -> tuple[str, ...]:
+def available_kernels() -> tuple[str, ...]:
     """The CPU kernels that gave the right answers on this machine; "torch" is always one."""
-    fast = (k for k in _FAST if k != "native" or activation == "per_token")
-    return (*(k for k in fast if _refusal(k) is None), "torch")
+    return (*(k for k in _FAST if _refusal(k) is None), "torch")
 
 
 def refused_kernels() -> dict[str, str]:
@@ -197,7 +196,7 @@ def pick_kernel(
     rounded up to a power of two (at most 2048); remembered per number of threads, for later
     processes too.
     """
-    kernels = available_kernels(activation)  # "torch" too: the fastest without int8 instructions
+    kernels = available_kernels()  # "torch" too: without int8 instructions it is the fastest
     if len(kernels) < 2:
         return kernels[0]
     rows, threads = rows_bucket(tokens), torch.get_num_threads()
@@ -241,7 +240,7 @@ def _refusal(kernel: str) -> str | None:
             qweight = torch.full((n, k), 127, dtype=torch.int8)
             qweight[1::3], qweight[2::3, ::2] = -128, -1
             scale, bias = torch.linspace(0.5, 2.0, n), torch.linspace(-1.0, 1.0, n)
-            for activation in ACTIVATIONS[:1] if kernel == "native" else ACTIVATIONS:
+            for activation in ACTIVATIONS:
                 want = int8_linear_reference(x, qweight, scale, bias, activation)
                 try:
                     got = _run(kernel, x, qweight, scale, bias, activation)
@@ -436,7 +435,7 @@ def _run(
     """x [rows, k] float32 contiguous, on a CPU, rows·k·n > 0 → [rows, n] float32."""
     packed = packed_weight(qweight)
     if kernel == "native":
-        return native(x, qweight, packed, None, scale, bias)
+        return native(x, qweight, packed, None, scale, bias, activation)
     q, s, lo = quantized = quantize(x, activation)
     y = multiply(kernel, quantized, qweight, packed, None, scale, bias)
     if isinstance(s, Tensor) and not math.isfinite(s.sum().item()):
@@ -452,15 +451,18 @@ def native(
     index: int | None,
     scale: Tensor,
     bias: Tensor | None,
+    activation: str,
 ) -> Tensor:
-    """The kernel "native", per token: x [rows, k] whose rows are dense × qweight [n, k] (number
+    """The kernel "native": x [rows, k] whose rows are dense × qweight [n, k] (number
     `index` of the packed stack) → [rows, n]."""
     own = packed.native.get(index or 0)
     if own is None:
         own = packed.native[index or 0] = int8_cpu.pack(qweight.contiguous())
     sums = packed.row_sums if index is None else packed.row_sums[index]
     bias = None if bias is None else bias.contiguous()
-    y, wide = int8_cpu.linear(x, own, scale.contiguous(), sums, bias)
+    y, wide = int8_cpu.linear(
+        x, own, scale.contiguous(), sums, bias, one_range=activation == "per_tensor"
+    )
     if wide:
         rows = ~(x.amax(-1) - x.amin(-1)).isfinite()
         y[rows] = _plain(x[rows], qweight, scale, bias, "per_token")
