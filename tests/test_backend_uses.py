@@ -43,6 +43,7 @@ def llama() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_generation_with_a_static_cache() -> None:
     """Prefill and decoding are compiled, and give the tokens of the rewritten model."""
@@ -172,6 +173,7 @@ print("same gradients")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_data_parallel_in_two_processes(tmp_path: pathlib.Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -570,6 +570,7 @@ def test_llama_generates_the_same_tokens(llama: Any) -> None:
     assert len(texts) == len(set(texts)) == 1
 
 
+@pytest.mark.slow
 def test_llama_outputs_and_config(llama: Any) -> None:
     model, rewritten, ids = llama
     ours, theirs = rewritten(input_ids=ids), model(input_ids=ids)
@@ -586,6 +587,7 @@ def test_llama_outputs_and_config(llama: Any) -> None:
         assert len(changed(input_ids=ids).hidden_states) == 3
 
 
+@pytest.mark.slow
 def test_minilm_is_bit_equal_and_trains_alike() -> None:
     import importlib.util
     import pathlib

@@ -44,6 +44,7 @@ def test_after_save_pretrained_the_graph_runs(bert: tuple[Any, Any], tmp_path: A
     assert runs(rewritten) == [(before + 1, 0)]
 
 
+@pytest.mark.slow
 def test_generate_with_a_cache_is_right() -> None:
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(

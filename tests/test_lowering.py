@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_reordered
+from marks import slow_but
 from torch import Tensor, nn
 
 import rewriter
@@ -325,6 +326,7 @@ def test_copies_and_pickles_derive_for_themselves(model: Any, x: Tensor) -> None
     assert_as_unlowered(model, x, 5)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_lowered_again(model: Any, x: Tensor, tmp_path: pathlib.Path) -> None:
     optimized: Any = rewrite(trained(Net(), 8, 3, 12, 12), [Monarch(2, where="down")], x)
     optimized.save(tmp_path / "on")
@@ -669,7 +671,7 @@ def weights_of(place: Place) -> tuple[Tensor, Tensor]:
     return place.modules[1].weight, place.modules[1].bias
 
 
-@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("runs", slow_but([True, False], 0))
 def test_a_loaded_model_runs_the_fused_ops_of_the_saved_one(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, runs: bool
 ) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from _tracker import Tracker
+from marks import slow_but
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -160,9 +161,7 @@ def budgeted(model: nn.Module, budget: Any) -> MemoryPlan:
     return state.memory
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "gpt" else n for n in MODELS]
-)
+@pytest.mark.parametrize("name", slow_but(MODELS, list(MODELS).index("quadratic")))
 def test_gradients_are_equal_and_the_peak_is_as_planned_at_every_budget(name: str) -> None:
     torch.manual_seed(0)
     make, inputs, passes = MODELS[name]
@@ -196,7 +195,7 @@ def test_gradients_are_equal_and_the_peak_is_as_planned_at_every_budget(name: st
 
 def test_a_smaller_budget_never_raises_the_peak() -> None:
     x = tokens()
-    plan = plan_memory(GPT(), x)
+    plan = plan_memory(GPT(depth=1), x)
     curve = [(c.peak, c.added) for c in plan.curve]
     assert [p for p, _ in curve] == sorted({p for p, _ in curve}, reverse=True)
     assert [a for _, a in curve] == sorted(a for _, a in curve)
@@ -228,7 +227,7 @@ class Chosen:
         return self.run(root, leaves)
 
 
-@pytest.mark.parametrize("name", ["gpt", "convolutions", "post-norm", "monarch"])
+@pytest.mark.parametrize("name", slow_but(["gpt", "convolutions", "post-norm", "monarch"], 1, 2, 3))
 def test_any_plan_gives_the_same_gradients(name: str) -> None:
     """Random ways for every value; sums and signs cannot hide what a wrong one would do."""
     torch.manual_seed(0)
@@ -264,6 +263,7 @@ def test_any_plan_gives_the_same_gradients(name: str) -> None:
         same(step(model, x), wanted)
 
 
+@pytest.mark.slow
 def test_one_plan_serves_other_sizes_and_freezing_gets_its_own() -> None:
     torch.manual_seed(0)
     model = rewrite(GPT(), [], tokens(), memory_budget=0.8).train()
@@ -317,6 +317,7 @@ def test_autocast() -> None:
         same(step(model, x), step(plain, x))
 
 
+@pytest.mark.slow
 def test_copies_and_saves_train_by_a_plan_of_the_same_budget(tmp_path: pathlib.Path) -> None:
     torch.manual_seed(0)
     x, original = torch.randn(512, 24), mlp()

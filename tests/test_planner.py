@@ -18,6 +18,7 @@ from _tracker import Tracker
 from closeness import assert_equal
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import slow_but
 from torch import Tensor, nn
 from torch.fx.graph import _BoxedCodeGen
 
@@ -264,7 +265,7 @@ def planned(name: str) -> Planned:
 # ---- every budget ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, 4, 5, 6))
 def test_gradients_and_peaks_at_every_tenth(name: str) -> None:
     case = planned(name)
     default = case.frontier.default.peak
@@ -287,7 +288,7 @@ def test_gradients_and_peaks_at_every_tenth(name: str) -> None:
         assert case.saved == point.simulation.saved
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, 4, 5, 6))
 def test_the_model_itself_trains_within_half(name: str) -> None:
     """As a user does: the whole way through autograd, against the model's own Python."""
     make, passes, x = CASES[name]
@@ -329,6 +330,7 @@ def same_gradients(a: nn.Module, b: nn.Module) -> None:
             torch.testing.assert_close(p.grad, q.grad)
 
 
+@pytest.mark.slow
 def test_budgets_save_where_there_is_something_to_save() -> None:
     for name, share in (("gpt", 0.6), ("bert", 0.5), ("vit", 0.7), ("resnet", 0.8)):
         points = planned(name).frontier.points

@@ -74,6 +74,7 @@ print("same gradients")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes(how: str, tmp_path: pathlib.Path) -> None:
@@ -130,6 +131,7 @@ def inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", [0, 1])
 def test_inductor_takes_the_plan(inductor: dict[str, Any], turn: int) -> None:
     assert inductor["plans"]
@@ -190,6 +192,7 @@ def mlp(depth: int = 4) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(64, 8))
 
 
+@pytest.mark.slow
 def test_lossy_plans_within_a_bound() -> None:
     x = torch.randn(512, 64)
     least = plan_memory(mlp(), x).curve[-1].peak

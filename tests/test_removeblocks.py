@@ -134,6 +134,7 @@ def test_a_resnet_block_goes_and_one_with_a_stride_stays() -> None:
     assert "no sum leads past its layers" in found["layer.1"][1]
 
 
+@pytest.mark.slow
 def test_a_layer_of_bert_goes_as_by_hand() -> None:
     """Two post-norm blocks in one module, with a mask that all layers read."""
     transformers = pytest.importorskip("transformers")

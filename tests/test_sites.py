@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow_but
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -693,7 +694,9 @@ RECIPES: list[list[Pass]] = [
 ]
 
 
-@pytest.mark.parametrize("passes", RECIPES, ids=lambda p: " ".join(x.name for x in p))
+@pytest.mark.parametrize(
+    "passes", slow_but(RECIPES, 0, 4, 5), ids=lambda p: " ".join(x.name for x in p)
+)
 def test_every_pass_takes_pointwise_convolutions(passes: list[Pass], tmp_path: Path) -> None:
     model, x = Bottleneck().eval(), torch.randn(2, 3, 8, 8)
     result = rewrite(model, passes, x)
@@ -883,7 +886,9 @@ WHY = {
 }
 
 
-@pytest.mark.parametrize("passes", [RECIPES[0], RECIPES[5]], ids=["monarch", "int8 after it"])
+@pytest.mark.parametrize(
+    "passes", slow_but([RECIPES[0], RECIPES[5]], 0), ids=["monarch", "int8 after it"]
+)
 def test_every_weight_is_accounted_for(passes: list[Pass]) -> None:
     model, inputs = Strays().eval(), (torch.randn(3, 8), torch.tensor([0, 1, 2]))
     report = rewrite(model, passes, inputs).report
@@ -953,7 +958,7 @@ def test_albert_calls_one_layer_many_times() -> None:
     assert tokens["encoder.embedding_hidden_mapping_in"] == 10
 
 
-@pytest.mark.parametrize("name", ["Llama", "T5", "Phi3"])
+@pytest.mark.parametrize("name", slow_but(["Llama", "T5", "Phi3"], 0))
 def test_gated_mlps_of_transformers(name: str) -> None:
     import transformers
 

@@ -234,6 +234,7 @@ def test_buffers_that_no_checkpoint_holds_are_refused_on_meta() -> None:
         optimized.load_original(Buffers().state_dict())
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("recipe", ["monarch-quantize", "quadratic"])
 def test_gpt2(recipe: str, tmp_path: pathlib.Path) -> None:

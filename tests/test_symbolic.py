@@ -152,7 +152,7 @@ def conv_net() -> nn.Module:
     ("make", "inputs"),
     [
         (Net, (ids(4, 6),)),
-        (encoder_layer, (torch.zeros(4, 6, 32),)),
+        pytest.param(encoder_layer, (torch.zeros(4, 6, 32),), marks=pytest.mark.slow),
         (Tied, (ids(4, 6), ids(4, 6))),
         (Tied, (ids(4, 6),) * 2),
         (lambda: nn.Sequential(*[nn.Linear(8, 8) for _ in range(30)]), (torch.zeros(4, 8),)),

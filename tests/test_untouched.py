@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_equal
+from marks import slow_but
 from torch import Tensor, nn
 
 from rewriter import RewriteWarning, rewrite
@@ -123,7 +124,7 @@ def segformer() -> tuple[nn.Module, dict[str, Any]]:
     return transformers.SegformerForSemanticSegmentation(config).eval(), {"pixel_values": pixels}
 
 
-@pytest.mark.parametrize("recorded_before", [False, True])
+@pytest.mark.parametrize("recorded_before", slow_but([False, True], 1))
 @pytest.mark.parametrize("make", [bert, pytest.param(segformer, marks=pytest.mark.slow)])
 def test_recording_hooks_are_not_the_users(make: Any, recorded_before: bool) -> None:
     model, call = make()
@@ -143,6 +144,7 @@ def test_recording_hooks_are_not_the_users(make: Any, recorded_before: bool) -> 
     assert_equal(rewritten(**call)[0], original(**call)[0])  # no warning: the graph serves it still
 
 
+@pytest.mark.slow
 def test_parts_let_outputs_inside_be_recorded() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:

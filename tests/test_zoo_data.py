@@ -15,6 +15,7 @@ import torch
 from _further import FURTHER, NAMES, further
 from _rounds import Round, _apart, go
 from closeness import ROUNDING
+from marks import slow_but
 
 from rewriter.passes import Monarch, Quantize
 
@@ -86,7 +87,7 @@ def test_the_further_models_are_forty_more_and_none_is_in_the_zoo(zoo):
         further(["bertt"])
 
 
-@pytest.mark.parametrize("recipe", [Monarch(4), Quantize("int8-dynamic")])
+@pytest.mark.parametrize("recipe", slow_but([Monarch(4), Quantize("int8-dynamic")], 1))
 def test_a_model_that_writes_in_place_after_every_layer_goes_the_whole_way(recipe):
     (entry,) = further(["in-place"])
     found = go(entry, [recipe])

@@ -85,7 +85,7 @@ def _stand_in(layer: nn.Module, transposed: bool | None, fqn: str) -> None:
         layer.__class__ = DenseWeight
     if isinstance(layer, StandsForWeight):
         layer.stands_for_transposed = transposed
-    elif transposed is not None:
+    elif transposed is not None and not hasattr(layer, "__torch_function__"):
         raise PassError(
             f"{fqn} is a weight that Python code reads by hand: only a rewriter.base.Layer or an "
             f"nn.Linear can take its place, not a {type(layer).__name__}"
