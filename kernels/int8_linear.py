@@ -38,6 +38,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rewriter.kernels import int8_cpu, ops
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
+from rewriter.kernels.linear_act import act_
 
 __all__ = [
     "ACTIVATIONS",
@@ -45,6 +46,7 @@ __all__ = [
     "available_kernels",
     "dequantize_weight",
     "int8_linear",
+    "int8_linear_act",
     "int8_linear_reference",
     "kernel_name",
     "PACKED",
@@ -72,6 +74,10 @@ _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
     "int8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None, "
     "str activation='per_token') -> Tensor"
+)
+_LIB.define(
+    "int8_linear_act(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, str activation, "
+    "str then) -> Tensor"
 )
 
 
@@ -107,6 +113,22 @@ def int8_linear(
         ValueError: shapes or dtypes do not fit.
     """
     y: Tensor = torch.ops.rewriter.int8_linear.default(x, qweight, scale, bias, activation)
+    return y
+
+
+def int8_linear_act(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, then: str
+) -> Tensor:
+    """then(int8_linear(x, …)), for inference: it has no gradient.
+
+    Args:
+        x, qweight, scale, bias, activation: as of `int8_linear`.
+        then: "relu", "gelu" (exact) or "silu": applied before a sum is written to memory, where the
+            kernel "native" is the fastest.
+    """
+    y: Tensor = torch.ops.rewriter.int8_linear_act.default(
+        x, qweight, scale, bias, activation, then
+    )
     return y
 
 
@@ -431,17 +453,18 @@ def _run(
     scale: Tensor,
     bias: Tensor | None,
     activation: str,
+    then: str = "",
 ) -> Tensor:
     """x [rows, k] float32 contiguous, on a CPU, rows·k·n > 0 → [rows, n] float32."""
     packed = packed_weight(qweight)
     if kernel == "native":
-        return native(x, qweight, packed, None, scale, bias, activation)
+        return native(x, qweight, packed, None, scale, bias, activation, then)
     q, s, lo = quantized = quantize(x, activation)
     y = multiply(kernel, quantized, qweight, packed, None, scale, bias)
     if isinstance(s, Tensor) and not math.isfinite(s.sum().item()):
         wide = ~s.isfinite().squeeze(1)  # rows whose range is beyond float32, or with NaN or inf
         y[wide] = _plain(x[wide], qweight, scale, bias, activation)
-    return y
+    return act_(y, then) if then else y
 
 
 def native(
@@ -452,6 +475,7 @@ def native(
     scale: Tensor,
     bias: Tensor | None,
     activation: str,
+    then: str = "",
 ) -> Tensor:
     """The kernel "native": x [rows, k] whose rows are dense × qweight [n, k] (number
     `index` of the packed stack) → [rows, n]."""
@@ -460,12 +484,12 @@ def native(
         own = packed.native[index or 0] = int8_cpu.pack(qweight.contiguous())
     sums = packed.row_sums if index is None else packed.row_sums[index]
     bias = None if bias is None else bias.contiguous()
-    y, wide = int8_cpu.linear(
-        x, own, scale.contiguous(), sums, bias, one_range=activation == "per_tensor"
-    )
+    one = activation == "per_tensor"
+    y, wide = int8_cpu.linear(x, own, scale.contiguous(), sums, bias, then, one_range=one)
     if wide:
         rows = ~(x.amax(-1) - x.amin(-1)).isfinite()
-        y[rows] = _plain(x[rows], qweight, scale, bias, "per_token")
+        rest = _plain(x[rows], qweight, scale, bias, "per_token")
+        y[rows] = act_(rest, then) if then else rest
     return y
 
 
@@ -510,6 +534,7 @@ def _forward(
     scale: Tensor,
     bias: Tensor | None = None,
     activation: str = "per_token",
+    then: str = "",
 ) -> Tensor:
     _check(x, qweight, scale, bias, activation)
     n, k = qweight.shape
@@ -517,15 +542,17 @@ def _forward(
     rows = math.prod(shape[:-1])
     if rows * n * k == 0:
         y = x.new_zeros(shape)
-        return y if bias is None else y.add_(bias)
+        y = y if bias is None else y.add_(bias)
+        return act_(y, then) if then else y
     wide = _wide(dtype)
     x = x.reshape(rows, k).to(wide).contiguous()
     scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
     if has_kernels(x):
         kernel = pick_kernel(rows, k, n, activation)
-        y = _run(kernel, x, qweight, scale, bias, activation)
+        y = _run(kernel, x, qweight, scale, bias, activation, then)
     else:
         y = _plain(x, qweight, scale, bias, activation)
+        y = act_(y, then) if then else y
     return owned(y.to(dtype), shape)
 
 
@@ -535,6 +562,7 @@ def _fake(
     scale: Tensor,
     bias: Tensor | None = None,
     activation: str = "per_token",
+    then: str = "",
 ) -> Tensor:
     _check(x, qweight, scale, bias, activation)
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
@@ -574,6 +602,8 @@ register_autocast(_LIB, "int8_linear", casts=1)
 register_gradient(_LIB, "int8_linear", _formula, _setup_context, _backward)
 register_vmap(_LIB, "int8_linear", _formula, casts=1)
 torch.library.register_fake("rewriter::int8_linear", _fake, lib=_LIB)
+_LIB.impl("int8_linear_act", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("rewriter::int8_linear_act", _fake, lib=_LIB)
 
 
 # ONNX --------------------------------------------------------------------------------------------
@@ -657,5 +687,6 @@ RECORD = ops.register(
             place=lambda *sizes: sizes,
         ),
         kernels=lambda: {**{k: _refusal(k) for k in _FAST}, "torch": None},
+        companions=(ops.Companion("rewriter::int8_linear_act"),),
     )
 )
