@@ -34,7 +34,7 @@ _MOST_BYTES = 1 << 24
 _ROUNDS, _SECONDS, _HOPELESS = 6, 0.15, 10
 _known: dict[str, str] = {}
 _read: set[Path] = set()
-_lock = threading.Lock()
+_lock = threading.RLock()  # a candidate may make a choice itself
 
 
 def rows_bucket(rows: int, most: int = _MOST_ROWS) -> int:

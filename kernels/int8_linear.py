@@ -11,11 +11,12 @@ of x, and a constant row (zeros, padding) is exact. ε = 1e-8 is fbgemm's.
 Kernels on the CPU, chosen by measurement per shape and refused where a probe with extreme values
 finds them wrong (u8·s8 instructions without VNNI saturate their int16 pair sums):
 
+    native   of int8_cpu.cpp: quantizer, product of bytes and all that follows in one call
     onednn   fbgemm's row-wise quantizer, oneDNN's packed u8·s8 GEMM with the weight scale fused
     int_mm   the same quantizer, `torch._int_mm` on the weight as it lies: no packed copy
     torch    the same quantizer, products of whole numbers in float32, which are exact
 
-All three give the same bits, so that a result depends neither on the choice nor on the number of
+All of them give the same bits, so that a result depends neither on the choice nor on the number of
 threads. Other devices, and float64, run the formula in plain torch, in x's range.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
@@ -34,9 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import ops
+from rewriter.kernels import int8_cpu, ops
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
+from rewriter.kernels.linear_act import act_
 
 __all__ = [
     "ACTIVATIONS",
@@ -44,9 +46,12 @@ __all__ = [
     "available_kernels",
     "dequantize_weight",
     "int8_linear",
+    "int8_linear_act",
     "int8_linear_reference",
     "kernel_name",
+    "PACKED",
     "multiply",
+    "native",
     "onnx_product",
     "packed_weight",
     "pick_kernel",
@@ -58,14 +63,21 @@ __all__ = [
 
 ACTIVATIONS = ("per_token", "per_tensor")
 _EPS = 1e-8
-_FAST = ("onednn", "int_mm")
-_VERSION = "int8-2"
+_FAST = ("native", "onednn", "int_mm")
+PACKED = ("native", "onednn")
+"""Kernels that hold a copy of the weight in a layout of their own."""
+
+_VERSION = "int8-3"
 """Of the kernels: choices that another version of them measured do not count."""
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
     "int8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None, "
     "str activation='per_token') -> Tensor"
+)
+_LIB.define(
+    "int8_linear_act(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, str activation, "
+    "str then) -> Tensor"
 )
 
 
@@ -101,6 +113,22 @@ def int8_linear(
         ValueError: shapes or dtypes do not fit.
     """
     y: Tensor = torch.ops.rewriter.int8_linear.default(x, qweight, scale, bias, activation)
+    return y
+
+
+def int8_linear_act(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, then: str
+) -> Tensor:
+    """then(int8_linear(x, …)), for inference: it has no gradient.
+
+    Args:
+        x, qweight, scale, bias, activation: as of `int8_linear`.
+        then: "relu", "gelu" (exact) or "silu": applied before a sum is written to memory, where the
+            kernel "native" is the fastest.
+    """
+    y: Tensor = torch.ops.rewriter.int8_linear_act.default(
+        x, qweight, scale, bias, activation, then
+    )
     return y
 
 
@@ -224,6 +252,8 @@ def kernel_name(
 @functools.cache
 def _refusal(kernel: str) -> str | None:
     """Runs the kernel on sums that saturate int16 arithmetic, against exact results."""
+    if kernel == "native" and (reason := int8_cpu.refusal()) is not None:
+        return f"not available: {reason}"
     with torch.inference_mode(False), torch.no_grad():
         for rows, k, n in ((1, 64, 16), (3, 67, 5), (9, 256, 33)):
             x = torch.full((rows, k), 255.0)
@@ -255,6 +285,7 @@ class _Packed:
         self.stamp = stamp
         self.row_sums = qweight.sum(-1, dtype=torch.int32)
         self.onednn: dict[tuple[int, int], Tensor] = {}
+        self.native: dict[int, Tensor] = {}
 
 
 _CACHE = WeakTensorKeyDictionary()
@@ -422,13 +453,43 @@ def _run(
     scale: Tensor,
     bias: Tensor | None,
     activation: str,
+    then: str = "",
 ) -> Tensor:
     """x [rows, k] float32 contiguous, on a CPU, rows·k·n > 0 → [rows, n] float32."""
+    packed = packed_weight(qweight)
+    if kernel == "native":
+        return native(x, qweight, packed, None, scale, bias, activation, then)
     q, s, lo = quantized = quantize(x, activation)
-    y = multiply(kernel, quantized, qweight, packed_weight(qweight), None, scale, bias)
+    y = multiply(kernel, quantized, qweight, packed, None, scale, bias)
     if isinstance(s, Tensor) and not math.isfinite(s.sum().item()):
         wide = ~s.isfinite().squeeze(1)  # rows whose range is beyond float32, or with NaN or inf
         y[wide] = _plain(x[wide], qweight, scale, bias, activation)
+    return act_(y, then) if then else y
+
+
+def native(
+    x: Tensor,
+    qweight: Tensor,
+    packed: _Packed,
+    index: int | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    then: str = "",
+) -> Tensor:
+    """The kernel "native": x [rows, k] whose rows are dense × qweight [n, k] (number
+    `index` of the packed stack) → [rows, n]."""
+    own = packed.native.get(index or 0)
+    if own is None:
+        own = packed.native[index or 0] = int8_cpu.pack(qweight.contiguous())
+    sums = packed.row_sums if index is None else packed.row_sums[index]
+    bias = None if bias is None else bias.contiguous()
+    one = activation == "per_tensor"
+    y, wide = int8_cpu.linear(x, own, scale.contiguous(), sums, bias, then, one_range=one)
+    if wide:
+        rows = ~(x.amax(-1) - x.amin(-1)).isfinite()
+        rest = _plain(x[rows], qweight, scale, bias, "per_token")
+        y[rows] = act_(rest, then) if then else rest
     return y
 
 
@@ -473,6 +534,7 @@ def _forward(
     scale: Tensor,
     bias: Tensor | None = None,
     activation: str = "per_token",
+    then: str = "",
 ) -> Tensor:
     _check(x, qweight, scale, bias, activation)
     n, k = qweight.shape
@@ -480,15 +542,17 @@ def _forward(
     rows = math.prod(shape[:-1])
     if rows * n * k == 0:
         y = x.new_zeros(shape)
-        return y if bias is None else y.add_(bias)
+        y = y if bias is None else y.add_(bias)
+        return act_(y, then) if then else y
     wide = _wide(dtype)
     x = x.reshape(rows, k).to(wide).contiguous()
     scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
     if has_kernels(x):
         kernel = pick_kernel(rows, k, n, activation)
-        y = _run(kernel, x, qweight, scale, bias, activation)
+        y = _run(kernel, x, qweight, scale, bias, activation, then)
     else:
         y = _plain(x, qweight, scale, bias, activation)
+        y = act_(y, then) if then else y
     return owned(y.to(dtype), shape)
 
 
@@ -498,6 +562,7 @@ def _fake(
     scale: Tensor,
     bias: Tensor | None = None,
     activation: str = "per_token",
+    then: str = "",
 ) -> Tensor:
     _check(x, qweight, scale, bias, activation)
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
@@ -537,6 +602,8 @@ register_autocast(_LIB, "int8_linear", casts=1)
 register_gradient(_LIB, "int8_linear", _formula, _setup_context, _backward)
 register_vmap(_LIB, "int8_linear", _formula, casts=1)
 torch.library.register_fake("rewriter::int8_linear", _fake, lib=_LIB)
+_LIB.impl("int8_linear_act", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("rewriter::int8_linear_act", _fake, lib=_LIB)
 
 
 # ONNX --------------------------------------------------------------------------------------------
@@ -620,5 +687,6 @@ RECORD = ops.register(
             place=lambda *sizes: sizes,
         ),
         kernels=lambda: {**{k: _refusal(k) for k in _FAST}, "torch": None},
+        companions=(ops.Companion("rewriter::int8_linear_act"),),
     )
 )

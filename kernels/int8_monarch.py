@@ -179,6 +179,11 @@ def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> tuple
         return _plain_blocks(flat, qweight, scale, activation)
     kernel = int8.pick_kernel(rows, k, n, activation)
     packed = int8.packed_weight(qweight)
+    if kernel == "native" and activation == "per_token":
+        each = enumerate(zip(x, qweight, scale, strict=True))
+        return tuple(int8.native(a, q, packed, i, s, None, activation) for i, (a, q, s) in each)
+    if kernel == "native":  # its range would be that of one block
+        kernel = next(k for k in int8.available_kernels() if k != "native")
     q, s, lo = quantized = int8.quantize(flat, activation)
     parts = []
     if kernel == "torch":  # one product for all blocks

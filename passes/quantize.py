@@ -24,6 +24,7 @@ from rewriter.base import (
 from rewriter.errors import OptionError, PassError, one_of, whole_number
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
+    PACKED,
     dequantize_weight,
     int8_linear,
     kernel_name,
@@ -124,7 +125,7 @@ class QuantizedLinear(LinearLayer):
         )
 
     def held_bytes(self, tokens: int) -> int:
-        return self.qweight.numel() if self.kernel(tokens) == "onednn" else 0
+        return self.qweight.numel() if self.kernel(tokens) in PACKED else 0
 
 
 class QuantizedMonarch(LinearLayer):
@@ -225,7 +226,7 @@ class QuantizedMonarch(LinearLayer):
         return sum(
             factor.numel()
             for factor in (self.qright, self.qleft)
-            if self._factor_kernel(factor, tokens) == "onednn"
+            if self._factor_kernel(factor, tokens) in PACKED
         )
 
     def _factor_kernel(self, factor: Tensor, tokens: int) -> str:

@@ -15,7 +15,7 @@ from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.lowering.rules import Fused, Place
 from rewriter.spellings import activation_name, is_view, works_in_place
 
-__all__ = ["CONV", "CONV_TRANSPOSE", "JOINED", "LINEAR_ACT"]
+__all__ = ["CONV", "CONV_TRANSPOSE", "JOINED", "LINEAR_ACT", "not_joined"]
 
 _CONVS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
@@ -188,6 +188,12 @@ def _not_joined(place: Place) -> str | None:
     weights = [_weight(m) for m in place.modules]
     if len({(w.dtype, w.device) for w in weights}) > 1:
         return "the weights differ in dtype or device"
+    return not_joined(place)
+
+
+def not_joined(place: Place) -> str | None:
+    """Why calls that read one value cannot become one: what happens between them and to their
+    results; None where they can."""
     nodes = place.match.nodes
     order = list(nodes[0].graph.nodes)
     between = order[order.index(nodes[0]) : order.index(nodes[-1])]

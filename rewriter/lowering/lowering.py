@@ -260,7 +260,12 @@ def _tensors(found: Application, results: Any) -> list[Tensor]:
 
 def _held_bytes(place: Place, tensors: Sequence[Tensor | None]) -> int:
     """Bytes of the derived tensors, without those that are a layer's own."""
-    own = {t.data_ptr() for m in place.modules if m is not None for t in m.parameters()}
+    own = {
+        t.data_ptr()
+        for m in place.modules
+        if m is not None
+        for t in (*m.parameters(), *m.buffers())
+    }
     return sum(
         t.numel() * t.element_size()
         for t in tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rewriter.lowering.fused import CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
+from rewriter.lowering.integers import INT8_ACT, INT8_JOINED
 from rewriter.lowering.rules import Rule
 from rewriter.modules.patterns import (
     activation,
@@ -11,9 +12,12 @@ from rewriter.modules.patterns import (
     conv_transpose,
     fan,
     linear,
+    op,
 )
 
 __all__ = ["DEFAULT_RULES"]
+
+int8_linear = op("int8_linear")
 
 DEFAULT_RULES = (
     # act(γ·(x·W + b − μ)/√(σ²+ε) + β) = act(x·W' + b'), W' = W·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β
@@ -27,5 +31,8 @@ DEFAULT_RULES = (
     Rule(linear >> activation, LINEAR_ACT),
     # [y₁ y₂ …] = x·[W₁ W₂ …]ᵀ + [b₁ b₂ …]
     Rule(fan(linear), JOINED),
+    # the same two of an int8 layer: act(s·(q(x)·Qᵀ)·scale + …), and one q(x) for all its readers
+    Rule(int8_linear >> activation, INT8_ACT),
+    Rule(fan(int8_linear), INT8_JOINED),
 )
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""

@@ -1,0 +1,484 @@
+// Linear layers on a CPU with 8-bit integers: quantize, multiply and finish in one call.
+//
+//   lo[r] = min_k x[r,k]      s[r] = (max_k x[r,k] − lo[r])/255      q[r,k] = round((x[r,k] − lo[r])/s[r])
+//   y[r,n] = f(s[r]·(scale[n]·Σ_k q[r,k] w[n,k]) + bias[n] + lo[r]·(scale[n]·Σ_k w[n,k])) + add[r,n]
+//
+// or, with one range for all of x, 0 in it and lo a multiple of s,
+//
+//   z = round(−lo/s)     q[r,k] = ⌊x[r,k]/s + z + ½⌋     y[r,n] = f(s·scale[n]·(Σ_k q w − z·Σ_k w) + …)
+//
+// where f is nothing, ReLU, GELU or SiLU. A row of x is read from
+// memory once and quantized in the nearest cache; the sums of products are exact in int32; what
+// follows a sum happens before it is written. Rounding is that of fbgemm's row-wise quantizer and of
+// the torch operations in int8_linear.py, in their order, so that the results have the same bits.
+//
+// The weight is packed once: panels of COLS columns, in each the groups of DOT values that one
+// instruction multiplies, column beside column. vpdpbusd (AVX-512-VNNI, AVX-VNNI) adds four products
+// of an unsigned and a signed byte; without it both are widened to int16 and added in pairs, as the
+// byte instructions of AVX2 saturate.
+//
+// C++17 with Intel's intrinsics; threads come from the caller's `parallel`, the GOMP_parallel of the
+// runtime that torch has loaded (see monarch_cpu.cpp). Every output is summed by one thread, and
+// sums of integers are exact in any order: results do not depend on the number of threads.
+
+#include <immintrin.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+// Instruction sets --------------------------------------------------------------------------------
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(INT8_NARROW)
+#define ISA "AVX-512-VNNI"
+#define WIDE 1
+constexpr int V = 16, DOT = 4;
+typedef __m512 vec;
+typedef __m512i ints;
+typedef __mmask16 some;
+typedef uint8_t level;  // what one element of q is
+INLINE ints dot(ints sum, ints q, ints w) { return _mm512_dpbusd_epi32(sum, q, w); }
+INLINE ints weights(const int8_t* p) { return _mm512_load_si512(p); }
+INLINE ints spread(const level* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return _mm512_set1_epi32(four);
+}
+INLINE some first(long n) { return n >= V ? (some)0xffff : n <= 0 ? (some)0 : (some)((1u << n) - 1); }
+INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE vec load(const float* p, some n) { return _mm512_maskz_loadu_ps(n, p); }
+INLINE ints load(const int32_t* p, some n) { return _mm512_maskz_loadu_epi32(n, p); }
+INLINE void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
+INLINE void store(float* p, vec v, some n) { _mm512_mask_storeu_ps(p, n, v); }
+INLINE vec all(float v) { return _mm512_set1_ps(v); }
+INLINE vec floats(ints v) { return _mm512_cvtepi32_ps(v); }
+INLINE ints zero() { return _mm512_setzero_si512(); }
+INLINE vec least(vec a, vec b) { return _mm512_min_ps(a, b); }
+INLINE vec most(vec a, vec b) { return _mm512_max_ps(a, b); }
+INLINE bool odd(vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
+INLINE float least_of(vec v) { return _mm512_reduce_min_ps(v); }
+INLINE float most_of(vec v) { return _mm512_reduce_max_ps(v); }
+INLINE void put_bytes(level* q, ints v, long n) {
+  const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, zero()));
+  if (n >= V)
+    _mm_storeu_si128((__m128i*)q, bytes);
+  else
+    _mm_mask_storeu_epi8(q, first(n), bytes);
+}
+INLINE ints nearest(vec v) { return _mm512_cvtps_epi32(v); }
+INLINE ints whole(vec v) { return _mm512_cvttps_epi32(v); }
+INLINE ints times(int32_t a, ints b) { return _mm512_mullo_epi32(_mm512_set1_epi32(a), b); }
+INLINE ints minus(ints a, ints b) { return _mm512_sub_epi32(a, b); }
+INLINE vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+#elif defined(__AVX2__) && defined(__FMA__)
+#define WIDE 0
+constexpr int V = 8;
+typedef __m256 vec;
+typedef __m256i ints;
+typedef __m256i some;
+#if defined(__AVXVNNI__) && !defined(INT8_PLAIN)
+#define ISA "AVX-VNNI"
+constexpr int DOT = 4;
+typedef uint8_t level;
+INLINE ints dot(ints sum, ints q, ints w) { return _mm256_dpbusd_avx_epi32(sum, q, w); }
+INLINE ints weights(const int8_t* p) { return _mm256_load_si256((const __m256i*)p); }
+INLINE ints spread(const level* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+#else
+#define ISA "AVX2"
+constexpr int DOT = 2;
+typedef int16_t level;
+INLINE ints dot(ints sum, ints q, ints w) { return _mm256_add_epi32(sum, _mm256_madd_epi16(q, w)); }
+INLINE ints weights(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)p)); }
+INLINE ints spread(const level* p) {
+  int32_t two;
+  memcpy(&two, p, 4);
+  return _mm256_set1_epi32(two);
+}
+#endif
+INLINE some first(long n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(n > V ? V : n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE vec load(const float* p, some n) { return _mm256_maskload_ps(p, n); }
+INLINE ints load(const int32_t* p, some n) { return _mm256_maskload_epi32(p, n); }
+INLINE void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
+INLINE void store(float* p, vec v, some n) { _mm256_maskstore_ps(p, n, v); }
+INLINE vec all(float v) { return _mm256_set1_ps(v); }
+INLINE vec floats(ints v) { return _mm256_cvtepi32_ps(v); }
+INLINE ints zero() { return _mm256_setzero_si256(); }
+INLINE vec least(vec a, vec b) { return _mm256_min_ps(a, b); }
+INLINE vec most(vec a, vec b) { return _mm256_max_ps(a, b); }
+INLINE bool odd(vec v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
+INLINE float least_of(vec v) {
+  float lanes[V], found;
+  store(lanes, v);
+  found = lanes[0];
+  for (int i = 1; i < V; i++) found = lanes[i] < found ? lanes[i] : found;
+  return found;
+}
+INLINE float most_of(vec v) { return -least_of(_mm256_sub_ps(_mm256_setzero_ps(), v)); }
+INLINE void put_bytes(level* q, ints v, long n) {
+  int32_t lanes[V];
+  _mm256_storeu_si256((__m256i*)lanes, v);
+  if (n > V) n = V;
+  for (int i = 0; i < n; i++) q[i] = (level)(lanes[i] < 0 ? 0 : lanes[i] > 255 ? 255 : lanes[i]);
+}
+INLINE ints nearest(vec v) { return _mm256_cvtps_epi32(v); }
+INLINE ints whole(vec v) { return _mm256_cvttps_epi32(v); }
+INLINE ints times(int32_t a, ints b) { return _mm256_mullo_epi32(_mm256_set1_epi32(a), b); }
+INLINE ints minus(ints a, ints b) { return _mm256_sub_epi32(a, b); }
+INLINE vec fused(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+#else
+#error "neither AVX-512-VNNI nor AVX2"
+#endif
+
+constexpr int NV = 2;
+constexpr long COLS = NV * V;               // of the weight in one panel
+constexpr long GROUP = COLS * DOT;          // bytes of a panel that belong to DOT values of x
+constexpr int ROWS = WIDE ? 12 : 5;         // of x in one tile: ROWS × NV sums in registers
+constexpr long BLOCK = ROWS * (WIDE ? 8 : 16);  // rows of q that stay in the second-level cache
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
+
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+
+template <class Work>
+struct Shared {
+  std::atomic<long> next;
+  long tasks;
+  const Work* work;
+};
+
+template <class Work>
+void worker(void* data) {
+  auto* shared = (Shared<Work>*)data;
+  for (long i; (i = shared->next.fetch_add(1, std::memory_order_relaxed)) < shared->tasks;)
+    (*shared->work)(i);
+}
+
+template <class Work>
+void for_each(Parallel parallel, long threads, long tasks, const Work& work) {
+  Shared<Work> shared{{0}, tasks, &work};
+  threads = least(threads, tasks);
+  if (threads > 1)
+    parallel(worker<Work>, &shared, (unsigned)threads, 0);
+  else
+    worker<Work>(&shared);
+}
+
+}  // namespace
+
+// The arguments, as Python fills them in (kernels/int8_cpu.py: _Call) ----------------------------
+
+struct Call {
+  const float* x;       // [rows, in], rows `stride` apart
+  const int8_t* weight; // int8_pack
+  const float* scale;   // [out]
+  const int32_t* sums;  // [out]: Σ_k w[n,k]
+  const float* bias;    // [out] or null
+  const float* add;     // [rows, out] or null
+  float* y;             // [rows, out]
+  void* q;              // int8_scratch bytes
+  Parallel parallel;
+  int64_t rows, in, out, stride, then, one_range, threads;
+};
+
+namespace {
+
+enum Then { NOTHING, RELU, GELU, SILU };
+
+// Levels: to nearest, ties to even; or the whole part. 0 … 255.
+INLINE void put_levels(level* q, vec v, long n) { put_bytes(q, nearest(v), n); }
+INLINE void put_whole(level* q, vec v, long n) { put_bytes(q, whole(v), n); }
+
+// Quantization ------------------------------------------------------------------------------------
+
+struct Range {
+  float low, high;
+  bool bad;  // a value is NaN or infinite
+};
+
+Range range_of(const float* x, long n) {
+  vec low = all(__builtin_inff()), high = all(-__builtin_inff()), spoiled = all(0);
+  long i = 0;
+  for (; i + 2 * V <= n; i += 2 * V) {
+    const vec a = load(x + i), b = load(x + i + V);
+    low = least(low, least(a, b)), high = most(high, most(a, b));
+    spoiled = fused(a, all(0), fused(b, all(0), spoiled));  // NaN where any is NaN or infinite
+  }
+  Range found = {least_of(low), most_of(high), odd(spoiled)};
+  for (; i < n; i++) {
+    found.low = x[i] < found.low ? x[i] : found.low;
+    found.high = x[i] > found.high ? x[i] : found.high;
+    found.bad |= !(x[i] - x[i] == 0);
+  }
+  return found;
+}
+
+// One row by its own range: its levels, s and lo. A range that is not finite gives levels of no
+// meaning, and s that is NaN or infinite.
+void quantize_row(const float* x, long n, level* q, long width, float* s, float* lo) {
+  const Range of = range_of(x, n);
+  const float range = of.high - of.low, inverse = 255.0f / (range + 1e-8f);
+  *lo = of.low, *s = of.bad ? __builtin_nanf("") : range / 255.0f + (float)(1e-8 / 255);
+  const vec from = all(of.low), times = all(inverse);
+  for (long i = 0; i < n; i += V)
+    put_levels(q + i, (load(x + i, first(n - i)) - from) * times, n - i);
+  for (long i = n; i < width; i++) q[i] = 0;  // they meet columns of zeros, but are to be numbers
+}
+
+// One row by a range that is known: q = ⌊x/s + z + ½⌋.
+void quantize_row_by(const float* x, long n, level* q, long width, float inverse, float half) {
+  const vec times = all(inverse), plus = all(half), most_level = all(255.5f);
+  for (long i = 0; i < n; i += V) {
+    const vec v = fused(load(x + i, first(n - i)), times, plus);
+    put_whole(q + i, least(most(v, all(0)), most_level), n - i);
+  }
+  for (long i = n; i < width; i++) q[i] = 0;
+}
+
+// Finish ------------------------------------------------------------------------------------------
+
+// exp(x) for x ≤ 0: 2^i by the exponent's bits, 2^f by a polynomial (Cephes' expf), to 2 ulp.
+INLINE vec exponential(vec x) {
+  x = most(x, all(-87.33654f));
+#if WIDE
+  const vec n = _mm512_roundscale_ps(x * all(1.44269504f), 8);
+#else
+  const vec n = _mm256_round_ps(x * all(1.44269504f), 8);
+#endif
+  x = fused(n, all(-0.693359375f), x);
+  x = fused(n, all(2.12194440e-4f), x);
+  vec p = all(1.9875691500e-4f);
+  p = fused(p, x, all(1.3981999507e-3f)), p = fused(p, x, all(8.3334519073e-3f));
+  p = fused(p, x, all(4.1665795894e-2f)), p = fused(p, x, all(1.6666665459e-1f));
+  p = fused(p, x, all(5.0000001201e-1f)), p = fused(p, x * x, x) + all(1);
+#if WIDE
+  return _mm512_scalef_ps(p, n);
+#else
+  const __m256i shift = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return p * _mm256_castsi256_ps(shift);
+#endif
+}
+
+INLINE vec absolute(vec x) {
+#if WIDE
+  return _mm512_abs_ps(x);
+#else
+  return _mm256_andnot_ps(all(-0.0f), x);
+#endif
+}
+
+// where x < 0: a, else b
+INLINE vec below(vec x, vec a, vec b) {
+#if WIDE
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, all(0), _CMP_LT_OQ), b, a);
+#else
+  return _mm256_blendv_ps(b, a, x);
+#endif
+}
+
+// x·Φ(x) with Φ(−|z|·√2) = ½·erfc(|z|): Numerical Recipes' erfcc (Chebyshev fit, 1.2e-7 relative).
+INLINE vec gelu(vec x) {
+  const vec z = absolute(x) * all(0.70710678f), t = all(1) / fused(z, all(0.5f), all(1));
+  vec p = all(0.17087277f);
+  p = fused(p, t, all(-0.82215223f)), p = fused(p, t, all(1.48851587f));
+  p = fused(p, t, all(-1.13520398f)), p = fused(p, t, all(0.27886807f));
+  p = fused(p, t, all(-0.18628806f)), p = fused(p, t, all(0.09678418f));
+  p = fused(p, t, all(0.37409196f)), p = fused(p, t, all(1.00002368f));
+  p = fused(p, t, all(-1.26551223f));
+  const vec tail = t * exponential(fused(all(0) - z, z, p)) * all(0.5f);
+  return x * below(x, tail, all(1) - tail);
+}
+
+INLINE vec silu(vec x) {
+  const vec e = exponential(all(0) - absolute(x)), p = all(1) / (all(1) + e);
+  return x * below(x, e * p, p);
+}
+
+INLINE vec finished(int then, vec y) {
+  if (then == RELU) return most(y, all(0));
+  if (then == GELU) return gelu(y);
+  if (then == SILU) return silu(y);
+  return y;
+}
+
+// Products ----------------------------------------------------------------------------------------
+
+struct Row {
+  float s, lo;
+  int32_t zero;
+};
+
+// M rows × P panels of the weight, all of k.
+template <int M, int P>
+__attribute__((noinline)) void tile(const Call& c, const level* q, long width, const Row* row,
+                                    long r, long panel, int then) {
+  const long groups = width / DOT, size = groups * GROUP;
+  const int8_t* w = c.weight + panel * size;
+  ints sum[M][P * NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int j = 0; j < P * NV; j++) sum[m][j] = zero();
+  for (long g = 0; g < groups; g++, w += GROUP) {
+    ints column[P * NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < P * NV; j++) column[j] = weights(w + j / NV * size + j % NV * (V * DOT));
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const ints x = spread(q + m * width + g * DOT);
+#pragma GCC unroll 8
+      for (int j = 0; j < P * NV; j++) sum[m][j] = dot(sum[m][j], x, column[j]);
+    }
+  }
+  const long n0 = panel * COLS;
+#pragma GCC unroll 8
+  for (int j = 0; j < P * NV; j++) {
+    const long n = n0 + j * V;
+    if (n >= c.out) break;
+    const some part = first(c.out - n);
+    const ints sums = load(c.sums + n, part);
+    const vec scale = load(c.scale + n, part), offset = floats(sums) * scale;
+    const vec bias = c.bias ? load(c.bias + n, part) : all(0);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const ints exact = c.one_range ? minus(sum[m][j], times(row[m].zero, sums)) : sum[m][j];
+      vec y = floats(exact) * scale;
+      y = c.bias ? fused(y, all(row[m].s), bias) : y * all(row[m].s);
+      if (!c.one_range) y = fused(all(row[m].lo), offset, y);
+      y = finished(then, y);
+      float* to = c.y + (r + m) * c.out + n;
+      if (c.add) y = y + load(c.add + (r + m) * c.out + n, part);
+      if (n + V <= c.out)
+        store(to, y);
+      else
+        store(to, y, part);
+    }
+  }
+}
+
+template <int M>
+void rows_of(const Call& c, const level* q, long width, const Row* row, long r, long panel, long end) {
+#if WIDE
+  constexpr int P = M <= 3 ? 3 : M <= 6 ? 2 : 1;  // M·P·NV ≤ 24 sums
+  for (; panel + P <= end; panel += P) tile<M, P>(c, q, width, row, r, panel, (int)c.then);
+#endif
+  for (; panel < end; panel++) tile<M, 1>(c, q, width, row, r, panel, (int)c.then);
+}
+
+template <int M>
+void few_rows(long m, const Call& c, const level* q, long width, const Row* row, long r, long panel,
+              long end) {
+  if (m == M) return rows_of<M>(c, q, width, row, r, panel, end);
+  if constexpr (M > 1) few_rows<M - 1>(m, c, q, width, row, r, panel, end);
+}
+
+// Rows [r, r + count) of y in the columns of these panels.
+void block(const Call& c, const level* q, long width, const Row* row, long r, long count, long panel,
+           long end) {
+  const long step = 8;  // panels whose weights stay in the second-level cache while rows pass
+  for (long p = panel; p < end; p += step)
+    for (long m = 0; m < count; m += ROWS)
+      few_rows<ROWS>(least(ROWS, count - m), c, q + m * width, width, row + m, r + m, p,
+                     least(p + step, end));
+}
+
+// s and the zero point of all of x, in float64 as Python has them; NaN and 0 where it is not finite.
+Row range_of_all(const Call& c, float* inverse, float* half) {
+  const long size = 64, tasks = (c.rows + size - 1) / size;
+  Range* found = (Range*)malloc(tasks * sizeof(Range));
+  if (!found) std::abort();
+  for_each(c.parallel, c.threads, tasks, [&](long task) {
+    Range own = range_of(c.x + task * size * c.stride, c.in);
+    for (long r = task * size + 1; r < least(task * size + size, c.rows); r++) {
+      const Range of = range_of(c.x + r * c.stride, c.in);
+      own.low = of.low < own.low ? of.low : own.low;
+      own.high = of.high > own.high ? of.high : own.high;
+      own.bad |= of.bad;
+    }
+    found[task] = own;
+  });
+  double low = 0, high = 0;
+  bool bad = false;
+  for (long i = 0; i < tasks; i++) {
+    low = found[i].low < low ? found[i].low : low;
+    high = found[i].high > high ? found[i].high : high;
+    bad |= found[i].bad;
+  }
+  free(found);
+  const double s = (high - low + 1e-8) / 255, zero = bad ? 0 : __builtin_nearbyint(-low / s);
+  *inverse = bad ? 0 : (float)(1 / s), *half = bad ? 0 : (float)(zero + 0.5);
+  return {bad ? __builtin_nanf("") : (float)s, 0, (int32_t)zero};
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* int8_isa() { return ISA; }
+
+int64_t int8_packed_size(int64_t out, int64_t in) { return up(out, COLS) * up(in, DOT); }
+
+// w [out, in] → panels; what is beyond `out` and `in` is zero.
+void int8_pack(const int8_t* w, int64_t out, int64_t in, int8_t* to) {
+  const long width = up(in, DOT);
+  for (long n0 = 0; n0 < out; n0 += COLS)
+    for (long k = 0; k < width; k += DOT)
+      for (long n = n0; n < n0 + COLS; n++)
+        for (long i = k; i < k + DOT; i++) *to++ = n < out && i < in ? w[n * in + i] : 0;
+}
+
+int64_t int8_scratch(int64_t rows, int64_t in) {
+  return rows * (up(in, DOT) * (int64_t)sizeof(level) + (int64_t)sizeof(Row)) + 64;
+}
+
+// 1 where a row of x has no finite range: its y is NaN then.
+int64_t int8_linear(const Call* call) {
+  const Call& c = *call;
+  const long width = up(c.in, DOT), panels = (c.out + COLS - 1) / COLS;
+  Row* row = (Row*)c.q;
+  level* q = (level*)((char*)c.q + up(c.rows * sizeof(Row), 64));
+  std::atomic<long> spoiled{0};
+  float inverse = 0, half = 0;
+  if (c.one_range) {
+    const Row one = range_of_all(c, &inverse, &half);
+    for (long r = 0; r < c.rows; r++) row[r] = one;
+  }
+  auto quantize = [&](long from, long to) {
+    for (long r = from; r < to; r++) {
+      if (c.one_range) {
+        quantize_row_by(c.x + r * c.stride, c.in, q + r * width, width, inverse, half);
+        continue;
+      }
+      quantize_row(c.x + r * c.stride, c.in, q + r * width, width, &row[r].s, &row[r].lo);
+      if (!(row[r].s - row[r].s == 0)) spoiled.store(1, std::memory_order_relaxed);
+    }
+  };
+  if (c.rows >= 4 * ROWS * c.threads || panels < 2 * c.threads) {  // a thread has its own rows
+    const long size = least(BLOCK, up((c.rows + c.threads - 1) / c.threads, ROWS));
+    for_each(c.parallel, c.threads, (c.rows + size - 1) / size, [&](long task) {
+      const long r = task * size, count = least(size, c.rows - r);
+      quantize(r, r + count);
+      block(c, q + r * width, width, row + r, r, count, 0, panels);
+    });
+  } else {  // few rows: a thread has its own columns
+    quantize(0, c.rows);
+    const long size = (panels + 4 * c.threads - 1) / (4 * c.threads);
+    for_each(c.parallel, c.threads, (panels + size - 1) / size, [&](long task) {
+      block(c, q, width, row, 0, c.rows, task * size, least((task + 1) * size, panels));
+    });
+  }
+  return spoiled.load();
+}
+}

@@ -1,0 +1,142 @@
+"""int8 linear layers on a CPU with the compiled kernels of `int8_cpu.cpp`: quantize, multiply and
+finish in one call.
+
+`refusal()` says why they are not used on this machine, or None; `isa()` by which instructions they
+multiply.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.kernels.native import Unavailable, library, parallel
+
+__all__ = ["THEN", "isa", "linear", "pack", "refusal"]
+
+THEN = ("", "relu", "gelu", "silu")
+"""What may follow the product, by the number that C++ knows it as."""
+
+_SOURCE = Path(__file__).with_name("int8_cpu.cpp")
+_POINTERS = "x weight scale sums bias add y q parallel"
+_SIZES = "rows in_features out_features stride then one_range threads"
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
+        *((name, ctypes.c_int64) for name in _SIZES.split()),
+    ]
+
+
+@functools.cache
+def _library() -> tuple[Any, int]:
+    made = library(_SOURCE)
+    sizes = [ctypes.c_int64, ctypes.c_int64]
+    made.int8_isa.restype = ctypes.c_char_p
+    made.int8_packed_size.argtypes, made.int8_packed_size.restype = sizes, ctypes.c_int64
+    made.int8_scratch.argtypes, made.int8_scratch.restype = sizes, ctypes.c_int64
+    made.int8_pack.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_void_p]
+    made.int8_pack.restype = None
+    made.int8_linear.argtypes, made.int8_linear.restype = [ctypes.c_void_p], ctypes.c_int64
+    return made, parallel()
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why the compiled kernels do not run on this machine; None where they do. What they compute is
+    looked at by `int8_linear`, as that of all kernels is."""
+    try:
+        _library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def isa() -> str:
+    """The instructions that multiply, e.g. "AVX-512-VNNI".
+
+    Raises:
+        Unavailable: the kernels do not run here.
+    """
+    name: bytes = _library()[0].int8_isa()
+    return name.decode()
+
+
+def pack(qweight: Tensor) -> Tensor:
+    """qweight [out, in] int8, contiguous, in the panels that `linear` multiplies by."""
+    made, (out, width) = _library()[0], qweight.shape
+    packed = torch.empty(made.int8_packed_size(out, width), dtype=torch.int8)
+    made.int8_pack(qweight.data_ptr(), out, width, packed.data_ptr())
+    return packed
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    then: str = "",
+    add: Tensor | None = None,
+    one_range: bool = False,
+) -> tuple[Tensor, bool]:
+    """y = then(q(x) @ (qweight·scale[:, None])ᵀ + bias) + add, each row of x quantized by itself.
+
+    Args:
+        x: [rows, in] float32, rows dense, on a CPU, rows·in·out > 0.
+        packed: `pack` of qweight [out, in].
+        scale: [out] float32, contiguous.
+        sums: [out] int32, contiguous: Σ_k qweight[n, k].
+        bias: [out] float32, contiguous, or None.
+        then: one of `THEN`.
+        add: [rows, out] float32, contiguous, or None.
+        one_range: for all of x, with 0 in it, in place of one for each row.
+
+    Returns:
+        y [rows, out]; and whether a row of x has no finite range of its own: its y is NaN.
+    """
+    made, start = _library()
+    (rows, width), out = x.shape, scale.shape[0]
+    y = torch.empty(rows, out)
+    q = _scratch(made.int8_scratch(rows, width))
+    call = _Call(
+        x.data_ptr(),
+        packed.data_ptr(),
+        scale.data_ptr(),
+        sums.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if add is None else add.data_ptr(),
+        y.data_ptr(),
+        q.data_ptr(),
+        start,
+        rows,
+        width,
+        out,
+        x.stride(0),
+        THEN.index(then),
+        one_range,
+        torch.get_num_threads(),
+    )
+    return y, bool(made.int8_linear(ctypes.byref(call)))
+
+
+_KEPT = 1 << 24
+_kept = threading.local()
+
+
+def _scratch(size: int) -> Tensor:
+    """Bytes for one call, kept by its thread up to 16 MB."""
+    if size > _KEPT:
+        return torch.empty(size, dtype=torch.uint8)
+    held: Tensor | None = getattr(_kept, "q", None)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):
+            held = _kept.q = torch.empty(size, dtype=torch.uint8)
+    return held

@@ -1,0 +1,121 @@
+"""Fused ops of int8 layers: the activation behind the product, and products that read one input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rewriter.kernels import int8_linear as int8
+from rewriter.kernels.choice import fastest, rows_bucket
+from rewriter.kernels.int8_cpu import THEN
+from rewriter.lowering.fused import not_joined
+from rewriter.lowering.rules import Fused, Place
+from rewriter.spellings import activation_name
+
+__all__ = ["INT8_ACT", "INT8_JOINED"]
+
+_LEAD = 0.03
+"""By which share one product must beat the single ones."""
+
+
+def _native(x: Tensor, qweight: Tensor, activation: str) -> bool:
+    """Whether the kernel that finishes what it multiplies is the fastest for this input."""
+    rows = math.prod(x.shape[:-1])
+    if not int8.has_kernels(x) or rows * qweight.numel() == 0:
+        return False
+    return int8.pick_kernel(rows, qweight.shape[1], qweight.shape[0], activation) == "native"
+
+
+def _tensors(place: Place) -> tuple[Tensor | None, ...]:
+    layer = place.modules[0]
+    return layer.qweight, layer.scale, layer.bias
+
+
+def _act_constants(place: Place) -> tuple[str, str | None]:
+    return place.modules[0].activation, activation_name(place.match.nodes[1], place.root)
+
+
+def _no_epilogue(place: Place) -> str | None:
+    name = activation_name(place.match.nodes[1], place.root)
+    if name in THEN:
+        return None
+    return f"no int8 kernel has {name or 'this activation with its options'} as its epilogue"
+
+
+def _slow_epilogue(place: Place, x: Tensor) -> str | None:
+    layer = place.modules[0]
+    if _native(x, layer.qweight, layer.activation):
+        return None
+    return "the int8 kernel that is the fastest here has no epilogue"
+
+
+INT8_ACT = Fused(
+    "int8_linear_act", int8.int8_linear_act, _tensors, _act_constants, _no_epilogue, _slow_epilogue
+)
+
+
+def joined_int8_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    sizes: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """The input quantized once, one product with [W₁ W₂ …], cut into the single results."""
+    y = int8.int8_linear(x, qweight, scale, bias, activation)
+    # no views to autograd: what follows may write them in place, with gradients too
+    return tuple(torch.unsafe_split_with_sizes(y, list(sizes), -1))
+
+
+def _joined(place: Place) -> tuple[Tensor, Tensor, Tensor | None]:
+    layers, bias = place.modules, None
+    if any(m.bias is not None for m in layers):
+        given = [m.scale.new_zeros(len(m.scale)) if m.bias is None else m.bias for m in layers]
+        bias = torch.cat(given)
+    return torch.cat([m.qweight for m in layers]), torch.cat([m.scale for m in layers]), bias
+
+
+def _joined_constants(place: Place) -> tuple[str, tuple[int, ...]]:
+    return place.modules[0].activation, tuple(len(m.scale) for m in place.modules)
+
+
+def _not_joined(place: Place) -> str | None:
+    layers = place.modules
+    if len({(m.activation, m.scale.dtype, m.qweight.device) for m in layers}) > 1:
+        return "the layers differ in how they quantize their input, in dtype or device"
+    return not_joined(place)
+
+
+def _slow_joined(place: Place, x: Tensor) -> str | None:
+    layers = place.modules
+    width, (activation, sizes) = layers[0].qweight.shape[1], _joined_constants(place)
+    rows = rows_bucket(x.numel() // max(width, 1))
+    if x.device.type != "cpu" or not x.numel():
+        return "what it would save is measured on a CPU alone"
+    for size in (*sizes, sum(sizes)):  # these choices first: one is not measured inside of another
+        int8.pick_kernel(rows, width, size, activation)
+    key = f"{x.dtype} {rows}x{width}x{sizes} {activation} {torch.get_num_threads()}"
+
+    def candidates() -> dict[str, Callable[[], object]]:
+        given = torch.linspace(-1, 1, rows * width).view(rows, width).to(x.dtype)
+        parts = [torch.ones(n, width, dtype=torch.int8) for n in sizes]
+        scales = [torch.ones(n) for n in sizes]
+        single = list(zip(parts, scales, strict=True))
+        one, scale = torch.cat(parts), torch.cat(scales)
+        return {
+            "single": lambda: [int8.int8_linear(given, w, s, None, activation) for w, s in single],
+            "joined": lambda: joined_int8_linear(given, one, scale, None, activation, sizes),
+        }
+
+    if fastest(key, "joined_int8_linear 1", candidates, _LEAD) == "joined":
+        return None
+    return f"one product for {len(sizes)} is no faster here on {rows} rows"
+
+
+INT8_JOINED = Fused(
+    "joined_int8_linear", joined_int8_linear, _joined, _joined_constants, _not_joined, _slow_joined
+)

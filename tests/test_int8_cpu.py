@@ -1,0 +1,126 @@
+"""The compiled int8 kernels: every instruction set gives the bits of the torch formula."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_equal, assert_reordered
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rewriter.kernels import int8_cpu, native
+from rewriter.kernels import int8_linear as int8
+from rewriter.kernels.linear_act import act_
+
+pytestmark = pytest.mark.skipif(
+    int8_cpu.refusal() is not None, reason=f"no compiled kernel: {int8_cpu.refusal()}"
+)
+
+SETS = {
+    "AVX-512-VNNI": ([], "avx512_vnni"),
+    "AVX-VNNI": (["-DINT8_NARROW"], "avx_vnni"),
+    "AVX2": (["-DINT8_NARROW", "-DINT8_PLAIN"], "avx2"),
+}
+"""Instruction set → what compiles the kernels for it, and what the CPU calls it."""
+
+
+def has(flag: str) -> bool:
+    found = Path("/proc/cpuinfo")
+    return found.exists() and flag in found.read_text().split()
+
+
+@pytest.fixture(scope="module", params=SETS)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[str]:
+    flags, name = SETS[request.param]
+    if not has(name):
+        pytest.skip(f"this CPU has no {request.param}")
+    made = tmp_path_factory.mktemp("kernel") / "int8.so"
+    given = ["-std=c++17", "-O1", *flags, native._native(), "-fPIC", "-shared", "-w"]
+    command = [native._compiler(), *given, str(int8_cpu._SOURCE), "-o", str(made)]
+    subprocess.run(command, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8_cpu, "library", lambda _: native.ctypes.CDLL(str(made)))
+        int8_cpu._library.cache_clear()
+        yield request.param
+    int8_cpu._library.cache_clear()
+
+
+def problem(rows: int, k: int, n: int, seed: int = 0) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    qweight, scale = int8.quantize_weight(torch.randn(n, k, generator=g))
+    return torch.randn(rows, k, generator=g), qweight, scale, torch.randn(n, generator=g)
+
+
+def ran(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, **more: Any) -> Tensor:
+    sums = qweight.sum(-1, dtype=torch.int32)
+    y, spoiled = int8_cpu.linear(x, int8_cpu.pack(qweight), scale, sums, bias, **more)
+    assert not spoiled
+    return y
+
+
+@pytest.mark.parametrize("activation", int8.ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_bits_are_those_of_torch(compiled: str, activation: str, bias: bool) -> None:
+    assert int8_cpu.isa() == compiled
+    # tails of rows, of columns and of k; all numbers of rows in a tile; panels in threes and pairs
+    sizes = [(1, 1, 1), (2, 3, 33), (5, 66, 31), (7, 17, 100), (3, 130, 200), (29, 65, 47)]
+    for rows, k, n in [*sizes, (12, 384, 96), (130, 40, 65)]:
+        x, qweight, scale, b = problem(rows, k, n)
+        own = b if bias else None
+        want = int8._run("torch", x, qweight, scale, own, activation)
+        one = activation == "per_tensor"
+        assert_equal(ran(x, qweight, scale, own, one_range=one), want)
+
+
+@pytest.mark.parametrize("then", int8_cpu.THEN[1:])
+def test_what_follows_the_product(compiled: str, then: str) -> None:
+    x, qweight, scale, bias = problem(13, 50, 70)
+    y = ran(x, qweight, scale, bias)
+    wide = torch.cat([torch.linspace(-30, 30, 69), torch.tensor([-1e30])]).expand(13, 70)
+    for add in (None, torch.randn(13, 70)):
+        found = ran(x, qweight, scale, bias, then=then, add=add)
+        want = act_(y.clone(), then)
+        assert_reordered(found, want if add is None else want + add)
+    # all of the activation's range, by a bias alone: a constant row of x has no product
+    found = ran(torch.zeros(13, 50), qweight, scale, wide[0].clone(), then=then)
+    assert_reordered(found, act_(wide.clone(), then))
+
+
+def test_rows_that_lie_apart(compiled: str) -> None:
+    x, qweight, scale, bias = problem(9, 40, 24)
+    apart = torch.randn(9, 3, 40)
+    apart[:, 1] = x
+    assert_equal(ran(apart[:, 1], qweight, scale, bias), ran(x, qweight, scale, bias))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_without_a_range_is_told_and_leaves_the_others(compiled: str, bad: float) -> None:
+    for k, at in ((40, 0), (40, 39), (7, 6)):
+        x, qweight, scale, bias = problem(5, k, 24)
+        want = ran(x, qweight, scale, bias)
+        x[3, at] = bad
+        sums = qweight.sum(-1, dtype=torch.int32)
+        y, spoiled = int8_cpu.linear(x, int8_cpu.pack(qweight), scale, sums, bias)
+        assert spoiled
+        assert y[3].isnan().all()
+        assert_equal(y[[0, 1, 2, 4]], want[[0, 1, 2, 4]])
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 90), st.integers(1, 150))
+def test_any_size_on_any_number_of_threads(seed: int, rows: int, k: int, n: int) -> None:
+    x, qweight, scale, bias = problem(rows, k, n, seed)
+    want = int8._run("torch", x, qweight, scale, bias, "per_token")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert_equal(ran(x, qweight, scale, bias), want)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,113 @@
+"""Lowering of int8 layers: one product for those that read one input, and activations behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_equal, assert_reordered
+from torch import Tensor, nn
+
+from rewriter import load, rewrite
+from rewriter.kernels import int8_cpu
+from rewriter.kernels import int8_linear as int8
+from rewriter.lowering import integers
+from rewriter.passes import Quantize
+
+X = torch.linspace(-2, 2, 2 * 5 * 16).view(2, 5, 16).sin()
+
+
+@pytest.fixture(autouse=True)
+def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test goes by a time: the fused op counts as the faster one."""
+    kernel = "torch" if int8_cpu.refusal() else "native"
+    monkeypatch.setattr(int8, "pick_kernel", lambda *_: kernel)
+    monkeypatch.setattr(integers, "fastest", lambda key, version, make, lead: list(make())[-1])
+    monkeypatch.setattr("rewriter.engine.engine.Engine._lowering_pays", lambda _: True)
+
+
+class Attends(nn.Module):
+    def __init__(self, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 24)
+        self.up, self.act, self.down = nn.Linear(24, 40), act or nn.GELU(), nn.Linear(40, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.softmax(self.q(x) @ self.k(x).mT, -1) @ self.v(x)
+        return x + self.down(self.act(self.up(mixed)))
+
+
+def both(act: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model, passes = Attends(act).eval(), [Quantize(**options)]
+    return rewrite(model, passes, X), rewrite(model, passes, X, lower=False)
+
+
+def fused(model: Any) -> dict[str, str]:
+    (step,) = [s for s in model.report.steps if s.name == "lowering"]
+    return {d.site: d.kernel or d.reason for d in step.decisions}
+
+
+needs_kernel = pytest.mark.skipif(int8_cpu.refusal() is not None, reason="no compiled kernel")
+
+
+@needs_kernel
+@pytest.mark.parametrize("activation", int8.ACTIVATIONS)
+def test_the_lowered_model_computes_the_same(activation: str, tmp_path: Any) -> None:
+    lowered, plain = both(activation=activation)
+    assert fused(lowered) == {"q": "joined_int8_linear", "up": "int8_linear_act"}
+    for x in (X, X[:1], torch.randn(3, 7, 16)):
+        with torch.no_grad():
+            assert_reordered(lowered(x), plain(x))
+    lowered.save(tmp_path)
+    with torch.no_grad():
+        assert_equal(load(tmp_path, Attends().eval())(X), lowered(X))
+
+
+def test_products_of_one_input_are_the_same_bits() -> None:
+    x = torch.randn(6, 16)
+    layers = [int8.quantize_weight(torch.randn(n, 16)) for n in (16, 5, 24)]
+    single = [int8.int8_linear(x, q, s) for q, s in layers]
+    one, scale = (torch.cat(t) for t in zip(*layers, strict=True))
+    joined = integers.joined_int8_linear(x, one, scale, None, "per_token", (16, 5, 24))
+    for a, b in zip(joined, single, strict=True):
+        assert_equal(a.contiguous(), b)
+
+
+@needs_kernel
+def test_a_changed_weight_is_noticed() -> None:
+    lowered, plain = both()
+    for model in (lowered, plain):
+        model.q.qweight.neg_()
+        model.up.scale.mul_(2)
+    with torch.no_grad():
+        assert_reordered(lowered(X), plain(X))
+
+
+@needs_kernel
+@pytest.mark.parametrize("act", [nn.GELU(approximate="tanh"), nn.Mish()], ids=["tanh", "mish"])
+def test_what_no_kernel_has_is_a_reason(act: nn.Module) -> None:
+    lowered, plain = both(act)
+    assert "as its epilogue" in fused(lowered)["up"]
+    with torch.no_grad():
+        assert_reordered(lowered(X), plain(X))
+
+
+def test_without_the_compiled_kernel_the_activation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "pick_kernel", lambda *_: "torch")
+    lowered, _ = both()
+    assert "has no epilogue" in fused(lowered)["up"]
+    with torch.no_grad():
+        found = int8.int8_linear_act(
+            X, lowered.q.qweight, lowered.q.scale, lowered.q.bias, "per_token", "gelu"
+        )
+        assert_reordered(found, nn.functional.gelu(lowered.q(X)))
+
+
+def test_where_gradients_are_wanted_the_layers_run() -> None:
+    lowered, plain = both()
+    x = [X.clone().requires_grad_() for _ in range(2)]
+    for model, own in zip((lowered, plain), x, strict=True):
+        model(own).sum().backward()
+    assert_equal(x[0].grad, x[1].grad)
