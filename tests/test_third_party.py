@@ -229,10 +229,12 @@ class Halved(Pass):
     matches = (LINEAR,)
 
     def propose(self, site: Site) -> Replacement:
-        layer = nn.Linear(2 * site.in_features, site.out_features)
-        layer.weight.data = torch.cat([site.weight.detach() / 2] * 2, 1)
+        by_hand = site.module is None  # Python code calls a Layer or an nn.Linear alone
+        layer = nn.Linear((1 if by_hand else 2) * site.in_features, site.out_features)
+        weight = site.weight.detach().clone()
+        layer.weight.data = weight if by_hand else torch.cat([weight / 2] * 2, 1)
         layer.bias = cast(nn.Parameter, site.bias)
-        return Replacement(nn.Sequential(_Twice(), layer))
+        return Replacement(layer if by_hand else nn.Sequential(_Twice(), layer))
 
 
 class _Twice(nn.Module):

@@ -153,7 +153,9 @@ def test_the_first_order_weight_of_a_quadratic_layer_is_its_own() -> None:
 
 @pytest.mark.parametrize("name", COMPUTED)
 @pytest.mark.filterwarnings(
-    "ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+    "ignore:.torch.jit:DeprecationWarning",
+    "ignore:.torch.jit:FutureWarning",  # from torch 2.14 on
+    "ignore::torch.jit.TracerWarning",
 )
 def test_a_layer_is_traced_and_says_why_it_is_not_scripted(name: str) -> None:
     layer, x = COMPUTED[name](), torch.randn(3, 8)
@@ -172,7 +174,9 @@ def test_torch_fx_traces_through_a_layer(name: str) -> None:
     assert_equal(fx.symbolic_trace(traced)(x), layer(x))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning"
+)
 def test_a_rewritten_model_without_a_layer_of_ours_says_why_it_is_not_scripted() -> None:
     found = rewrite(nn.Sequential(nn.Linear(8, 8)), [], torch.randn(3, 8))
     with pytest.raises(OptionError, match=r"deprecated: use torch.export.export"):
