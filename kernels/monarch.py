@@ -41,6 +41,7 @@ from rewriter.kernels.common import (
     register_gradient,
     register_vmap,
 )
+from rewriter.kernels.monarch_onnx import monarch_linear_onnx
 
 __all__ = [
     "BackwardOperands",
@@ -771,6 +772,7 @@ RECORD = ops.register(
         "rewriter::monarch_linear",
         kind="monarch",
         reference=monarch_linear_reference,
+        onnx=monarch_linear_onnx,
         size_names=("rows", "out", "in", "input blocks", "output blocks", "rank", "interleaved"),
         sizes=sizes,
         flops=_flops,

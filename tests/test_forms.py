@@ -598,6 +598,7 @@ class AsksBeforeAttention(nn.Module):
         return self.layer(self.fc(x) * (2 if torch.is_grad_enabled() else 3))
 
 
+@pytest.mark.slow
 def test_one_row_shows_how_a_forward_that_asks_for_gradients_is_with_them() -> None:
     x = torch.randn(1, 4, 16)
     original = AsksBeforeAttention().eval()

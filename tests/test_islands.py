@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_equal
-from marks import slow_but
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -135,7 +134,8 @@ def test_accelerates_hooks_stay_around_a_rewritten_layer() -> None:
 # other kinds of tensors
 
 
-@pytest.mark.parametrize("passes", slow_but([[], [Monarch(nblocks=2)]], 1), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", [[], [Monarch(nblocks=2)]], ids=str)
 def test_the_nested_path_of_an_encoder_stays(passes: list[Any]) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_reordered
-from marks import slow_but
 from torch import Tensor, nn
 
 import rewriter
@@ -671,7 +670,8 @@ def weights_of(place: Place) -> tuple[Tensor, Tensor]:
     return place.modules[1].weight, place.modules[1].bias
 
 
-@pytest.mark.parametrize("runs", slow_but([True, False], 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [True, False])
 def test_a_loaded_model_runs_the_fused_ops_of_the_saved_one(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, runs: bool
 ) -> None:

@@ -161,7 +161,8 @@ def budgeted(model: nn.Module, budget: Any) -> MemoryPlan:
     return state.memory
 
 
-@pytest.mark.parametrize("name", slow_but(MODELS, list(MODELS).index("quadratic")))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_equal_and_the_peak_is_as_planned_at_every_budget(name: str) -> None:
     torch.manual_seed(0)
     make, inputs, passes = MODELS[name]

@@ -65,6 +65,26 @@ def test_int8_is_integer_products_at_all_sizes(
 
 
 @pytest.mark.clients
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_monarch_is_products_that_take_any_dtype(
+    dtype: torch.dtype, interleaved: bool, tmp_path: pathlib.Path
+) -> None:
+    import onnx
+
+    passes = [Monarch(nblocks=(3, 5), rank=2, interleaved=interleaved)]
+    plain = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 18, bias=False)).eval()
+    path, x = tmp_path / "m.onnx", ROWS.to(dtype)
+    rewriter.export(plain.to(dtype), passes, x, format="onnx", package=path)
+    assert "Einsum" not in {node.op_type for node in onnx.load(path).graph.node}  # no bfloat16
+    onnx.checker.check_model(path, full_check=True)
+    if dtype == torch.float32:
+        want = rewrite(plain, passes, ROWS)
+        for more in (ROWS, MORE, MORE[:1, :1]):
+            assert_reordered(in_runtime(path, more), want(more).detach())
+
+
+@pytest.mark.clients
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's exporter itself
 def test_a_rewritten_model_goes_through_torchs_own_exporter(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "m.onnx"

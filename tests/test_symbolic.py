@@ -118,6 +118,7 @@ def figures(cost: Cost) -> dict[str, object]:
     return {k: v for k, v in data.items() if k not in ("formulas", "measured_s")}
 
 
+@pytest.mark.slow
 def test_at_equals_a_report_made_at_these_sizes(report: Report) -> None:
     assert report.sizes == {"batch": 4, "sequence": 6}
     moved, made = report.at(batch=16, sequence=40), explain(Net(), PASSES, ids(16, 40))

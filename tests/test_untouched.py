@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_equal
-from marks import slow_but
 from torch import Tensor, nn
 
 from rewriter import RewriteWarning, rewrite
@@ -124,8 +123,9 @@ def segformer() -> tuple[nn.Module, dict[str, Any]]:
     return transformers.SegformerForSemanticSegmentation(config).eval(), {"pixel_values": pixels}
 
 
-@pytest.mark.parametrize("recorded_before", slow_but([False, True], 1))
-@pytest.mark.parametrize("make", [bert, pytest.param(segformer, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recorded_before", [False, True])
+@pytest.mark.parametrize("make", [bert, segformer])
 def test_recording_hooks_are_not_the_users(make: Any, recorded_before: bool) -> None:
     model, call = make()
     if recorded_before:

@@ -15,7 +15,6 @@ import torch
 from _further import FURTHER, NAMES, further
 from _rounds import Round, _apart, go
 from closeness import ROUNDING
-from marks import slow_but
 
 from rewriter.passes import Monarch, Quantize
 
@@ -87,7 +86,8 @@ def test_the_further_models_are_forty_more_and_none_is_in_the_zoo(zoo):
         further(["bertt"])
 
 
-@pytest.mark.parametrize("recipe", slow_but([Monarch(4), Quantize("int8-dynamic")], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [Monarch(4), Quantize("int8-dynamic")])
 def test_a_model_that_writes_in_place_after_every_layer_goes_the_whole_way(recipe):
     (entry,) = further(["in-place"])
     found = go(entry, [recipe])
