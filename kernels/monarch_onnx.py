@@ -26,5 +26,5 @@ def monarch_linear_onnx(
     mid = (xb.transpose(0, 1) @ right.mT).unflatten(-1, (-1, l))  # [K, rows, rank, L]
     z = mid.permute(3, 1, 0, 2).flatten(2) @ left.mT  # [L, rows, ob]
     z = z.permute(1, 2, 0) if interleaved else z.transpose(0, 1)
-    y = z.flatten(1)[:, :out_features].reshape(*x.shape[:-1], out_features)
+    y: Tensor = z.flatten(1)[:, :out_features].reshape(*x.shape[:-1], out_features)
     return y if bias is None else y + bias
