@@ -7,19 +7,18 @@
 //
 //   z = round(−lo/s)     q[r,k] = ⌊x[r,k]/s + z + ½⌋     y[r,n] = f(s·scale[n]·(Σ_k q w − z·Σ_k w) + …)
 //
-// where f is nothing, ReLU, GELU or SiLU. A row of x is read from
-// memory once and quantized in the nearest cache; the sums of products are exact in int32; what
-// follows a sum happens before it is written. Rounding is that of fbgemm's row-wise quantizer and of
-// the torch operations in int8_linear.py, in their order, so that the results have the same bits.
+// where f is nothing, ReLU, GELU or SiLU. A row of x is read from memory once and quantized in the
+// nearest cache; the sums of products are exact in int32; what follows a sum happens before it is
+// written. Rounding is that of fbgemm's row-wise quantizer and of the torch operations in
+// int8_linear.py, in their order, so that the results have the same bits.
 //
 // The weight is packed once: panels of COLS columns, in each the groups of DOT values that one
 // instruction multiplies, column beside column. vpdpbusd (AVX-512-VNNI, AVX-VNNI) adds four products
 // of an unsigned and a signed byte; without it both are widened to int16 and added in pairs, as the
 // byte instructions of AVX2 saturate.
 //
-// C++17 with Intel's intrinsics; threads come from the caller's `parallel`, the GOMP_parallel of the
-// runtime that torch has loaded (see monarch_cpu.cpp). Every output is summed by one thread, and
-// sums of integers are exact in any order: results do not depend on the number of threads.
+// C++17 with Intel's intrinsics; threads as threads.h has them. Every output is summed by one thread,
+// and sums of integers are exact in any order: results do not depend on the number of threads.
 
 #include <immintrin.h>
 
@@ -27,6 +26,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+
+#include "threads.h"
 
 namespace {
 
@@ -44,11 +45,6 @@ typedef __mmask16 some;
 typedef uint8_t level;  // what one element of q is
 INLINE ints dot(ints sum, ints q, ints w) { return _mm512_dpbusd_epi32(sum, q, w); }
 INLINE ints weights(const int8_t* p) { return _mm512_load_si512(p); }
-INLINE ints spread(const level* p) {
-  int32_t four;
-  memcpy(&four, p, 4);
-  return _mm512_set1_epi32(four);
-}
 INLINE some first(long n) { return n >= V ? (some)0xffff : n <= 0 ? (some)0 : (some)((1u << n) - 1); }
 INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE vec load(const float* p, some n) { return _mm512_maskz_loadu_ps(n, p); }
@@ -72,7 +68,8 @@ INLINE void put_bytes(level* q, ints v, long n) {
 }
 INLINE ints nearest(vec v) { return _mm512_cvtps_epi32(v); }
 INLINE ints whole(vec v) { return _mm512_cvttps_epi32(v); }
-INLINE ints times(int32_t a, ints b) { return _mm512_mullo_epi32(_mm512_set1_epi32(a), b); }
+INLINE ints same(int32_t v) { return _mm512_set1_epi32(v); }
+INLINE ints times(int32_t a, ints b) { return _mm512_mullo_epi32(same(a), b); }
 INLINE ints minus(ints a, ints b) { return _mm512_sub_epi32(a, b); }
 INLINE vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -87,22 +84,12 @@ constexpr int DOT = 4;
 typedef uint8_t level;
 INLINE ints dot(ints sum, ints q, ints w) { return _mm256_dpbusd_avx_epi32(sum, q, w); }
 INLINE ints weights(const int8_t* p) { return _mm256_load_si256((const __m256i*)p); }
-INLINE ints spread(const level* p) {
-  int32_t four;
-  memcpy(&four, p, 4);
-  return _mm256_set1_epi32(four);
-}
 #else
 #define ISA "AVX2"
 constexpr int DOT = 2;
 typedef int16_t level;
 INLINE ints dot(ints sum, ints q, ints w) { return _mm256_add_epi32(sum, _mm256_madd_epi16(q, w)); }
 INLINE ints weights(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)p)); }
-INLINE ints spread(const level* p) {
-  int32_t two;
-  memcpy(&two, p, 4);
-  return _mm256_set1_epi32(two);
-}
 #endif
 INLINE some first(long n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(n > V ? V : n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -134,12 +121,20 @@ INLINE void put_bytes(level* q, ints v, long n) {
 }
 INLINE ints nearest(vec v) { return _mm256_cvtps_epi32(v); }
 INLINE ints whole(vec v) { return _mm256_cvttps_epi32(v); }
-INLINE ints times(int32_t a, ints b) { return _mm256_mullo_epi32(_mm256_set1_epi32(a), b); }
+INLINE ints same(int32_t v) { return _mm256_set1_epi32(v); }
+INLINE ints times(int32_t a, ints b) { return _mm256_mullo_epi32(same(a), b); }
 INLINE ints minus(ints a, ints b) { return _mm256_sub_epi32(a, b); }
 INLINE vec fused(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 #else
 #error "neither AVX-512-VNNI nor AVX2"
 #endif
+
+// The DOT levels from p on, 4 bytes, in every lane.
+INLINE ints spread(const level* p) {
+  int32_t bytes;
+  memcpy(&bytes, p, 4);
+  return same(bytes);
+}
 
 constexpr int NV = 2;
 constexpr long COLS = NV * V;               // of the weight in one panel
@@ -149,32 +144,6 @@ constexpr long BLOCK = ROWS * (WIDE ? 8 : 16);  // rows of q that stay in the se
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
-
-typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
-
-template <class Work>
-struct Shared {
-  std::atomic<long> next;
-  long tasks;
-  const Work* work;
-};
-
-template <class Work>
-void worker(void* data) {
-  auto* shared = (Shared<Work>*)data;
-  for (long i; (i = shared->next.fetch_add(1, std::memory_order_relaxed)) < shared->tasks;)
-    (*shared->work)(i);
-}
-
-template <class Work>
-void for_each(Parallel parallel, long threads, long tasks, const Work& work) {
-  Shared<Work> shared{{0}, tasks, &work};
-  threads = least(threads, tasks);
-  if (threads > 1)
-    parallel(worker<Work>, &shared, (unsigned)threads, 0);
-  else
-    worker<Work>(&shared);
-}
 
 }  // namespace
 

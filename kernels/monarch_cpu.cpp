@@ -15,11 +15,12 @@
 // a second one would fight with it for the cores. Work is handed out by a counter, and every output
 // is summed by one thread in one order, so results do not depend on the number of threads.
 
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+
+#include "threads.h"
 
 namespace {
 
@@ -252,33 +253,7 @@ INLINE void fetch(const T* p, long n) {
   for (long i = 0; i < n; i += LINE * 4 / (long)sizeof(T)) __builtin_prefetch(p + i);
 }
 
-// Threads and memory ------------------------------------------------------------------------------
-
-typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
-
-template <class Work>
-struct Shared {
-  std::atomic<long> next;
-  long tasks;
-  const Work* work;
-};
-
-template <class Work>
-void worker(void* data) {
-  auto* shared = (Shared<Work>*)data;
-  for (long i; (i = shared->next.fetch_add(1, std::memory_order_relaxed)) < shared->tasks;)
-    (*shared->work)(i);
-}
-
-template <class Work>
-void for_each(Parallel parallel, long threads, long tasks, const Work& work) {
-  Shared<Work> shared{{0}, tasks, &work};
-  threads = least(threads, tasks);
-  if (threads > 1)
-    parallel(worker<Work>, &shared, (unsigned)threads, 0);
-  else
-    worker<Work>(&shared);
-}
+// Memory ------------------------------------------------------------------------------------------
 
 // Memory of a thread between calls: fresh pages each time would cost more than the arithmetic.
 struct Scratch {

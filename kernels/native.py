@@ -4,11 +4,12 @@ The kernels use what this CPU has (`-march=native`), which no wheel could. Witho
 where one fails, nothing breaks: `library` raises `Unavailable` with the reason, and the caller's
 plain-torch path runs. `REWRITER_NATIVE=0` asks for that.
 
-A library's name holds a hash of its source, the compiler's version, the flags and the CPU, so that
-a cache shared by machines or versions never serves the wrong one; and a hash of its own bytes, so
-that what a crash or a full disk left of one is not loaded. It appears by a rename: processes that
-compile at the same time replace each other's equal results. What is loaded runs in this process:
-the folder and the file must be this user's (or root's), and writable by nobody else.
+A library's name holds a hash of its source and of the headers beside it, the compiler's version,
+the flags and the CPU, so that a cache shared by machines or versions never serves the wrong one;
+and a hash of its own bytes, so that what a crash or a full disk left of one is not loaded. It
+appears by a rename: processes that compile at the same time replace each other's equal results.
+What is loaded runs in this process: the folder and the file must be this user's (or root's), and
+writable by nobody else.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def library(source: Path) -> ctypes.CDLL:
         raise Unavailable("switched off by REWRITER_NATIVE=0")
     compiler = _compiler()
     flags = ["-std=c++17", "-O3", _native(), "-fPIC", "-shared"]
-    key = _hash(source.read_bytes().decode(), _version(compiler), *flags, _cpu())
+    texts = [f.read_bytes().decode() for f in (source, *sorted(source.parent.glob("*.h")))]
+    key = _hash(*texts, _version(compiler), *flags, _cpu())
     name, folder = f"{source.stem}-{key}", _own_folder()
     for kept in [] if folder is None else folder.glob(f"{name}-*.so"):
         if (found := _kept(kept, name)) is not None:

@@ -9,12 +9,12 @@
 //
 // Source of the hash: C. Wellons, "Prospecting for Hash Functions" (2018), lowbias32.
 //
-// Plain C++17 with the vector extensions of GCC and Clang; threads come from the caller's
-// `parallel`, the GOMP_parallel of the runtime that torch has loaded (see monarch_cpu.cpp).
+// Plain C++17 with the vector extensions of GCC and Clang; threads as threads.h has them.
 
-#include <atomic>
 #include <cstdint>
 #include <cstring>
+
+#include "threads.h"
 
 namespace {
 
@@ -26,8 +26,6 @@ typedef float vec __attribute__((vector_size(V * 4)));
 typedef float vec_u __attribute__((vector_size(V * 4), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(V * 4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(V * 4)));
-
-typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 
 struct Call {
   const void* from;
@@ -121,27 +119,12 @@ void unpack_some(const Call& c, long begin, long end) {
 
 typedef void (*Some)(const Call&, long, long);
 
-struct Shared {
-  std::atomic<long> next;
-  long groups;
-  const Call* call;
-  Some some;
-};
-
-void worker(void* data) {
-  auto* shared = (Shared*)data;
-  for (long i; (i = shared->next.fetch_add(TASK, std::memory_order_relaxed)) < shared->groups;)
-    shared->some(*shared->call, i, i + TASK < shared->groups ? i + TASK : shared->groups);
-}
-
 void all(const Call* call, Some some) {
-  Shared shared{{0}, (call->values + GROUP - 1) / GROUP, call, some};
-  const long tasks = (shared.groups + TASK - 1) / TASK;
-  const long threads = call->threads < tasks ? call->threads : tasks;
-  if (threads > 1)
-    call->parallel(worker, &shared, (unsigned)threads, 0);
-  else
-    worker(&shared);
+  const long groups = (call->values + GROUP - 1) / GROUP;
+  for_each(call->parallel, call->threads, (groups + TASK - 1) / TASK, [&](long task) {
+    const long first = task * TASK;
+    some(*call, first, first + TASK < groups ? first + TASK : groups);
+  });
 }
 
 }  // namespace

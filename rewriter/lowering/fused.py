@@ -15,7 +15,7 @@ from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.lowering.rules import Fused, Place
 from rewriter.spellings import activation_name, is_view, works_in_place
 
-__all__ = ["CONV", "CONV_TRANSPOSE", "JOINED", "LINEAR_ACT", "not_joined"]
+__all__ = ["CONV", "CONV_TRANSPOSE", "JOINED", "LINEAR_ACT", "joined_bias", "not_joined"]
 
 _CONVS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
@@ -173,11 +173,20 @@ def joined_linear(
 
 def _joined(place: Place) -> tuple[Tensor, Tensor | None]:
     weights = [_weight(m) for m in place.modules]
-    bias = None
-    if any(m.bias is not None for m in place.modules):
-        given = zip(place.modules, weights, strict=True)
-        bias = torch.cat([w.new_zeros(len(w)) if m.bias is None else m.bias for m, w in given])
-    return torch.cat(weights), bias
+    return torch.cat(weights), joined_bias(place, weights)
+
+
+def joined_bias(place: Place, tensors: Sequence[Tensor]) -> Tensor | None:
+    """[b₁ b₂ …], zeros for a layer without; None where none has one.
+
+    Args:
+        place: the layers.
+        tensors: one of each layer, [out, …], of its bias's dtype and device.
+    """
+    if all(m.bias is None for m in place.modules):
+        return None
+    given = zip(place.modules, tensors, strict=True)
+    return torch.cat([t.new_zeros(len(t)) if m.bias is None else m.bias for m, t in given])
 
 
 def _sizes(place: Place) -> tuple[tuple[int, ...]]:

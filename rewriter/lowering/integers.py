@@ -11,7 +11,7 @@ from torch import Tensor
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.int8_cpu import THEN
-from rewriter.lowering.fused import not_joined
+from rewriter.lowering.fused import joined_bias, not_joined
 from rewriter.lowering.rules import Fused, Place
 from rewriter.spellings import activation_name
 
@@ -72,11 +72,9 @@ def joined_int8_linear(
 
 
 def _joined(place: Place) -> tuple[Tensor, Tensor, Tensor | None]:
-    layers, bias = place.modules, None
-    if any(m.bias is not None for m in layers):
-        given = [m.scale.new_zeros(len(m.scale)) if m.bias is None else m.bias for m in layers]
-        bias = torch.cat(given)
-    return torch.cat([m.qweight for m in layers]), torch.cat([m.scale for m in layers]), bias
+    scales = [m.scale for m in place.modules]
+    qweight = torch.cat([m.qweight for m in place.modules])
+    return qweight, torch.cat(scales), joined_bias(place, scales)
 
 
 def _joined_constants(place: Place) -> tuple[str, tuple[int, ...]]:
