@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -244,6 +244,10 @@ class QuantizedMonarch(LinearLayer):
         )
 
 
+def _never(quantize: Quantize) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Scheme:
     """How weights are stored in fewer bits, and which layers multiply by them.
@@ -253,21 +257,26 @@ class Scheme:
         bits: of one weight.
         dtype: of the weights as they are multiplied; for those who read the scheme, as `bits` is.
         storage: of the buffers that hold them; a layer without such a buffer is an error.
-        layers: by kind of site, what makes the layer closest to the one there: (site, activation) →
-            a `Layer` with a `dense_weight`. It keeps a bias that is a Parameter.
+        layers: by kind of site, what makes the layer closest to the one there: (site, quantize) →
+            a `Layer` with a `dense_weight`, or a `Skip`. `quantize` is the pass, with its options.
+            The layer keeps a bias that is a Parameter.
         per_element: weights in one element of the buffer, as `Layer.packed` of its layers says.
+        options: those of `Quantize` that the makers read; any other is an error beside this scheme.
+        calibrates: whether the makers of `quantize` read `site.moments`.
 
     Raises:
         OptionError: the bits of a weight do not fit its storage, or `Quantize` visits no sites of
-            such a kind.
+            such a kind, or has no such option.
     """
 
     name: str
     bits: int
     dtype: torch.dtype
     storage: torch.dtype
-    layers: Mapping[Kind, Callable[[Site, Activation], Layer]]
+    layers: Mapping[Kind, Callable[[Site, Quantize], Layer | Skip]]
     per_element: int = 1
+    options: tuple[str, ...] = ()
+    calibrates: Callable[[Quantize], bool] = _never
 
     def __post_init__(self) -> None:
         whole_number(f"scheme {self.name!r}: bits", self.bits)
@@ -285,6 +294,8 @@ class Scheme:
             raise OptionError(
                 f"scheme {self.name!r} has layers for {served}, and Quantize visits {visited}"
             )
+        for option in self.options:
+            one_of(f"scheme {self.name!r}: option", option, OPTIONS)
 
 
 SCHEMES: dict[str, Scheme] = {}
@@ -319,7 +330,7 @@ class Quantize(Pass):
     inf, or of a kind that the scheme has no layer for.
 
     Raises:
-        OptionError: unknown scheme or activation.
+        OptionError: unknown scheme or activation, or an option that the scheme does not read.
     """
 
     matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear)
@@ -331,6 +342,17 @@ class Quantize(Pass):
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
         one_of("Quantize: activation", self.activation, ACTIVATIONS)
+        scheme = SCHEMES[self.scheme]
+        for option, default in OPTIONS.items():
+            if option not in scheme.options and getattr(self, option) != default:
+                read = ", ".join(scheme.options) or "none"
+                raise OptionError(
+                    f"Quantize: scheme {self.scheme!r} does not read {option}; it reads {read}"
+                )
+
+    @property
+    def calibrates(self) -> bool:
+        return SCHEMES[self.scheme].calibrates(self)
 
     def propose(self, site: Site) -> Replacement | Skip:
         make = SCHEMES[self.scheme].layers.get(site.kind)
@@ -344,11 +366,20 @@ class Quantize(Pass):
             weights, bias, before = [site.weight], site.bias, lambda: site.weight
         if refused := unusable(*weights, bias):
             return refused
-        layer = make(site, self.activation)
+        layer = make(site, self)
+        if isinstance(layer, Skip):
+            return layer
         _check_storage(SCHEMES[self.scheme], site, layer)
         layer.train(old is None or old.training)
         note = _FROZEN if any(w.requires_grad for w in weights) else ""
-        return Replacement(layer, relative_error(before(), layer.dense_weight()), note)
+        weight, made = before(), layer.dense_weight()
+        moments = site.moments
+        output_error = None if moments is None else moments.output_error(weight, made)
+        return Replacement(layer, relative_error(weight, made), note, output_error)
+
+
+OPTIONS = {f.name: f.default for f in fields(Quantize) if f.name not in ("scheme", "where")}
+"""What a scheme may read, with the value that it has where the user gives none."""
 
 
 def _check_storage(scheme: Scheme, site: Site, layer: object) -> None:
@@ -365,14 +396,14 @@ def _check_storage(scheme: Scheme, site: Site, layer: object) -> None:
         )
 
 
-def _linear(site: Site, activation: Activation) -> Layer:
-    return QuantizedLinear.from_weight(site.weight, site.bias, activation)
+def _linear(site: Site, quantize: Quantize) -> Layer:
+    return QuantizedLinear.from_weight(site.weight, site.bias, quantize.activation)
 
 
-def _monarch(site: Site, activation: Activation) -> Layer:
+def _monarch(site: Site, quantize: Quantize) -> Layer:
     monarch = site.module
     assert isinstance(monarch, MonarchLinear)
-    return QuantizedMonarch.from_monarch(monarch, activation)
+    return QuantizedMonarch.from_monarch(monarch, quantize.activation)
 
 
 register(
@@ -382,5 +413,6 @@ register(
         dtype=torch.int8,
         storage=torch.int8,
         layers={LINEAR: _linear, MonarchLinear: _monarch},
+        options=("activation",),
     )
 )

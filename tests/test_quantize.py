@@ -155,8 +155,8 @@ def schemes(monkeypatch):
 
 
 def toy(name="toy", **changes):
-    def layer(site, activation):
-        return QuantizedLinear.from_weight(site.weight.sign(), site.bias, activation)
+    def layer(site, quantize):
+        return QuantizedLinear.from_weight(site.weight.sign(), site.bias)
 
     own = {"bits": 1, "dtype": torch.int8, "storage": torch.int8, "layers": {LINEAR: layer}}
     return Scheme(name, **own | changes)
@@ -173,6 +173,13 @@ def test_a_scheme_of_ones_own(schemes):
     )
     with pytest.raises(OptionError, match="did you mean 'toy'"):
         Quantize("toys")
+    with pytest.raises(OptionError, match="'toy' does not read activation; it reads none"):
+        Quantize("toy", activation="per_tensor")
+
+
+def test_a_scheme_may_skip_a_site(schemes):
+    register(toy(layers={LINEAR: lambda site, quantize: Skip("too {}", "small")}))
+    assert propose(nn.Linear(6, 4), "toy").reason == "too small"
 
 
 def test_schemes_that_contradict_themselves_or_each_other(schemes):
@@ -187,6 +194,8 @@ def test_schemes_that_contradict_themselves_or_each_other(schemes):
         toy(layers={})
     with pytest.raises(OptionError, match="'toy': bits must be an integer of at least 1"):
         toy(bits=0)
+    with pytest.raises(OptionError, match="option='activations' is unknown; did you mean 'activation'"):
+        toy(options=("activations",))
 
 
 @pytest.mark.parametrize(
@@ -195,10 +204,10 @@ def test_schemes_that_contradict_themselves_or_each_other(schemes):
         ({"storage": torch.uint8}, r"in torch.uint8, 1 in each .* qweight \(torch.int8, 1\)"),
         ({"per_element": 8}, r"torch.int8, 8 in each element; .* qweight \(torch.int8, 1\)"),
         (
-            {"layers": {LINEAR: lambda site, activation: MonarchLinear(6, 4, 2)}},
+            {"layers": {LINEAR: lambda site, quantize: MonarchLinear(6, 4, 2)}},
             "its MonarchLinear has no such buffer, but none at all",
         ),
-        ({"layers": {LINEAR: lambda site, activation: None}}, "made a NoneType, which is no Layer"),
+        ({"layers": {LINEAR: lambda site, quantize: None}}, "made a NoneType, which is no Layer"),
     ],
 )
 def test_a_layer_that_stores_otherwise_than_its_scheme_says(schemes, changes, words):
