@@ -50,8 +50,11 @@ __all__ = [
     "int8_linear_reference",
     "kernel_name",
     "PACKED",
+    "check",
+    "has_kernels",
     "multiply",
     "native",
+    "native_weight",
     "onnx_product",
     "packed_weight",
     "pick_kernel",
@@ -312,6 +315,14 @@ def _onednn_weight(packed: _Packed, index: int, qweight: Tensor, width: int) -> 
     return weight
 
 
+def native_weight(packed: _Packed, index: int, qweight: Tensor) -> Tensor:
+    """qweight [n, k], number `index` of the packed stack, as the kernel "native" has it."""
+    own = packed.native.get(index)
+    if own is None:
+        own = packed.native[index] = int8_cpu.pack(qweight.contiguous())
+    return own
+
+
 # Forward -----------------------------------------------------------------------------------------
 
 Quantized = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, float, int]
@@ -479,9 +490,7 @@ def native(
 ) -> Tensor:
     """The kernel "native": x [rows, k] whose rows are dense × qweight [n, k] (number
     `index` of the packed stack) → [rows, n]."""
-    own = packed.native.get(index or 0)
-    if own is None:
-        own = packed.native[index or 0] = int8_cpu.pack(qweight.contiguous())
+    own = native_weight(packed, index or 0, qweight)
     sums = packed.row_sums if index is None else packed.row_sums[index]
     bias = None if bias is None else bias.contiguous()
     one = activation == "per_tensor"
@@ -509,23 +518,29 @@ def _plain(
 def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"int8_linear: activation must be one of {ACTIVATIONS}: {activation!r}")
+    check("int8_linear", x, qweight, scale, bias)
+
+
+def check(op: str, x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """What the operands of every op of int8 weights have to be.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit; names the op.
+    """
     if qweight.dtype != torch.int8 or qweight.ndim != 2:
         raise ValueError(
-            f"int8_linear: qweight must be a 2-D int8 tensor, got {qweight.dtype} "
-            f"{list(qweight.shape)}"
+            f"{op}: qweight must be a 2-D int8 tensor, got {qweight.dtype} {list(qweight.shape)}"
         )
     if not x.is_floating_point():
-        raise ValueError(f"int8_linear: x must be real floating point, got {x.dtype}")
+        raise ValueError(f"{op}: x must be real floating point, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] != qweight.shape[1]:
         raise ValueError(
-            f"int8_linear: x of shape {list(x.shape)} does not fit qweight {list(qweight.shape)}: "
+            f"{op}: x of shape {list(x.shape)} does not fit qweight {list(qweight.shape)}: "
             f"its last dimension must be {qweight.shape[1]}"
         )
     for name, t in (("scale", scale), ("bias", bias)):
         if t is not None and (t.ndim != 1 or t.shape[0] != qweight.shape[0]):
-            raise ValueError(
-                f"int8_linear: {name} must be [{qweight.shape[0]}], got {list(t.shape)}"
-            )
+            raise ValueError(f"{op}: {name} must be [{qweight.shape[0]}], got {list(t.shape)}")
 
 
 def _forward(
