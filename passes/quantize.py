@@ -39,6 +39,7 @@ from rewriter.sites import LINEAR, Kind, Site, kind_name
 __all__ = ["SCHEMES", "Quantize", "QuantizedLinear", "QuantizedMonarch", "Scheme", "register"]
 
 Activation = Literal["per_token", "per_tensor"]
+Smooth = float | Literal["auto"] | None
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
 
 
@@ -331,7 +332,8 @@ class Quantize(Pass):
         observer: of "int8-static", how the range of its activations is found: "minmax",
             "percentile", "mse" or "entropy"; see `rewriter.modules.observers`.
         smooth: SmoothQuant's α, with which what is difficult goes from the activations to the
-            weights, channel by channel: 0 … 1, 0.5 as a rule; None leaves both as they are.
+            weights, channel by channel: 0 … 1; None leaves both as they are; "auto" takes for each
+            layer what serves its outputs on the calibration batches best.
         bias_correction: takes the mean error of the outputs into the bias.
         where: which sites; a name pattern, a predicate, or None for all.
 
@@ -347,8 +349,8 @@ class Quantize(Pass):
 
     scheme: str = "int8-dynamic"
     activation: Activation = "per_token"
-    observer: Observer = "mse"
-    smooth: float | None = None
+    observer: Observer = "minmax"
+    smooth: Smooth = "auto"
     bias_correction: bool = False
 
     def __post_init__(self) -> None:
@@ -402,8 +404,10 @@ class Quantize(Pass):
 
 def _check_smooth(smooth: object) -> None:
     number = isinstance(smooth, int | float) and not isinstance(smooth, bool)
-    if smooth is not None and not (number and 0 <= smooth <= 1):  # type: ignore[operator]
-        raise OptionError(f"Quantize: smooth must be None or from 0 to 1, not {given(smooth)}")
+    if not (smooth is None or smooth == "auto" or (number and 0 <= smooth <= 1)):  # type: ignore[operator]
+        raise OptionError(
+            f"Quantize: smooth must be None, 'auto' or from 0 to 1, not {given(smooth)}"
+        )
 
 
 OPTIONS = {f.name: f.default for f in fields(Quantize) if f.name not in ("scheme", "where")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from rewriter.kernels.int8_linear import PACKED, dequantize_weight, quantize_wei
 from rewriter.kernels.int8_static import int8_static_linear, kernel_name
 from rewriter.modules.moments import Sample
 from rewriter.modules.observers import Observer, observed_range
-from rewriter.passes.quantize import Quantize, Scheme, register
+from rewriter.passes.quantize import Quantize, Scheme, Smooth, register
 from rewriter.sites import LINEAR, Site
 
 __all__ = ["StaticQuantizedLinear"]
@@ -20,6 +22,9 @@ __all__ = ["StaticQuantizedLinear"]
 _EPS = 1e-8
 _WIDEST = 1e5
 """A channel's multiplier lies between this and its inverse."""
+_ALPHAS = (None, 0.5, 0.65, 0.8, 0.9)
+_COMPARED = 256
+"""So many rows tell which α is the best."""
 
 
 class StaticQuantizedLinear(LinearLayer):
@@ -126,9 +131,8 @@ class StaticQuantizedLinear(LinearLayer):
 
 
 def smoothing(sample: Sample, alpha: float) -> Tensor:
-    """1/s with s_k = max|x_k|^α / max|W_k|^(1−α), [in] float32; 1 where either is zero.
-
-    One for all layers that read these inputs, so that one quantization serves them.
+    """1/s with s_k = max|x_k|^α / max|W_k|^(1−α), [in] float32; 1 where either is zero; W of all
+    layers that read these inputs.
 
     Source: Xiao et al. 2023, "SmoothQuant", eq. 4.
     """
@@ -139,12 +143,55 @@ def smoothing(sample: Sample, alpha: float) -> Tensor:
     return inverse.clamp(1 / _WIDEST, _WIDEST).float()
 
 
-def clipping(sample: Sample, observer: Observer, multiplier: Tensor | None) -> tuple[float, float]:
-    """Between what x·multiplier is to be clipped."""
-    low, high, rows = sample.low, sample.high, sample.rows
-    if multiplier is not None:
-        low, high, rows = low * multiplier, high * multiplier, rows * multiplier
-    return observed_range(observer, rows.flatten(), float(low.min()), float(high.max()))
+@dataclass(frozen=True)
+class Range:
+    """By what inputs are multiplied, and between what that is clipped."""
+
+    low: float
+    high: float
+    multiplier: Tensor | None = None
+
+    @classmethod
+    def of(cls, sample: Sample, observer: Observer, alpha: float | None) -> Range:
+        low, high, rows, times = sample.low, sample.high, sample.rows, None
+        if alpha is not None:
+            times = smoothing(sample, alpha)
+            low, high, rows = low * times, high * times, rows * times
+        ends = observed_range(observer, rows.flatten(), float(low.min()), float(high.max()))
+        return cls(*ends, times)
+
+    def lost(self, rows: Tensor, weight: Tensor) -> float:
+        """‖W x − Ŵ x̂‖² over some rows, in float32."""
+        layer = StaticQuantizedLinear.from_weight(
+            weight.float(), None, self.low, self.high, self.multiplier
+        )
+        given = rows if self.multiplier is None else rows * self.multiplier
+        step, zero = float(layer.step), int(layer.zero)
+        held = torch.fake_quantize_per_tensor_affine(given, step, zero, 0, 255)
+        made = held @ dequantize_weight(layer.qweight, layer.scale).t()
+        return float((rows @ weight.float().t() - made).square().sum())
+
+
+_ranges: WeakKeyDictionary[Sample, dict[tuple[object, ...], Range]] = WeakKeyDictionary()
+
+
+def range_of(sample: Sample, observer: Observer, smooth: Smooth) -> Range:
+    """One range for all layers that read these inputs, so that one quantization serves them.
+
+    With "auto", of several α the one with which their outputs on the sample are closest.
+    """
+    known = _ranges.setdefault(sample, {})
+    key = observer, smooth
+    if key not in known:
+        alphas = _ALPHAS if smooth == "auto" else (smooth,)
+        found = [Range.of(sample, observer, alpha) for alpha in alphas]
+        rows = sample.rows[:_COMPARED]
+
+        def lost(one: Range) -> float:
+            return sum(one.lost(rows, weight) for weight in sample.readers)
+
+        known[key] = found[0] if len(found) == 1 else min(found, key=lost)
+    return known[key]
 
 
 def _corrected(
@@ -166,9 +213,8 @@ def _linear(site: Site, quantize: Quantize) -> StaticQuantizedLinear | Skip:
     if sample is None:
         return Skip("scheme {} needs calibration batches that reach it", quantize.scheme)
     weight, bias = site.weight, site.bias
-    multiplier = None if quantize.smooth is None else smoothing(sample, quantize.smooth)
-    low, high = clipping(sample, quantize.observer, multiplier)
-    layer = StaticQuantizedLinear.from_weight(weight, bias, low, high, multiplier)
+    own = range_of(sample, quantize.observer, quantize.smooth)
+    layer = StaticQuantizedLinear.from_weight(weight, bias, own.low, own.high, own.multiplier)
     # where the user's code calls a function, the bias is that code's own and stays
     if quantize.bias_correction and bias is not None and site.module is not None:
         layer.bias = _corrected(layer, weight, bias, sample.rows)

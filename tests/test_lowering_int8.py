@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rewriter import load, rewrite
 from rewriter.kernels import int8_cpu
 from rewriter.kernels import int8_linear as int8
+from rewriter.kernels import int8_static as static
 from rewriter.lowering import integers
 from rewriter.passes import Quantize
 
@@ -23,6 +24,7 @@ def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test goes by a time: the fused op counts as the faster one."""
     kernel = "torch" if int8_cpu.refusal() else "native"
     monkeypatch.setattr(int8, "pick_kernel", lambda *_: kernel)
+    monkeypatch.setattr(static, "pick_kernel", lambda *_: kernel)
     monkeypatch.setattr(integers, "fastest", lambda key, version, make, lead: list(make())[-1])
     monkeypatch.setattr("rewriter.engine.engine.Engine._lowering_pays", lambda _: True)
 
@@ -40,8 +42,9 @@ class Attends(nn.Module):
 
 def both(act: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    model, passes = Attends(act).eval(), [Quantize(**options)]
-    return rewrite(model, passes, X), rewrite(model, passes, X, lower=False)
+    model, pass_ = Attends(act).eval(), Quantize(**options)
+    given = {"calibration": [X]} if pass_.needs_calibration else {}
+    return rewrite(model, [pass_], X, **given), rewrite(model, [pass_], X, lower=False, **given)
 
 
 def fused(model: Any) -> dict[str, str]:
@@ -52,11 +55,21 @@ def fused(model: Any) -> dict[str, str]:
 needs_kernel = pytest.mark.skipif(int8_cpu.refusal() is not None, reason="no compiled kernel")
 
 
+STATIC = {"scheme": "int8-static"}
+OPTIONS = {
+    "per token": {},
+    "per tensor": {"activation": "per_tensor"},
+    "static": {**STATIC, "smooth": None},
+    "static, smooth": {**STATIC, "smooth": 0.5},
+}
+
+
 @needs_kernel
-@pytest.mark.parametrize("activation", int8.ACTIVATIONS)
-def test_the_lowered_model_computes_the_same(activation: str, tmp_path: Any) -> None:
-    lowered, plain = both(activation=activation)
-    assert fused(lowered) == {"q": "joined_int8_linear", "up": "int8_linear_act"}
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_lowered_model_computes_the_same(options: Any, tmp_path: Any) -> None:
+    lowered, plain = both(**options)
+    op = "int8_static_linear" if "scheme" in options else "int8_linear"
+    assert fused(lowered) == {"q": f"joined_{op}", "up": f"{op}_act"}
     for x in (X, X[:1], torch.randn(3, 7, 16)):
         with torch.no_grad():
             assert_reordered(lowered(x), plain(x))
@@ -76,13 +89,47 @@ def test_products_of_one_input_are_the_same_bits() -> None:
 
 
 @needs_kernel
-def test_a_changed_weight_is_noticed() -> None:
-    lowered, plain = both()
-    for model in (lowered, plain):
-        model.q.qweight.neg_()
-        model.up.scale.mul_(2)
+@pytest.mark.parametrize("options", [{}, STATIC], ids=["dynamic", "static"])
+def test_a_changed_weight_is_noticed(options: Any) -> None:
+    lowered, plain = both(**options)
     with torch.no_grad():
+        before = lowered(X)
+        for model in (lowered, plain):
+            model.q.qweight.neg_()
+            model.up.scale.mul_(2)
         assert_reordered(lowered(X), plain(X))
+        assert not torch.equal(lowered(X), before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_ranges_that_are_written_apart_are_each_ones_own(smooth: float | None) -> None:
+    lowered, plain = both(scheme="int8-static", smooth=smooth)
+    assert fused(lowered)["q"] == "joined_int8_static_linear"
+    with torch.no_grad():
+        for model in (lowered, plain):
+            model.k.step.mul_(0.25)
+            model.v.zero.sub_(40)
+            if smooth is not None:
+                model.q.multiplier.mul_(2)
+        assert_reordered(lowered(X), plain(X))
+        for model in (lowered, plain):  # and one again
+            for layer in (model.k, model.v):
+                layer.step.copy_(model.q.step)
+                layer.zero.copy_(model.q.zero)
+        assert_reordered(lowered(X), plain(X))
+
+
+def test_layers_of_other_ranges_are_not_joined() -> None:
+    class Apart(Attends):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + self.k(x)
+
+    torch.manual_seed(0)
+    made = rewrite(Apart().eval(), [Quantize(**STATIC)], X, calibration=[X], lower=False)
+    with torch.no_grad():
+        made.k.step.mul_(2)
+    assert "differ in how they quantize" in fused(rewrite(made, [], X))["q"]
 
 
 @needs_kernel

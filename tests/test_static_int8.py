@@ -17,7 +17,7 @@ from rewriter.errors import RewriteError, RewriteWarning
 from rewriter.modules.moments import Sample
 from rewriter.modules.observers import OBSERVERS, observed_range
 from rewriter.passes import Monarch, Quantize, StaticQuantizedLinear
-from rewriter.passes.static_int8 import clipping, smoothing
+from rewriter.passes.static_int8 import Range, range_of, smoothing
 
 STATIC = Quantize("int8-static")
 
@@ -55,9 +55,11 @@ def made(model: nn.Module | None = None, **options: Any) -> tuple[Any, Any, Any]
 # what it computes
 
 
-@pytest.mark.parametrize("observer", OBSERVERS)
-@pytest.mark.parametrize("smooth", [None, 0.5])
-def test_static_int8_is_close_to_dense(observer: str, smooth: float | None) -> None:
+@pytest.mark.parametrize(
+    ("observer", "smooth"),
+    [("minmax", "auto"), ("mse", None), ("percentile", 0.5), ("entropy", None)],
+)
+def test_static_int8_is_close_to_dense(observer: str, smooth: Any) -> None:
     model, static, _ = made(observer=observer, smooth=smooth)
     x = batches(1)[0]
     with torch.no_grad():
@@ -71,7 +73,7 @@ def test_static_int8_is_close_to_dense(observer: str, smooth: float | None) -> N
 
 
 def test_layers_that_read_one_value_have_one_range() -> None:
-    for smooth in (None, 0.5):
+    for smooth in (None, "auto"):
         _, static, _ = made(smooth=smooth)
         assert_equal(static.q.step, static.k.step)
         assert_equal(static.q.zero, static.k.zero)
@@ -185,7 +187,7 @@ def test_mse_finds_the_least_error_of_all_ranges() -> None:
 
 
 def test_percentile_and_entropy_leave_outliers_out() -> None:
-    numbers = torch.cat([torch.randn(50000), torch.tensor([1e4])])
+    numbers = torch.cat([torch.randn(300_000), torch.tensor([1e4])])
     for observer in ("percentile", "entropy"):
         lo, hi = observed_range(observer, numbers, float(numbers.min()), 1e4)
         assert hi < (5 if observer == "percentile" else 200)
@@ -202,8 +204,26 @@ def test_smoothing_is_the_formula_over_all_readers() -> None:
     want = weights**0.3 / rows.abs().amax(0) ** 0.7
     want[2:4] = 1
     assert sqnr(found, want) > 100
-    ends = clipping(sample(rows, one), "minmax", found)
-    assert ends == pytest.approx(((rows * found).min().item(), (rows * found).max().item()))
+    got = Range.of(sample(rows, one, other), "minmax", 0.7)
+    assert got.multiplier is not None
+    assert_equal(got.multiplier, found)
+    ends = (rows * found).min().item(), (rows * found).max().item()
+    assert (got.low, got.high) == pytest.approx(ends)
+
+
+def test_auto_takes_what_serves_the_outputs_best() -> None:
+    rows, weight = torch.randn(200, 32), torch.randn(24, 32)
+    plain = sample(rows, weight)
+    assert range_of(plain, "minmax", "auto").lost(rows, weight) <= min(
+        range_of(plain, "minmax", alpha).lost(rows, weight) for alpha in (None, 0.5, 0.8)
+    )
+    rows[:, 5] *= 100
+    hard = sample(rows, weight)
+    auto, none = range_of(hard, "minmax", "auto"), range_of(hard, "minmax", None)
+    assert auto.lost(rows, weight) < 0.1 * none.lost(rows, weight)
+    layer = StaticQuantizedLinear.from_weight(weight, None, auto.low, auto.high, auto.multiplier)
+    lost = float((layer(rows) - rows @ weight.t()).square().sum())
+    assert lost == pytest.approx(auto.lost(rows, weight), rel=0.01)
 
 
 # refusals
@@ -268,8 +288,8 @@ def test_other_sites_and_impossible_options() -> None:
     )
     for options, words in (
         ({"observer": "max"}, "observer='max' is unknown; did you mean 'minmax'"),
-        ({"smooth": 1.5}, "smooth must be None or from 0 to 1, not 1.5"),
-        ({"smooth": True}, "smooth must be None or from 0 to 1, not True"),
+        ({"smooth": 1.5}, "smooth must be None, 'auto' or from 0 to 1, not 1.5"),
+        ({"smooth": True}, "smooth must be None, 'auto' or from 0 to 1, not True"),
         ({"bias_correction": 1}, "bias_correction must be True or False, not 1"),
         ({"activation": "per_tensor"}, "does not read activation; it reads observer, smooth, bias"),
     ):

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["Moments", "Sample"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """Some of the rows that go into a site, and the range of all of them.
 

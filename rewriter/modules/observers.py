@@ -16,7 +16,7 @@ __all__ = ["OBSERVERS", "Observer", "observed_range"]
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")
 _BINS, _LEVELS = 2048, 256
-_TAIL = 1e-4
+_TAIL = 1e-5
 """The share of the numbers beyond each end of the range of "percentile"."""
 _THRESHOLDS = 128
 """So many ranges "entropy" compares."""
@@ -28,7 +28,7 @@ def observed_range(
     """(lo, hi), with lo ≤ 0 ≤ hi.
 
     Args:
-        observer: "minmax": nothing is clipped. "percentile": one number in 10,000 at either end is.
+        observer: "minmax": nothing is clipped. "percentile": one number in 100,000 at either end.
             "mse": what rounding and clipping lose together, E[(x − q(x))²], is least, with s²/12
             for the rounding by steps s; Banner et al. 2019, "Post training 4-bit quantization of
             convolutional networks", with a histogram in the place of a Laplace distribution.
