@@ -76,7 +76,7 @@ class StaticQuantizedLinear(LinearLayer):
         qweight, scale = quantize_weight(weight.uniform_(-bound, bound))
         self.register_buffer("qweight", qweight)
         self.register_buffer("scale", scale)
-        self.register_buffer("step", scale.new_full((1,), 8 / 255))  # −4 … 4
+        self.register_buffer("step", scale.new_full((1,), 1 / 32))  # −4 … 4
         self.register_buffer("zero", torch.full((1,), 128, dtype=torch.uint8, device=device))
         self.register_buffer("multiplier", scale.new_ones(in_features) if smooth else None)
         self.register_bias(out_features if bias else None, device, dtype)
@@ -104,7 +104,7 @@ class StaticQuantizedLinear(LinearLayer):
         moved = weight if multiplier is None else weight / multiplier
         layer.qweight, layer.scale = quantize_weight(moved)
         low, high = min(low, 0.0), max(high, 0.0)
-        step = (high - low + _EPS) / 255
+        step = _few_bits((high - low + _EPS) / 255)
         layer.step = layer.scale.new_full((1,), step)
         zero = min(round(-low / step), 255)
         layer.zero = torch.full((1,), zero, dtype=torch.uint8, device=weight.device)
@@ -130,9 +130,16 @@ class StaticQuantizedLinear(LinearLayer):
         return self.qweight.numel() if self.kernel(tokens) in PACKED else 0
 
 
+def _few_bits(step: float) -> float:
+    """The next number of 8 binary digits: the same in float32, bfloat16 and float16, so that no
+    cast of the layer moves the range."""
+    mantissa, exponent = math.frexp(step)
+    return math.ldexp(math.ceil(mantissa * 256) / 256, exponent)
+
+
 def smoothing(sample: Sample, alpha: float) -> Tensor:
-    """1/s with s_k = max|x_k|^α / max|W_k|^(1−α), [in] float32; 1 where either is zero; W of all
-    layers that read these inputs.
+    """1/s with s_k = max|x_k|^α / max|W_k|^(1−α), [in] float32 of 8 binary digits; 1 where
+    either is zero; W of all layers that read these inputs.
 
     Source: Xiao et al. 2023, "SmoothQuant", eq. 4.
     """
@@ -140,7 +147,7 @@ def smoothing(sample: Sample, alpha: float) -> Tensor:
     weights = torch.stack([w.detach().double().abs().amax(0) for w in sample.readers]).amax(0)
     inverse = weights ** (1 - alpha) / inputs**alpha
     inverse = torch.where((inputs > 0) & (weights > 0), inverse, 1.0)
-    return inverse.clamp(1 / _WIDEST, _WIDEST).float()
+    return inverse.clamp(1 / _WIDEST, _WIDEST).bfloat16().float()
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,17 @@ def test_tied_weights_stay_tied() -> None:
         assert sqnr(static(data[0]), model(data[0])) > 25
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_moves_no_range(dtype: torch.dtype) -> None:
+    _, static, data = made(smooth=0.5)
+    cast = copy.deepcopy(static.q).to(dtype)
+    for name in ("step", "zero", "multiplier"):
+        assert_equal(getattr(cast, name).to(getattr(static.q, name)), getattr(static.q, name))
+    x = data[0].clone().requires_grad_()
+    static.q(x).sum().backward()
+    assert (x.grad != 0).all()  # what the batches hold is not clipped
+
+
 def test_calibration_of_one_batch_and_on_a_wide_dtype() -> None:
     for dtype, floor in ((torch.float64, 30), (torch.bfloat16, 25)):
         model, x = nn.Sequential(nn.Linear(32, 16)).to(dtype).eval(), batches(1)[0].to(dtype)
@@ -203,7 +214,8 @@ def test_smoothing_is_the_formula_over_all_readers() -> None:
     weights = torch.cat([one, other]).abs().amax(0)
     want = weights**0.3 / rows.abs().amax(0) ** 0.7
     want[2:4] = 1
-    assert sqnr(found, want) > 100
+    assert sqnr(found, want) > 45
+    assert_equal(found.bfloat16().float(), found)
     got = Range.of(sample(rows, one, other), "minmax", 0.7)
     assert got.multiplier is not None
     assert_equal(got.multiplier, found)
