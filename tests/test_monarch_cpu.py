@@ -346,6 +346,9 @@ def test_the_fastest_is_kept_for_later_processes(monkeypatch, tmp_path):
     assert choice.fastest("sizes", "v1", lambda: {"only": lambda: None}) == "only"
 
 
+BUSY = {"a": 0.02, "b": 0.0205}
+
+
 def test_what_a_busy_machine_disturbed_is_not_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
     monkeypatch.setattr(choice, "_known", {})
@@ -362,7 +365,7 @@ def test_what_a_busy_machine_disturbed_is_not_kept(monkeypatch, tmp_path):
         return run
 
     calm = {"a": taking(*[0.02] * 99), "b": taking(*[0.021] * 99)}
-    busy = {"a": taking(*(0.02 * 1.3**i for i in range(99))), "b": taking(*[0.021] * 99)}
+    busy = {name: taking(*(start * 1.2**i for i in range(99))) for name, start in BUSY.items()}
     late = {"a": taking(0.02, 0.02, 0.05, *[0.02] * 97), "b": taking(*[0.021] * 99)}
     for name, candidates in {"calm": calm, "busy": busy, "late": late}.items():
         assert choice.fastest(name, "v1", lambda given=candidates: given) in ("a", "b")
