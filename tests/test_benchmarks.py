@@ -466,6 +466,7 @@ def test_no_case_takes_the_others_with_it(tmp_path: pathlib.Path) -> None:
     assert late == "set()"
 
 
+@pytest.mark.slow
 def test_measures_this_checkout_where_nothing_is_installed(tmp_path: pathlib.Path) -> None:
     """`passes/` and `kernels/` are found as parts of the package, whatever else is on the path."""
     folder = tmp_path / "rewriter"

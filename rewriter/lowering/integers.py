@@ -45,7 +45,7 @@ def _no_epilogue(place: Place) -> str | None:
     return f"no int8 kernel has {name or 'this activation with its options'} as its epilogue"
 
 
-def _slow_epilogue(place: Place, x: Tensor) -> str | None:
+def _slow_epilogue(place: Place, x: Tensor, *added: Tensor) -> str | None:
     layer = place.modules[0]
     if _native(x, layer.qweight, layer.activation):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewriter.lowering.fused import CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
+from rewriter.lowering.fused import ATTENTION, CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
 from rewriter.lowering.integers import INT8_ACT, INT8_ADD, INT8_JOINED, INT8_NORM
 from rewriter.lowering.rules import Rule
 from rewriter.modules.patterns import (
@@ -32,6 +32,8 @@ DEFAULT_RULES = (
     Rule(conv_transpose >> batch_norm, CONV_TRANSPOSE),
     # act(x·Wᵀ + b), the activation on each tile of the product while that is in the cache
     Rule(linear >> activation, LINEAR_ACT),
+    # softmax(q·kᵀ·scale + mask)·v, the scores of a few queries at a time in the cache
+    Rule(op("scaled_dot_product_attention"), ATTENTION),
     # [y₁ y₂ …] = x·[W₁ W₂ …]ᵀ + [b₁ b₂ …]
     Rule(fan(linear), JOINED),
     # LayerNorm(s·(q(x)·Qᵀ)·scale + … + r) of an int8 layer, row by row while that is in the cache
