@@ -27,12 +27,11 @@ from rewriter.kernels import int8_cpu, ops
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
-from rewriter.kernels.linear_act import act_
 
 __all__ = [
     "int8_static_linear",
-    "int8_static_linear_act",
     "int8_static_linear_reference",
+    "int8_static_linear_then",
     "kernel_name",
     "pick_kernel",
 ]
@@ -46,8 +45,9 @@ _LIB.define(
     "Tensor zero, Tensor? multiplier=None) -> Tensor"
 )
 _LIB.define(
-    "int8_static_linear_act(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, Tensor step, "
-    "Tensor zero, Tensor? multiplier, str then) -> Tensor"
+    "int8_static_linear_then(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, Tensor step, "
+    "Tensor zero, Tensor? multiplier, str then, Tensor? add, Tensor? norm_weight, "
+    "Tensor? norm_bias, float? eps) -> Tensor"
 )
 
 
@@ -88,7 +88,7 @@ def int8_static_linear(
     return y
 
 
-def int8_static_linear_act(
+def int8_static_linear_then(
     x: Tensor,
     qweight: Tensor,
     scale: Tensor,
@@ -96,16 +96,21 @@ def int8_static_linear_act(
     step: Tensor,
     zero: Tensor,
     multiplier: Tensor | None,
-    then: str,
+    then: str = "",
+    add: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
-    """then(int8_static_linear(x, …)), for inference: it has no gradient.
+    """layer_norm(then(int8_static_linear(x, …)) + add), for inference: it has no gradient.
 
     Args:
         x, qweight, scale, bias, step, zero, multiplier: as of `int8_static_linear`.
-        then: "relu", "gelu" (exact) or "silu".
+        then, add, norm_weight, norm_bias, eps: as of `int8_linear_then`.
     """
-    y: Tensor = torch.ops.rewriter.int8_static_linear_act.default(
-        x, qweight, scale, bias, step, zero, multiplier, then
+    own = qweight, scale, bias, step, zero, multiplier
+    y: Tensor = torch.ops.rewriter.int8_static_linear_then.default(
+        x, *own, then, add, norm_weight, norm_bias, eps
     )
     return y
 
@@ -234,7 +239,7 @@ def _run(
     step: float,
     zero: int,
     multiplier: Tensor | None,
-    then: str = "",
+    after: int8.After = int8.NOTHING,
 ) -> Tensor:
     """x [rows, k] float32 contiguous, on a CPU, rows·k·n > 0 → [rows, n] float32."""
     packed = int8.packed_weight(qweight)
@@ -243,13 +248,13 @@ def _run(
         given = bias.contiguous() if bias is not None else None
         times = multiplier.contiguous() if multiplier is not None else None
         found, _ = int8_cpu.linear(
-            x, own, scale.contiguous(), sums, given, then, given=(step, zero), multiplier=times
+            x, own, scale.contiguous(), sums, given, *after, given=(step, zero), multiplier=times
         )
         return found
     q, spoiled = _quantize(x, step, zero, multiplier)
     y = int8.multiply(kernel, (q, step, zero), qweight, packed, None, scale, bias)
     y.masked_fill_(spoiled[:, None], math.nan)
-    return act_(y, then) if then else y
+    return after(y)
 
 
 def _check(
@@ -260,7 +265,6 @@ def _check(
     step: Tensor,
     zero: Tensor,
     multiplier: Tensor | None = None,
-    then: str = "",
 ) -> None:
     int8.check("int8_static_linear", x, qweight, scale, bias)
     for name, t in (("step", step), ("zero", zero)):
@@ -284,8 +288,14 @@ def _forward(
     zero: Tensor,
     multiplier: Tensor | None = None,
     then: str = "",
+    add: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
     _check(x, qweight, scale, bias, step, zero, multiplier)
+    norm = None if eps is None else int8_cpu.Norm(norm_weight, norm_bias, eps)
+    after = int8.After(then, add, norm)
     (n, k), dtype = qweight.shape, x.dtype
     shape, wide = (*x.shape[:-1], n), _wide(dtype)
     rows = math.prod(shape[:-1])
@@ -296,11 +306,13 @@ def _forward(
         known = float(step), int(zero)
         if not known[0] > 0:
             raise ValueError(f"int8_static_linear: step must be above 0, got {known[0]}")
-        y = _run(pick_kernel(rows, k, n), x, qweight, scale, bias, *known, times, then)
+        within = after.fits(shape, dtype)
+        inside = after.of_rows(rows) if within else int8.NOTHING
+        y = _run(pick_kernel(rows, k, n), x, qweight, scale, bias, *known, times, inside)
     else:
-        y = _plain(x, qweight, scale, bias, step, zero, times)
-        y = act_(y, then) if then else y
-    return owned(y.to(dtype), shape)
+        y, within = _plain(x, qweight, scale, bias, step, zero, times), False
+    y = owned(y.to(dtype), shape)
+    return y if within else after(y)
 
 
 def _fake(
@@ -312,9 +324,12 @@ def _fake(
     zero: Tensor,
     multiplier: Tensor | None = None,
     then: str = "",
+    add: Tensor | None = None,
+    *norm: Any,
 ) -> Tensor:
     _check(x, qweight, scale, bias, step, zero, multiplier)
-    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+    y = x.new_empty(*x.shape[:-1], qweight.shape[0])
+    return y if add is None else torch.empty_like(y + add)
 
 
 # Backward and registration -----------------------------------------------------------------------
@@ -351,8 +366,8 @@ register_autocast(_LIB, "int8_static_linear", casts=1)
 register_gradient(_LIB, "int8_static_linear", _formula, _setup_context, _backward)
 register_vmap(_LIB, "int8_static_linear", _formula, casts=1)
 torch.library.register_fake("rewriter::int8_static_linear", _fake, lib=_LIB)
-_LIB.impl("int8_static_linear_act", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("rewriter::int8_static_linear_act", _fake, lib=_LIB)
+_LIB.impl("int8_static_linear_then", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("rewriter::int8_static_linear_then", _fake, lib=_LIB)
 
 
 # ONNX and record ---------------------------------------------------------------------------------
@@ -411,6 +426,6 @@ ops.register(
             place=lambda rows, out, width: (rows, math.sqrt(out * width)),
         ),
         kernels=int8.RECORD.kernels,
-        companions=(ops.Companion("rewriter::int8_static_linear_act"),),
+        companions=(ops.Companion("rewriter::int8_static_linear_then"),),
     )
 )

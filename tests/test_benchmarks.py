@@ -466,6 +466,7 @@ def test_no_case_takes_the_others_with_it(tmp_path: pathlib.Path) -> None:
     assert late == "set()"
 
 
+@pytest.mark.slow
 def test_measures_this_checkout_where_nothing_is_installed(tmp_path: pathlib.Path) -> None:
     """`passes/` and `kernels/` are found as parts of the package, whatever else is on the path."""
     folder = tmp_path / "rewriter"
@@ -483,6 +484,16 @@ def test_measures_this_checkout_where_nothing_is_installed(tmp_path: pathlib.Pat
     path, missing = done.stdout.splitlines()
     assert pathlib.Path(path) == ROOT / "kernels" / "monarch.py"
     assert missing == "[]"
+
+
+@pytest.mark.slow
+def test_rivals_are_built_and_timed(tmp_path: pathlib.Path) -> None:
+    run("benchmarks/rivals.py", "--quick", "--out", str(tmp_path))
+    found = json.loads((tmp_path / "rivals.json").read_text())["tables"]
+    assert list(found) == ["8 × 128 tokens", "1 × 16 tokens"]
+    for rows in found.values():
+        assert [row["what"] for row in rows][:2] == ["eager fp32", "this package, int8-dynamic"]
+        assert all(row["ms"] > 0 for row in rows)
 
 
 @pytest.mark.slow

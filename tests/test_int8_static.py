@@ -39,7 +39,7 @@ def problem(
 
 def run(kernel: str, args: tuple[Any, ...], then: str = "") -> Tensor:
     *own, step, zero, multiplier = args
-    return static._run(kernel, *own, float(step), int(zero), multiplier, then)
+    return static._run(kernel, *own, float(step), int(zero), multiplier, int8.After(then))
 
 
 def dense(args: tuple[Any, ...]) -> Tensor:
@@ -107,8 +107,7 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other(kernel: str, bad: float, t
             args = (args[0].double(), *args[1:])
         args[0][2, at] = bad
         if kernel == "plain":
-            own = static.int8_static_linear(*args)
-            got = static.act_(own, then) if then else own
+            got = static.int8_static_linear_then(*args, then)
         else:
             got = run(kernel, args, then)
         assert got[2].isnan().all()

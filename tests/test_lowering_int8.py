@@ -52,6 +52,42 @@ def fused(model: Any) -> dict[str, str]:
     return {d.site: d.kernel or d.reason for d in step.decisions}
 
 
+class Block(nn.Module):
+    """As in BERT: product, dropout, sum, LayerNorm; and sums of other kinds."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.position = form, nn.Parameter(torch.randn(1, 5, 16))
+        self.a, self.b, self.drop = nn.Linear(16, 16), nn.Linear(16, 16), nn.Dropout(0.5)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "norm":
+            return self.norm(self.drop(self.a(x)) + x)
+        if self.form == "either side":
+            return self.norm(x + self.a(x))
+        if self.form == "spreads":  # equal to the example's batch of one, and to no other
+            return self.a(x) + self.position
+        if self.form == "later":
+            return self.a(x) + self.b(x)
+        if self.form == "scaled":
+            return torch.add(self.a(x), x, alpha=2)
+        if self.form == "itself":
+            y = self.a(x)
+            return y + y
+        if self.form == "number":
+            return self.a(x) + 1
+        if self.form == "in place":
+            y = self.a(x)
+            x = x.clone()
+            return x.add_(y) * x
+        y, kept = self.a(x), x.clone()
+        kept = kept.mul(2)
+        z = kept + 0
+        kept.mul_(3)  # before the sum, behind the product
+        return y + z * 0 + kept
+
+
 needs_kernel = pytest.mark.skipif(int8_cpu.refusal() is not None, reason="no compiled kernel")
 
 
@@ -69,7 +105,7 @@ OPTIONS = {
 def test_the_lowered_model_computes_the_same(options: Any, tmp_path: Any) -> None:
     lowered, plain = both(**options)
     op = "int8_static_linear" if "scheme" in options else "int8_linear"
-    assert fused(lowered) == {"q": f"joined_{op}", "up": f"{op}_act"}
+    assert fused(lowered) == {"q": f"joined_{op}", "up": f"{op}_act", "down": f"{op}_add"}
     for x in (X, X[:1], torch.randn(3, 7, 16)):
         with torch.no_grad():
             assert_reordered(lowered(x), plain(x))
@@ -86,6 +122,55 @@ def test_products_of_one_input_are_the_same_bits() -> None:
     joined = integers.joined_int8_linear(x, one, scale, None, "per_token", (16, 5, 24))
     for a, b in zip(joined, single, strict=True):
         assert_equal(a.contiguous(), b)
+
+
+SUMS = {
+    "norm": {"a": "norm"},
+    "either side": {"a": "norm"},
+    "spreads": {"a": "add"},
+    "later": {"b": "add"},
+    "scaled": None,
+    "itself": None,
+    "number": None,
+    "in place": None,
+    "overwritten": None,
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("form", "scheme"), [*((f, "int8-dynamic") for f in SUMS), ("norm", "int8-static"),
+                         ("spreads", "int8-static"), ("later", "int8-static")]
+)  # fmt: skip
+def test_a_sum_behind_a_product_is_part_of_it_where_it_can_be(form: str, scheme: str) -> None:
+    torch.manual_seed(0)
+    model, example, static_ = Block(form).eval(), X[:1], scheme == "int8-static"
+    op, given = ("int8_static_linear", {"calibration": [X]}) if static_ else ("int8_linear", {})
+    lowered, plain = (
+        rewrite(model, [Quantize(scheme)], example, lower=low, **given) for low in (True, False)
+    )
+    steps = [s for s in lowered.report.steps if s.name == "lowering"]
+    done = {d.site: d.kernel for s in steps for d in s.decisions if d.action == "lowered"}
+    wanted = SUMS[form]
+    if wanted is not None:
+        assert done == {site: f"{op}_{end}" for site, end in wanted.items()}
+    assert (
+        form in ("norm", "either side", "spreads", "later")
+        or "int8_linear_add" not in done.values()
+    )
+    for x in (X, X[:1], X[:, :1] if form != "spreads" else X):
+        with torch.no_grad():
+            assert_reordered(lowered(x.clone()), plain(x.clone()))
+
+
+@needs_kernel
+def test_a_dropout_that_drops_stays() -> None:
+    torch.manual_seed(0)
+    lowered = rewrite(Block("norm").eval(), [Quantize()], X)
+    lowered.drop.train()
+    lowered.drop.p = 1.0
+    with torch.no_grad():
+        assert_reordered(lowered(X), lowered.norm(X))
 
 
 @needs_kernel
@@ -123,7 +208,7 @@ def test_ranges_that_are_written_apart_are_each_ones_own(smooth: float | None) -
 def test_layers_of_other_ranges_are_not_joined() -> None:
     class Apart(Attends):
         def forward(self, x: Tensor) -> Tensor:
-            return self.q(x) + self.k(x)
+            return self.q(x) @ self.k(x).mT
 
     torch.manual_seed(0)
     made = rewrite(Apart().eval(), [Quantize(**STATIC)], X, calibration=[X], lower=False)
@@ -146,10 +231,12 @@ def test_without_the_compiled_kernel_the_activation_stays(monkeypatch: pytest.Mo
     lowered, _ = both()
     assert "has no epilogue" in fused(lowered)["up"]
     with torch.no_grad():
-        found = int8.int8_linear_act(
-            X, lowered.q.qweight, lowered.q.scale, lowered.q.bias, "per_token", "gelu"
+        found = int8.int8_linear_then(
+            X, lowered.q.qweight, lowered.q.scale, lowered.q.bias, "per_token", "gelu", X, eps=1e-5
         )
-        assert_reordered(found, nn.functional.gelu(lowered.q(X)))
+        assert_reordered(
+            found, nn.functional.layer_norm(nn.functional.gelu(lowered.q(X)) + X, (16,))
+        )
 
 
 def test_where_gradients_are_wanted_the_layers_run() -> None:

@@ -1,4 +1,4 @@
-"""Fused ops of int8 layers: the activation behind the product, and products that read one input."""
+"""Fused ops of int8 layers: what follows the product, and products that read one input."""
 
 from __future__ import annotations
 
@@ -16,9 +16,18 @@ from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.int8_cpu import THEN
 from rewriter.lowering.fused import joined_bias, not_joined
 from rewriter.lowering.rules import Fused, Place
-from rewriter.spellings import activation_name
+from rewriter.spellings import activation_name, spelled
 
-__all__ = ["INT8_ACT", "INT8_JOINED", "INT8_STATIC_ACT", "INT8_STATIC_JOINED"]
+__all__ = [
+    "INT8_ACT",
+    "INT8_ADD",
+    "INT8_JOINED",
+    "INT8_NORM",
+    "INT8_STATIC_ACT",
+    "INT8_STATIC_ADD",
+    "INT8_STATIC_JOINED",
+    "INT8_STATIC_NORM",
+]
 
 _LEAD = 0.03
 """By which share one product must beat the single ones."""
@@ -52,17 +61,89 @@ def _constants(place: Place) -> tuple[Any, ...]:
     return tuple(getattr(place.modules[0], name) for name in _kind(place).constants)
 
 
-# the activation behind the product ---------------------------------------------------------------
+# what follows the product ------------------------------------------------------------------------
 
 
-def _act_tensors(place: Place) -> tuple[Tensor | None, ...]:
+def int8_linear_add(
+    x: Tensor,
+    added: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """int8_linear(x) + added."""
+    return int8.int8_linear_then(x, qweight, scale, bias, activation, "", added)
+
+
+def int8_static_linear_add(
+    x: Tensor,
+    added: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    step: Tensor,
+    zero: Tensor,
+    multiplier: Tensor | None,
+) -> Tensor:
+    """int8_static_linear(x) + added."""
+    return static.int8_static_linear_then(
+        x, qweight, scale, bias, step, zero, multiplier, "", added
+    )
+
+
+def int8_linear_norm(
+    x: Tensor,
+    added: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    """layer_norm(int8_linear(x) + added)."""
+    return int8.int8_linear_then(
+        x, qweight, scale, bias, activation, "", added, norm_weight, norm_bias, eps
+    )
+
+
+def int8_static_linear_norm(
+    x: Tensor,
+    added: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    step: Tensor,
+    zero: Tensor,
+    multiplier: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """layer_norm(int8_static_linear(x) + added)."""
+    own = qweight, scale, bias, step, zero, multiplier
+    return static.int8_static_linear_then(x, *own, "", added, norm_weight, norm_bias, eps)
+
+
+def _tensors(place: Place) -> tuple[Tensor | None, ...]:
     layer = place.modules[0]
     own = tuple(getattr(layer, name) for name in _kind(place).tensors)
     return (layer.qweight, layer.scale, layer.bias, *own)
 
 
+def _norm_tensors(place: Place) -> tuple[Tensor | None, ...]:
+    norm = place.modules[-1]
+    return *_tensors(place), norm.weight, norm.bias
+
+
 def _act_constants(place: Place) -> tuple[Any, ...]:
-    return (*_constants(place), activation_name(place.match.nodes[1], place.root))
+    return *_constants(place), activation_name(place.match.nodes[1], place.root)
+
+
+def _norm_constants(place: Place) -> tuple[Any, ...]:
+    return *_constants(place), place.modules[-1].eps
 
 
 def _no_epilogue(place: Place) -> str | None:
@@ -72,7 +153,24 @@ def _no_epilogue(place: Place) -> str | None:
     return f"no int8 kernel has {name or 'this activation with its options'} as its epilogue"
 
 
-def _slow_epilogue(place: Place, x: Tensor) -> str | None:
+def _drops(place: Place) -> str | None:
+    """Why what stands between a product and the sum does not only hand its value on."""
+    for node, module in zip(place.match.nodes, place.modules, strict=True):
+        if spelled(node, place.root) == "dropout" and (module is None or module.training):
+            return f"{node.name} may drop values"
+    return None
+
+
+def _no_norm(place: Place) -> str | None:
+    layer, norm = place.modules[0], place.modules[-1]
+    if norm is None:
+        return "the LayerNorm is a function: its weights are not a layer's"
+    if tuple(norm.normalized_shape) != (len(layer.scale),):
+        return f"the LayerNorm is over {list(norm.normalized_shape)}, not over a row"
+    return _drops(place)
+
+
+def _slow_epilogue(place: Place, x: Tensor, *added: Tensor) -> str | None:
     layer, rows = place.modules[0], math.prod(x.shape[:-1])
     if rows and int8.has_kernels(x) and layer.kernel(rows) == "native":
         return None
@@ -80,11 +178,21 @@ def _slow_epilogue(place: Place, x: Tensor) -> str | None:
 
 
 def _act(name: str, run: Callable[..., Tensor]) -> Fused:
-    return Fused(name, run, _act_tensors, _act_constants, _no_epilogue, _slow_epilogue)
+    return Fused(name, run, _tensors, _act_constants, _no_epilogue, _slow_epilogue)
 
 
-INT8_ACT = _act("int8_linear_act", int8.int8_linear_act)
-INT8_STATIC_ACT = _act("int8_static_linear_act", static.int8_static_linear_act)
+def _add(run: Callable[..., Tensor]) -> Fused:
+    return Fused(run.__name__, run, _tensors, _constants, _drops, _slow_epilogue)
+
+
+def _norm(run: Callable[..., Tensor]) -> Fused:
+    return Fused(run.__name__, run, _norm_tensors, _norm_constants, _no_norm, _slow_epilogue)
+
+
+INT8_ACT = _act("int8_linear_act", int8.int8_linear_then)
+INT8_ADD, INT8_NORM = _add(int8_linear_add), _norm(int8_linear_norm)
+INT8_STATIC_ACT = _act("int8_static_linear_act", static.int8_static_linear_then)
+INT8_STATIC_ADD, INT8_STATIC_NORM = _add(int8_static_linear_add), _norm(int8_static_linear_norm)
 
 
 # products that read one input --------------------------------------------------------------------

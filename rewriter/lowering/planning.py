@@ -14,12 +14,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rewriter.errors import VerifyError
 from rewriter.lowering.rules import Place, Rule
-from rewriter.modules.patterns import Fan
+from rewriter.modules.patterns import Fan, Match, Op
 from rewriter.modules.tree import has_hooks
 from rewriter.sites import find_matches
-from rewriter.spellings import autocast_at, spelled
+from rewriter.spellings import autocast_at, spelled, works_in_place
 
-__all__ = ["Application", "Key", "Refusal", "failure", "lowered_graph", "places", "spoken"]
+__all__ = [
+    "Application",
+    "Key",
+    "Refusal",
+    "failure",
+    "inputs_of",
+    "lowered_graph",
+    "places",
+    "spoken",
+]
 
 Key = tuple[str, str]
 """Names an application by (pattern, name of its first node), which a pickled graph keeps."""
@@ -109,17 +118,48 @@ def _against(rule: Rule, place: Place) -> str | None:
             return f"{node.target} keeps no running statistics: it norms by the batch"
         elif isinstance(module, _BatchNorm) and module.training and not place.root.training:
             return f"{node.target} is in train mode: it norms by the batch"
-    return spoken("unless", rule, place)
+    return _too_early(place) or spoken("unless", rule, place)
 
 
-def spoken(name: str, rule: Rule, place: Place, *inputs: Any) -> str | None:
+def _too_early(place: Place) -> str | None:
+    """Why what a chain's sums add cannot be read where its first step stands; None where it can."""
+    match = place.match
+    if not match.added:
+        return None
+    order = {n: i for i, n in enumerate(match.nodes[0].graph.nodes)}
+    first, last = order[match.nodes[0]], order[match.nodes[-1]]
+    late = next((n for n in match.added if order[n] > first and n.op != "get_attr"), None)
+    if late is not None:
+        return f"{late.name}, which is added, is computed after {match.nodes[0].name}"
+    between = [n for n, i in order.items() if first < i < last and n not in match.nodes]
+    writing = next((n for n in between if works_in_place(n, place.root)), None)
+    return None if writing is None else f"{writing.name} writes in place before the sum"
+
+
+def inputs_of(
+    match: Match, value: Callable[[fx.Node], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What goes into a place: of a single function the arguments of its call, else the value that
+    the first step works on and those that sums add.
+
+    Args:
+        value: what stands for a node.
+    """
+    node = match.nodes[0]
+    if isinstance(match.pattern, Op) and node.op == "call_function":
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        return tuple(args), dict(kwargs)
+    return tuple(value(n) for n in (match.source, *match.added)), {}
+
+
+def spoken(name: str, rule: Rule, place: Place, *inputs: Any, **named: Any) -> str | None:
     """What a rule's `unless` or `slower` says at a place.
 
     Raises:
         VerifyError: it fails, or gives neither a reason nor None.
     """
     try:
-        reason = getattr(rule.fused, name)(place, *inputs)
+        reason = getattr(rule.fused, name)(place, *inputs, **named)
     except Exception as error:
         raise failure(rule, place, error) from error
     if reason is None or isinstance(reason, str):
@@ -155,9 +195,12 @@ def lowered_graph(
     first = {a.place.match.nodes[0]: a for a in applications}
     inside = {n for a in applications for n in a.place.match.nodes}
     brought = {id(a): bring(a, new) for a in applications}
+    for node in graph.nodes:
+        if node.op == "get_attr":  # a fused op may read one before the sum does
+            env[node] = new.node_copy(node)
     fused: dict[Key, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "placeholder":
+        if node in env:
             continue
         if node in first:
             found = first[node]
@@ -174,8 +217,9 @@ def _call(
     env: dict[fx.Node, fx.Node],
 ) -> fx.Node:
     match, op = found.place.match, found.rule.fused
-    arguments = (env[match.source], *tensors, *op.constants(found.place))
-    call = graph.call_function(op.run, arguments)
+    args, kwargs = inputs_of(match, env.__getitem__)
+    arguments = (*args, *tensors, *op.constants(found.place))
+    call = graph.call_function(op.run, arguments, kwargs)
     call.meta = dict(match.nodes[-1].meta)
     if not isinstance(match.pattern, Fan):
         env[match.nodes[-1]] = call

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from rewriter.lowering.fused import CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
+from rewriter.lowering.fused import ATTENTION, CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
 from rewriter.lowering.integers import (
     INT8_ACT,
+    INT8_ADD,
     INT8_JOINED,
+    INT8_NORM,
     INT8_STATIC_ACT,
+    INT8_STATIC_ADD,
     INT8_STATIC_JOINED,
+    INT8_STATIC_NORM,
 )
 from rewriter.lowering.rules import Rule
 from rewriter.modules.patterns import (
     activation,
+    add,
     batch_norm,
     conv,
     conv_transpose,
+    dropout,
     fan,
+    layer_norm,
     linear,
     op,
 )
@@ -34,12 +41,24 @@ DEFAULT_RULES = (
     Rule(conv_transpose >> batch_norm, CONV_TRANSPOSE),
     # act(x·Wᵀ + b), the activation on each tile of the product while that is in the cache
     Rule(linear >> activation, LINEAR_ACT),
+    # softmax(q·kᵀ·scale + mask)·v, the scores of a few queries at a time in the cache
+    Rule(op("scaled_dot_product_attention"), ATTENTION),
     # [y₁ y₂ …] = x·[W₁ W₂ …]ᵀ + [b₁ b₂ …]
     Rule(fan(linear), JOINED),
-    # the same two of an int8 layer: act(s·(q(x)·Qᵀ)·scale + …), and one q(x) for all its readers
+    # LayerNorm(s·(q(x)·Qᵀ)·scale + … + r) of an int8 layer, row by row while that is in the cache
+    Rule(int8_linear >> dropout >> add >> layer_norm, INT8_NORM),
+    Rule(int8_linear >> add >> layer_norm, INT8_NORM),
+    # the same without the norm: s·(q(x)·Qᵀ)·scale + … + r
+    Rule(int8_linear >> dropout >> add, INT8_ADD),
+    Rule(int8_linear >> add, INT8_ADD),
+    # act(s·(q(x)·Qᵀ)·scale + …), and one q(x) for all its readers
     Rule(int8_linear >> activation, INT8_ACT),
     Rule(fan(int8_linear), INT8_JOINED),
-    # the same two with one range that is fixed, and the same one for all readers
+    # the same of int8 layers whose range is fixed; siblings are joined where that is one
+    Rule(int8_static_linear >> dropout >> add >> layer_norm, INT8_STATIC_NORM),
+    Rule(int8_static_linear >> add >> layer_norm, INT8_STATIC_NORM),
+    Rule(int8_static_linear >> dropout >> add, INT8_STATIC_ADD),
+    Rule(int8_static_linear >> add, INT8_STATIC_ADD),
     Rule(int8_static_linear >> activation, INT8_STATIC_ACT),
     Rule(fan(int8_static_linear), INT8_STATIC_JOINED),
 )

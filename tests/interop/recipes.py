@@ -52,6 +52,7 @@ RECIPES = (
     Recipe("Quadratic", (Quadratic(),)),
     Recipe("TopK", (TopK(k=12),)),
     Recipe("Quantize", (Quantize("int8-dynamic"),)),
+    Recipe("Quantize, static", (Quantize("int8-static"),)),
     Recipe("RemoveBlocks", (RemoveBlocks(where="*layer*.1"),)),
     Recipe("ResizeMLP", (ResizeMLP(keep=0.5),)),
     Recipe("Monarch, Densify", (Monarch(nblocks=4), Densify())),
@@ -135,13 +136,19 @@ INPUTS: Mapping[Callable[[], nn.Module], Callable[[], Any]] = {
 }
 
 
+def calibrated(recipe: Recipe, example: Any) -> dict[str, Any]:
+    """The option of `rewrite` for passes that cannot do without."""
+    needed = any(p.needs_calibration for p in recipe.passes)
+    return {"calibration": [example]} if needed else {}
+
+
 def rewritten(recipe: Recipe, model: nn.Module, example: Any, **options: Any) -> nn.Module:
     """The rewritten model, in eval mode.
 
     Raises:
         Refused: nothing was rewritten; the reason is the report's.
     """
-    made = rewrite(model, list(recipe.passes), example, **options)
+    made = rewrite(model, list(recipe.passes), example, **calibrated(recipe, example), **options)
     if not made.report.replaced:
         raise Refused(made.report.skipped[0].reason if made.report.skipped else "no site matches")
     return made.eval()
