@@ -8,6 +8,7 @@ from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
+from rewriter.passes.static_int8 import StaticQuantizedLinear
 from rewriter.passes.topk import TopK, TopKLinear
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "QuantizedMonarch",
     "RemoveBlocks",
     "ResizeMLP",
+    "StaticQuantizedLinear",
     "TopK",
     "TopKLinear",
 ]

@@ -21,7 +21,7 @@ from rewriter.base import (
     relative_error,
     unusable,
 )
-from rewriter.errors import OptionError, PassError, one_of, whole_number
+from rewriter.errors import OptionError, PassError, given, of_type, one_of, whole_number
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     PACKED,
@@ -32,12 +32,14 @@ from rewriter.kernels.int8_linear import (
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
+from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import Blocks, MonarchLinear
 from rewriter.sites import LINEAR, Kind, Site, kind_name
 
 __all__ = ["SCHEMES", "Quantize", "QuantizedLinear", "QuantizedMonarch", "Scheme", "register"]
 
 Activation = Literal["per_token", "per_tensor"]
+Smooth = float | Literal["auto"] | None
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
 
 
@@ -263,6 +265,7 @@ class Scheme:
         per_element: weights in one element of the buffer, as `Layer.packed` of its layers says.
         options: those of `Quantize` that the makers read; any other is an error beside this scheme.
         calibrates: whether the makers of `quantize` read `site.moments`.
+        needs_calibration: whether they cannot do without `site.sample`.
 
     Raises:
         OptionError: the bits of a weight do not fit its storage, or `Quantize` visits no sites of
@@ -277,6 +280,7 @@ class Scheme:
     per_element: int = 1
     options: tuple[str, ...] = ()
     calibrates: Callable[[Quantize], bool] = _never
+    needs_calibration: bool = False
 
     def __post_init__(self) -> None:
         whole_number(f"scheme {self.name!r}: bits", self.bits)
@@ -318,19 +322,26 @@ def register(scheme: Scheme) -> Scheme:
 class Quantize(Pass):
     """W ≈ q·scale with q in few bits and one scale per output channel; see `QuantizedLinear`.
 
+    "int8-static" needs `rewrite(…, calibration=batches)`; see `StaticQuantizedLinear`.
     After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`.
 
     Args:
-        scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time; or
-            another of `SCHEMES`.
+        scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
+            "int8-static": the same in a range that calibration has fixed; or another of `SCHEMES`.
         activation: "per_token" (closer) or "per_tensor".
+        observer: of "int8-static", how the range of its activations is found: "minmax",
+            "percentile", "mse" or "entropy"; see `rewriter.modules.observers`.
+        smooth: SmoothQuant's α, with which what is difficult goes from the activations to the
+            weights, channel by channel: 0 … 1; None leaves both as they are; "auto" takes for each
+            layer what serves its outputs on the calibration batches best.
+        bias_correction: takes the mean error of the outputs into the bias.
         where: which sites; a name pattern, a predicate, or None for all.
 
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
     inf, or of a kind that the scheme has no layer for.
 
     Raises:
-        OptionError: unknown scheme or activation, or an option that the scheme does not read.
+        OptionError: an option is impossible, or one that the scheme does not read.
     """
 
     matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear)
@@ -338,10 +349,16 @@ class Quantize(Pass):
 
     scheme: str = "int8-dynamic"
     activation: Activation = "per_token"
+    observer: Observer = "minmax"
+    smooth: Smooth = "auto"
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
         one_of("Quantize: activation", self.activation, ACTIVATIONS)
+        one_of("Quantize: observer", self.observer, OBSERVERS)
+        _check_smooth(self.smooth)
+        of_type("Quantize", "bias_correction", self.bias_correction, bool, "True or False")
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:
@@ -353,6 +370,10 @@ class Quantize(Pass):
     @property
     def calibrates(self) -> bool:
         return SCHEMES[self.scheme].calibrates(self)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return SCHEMES[self.scheme].needs_calibration
 
     def propose(self, site: Site) -> Replacement | Skip:
         make = SCHEMES[self.scheme].layers.get(site.kind)
@@ -373,9 +394,20 @@ class Quantize(Pass):
         layer.train(old is None or old.training)
         note = _FROZEN if any(w.requires_grad for w in weights) else ""
         weight, made = before(), layer.dense_weight()
-        moments = site.moments
-        output_error = None if moments is None else moments.output_error(weight, made)
+        output_error = None
+        if site.sample is not None:  # what becomes of the inputs is part of it
+            output_error = site.sample.output_error(weight, bias, layer)
+        elif site.moments is not None:
+            output_error = site.moments.output_error(weight, made)
         return Replacement(layer, relative_error(weight, made), note, output_error)
+
+
+def _check_smooth(smooth: object) -> None:
+    number = isinstance(smooth, int | float) and not isinstance(smooth, bool)
+    if not (smooth is None or smooth == "auto" or (number and 0 <= smooth <= 1)):  # type: ignore[operator]
+        raise OptionError(
+            f"Quantize: smooth must be None, 'auto' or from 0 to 1, not {given(smooth)}"
+        )
 
 
 OPTIONS = {f.name: f.default for f in fields(Quantize) if f.name not in ("scheme", "where")}

@@ -108,6 +108,12 @@ class Pass:
         """True where `propose` makes use of `site.moments`."""
         return False
 
+    @property
+    def needs_calibration(self) -> bool:
+        """True where `propose` cannot do without `site.sample`: no calibration is an error then,
+        and a site that the batches do not reach is skipped."""
+        return False
+
     def propose(self, site: Site) -> Replacement | Skip:
         """Returns the layer for this site, or why there is none. Must not change anything."""
         raise NotImplementedError(f"{type(self).__name__}.propose")

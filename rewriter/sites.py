@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from rewriter.layer import Layer
-from rewriter.modules.moments import Moments
+from rewriter.modules.moments import Moments, Sample
 from rewriter.modules.patterns import Match, Pattern, find
 from rewriter.modules.pointwise import Channels, Pointwise, inner
 from rewriter.modules.tree import attribute, join, submodule
@@ -89,6 +89,7 @@ class Site:
         calls: how many of the nodes, from the first on, one forward runs; the rest are the same
             calls in the other mode's graphs.
         moments: of its inputs over the calibration batches, for a pass that calibrates.
+        sample: of its inputs over the calibration batches, for a pass that needs calibration.
         channels: of a 1×1 convolution, which is a linear layer over channels: how it reads them.
             What a pass proposes is a layer over rows, as everywhere.
     """
@@ -103,6 +104,7 @@ class Site:
     parts: Mapping[str, Site] = field(default_factory=dict)
     calls: int = 0
     moments: Moments | None = None
+    sample: Sample | None = None
     channels: Channels | None = None
 
     @classmethod

@@ -24,6 +24,7 @@ from rewriter.passes import (
     Quantize,
     QuantizedLinear,
     QuantizedMonarch,
+    StaticQuantizedLinear,
     TopKLinear,
 )
 
@@ -46,6 +47,8 @@ SMOOTH: dict[str, Make] = {
 }
 ROUNDED: dict[str, Make] = {
     "int8": lambda bias: QuantizedLinear(12, 10, bias=bias),
+    "int8 static": lambda bias: StaticQuantizedLinear(12, 10, bias=bias),
+    "int8 static, smooth": lambda bias: StaticQuantizedLinear(12, 10, bias=bias, smooth=True),
     "int8 per tensor": lambda bias: QuantizedLinear(12, 10, bias, "per_tensor"),
     "int8 monarch": lambda bias: QuantizedMonarch(12, 10, bias=bias),
     "int8 monarch interleaved": lambda bias: QuantizedMonarch(12, 12, bias=bias, interleaved=True),

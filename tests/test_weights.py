@@ -24,6 +24,7 @@ from rewriter.passes import (
     Quantize,
     QuantizedLinear,
     QuantizedMonarch,
+    StaticQuantizedLinear,
     TopKLinear,
 )
 
@@ -32,6 +33,7 @@ COMPUTED: dict[str, Callable[[], Layer]] = {
     "chain": lambda: MonarchChainLinear(8, 8),
     "residual": lambda: MonarchResidualLinear(8, 8),
     "int8": lambda: QuantizedLinear(8, 8),
+    "int8 static": lambda: StaticQuantizedLinear(8, 8, smooth=True),
     "int8 monarch": lambda: QuantizedMonarch(8, 8),
 }
 

@@ -19,7 +19,7 @@ from rewriter.base import Layer, Pass, Phase, Replacement, Skip, Where
 from rewriter.capture import Capture
 from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.engine.batches import Calibration
-from rewriter.errors import OptionError
+from rewriter.errors import CalibrationError, OptionError
 from rewriter.lowering import Rule
 from rewriter.modules.patterns import Chain, Fan, Op
 from rewriter.modules.running import modes
@@ -43,6 +43,7 @@ __all__ = [
     "Declined",
     "Options",
     "Proposal",
+    "check_calibrated",
     "check_passes",
     "check_patterns",
     "device_of",
@@ -148,6 +149,16 @@ def check_passes(passes: Sequence[Pass]) -> None:
                 break
     if problems:
         raise OptionError(f"impossible passes: {'; '.join(problems)}{disorder}")
+
+
+def check_calibrated(passes: Sequence[Pass], remedy: str) -> None:
+    """Raises where a pass cannot do without calibration, and there is none.
+
+    Raises:
+        CalibrationError: names the passes, and the remedy.
+    """
+    if needing := [str(p) for p in passes if p.needs_calibration]:
+        raise CalibrationError(f"{', '.join(needing)} needs calibration: {remedy}")
 
 
 def _method(rewrite: Pass) -> str:

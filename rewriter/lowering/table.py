@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from rewriter.lowering.fused import ATTENTION, CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
-from rewriter.lowering.integers import INT8_ACT, INT8_ADD, INT8_JOINED, INT8_NORM
+from rewriter.lowering.integers import (
+    INT8_ACT,
+    INT8_ADD,
+    INT8_JOINED,
+    INT8_NORM,
+    INT8_STATIC_ACT,
+    INT8_STATIC_ADD,
+    INT8_STATIC_JOINED,
+    INT8_STATIC_NORM,
+)
 from rewriter.lowering.rules import Rule
 from rewriter.modules.patterns import (
     activation,
@@ -20,7 +29,7 @@ from rewriter.modules.patterns import (
 
 __all__ = ["DEFAULT_RULES"]
 
-int8_linear = op("int8_linear")
+int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
 
 DEFAULT_RULES = (
     # act(γ·(x·W + b − μ)/√(σ²+ε) + β) = act(x·W' + b'), W' = W·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β
@@ -45,5 +54,12 @@ DEFAULT_RULES = (
     # act(s·(q(x)·Qᵀ)·scale + …), and one q(x) for all its readers
     Rule(int8_linear >> activation, INT8_ACT),
     Rule(fan(int8_linear), INT8_JOINED),
+    # all of these with one range that is fixed, and the same one for all readers
+    Rule(int8_static_linear >> dropout >> add >> layer_norm, INT8_STATIC_NORM),
+    Rule(int8_static_linear >> add >> layer_norm, INT8_STATIC_NORM),
+    Rule(int8_static_linear >> dropout >> add, INT8_STATIC_ADD),
+    Rule(int8_static_linear >> add, INT8_STATIC_ADD),
+    Rule(int8_static_linear >> activation, INT8_STATIC_ACT),
+    Rule(fan(int8_static_linear), INT8_STATIC_JOINED),
 )
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
