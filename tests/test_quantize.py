@@ -194,7 +194,9 @@ def test_schemes_that_contradict_themselves_or_each_other(schemes):
         toy(layers={})
     with pytest.raises(OptionError, match="'toy': bits must be an integer of at least 1"):
         toy(bits=0)
-    with pytest.raises(OptionError, match="option='activations' is unknown; did you mean 'activation'"):
+    with pytest.raises(
+        OptionError, match="option='activations' is unknown; did you mean 'activation'"
+    ):
         toy(options=("activations",))
 
 
