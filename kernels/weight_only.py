@@ -392,17 +392,19 @@ def _made(op: str, rows: int, out: int, width: int, group_size: int = 32) -> tup
 
 
 def _pick(op: str, rows: int, out: int, width: int, group_size: int) -> str:
+    return _picked(op, rows_bucket(rows), out, width, group_size, torch.get_num_threads())
+
+
+@functools.lru_cache(4096)
+def _picked(op: str, rows: int, out: int, width: int, group_size: int, threads: int) -> str:
     names = [name for name in _KERNELS[op] if _refusal(op, name) is None]
-    if len(names) == 1:
-        return names[0]
-    bucket = rows_bucket(rows)
-    key = f"{op} {bucket} {width} {out} {group_size} {names} {torch.get_num_threads()}"
+    key = f"{op} {rows} {width} {out} {group_size} {names} {threads}"
 
     def candidates() -> dict[str, Callable[[], object]]:
-        operands = _made(op, bucket, out, width, group_size or _BLOCK)
+        operands = _made(op, rows, out, width, group_size or _BLOCK)
         return {name: functools.partial(_KERNELS[op][name], *operands) for name in names}
 
-    found = fastest(key, _VERSION, candidates)
+    found = names[0] if len(names) == 1 else fastest(key, _VERSION, candidates)
     return found if found in names else "dense"  # of a file that others may write
 
 

@@ -328,7 +328,7 @@ def test_the_kernel_of_a_call_is_told() -> None:
 
 def test_without_a_compiler_the_weights_are_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_only_cpu, "refusal", lambda: "no C++ compiler")
-    weight_only._refusal.cache_clear()
+    weight_only._refusal.cache_clear(), weight_only._picked.cache_clear()
     try:
         for op, symmetric in KINDS:
             assert "no C++ compiler" in str(weight_only.refused_kernels(op)["native"])
@@ -336,4 +336,4 @@ def test_without_a_compiler_the_weights_are_floats(monkeypatch: pytest.MonkeyPat
             got = run(op, x, *operands)
             assert_reordered(got.double(), formula(op, x, *operands), x.dtype)
     finally:
-        weight_only._refusal.cache_clear()
+        weight_only._refusal.cache_clear(), weight_only._picked.cache_clear()
