@@ -32,6 +32,7 @@ from rewriter.kernels.int8_linear import (
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
+from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import Blocks, MonarchLinear
 from rewriter.sites import LINEAR, Kind, Site, kind_name
@@ -327,7 +328,9 @@ class Quantize(Pass):
 
     Args:
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
-            "int8-static": the same in a range that calibration has fixed; or another of `SCHEMES`.
+            "int8-static": the same in a range that calibration has fixed; "int8-weight",
+            "int4-weight": such weights, activations as they are; "int4-dynamic": 4-bit weights,
+            activations in 8 bits; or another of `SCHEMES`.
         activation: "per_token" (closer) or "per_tensor".
         observer: of "int8-static", how the range of its activations is found: "minmax",
             "percentile", "mse" or "entropy"; see `rewriter.modules.observers`.
@@ -335,7 +338,12 @@ class Quantize(Pass):
             weights, channel by channel: 0 … 1; None leaves both as they are; "auto" takes for each
             layer what serves its outputs on the calibration batches best.
         bias_correction: takes the mean error of the outputs into the bias.
+        group_size: weights of a row that share a scale, of 4 bits: 32 (closer), 64 or 128.
+        symmetric: whether groups of weights have a scale alone, and no zero (closer).
         where: which sites; a name pattern, a predicate, or None for all.
+
+    The head of a language model that shares the weight of an embedding gets integers of its own,
+    and the embedding keeps the weight: the report says so.
 
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
     inf, or of a kind that the scheme has no layer for.
@@ -352,6 +360,8 @@ class Quantize(Pass):
     observer: Observer = "minmax"
     smooth: Smooth = "auto"
     bias_correction: bool = False
+    group_size: int = 64
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
@@ -359,6 +369,7 @@ class Quantize(Pass):
         one_of("Quantize: observer", self.observer, OBSERVERS)
         _check_smooth(self.smooth)
         of_type("Quantize", "bias_correction", self.bias_correction, bool, "True or False")
+        one_of("Quantize: group_size", self.group_size, GROUP_SIZES)
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:
@@ -399,7 +410,8 @@ class Quantize(Pass):
             output_error = site.sample.output_error(weight, bias, layer)
         elif site.moments is not None:
             output_error = site.moments.output_error(weight, made)
-        return Replacement(layer, relative_error(weight, made), note, output_error)
+        error = relative_error(weight, made)
+        return Replacement(layer, error, note, output_error, cuts_ties=True)
 
 
 def _check_smooth(smooth: object) -> None:
