@@ -65,7 +65,8 @@ def searched_groups(
 
     def loss(groups: Groups) -> Tensor:
         lost = (padded - dequantize_groups(*groups)).unflatten(1, (-1, group_size)).transpose(0, 1)
-        return ((lost @ blocks) * lost).sum(-1).t()
+        found: Tensor = ((lost @ blocks) * lost).sum(-1).t()
+        return found
 
     least = loss(best)
     for scale, zero in _grids(best, bits):
@@ -232,4 +233,5 @@ def _either(first: Tensor, found: Groups, other: Groups) -> Groups:
 def _inverse_root(matrix: Tensor) -> Tensor:
     """U upper triangular with Uᵀ U = matrix⁻¹."""
     root = torch.linalg.cholesky(matrix)
-    return torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    return upper
