@@ -9,9 +9,12 @@ from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.topk import TopK, TopKLinear
+from rewriter.passes.weight_only import Int4Linear, Int8WeightLinear
 
 __all__ = [
     "Densify",
+    "Int4Linear",
+    "Int8WeightLinear",
     "Monarch",
     "MonarchChain",
     "MonarchChainLinear",

@@ -32,6 +32,7 @@ from rewriter.kernels.int8_linear import (
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
+from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.passes.monarch import Blocks, MonarchLinear
 from rewriter.sites import LINEAR, Kind, Site, kind_name
 
@@ -321,9 +322,12 @@ class Quantize(Pass):
     After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`.
 
     Args:
-        scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time; or
-            another of `SCHEMES`.
+        scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
+            "int8-weight", "int4-weight": such weights, activations as they are; "int4-dynamic":
+            4-bit weights, activations in 8 bits; or another of `SCHEMES`.
         activation: "per_token" (closer) or "per_tensor".
+        group_size: weights of a row that share a scale, of 4 bits: 32 (closer), 64 or 128.
+        symmetric: whether groups of weights have a scale alone, and no zero (closer).
         where: which sites; a name pattern, a predicate, or None for all.
 
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
@@ -338,10 +342,13 @@ class Quantize(Pass):
 
     scheme: str = "int8-dynamic"
     activation: Activation = "per_token"
+    group_size: int = 64
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
         one_of("Quantize: activation", self.activation, ACTIVATIONS)
+        one_of("Quantize: group_size", self.group_size, GROUP_SIZES)
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:
