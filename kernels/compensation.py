@@ -19,7 +19,7 @@ to fold it into, and with groups the search on H loses less).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rewriter.kernels.weight_only import dequantize_groups, quantize_groups
 
-__all__ = ["compensate", "compensated_groups", "searched_groups"]
+__all__ = ["METHODS", "Groups", "compensate", "compensated_groups", "searched_groups"]
 
 Groups = tuple[Tensor, Tensor, Tensor | None]
 """q, scale and zero, as `quantize_groups` gives them."""
@@ -160,6 +160,20 @@ def compensate(
     q = torch.empty_like(levels)
     q[order] = levels
     return _filled(q.t(), scale.shape[1] * group_size)
+
+
+def _rounded(
+    weight: Tensor, second: Tensor | None, bits: int, group_size: int, symmetric: bool
+) -> Groups:
+    return quantize_groups(weight, bits, group_size, symmetric)
+
+
+METHODS: Mapping[str, Callable[..., Groups]] = {
+    "round": _rounded,
+    "awq": searched_groups,
+    "gptq": compensated_groups,
+}
+"""Ways to choose levels, of the arguments of `searched_groups`."""
 
 
 def _inputs(weight: Tensor, second: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from rewriter.base import (
     unusable,
 )
 from rewriter.errors import OptionError, PassError, one_of, whole_number
+from rewriter.kernels.compensation import METHODS
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     PACKED,
@@ -39,6 +40,7 @@ from rewriter.sites import LINEAR, Kind, Site, kind_name
 __all__ = ["SCHEMES", "Quantize", "QuantizedLinear", "QuantizedMonarch", "Scheme", "register"]
 
 Activation = Literal["per_token", "per_tensor"]
+Method = Literal["round", "awq", "gptq"]
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
 
 
@@ -328,6 +330,10 @@ class Quantize(Pass):
         activation: "per_token" (closer) or "per_tensor".
         group_size: weights of a row that share a scale, of 4 bits: 32 (closer), 64 or 128.
         symmetric: whether groups of weights have a scale alone, and no zero (closer).
+        method: how levels of 4 bits are chosen: "round" takes the nearest; "awq" searches for the
+            range of each group, and "gptq" lets each column make good what those before it lost,
+            for the inputs of `rewrite(…, calibration=batches)`. A site whose inputs are not known
+            is rounded, with a warning.
         where: which sites; a name pattern, a predicate, or None for all.
 
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
@@ -344,11 +350,13 @@ class Quantize(Pass):
     activation: Activation = "per_token"
     group_size: int = 64
     symmetric: bool = True
+    method: Method = "round"
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
         one_of("Quantize: activation", self.activation, ACTIVATIONS)
         one_of("Quantize: group_size", self.group_size, GROUP_SIZES)
+        one_of("Quantize: method", self.method, METHODS)
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:

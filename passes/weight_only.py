@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.base import Layer, LinearLayer, as_parameter
-from rewriter.errors import OptionError, one_of
+from rewriter.errors import OptionError, one_of, warn
+from rewriter.kernels.compensation import METHODS, Groups
 from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
 from rewriter.kernels.weight_only import (
     GROUP_SIZES,
@@ -222,10 +223,26 @@ def _int8(site: Site, quantize: Quantize) -> Layer:
 
 
 def _int4(site: Site, quantize: Quantize) -> Layer:
+    weight, moments = site.weight, site.moments
+    if quantize.method != "round" and moments is None:
+        warn(
+            f"{quantize}: without the inputs of a layer its weights are rounded to the nearest "
+            "level: pass rewrite(…, calibration=batches) that reach it"
+        )
+    method = "round" if moments is None else quantize.method
+    second = None if moments is None else moments.second
+    levels = METHODS[method](weight, second, 4, quantize.group_size, quantize.symmetric)
+    return _of_groups(levels, site.bias, weight.shape[1], quantize)
+
+
+def _of_groups(levels: Groups, bias: Tensor | None, in_features: int, quantize: Quantize) -> Layer:
     dynamic = quantize.scheme == "int4-dynamic"
-    return Int4Linear.from_weight(
-        site.weight, site.bias, quantize.group_size, quantize.symmetric, dynamic
-    )
+    return Int4Linear.from_quantized(*levels, bias, in_features, dynamic)
+
+
+def _always(quantize: Quantize) -> bool:
+    """Methods fit to moments, and the errors of outputs are measured by them."""
+    return True
 
 
 register(
@@ -246,6 +263,7 @@ for _name, _dtype in (("int4-weight", torch.float32), ("int4-dynamic", torch.int
             storage=torch.uint8,
             layers={LINEAR: _int4},
             per_element=2,
-            options=("group_size", "symmetric"),
+            options=("group_size", "symmetric", "method"),
+            calibrates=_always,
         )
     )

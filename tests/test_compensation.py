@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from closeness import assert_equal
-from torch import Tensor
+from torch import Tensor, nn
 
+from rewriter import rewrite
+from rewriter.errors import OptionError, RewriteWarning
 from rewriter.kernels.compensation import compensate, compensated_groups, searched_groups
 from rewriter.kernels.weight_only import dequantize_groups, quantize_groups
+from rewriter.passes import Quantize
 
 SEARCHES = pytest.mark.parametrize("search", [searched_groups, compensated_groups])
 BOTH = pytest.mark.parametrize("symmetric", [True, False])
@@ -120,3 +123,56 @@ def test_moments_of_another_layer_are_refused(search) -> None:
     second[3, 3] = float("inf")
     with pytest.raises(ValueError, match="finite"):
         search(weight, second, 4, 32, True)
+
+
+# as the option of a scheme
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(80, 96), nn.Linear(96, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).relu())
+
+
+def net() -> tuple[nn.Module, list[Tensor]]:
+    """A model, and batches whose features correlate."""
+    torch.manual_seed(0)
+    mix = torch.randn(80, 80) * torch.logspace(0, -1.5, 80)
+    return Net().eval(), [torch.randn(64, 80) @ mix for _ in range(8)]
+
+
+@pytest.mark.parametrize("scheme", ["int4-weight", "int4-dynamic"])
+def test_the_ledger_shows_what_each_method_leaves(scheme: str) -> None:
+    model, batches = net()
+    decisions = {}
+    for method in ("round", "awq", "gptq"):
+        quantize = Quantize(scheme, group_size=32, method=method, where="one")
+        made = rewrite(model, [quantize], batches[0], calibration=batches)
+        (found,) = (d for d in made.report.steps[1].decisions if d.site == "one")
+        decisions[method] = found
+        held = torch.cat(batches[3::4])  # every fourth batch is held out
+        want = held @ model.one.weight.detach().t()
+        lost = want - held @ made.one.dense_weight().t()
+        assert found.output_error == pytest.approx(float(lost.norm() / want.norm()), rel=1e-4)
+    rounded, awq, gptq = decisions.values()
+    assert rounded.error < gptq.error
+    assert awq.output_error < 0.95 * rounded.output_error
+    assert gptq.output_error < 0.7 * rounded.output_error
+
+
+def test_layers_whose_inputs_are_not_known_are_rounded_aloud() -> None:
+    model, batches = net()
+    with pytest.warns(RewriteWarning, match="method='gptq'.*rounded to the nearest.*calibration="):
+        made = rewrite(model, [Quantize("int4-weight", method="gptq", where="one")], batches[0])
+    rounded = rewrite(model, [Quantize("int4-weight", where="one")], batches[0])
+    assert_equal(made.state_dict(), rounded.state_dict())
+
+
+def test_option_errors() -> None:
+    with pytest.raises(OptionError, match="method='gtpq' is unknown; did you mean 'gptq'"):
+        Quantize("int4-weight", method="gtpq")
+    with pytest.raises(OptionError, match="'int8-weight' does not read method"):
+        Quantize("int8-weight", method="gptq")
