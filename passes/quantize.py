@@ -35,6 +35,7 @@ from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
 from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.passes.monarch import Blocks, MonarchLinear
+from rewriter.passes.trained import Levels, TrainedLinear, trained
 from rewriter.sites import LINEAR, Kind, Site, kind_name
 
 __all__ = ["SCHEMES", "Quantize", "QuantizedLinear", "QuantizedMonarch", "Scheme", "register"]
@@ -104,9 +105,20 @@ class QuantizedLinear(LinearLayer):
         cls, weight: Tensor, bias: Tensor | None, activation: Activation = "per_token"
     ) -> QuantizedLinear:
         """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
-        out_features, in_features = weight.shape
+        return cls.from_quantized(*quantize_weight(weight), bias, activation)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        qweight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activation: Activation = "per_token",
+    ) -> QuantizedLinear:
+        """The layer of levels that are chosen already: qweight [out, in] int8, scale [out]."""
+        out_features, in_features = qweight.shape
         layer = cls(in_features, out_features, bias is not None, activation, device="meta")
-        layer.qweight, layer.scale = quantize_weight(weight)
+        layer.qweight, layer.scale = qweight, scale
         layer.bias = None if bias is None else as_parameter(bias)
         return layer
 
@@ -321,7 +333,8 @@ def register(scheme: Scheme) -> Scheme:
 class Quantize(Pass):
     """W ≈ q·scale with q in few bits and one scale per output channel; see `QuantizedLinear`.
 
-    After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`.
+    After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`. After
+    `QAT` of the same options, the layers of equal outputs; see `TrainedLinear`.
 
     Args:
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
@@ -343,7 +356,7 @@ class Quantize(Pass):
         OptionError: unknown scheme or activation, or an option that the scheme does not read.
     """
 
-    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear)
+    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, TrainedLinear)
     phase: ClassVar[Phase] = Phase.PRECISION
 
     scheme: str = "int8-dynamic"
@@ -415,6 +428,12 @@ def _linear(site: Site, quantize: Quantize) -> Layer:
     return QuantizedLinear.from_weight(site.weight, site.bias, quantize.activation)
 
 
+def _of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
+    qweight, scale, _ = levels
+    activation: Any = layer.activation
+    return QuantizedLinear.from_quantized(qweight, scale, layer.bias, activation)
+
+
 def _monarch(site: Site, quantize: Quantize) -> Layer:
     monarch = site.module
     assert isinstance(monarch, MonarchLinear)
@@ -427,7 +446,7 @@ register(
         bits=8,
         dtype=torch.int8,
         storage=torch.int8,
-        layers={LINEAR: _linear, MonarchLinear: _monarch},
+        layers={LINEAR: _linear, MonarchLinear: _monarch, TrainedLinear: trained(_of_trained)},
         options=("activation",),
     )
 )

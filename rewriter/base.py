@@ -108,6 +108,11 @@ class Pass:
         """True where `propose` makes use of `site.moments`."""
         return False
 
+    @property
+    def simulates(self) -> bool:
+        """True where its layers stand for others while these train: nobody judges their speed."""
+        return False
+
     def propose(self, site: Site) -> Replacement | Skip:
         """Returns the layer for this site, or why there is none. Must not change anything."""
         raise NotImplementedError(f"{type(self).__name__}.propose")
