@@ -97,7 +97,7 @@ class TrainedLinear(Layer, nn.Linear):
         """The layer that trains weight [out, in]; Parameters are kept, not copied."""
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, bias is not None, **options, device="meta")
-        layer.weight = as_parameter(weight if isinstance(weight, nn.Parameter) else weight.clone())
+        layer.weight = as_parameter(weight if isinstance(weight, nn.Parameter) else _own(weight))
         layer.bias = None if bias is None else as_parameter(bias)  # type: ignore[assignment]
         layer.step = layer._first_step() if layer.learned_step else None
         return layer
@@ -200,6 +200,10 @@ class _Way:
     multiply: Callable[[TrainedLinear, Tensor, Levels, Tensor | None], Tensor]
     stored: Callable[[Tensor], Tensor] = lambda scale: scale
     groups: bool = False
+
+
+def _own(weight: Tensor) -> Tensor:
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(layer: TrainedLinear, weight: Tensor) -> Levels:
