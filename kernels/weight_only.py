@@ -300,7 +300,7 @@ def _with_straight_through(reference: Callable[..., Tensor]) -> Callable[..., Te
 # Choice of the kernel ----------------------------------------------------------------------------
 
 _Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""x [rows, k] float32, weight, scale, zero, bias → [rows, n]."""
+"""x [*, k] float32, weight, scale, zero, bias → [*, n]; all contiguous."""
 
 _PANEL = 1 << 22
 """Bytes of weights as floats at a time."""
@@ -309,15 +309,15 @@ _PANEL = 1 << 22
 def _dense(
     x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    out, width = weight.shape[0], x.shape[1]
+    out, width = weight.shape[0], x.shape[-1]
     size = max(_PANEL // (4 * width), 64)
     if size >= out:
         return F.linear(x, _floats(weight, scale, zero, width), bias)
-    y = x.new_empty(x.shape[0], out)
+    y = x.new_empty(*x.shape[:-1], out)
     for n in range(0, out, size):
         own = slice(n, n + size)
         panel = _floats(weight[own], scale[own], None if zero is None else zero[own], width)
-        y[:, own] = F.linear(x, panel, None if bias is None else bias[own])
+        y[..., own] = F.linear(x, panel, None if bias is None else bias[own])
     return y
 
 
@@ -392,17 +392,19 @@ def _made(op: str, rows: int, out: int, width: int, group_size: int = 32) -> tup
 
 
 def _pick(op: str, rows: int, out: int, width: int, group_size: int) -> str:
+    return _picked(op, rows_bucket(rows), out, width, group_size, torch.get_num_threads())
+
+
+@functools.lru_cache(4096)
+def _picked(op: str, rows: int, out: int, width: int, group_size: int, threads: int) -> str:
     names = [name for name in _KERNELS[op] if _refusal(op, name) is None]
-    if len(names) == 1:
-        return names[0]
-    bucket = rows_bucket(rows)
-    key = f"{op} {bucket} {width} {out} {group_size} {names} {torch.get_num_threads()}"
+    key = f"{op} {rows} {width} {out} {group_size} {names} {threads}"
 
     def candidates() -> dict[str, Callable[[], object]]:
-        operands = _made(op, bucket, out, width, group_size or _BLOCK)
+        operands = _made(op, rows, out, width, group_size or _BLOCK)
         return {name: functools.partial(_KERNELS[op][name], *operands) for name in names}
 
-    found = fastest(key, _VERSION, candidates)
+    found = names[0] if len(names) == 1 else fastest(key, _VERSION, candidates)
     return found if found in names else "dense"  # of a file that others may write
 
 
@@ -434,23 +436,23 @@ def _check(
         )
     if not x.is_floating_point():
         raise ValueError(f"{op}: x must be real floating point, got {x.dtype}")
-    out, width = weight.shape[0], x.shape[-1] if x.ndim else -1
-    if not grouped:
-        fits, sizes = width == weight.shape[1], [out]
-    else:
+    (out, stored), width = weight.shape, x.shape[-1] if x.ndim else -1
+    sizes: tuple[int, ...] = (out,)
+    fits = grouped or width == stored
+    if grouped:
         groups = scale.shape[1] if scale.ndim == 2 else 0
-        size = 2 * weight.shape[1] // groups if groups else 0
-        fits = size * groups == 2 * weight.shape[1] and size % _BLOCK == 0
-        fits = fits and (groups - 1) * size < width <= groups * size if groups else width == 0
-        sizes = [out, groups]
+        size = 2 * stored // groups if groups else 0
+        fits = size * groups == 2 * stored and size % _BLOCK == 0
+        fits = fits and ((groups - 1) * size < width <= groups * size if groups else width == 0)
+        sizes = out, groups
     if not fits:
         raise ValueError(
             f"{op}: x of shape {list(x.shape)} does not fit {name} {list(weight.shape)} with "
             f"scales {list(scale.shape)}"
         )
-    for other, t, want in (("scale", scale, sizes), ("zero", zero, sizes), ("bias", bias, [out])):
-        if t is not None and list(t.shape) != want:
-            raise ValueError(f"{op}: {other} must be {want}, got {list(t.shape)}")
+    for other, t, want in (("scale", scale, sizes), ("zero", zero, sizes), ("bias", bias, (out,))):
+        if t is not None and t.shape != want:
+            raise ValueError(f"{op}: {other} must be {list(want)}, got {list(t.shape)}")
 
 
 def _forward(
@@ -462,25 +464,31 @@ def _forward(
     bias: Tensor | None = None,
 ) -> Tensor:
     _check(op, x, weight, scale, zero, bias)
-    out, width = weight.shape[0], x.shape[-1]
-    shape, dtype, wide = (*x.shape[:-1], out), x.dtype, _wide(x.dtype)
-    rows = math.prod(shape[:-1])
-    if rows * out * width == 0:
-        y = x.new_zeros(shape)
+    *rows, width = x.shape
+    out, count, dtype = weight.shape[0], math.prod(rows), x.dtype
+    if count * out * width == 0:
+        y = x.new_zeros(*rows, out)
         return y if bias is None else y.add_(bias)
-    if x.device.type != "cpu" or wide != torch.float32 or scale.dtype == torch.float64:
-        return owned(_REFERENCES[op](x, weight, scale, zero, bias).contiguous(), shape)
-    x = x.reshape(rows, width).to(wide)
-    x = x if x.stride(1) == 1 or width == 1 else x.contiguous()
-    grouped = weight.dtype == torch.uint8
-    kept = (torch.bfloat16, torch.float32) if grouped else (torch.float32,)
-    scale = (scale if scale.dtype in kept else scale.to(torch.float32)).contiguous()
-    zero = None if zero is None else zero.to(scale.dtype).contiguous()
-    bias = None if bias is None else bias.to(wide).contiguous()
+    if x.device.type != "cpu" or torch.float64 in (dtype, scale.dtype):
+        return owned(_REFERENCES[op](x, weight, scale, zero, bias).contiguous(), (*rows, out))
+    grouped = scale.ndim == 2
+    if scale.dtype != torch.float32 and not (grouped and scale.dtype == torch.bfloat16):
+        scale = scale.to(torch.float32)
     group_size = 2 * weight.shape[1] // scale.shape[1] if grouped else 0
-    kernel = _pick(op, rows, out, width, group_size)
-    y = _KERNELS[op][kernel](x, weight.contiguous(), scale, zero, bias)
-    return owned(y.to(dtype), shape)
+    run = _KERNELS[op][_pick(op, count, out, width, group_size)]
+    y = run(
+        _as(x, torch.float32),
+        weight.contiguous(),
+        scale.contiguous(),
+        None if zero is None else _as(zero, scale.dtype),
+        None if bias is None else _as(bias, torch.float32),
+    )
+    return y if dtype == torch.float32 else y.to(dtype)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, of this dtype."""
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

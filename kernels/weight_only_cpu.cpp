@@ -16,6 +16,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "threads.h"
@@ -80,15 +81,14 @@ INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
 // The arguments, as Python fills them in (kernels/weight_only_cpu.py: _Call) ---------------------
 
 struct Call {
-  const float* x;         // [rows, in], rows `stride` apart
+  const float* x;         // [rows, in]
   const uint8_t* weight;  // 8 bits: [out, in]; 4 bits: [out, groups·group/2]
   const void* scale;      // 8 bits: float [out]; 4 bits: bfloat16 or float [out, groups]
   const void* zero;       // as scale, or null
   const float* bias;      // [out] or null
   float* y;               // [rows, out]; of weight_dense: [out, in]
-  void* scratch;          // weight_scratch bytes
   Parallel parallel;
-  int64_t rows, in, out, stride, bits, group, floats, dynamic, threads;
+  int64_t rows, in, out, group, floats, dynamic, threads;  // group 0: 8 bits
 };
 
 namespace {
@@ -341,63 +341,61 @@ void over_strips(const Call& c, long bytes, const Work& work) {
   });
 }
 
+void* room(long bytes) {
+  void* found = malloc(bytes);
+  if (!found) std::abort();
+  return found;
+}
+
 }  // namespace
 
 extern "C" {
 
 const char* weight_isa() { return (WIDE ? "AVX-512" DOTS : "AVX2" DOTS); }
 
-int64_t weight_scratch(const Call* call) {
-  const Call& c = *call;
-  const long groups = c.bits == 8 ? 0 : (c.in + c.group - 1) / c.group;
-  const long width = c.bits == 8 ? up(c.in, BLOCK) : groups * c.group;
-  if (c.dynamic) return c.rows * (width + groups * (long)sizeof(Quantized)) + 64;
-  return width == c.in && c.stride == c.in ? 0 : c.rows * width * (long)sizeof(float);
-}
-
 void weight_linear(const Call* call) {
   const Call& c = *call;
-  const long groups = c.bits == 8 ? 0 : (c.in + c.group - 1) / c.group;
-  const long width = c.bits == 8 ? up(c.in, BLOCK) : groups * c.group;
+  const long groups = c.group ? (c.in + c.group - 1) / c.group : 0;
+  const long width = c.group ? groups * c.group : up(c.in, BLOCK);
   if (c.dynamic) {
-    Quantized* of = (Quantized*)c.scratch;
-    int8_t* a = (int8_t*)c.scratch + up(c.rows * groups * sizeof(Quantized), 64);
+    const long head = up(c.rows * groups * sizeof(Quantized), 64);
+    void* scratch = room(head + c.rows * width);
+    Quantized* of = (Quantized*)scratch;
+    int8_t* a = (int8_t*)scratch + head;
     for_each(c.parallel, c.rows < 32 ? 1 : c.threads, c.rows, [&](long r) {
-      quantize_row(c.x + r * c.stride, c.in, c.group, groups, a + r * width, of + r * groups);
+      quantize_row(c.x + r * c.in, c.in, c.group, groups, a + r * width, of + r * groups);
     });
-    return over_strips(c, width / 2, [&](long n, long end) {
+    over_strips(c, width / 2, [&](long n, long end) {
       levels_of_rows(c, a, width, of, groups, 0, n, end);
     });
+    return free(scratch);
   }
-  const float* x = c.x;
-  if (width != c.in || c.stride != c.in) {
-    float* padded = (float*)c.scratch;
-    for (long r = 0; r < c.rows; r++) {
-      memcpy(padded + r * width, c.x + r * c.stride, c.in * sizeof(float));
-      memset(padded + r * width + c.in, 0, (width - c.in) * sizeof(float));
-    }
-    x = padded;
+  float* padded = width == c.in ? nullptr : (float*)room(c.rows * width * sizeof(float));
+  for (long r = 0; padded && r < c.rows; r++) {
+    memcpy(padded + r * width, c.x + r * c.in, c.in * sizeof(float));
+    memset(padded + r * width + c.in, 0, (width - c.in) * sizeof(float));
   }
-  over_strips(c, c.bits == 8 ? c.in : width / 2, [&](long n, long end) {
-    c.bits == 8 ? rows_of<8>(c, x, width, 0, n, end) : rows_of<4>(c, x, width, 0, n, end);
+  const float* x = padded ? padded : c.x;
+  over_strips(c, c.group ? width / 2 : c.in, [&](long n, long end) {
+    c.group ? rows_of<4>(c, x, width, 0, n, end) : rows_of<8>(c, x, width, 0, n, end);
   });
+  free(padded);
 }
 
 // Rows of the weight as floats.
 void weight_dense(const Call* call) {
   const Call& c = *call;
-  const long groups = c.bits == 8 ? 0 : (c.in + c.group - 1) / c.group;
-  const long bytes = c.bits == 8 ? c.in : groups * c.group / 2;
+  const long bytes = c.group ? (c.in + c.group - 1) / c.group * c.group / 2 : c.in;
   over_strips(c, bytes, [&](long n, long end) {
     for (; n < end; n++) {
       const uint8_t* row = c.weight + n * bytes;
       float* to = c.y + n * c.in;
-      const float scale = c.bits == 8 ? ((const float*)c.scale)[n] : 1;
+      const float scale = !c.group ? ((const float*)c.scale)[n] : 1;
       Levels levels;
       for (long k = 0; k < c.in; k += BLOCK) {
         vec w[PARTS];
         const long some = least(BLOCK, c.in - k);
-        if (c.bits == 8) {
+        if (!c.group) {
           uint8_t tail[BLOCK] = {};
           memcpy(tail, row + k, some);
           unpack8(tail, w);

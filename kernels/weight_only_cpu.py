@@ -19,8 +19,8 @@ from rewriter.kernels.native import Unavailable, library, parallel
 __all__ = ["dense", "isa", "linear", "refusal"]
 
 _SOURCE = Path(__file__).with_name("weight_only_cpu.cpp")
-_POINTERS = "x weight scale zero bias y scratch parallel"
-_SIZES = "rows in_features out_features stride bits group floats dynamic threads"
+_POINTERS = "x weight scale zero bias y parallel"
+_SIZES = "rows in_features out_features group floats dynamic threads"
 
 
 class _Call(ctypes.Structure):
@@ -34,7 +34,6 @@ class _Call(ctypes.Structure):
 def _library() -> tuple[Any, int]:
     made = library(_SOURCE)
     made.weight_isa.restype = ctypes.c_char_p
-    made.weight_scratch.argtypes, made.weight_scratch.restype = [ctypes.c_void_p], ctypes.c_int64
     for function in (made.weight_linear, made.weight_dense):
         function.argtypes, function.restype = [ctypes.c_void_p], None
     return made, parallel()
@@ -72,7 +71,7 @@ def linear(
     """y = x @ Wᵀ + bias, W unpacked in registers.
 
     Args:
-        x: [rows, in] float32, rows dense, on a CPU, rows·in·out > 0.
+        x: [*, in] float32, contiguous, on a CPU, of one row at least; in·out > 0.
         weight: [out, in] int8, or [out, groups·size/2] uint8 as `weight_only.pack` gives it;
             contiguous.
         scale: [out] float32; or [out, groups] bfloat16 or float32; contiguous.
@@ -81,15 +80,14 @@ def linear(
         dynamic: x in 8 bits, with a scale for each row and group; of 4-bit weights alone.
 
     Returns:
-        [rows, out].
+        [*, out].
     """
     made, start = _library()
-    y = torch.empty(x.shape[0], weight.shape[0])
-    call = _call(x, weight, scale, zero, bias, y, x.shape[1], start, dynamic)
-    scratch = None
-    if needed := made.weight_scratch(ctypes.byref(call)):
-        scratch = torch.empty(needed, dtype=torch.uint8)
-        call.scratch = scratch.data_ptr()
+    *rows, width = x.shape
+    out = weight.shape[0]
+    y = torch.empty(*rows, out)
+    count = y.numel() // out
+    call = _call(x.data_ptr(), weight, scale, zero, bias, y, start, count, width, dynamic)
     made.weight_linear(ctypes.byref(call))
     return y
 
@@ -98,39 +96,36 @@ def dense(weight: Tensor, scale: Tensor, zero: Tensor | None, width: int) -> Ten
     """W [out, width] float32, of operands as `linear` takes them; width·out > 0."""
     made, start = _library()
     y = torch.empty(weight.shape[0], width)
-    made.weight_dense(
-        ctypes.byref(_call(None, weight, scale, zero, None, y, width, start, dynamic=False))
-    )
+    call = _call(None, weight, scale, zero, None, y, start, 0, width, False)
+    made.weight_dense(ctypes.byref(call))
     return y
 
 
 def _call(
-    x: Tensor | None,
+    x: int | None,
     weight: Tensor,
     scale: Tensor,
     zero: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    width: int,
     start: int,
+    rows: int,
+    width: int,
     dynamic: bool,
 ) -> _Call:
-    grouped = weight.dtype == torch.uint8
+    out, stored = weight.shape
     return _Call(
-        None if x is None else x.data_ptr(),
+        x,
         weight.data_ptr(),
         scale.data_ptr(),
         None if zero is None else zero.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        None,
         start,
-        0 if x is None else x.shape[0],
+        rows,
         width,
-        weight.shape[0],
-        0 if x is None else x.stride(0),
-        4 if grouped else 8,
-        2 * weight.shape[1] // scale.shape[1] if grouped else 0,
+        out,
+        2 * stored // scale.shape[1] if scale.ndim == 2 else 0,
         scale.dtype == torch.float32,
         dynamic,
         torch.get_num_threads(),

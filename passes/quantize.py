@@ -349,6 +349,9 @@ class Quantize(Pass):
             is rounded, with a warning.
         where: which sites; a name pattern, a predicate, or None for all.
 
+    The head of a language model that shares the weight of an embedding gets integers of its own,
+    and the embedding keeps the weight: the report says so.
+
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
     inf, or of a kind that the scheme has no layer for.
 
@@ -403,7 +406,8 @@ class Quantize(Pass):
         weight, made = before(), layer.dense_weight()
         moments = site.moments
         output_error = None if moments is None else moments.output_error(weight, made)
-        return Replacement(layer, relative_error(weight, made), note, output_error)
+        error = relative_error(weight, made)
+        return Replacement(layer, error, note, output_error, cuts_ties=True)
 
 
 OPTIONS = {f.name: f.default for f in fields(Quantize) if f.name not in ("scheme", "where")}

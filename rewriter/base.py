@@ -70,12 +70,15 @@ class Replacement:
         output_error: ‖y − y′‖/‖y‖ of the layer's outputs (bias left out of y) on calibration rows
             that it was not fitted to; None without calibration.
         note: what else the user should know, one sentence.
+        cuts_ties: an embedding that shares the site's weight may keep it: the tie is cut. Else the
+            site stays as it is, as both are rewritten together or not at all.
     """
 
     layer: nn.Module
     error: float | None = 0.0
     note: str = ""
     output_error: float | None = None
+    cuts_ties: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_equal, assert_reordered, sqnr
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rewriter import load, rewrite
@@ -260,3 +260,49 @@ def test_options_that_a_scheme_does_not_read_are_refused(
         Quantize(**options)
     with pytest.raises(OptionError, match="group_size"):
         Int4Linear(8, 8, group_size=7)
+
+
+class Tied(nn.Module):
+    """A head that shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(50, 64), nn.Linear(64, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embedding(tokens))
+
+
+@EVERY
+def test_the_embedding_of_a_tied_head_stays_as_it_is(name: str, tmp_path: Path) -> None:
+    dense, tokens = Tied().eval(), torch.arange(12).view(2, 6)
+    made = rewrite(dense, [Quantize(**OPTIONS[name])], tokens)
+    assert_equal(made.embedding.weight, dense.embedding.weight)
+    own = made.head.dense_weight()
+    assert_reordered(made(tokens), dense.embedding(tokens) @ own.t(), torch.bfloat16)
+    (decision,) = made.report.steps[-1].decisions
+    assert "embedding.weight keeps the weight that it was tied to" in decision.reason
+    made.save(tmp_path / "saved")
+    assert_equal(load(tmp_path / "saved", Tied())(tokens), made(tokens))
+
+
+def test_weights_that_other_layers_multiply_by_are_rewritten_together_or_not_at_all() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(64, 64, bias=False), "b": nn.Linear(64, 64, bias=False)})
+    model["b"].weight = model["a"].weight
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers["b"](self.layers["a"](x))
+
+    x = torch.randn(2, 64)
+    made = rewrite(Both(), [Quantize("int4-weight", where="*.a")], x)
+    (decision, _) = made.report.steps[-1].decisions
+    assert "tied to layers.b.weight: rewritten together or not at all" in decision.reason
+    made = rewrite(Both(), [Quantize("int4-weight")], x)
+    assert made.layers["a"] is made.layers["b"]

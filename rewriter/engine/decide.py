@@ -8,7 +8,7 @@ import numbers
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,11 +101,13 @@ def device_of(device: Any) -> Device | None:
 
 @dataclass
 class Proposal:
-    """A replacement for a site; `group` names the proposals that stand or fall together."""
+    """A replacement for a site; `group` names the proposals that stand or fall together, `cut` the
+    weight, by identity, that the site no longer shares with what keeps it."""
 
     site: Site
     replacement: Replacement
     group: int = -1
+    cut: int | None = None
 
 
 def check_passes(passes: Sequence[Pass]) -> None:
@@ -275,21 +277,26 @@ def ties(
             shared.setdefault(key, []).append(p)
     refused: list[tuple[Proposal, str]] = []
     for i, ((weight, _), group) in enumerate(shared.items()):
-        reason = _untouched(root, group, names.get(weight, set()), readers.get(weight, set()))
+        others = _others(root, group, names.get(weight, set()))
+        cut = sorted(others) if _may_cut(root, group, others) else []
+        reason = _untouched(group, set() if cut else others, readers.get(weight, set()))
         refused += [(p, reason) for p in group if reason]
         for p in group:
             p.group = i
             if p is not group[0]:  # one layer for all, so that the tie survives
                 layer, note = group[0].replacement.layer, f"tied to {group[0].site.fqn}"
                 p.replacement = Replacement(layer, p.replacement.error, note)
+            if cut:
+                p.cut = weight
+                said = f"{', '.join(cut)} keeps the weight that it was tied to: the tie is cut"
+                note = "; ".join(filter(None, (p.replacement.note, said)))
+                p.replacement = replace(p.replacement, note=note)
     gone = {id(p) for p, _ in refused}
     return [p for p in proposals if id(p) not in gone], refused
 
 
-def _untouched(
-    root: nn.Module, group: Sequence[Proposal], names: set[str], readers: set[fx.Node]
-) -> str:
-    """Why the users of one weight cannot all be rewritten; "" where they can."""
+def _others(root: nn.Module, group: Sequence[Proposal], names: set[str]) -> set[str]:
+    """What has one weight beside the sites of a group, by name."""
     own: set[str] = set()
     others: set[str] = set()
     for site in (p.site for p in group):
@@ -302,7 +309,21 @@ def _untouched(
         else:
             every = root.named_modules(remove_duplicate=False)
             own |= {f"{n}.{last}" for n, m in every if n and m is holder}
-    others |= names - own
+    return others | (names - own)
+
+
+def _may_cut(root: nn.Module, group: Sequence[Proposal], others: set[str]) -> bool:
+    """Whether others may keep a weight for which a group of sites gets layers of its own."""
+    holders = [root.get_submodule(name.rpartition(".")[0]) for name in others]
+    return (
+        bool(others)
+        and all(isinstance(m, nn.Embedding) for m in holders)
+        and all(p.replacement.cuts_ties and p.site.place is not None for p in group)
+    )
+
+
+def _untouched(group: Sequence[Proposal], others: set[str], readers: set[fx.Node]) -> str:
+    """Why the users of one weight cannot all be rewritten; "" where they can."""
     reading = readers - {n for p in group for n in p.site.nodes}
     ways = {(p.site.transposed, p.site.channels) for p in group}
     if others or reading or len(ways) > 1:

@@ -261,7 +261,8 @@ class PassRun:
         Raises:
             VerifyError: something does not hold.
         """
-        check(self.capture, self.before, [*self.layers, *self.changed], str(self.rewrite))
+        cut = {p.cut for p in self.proposals if p.cut is not None}
+        check(self.capture, self.before, [*self.layers, *self.changed], str(self.rewrite), cut)
 
     def record(self, costs: dict[str, Cost]) -> None:
         """Completes the decisions with kernels and costs, and lists what no pass looked at.
