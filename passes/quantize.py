@@ -22,6 +22,7 @@ from rewriter.base import (
     unusable,
 )
 from rewriter.errors import OptionError, PassError, given, of_type, one_of, whole_number
+from rewriter.kernels.compensation import METHODS
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     PACKED,
@@ -35,12 +36,14 @@ from rewriter.kernels.monarch import monarch_dense
 from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import Blocks, MonarchLinear
+from rewriter.passes.trained import Levels, TrainedLinear, trained
 from rewriter.sites import LINEAR, Kind, Site, kind_name
 
 __all__ = ["SCHEMES", "Quantize", "QuantizedLinear", "QuantizedMonarch", "Scheme", "register"]
 
 Activation = Literal["per_token", "per_tensor"]
 Smooth = float | Literal["auto"] | None
+Method = Literal["round", "awq", "gptq"]
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
 
 
@@ -104,9 +107,20 @@ class QuantizedLinear(LinearLayer):
         cls, weight: Tensor, bias: Tensor | None, activation: Activation = "per_token"
     ) -> QuantizedLinear:
         """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
-        out_features, in_features = weight.shape
+        return cls.from_quantized(*quantize_weight(weight), bias, activation)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        qweight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activation: Activation = "per_token",
+    ) -> QuantizedLinear:
+        """The layer of levels that are chosen already: qweight [out, in] int8, scale [out]."""
+        out_features, in_features = qweight.shape
         layer = cls(in_features, out_features, bias is not None, activation, device="meta")
-        layer.qweight, layer.scale = quantize_weight(weight)
+        layer.qweight, layer.scale = qweight, scale
         layer.bias = None if bias is None else as_parameter(bias)
         return layer
 
@@ -324,7 +338,8 @@ class Quantize(Pass):
     """W ≈ q·scale with q in few bits and one scale per output channel; see `QuantizedLinear`.
 
     "int8-static" needs `rewrite(…, calibration=batches)`; see `StaticQuantizedLinear`.
-    After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`.
+    After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`. After
+    `QAT` of the same options, the layers of equal outputs; see `TrainedLinear`.
 
     Args:
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
@@ -340,6 +355,10 @@ class Quantize(Pass):
         bias_correction: takes the mean error of the outputs into the bias.
         group_size: weights of a row that share a scale, of 4 bits: 32 (closer), 64 or 128.
         symmetric: whether groups of weights have a scale alone, and no zero (closer).
+        method: how levels of 4 bits are chosen: "round" takes the nearest; "awq" searches for the
+            range of each group, and "gptq" lets each column make good what those before it lost,
+            for the inputs of `rewrite(…, calibration=batches)`. A site whose inputs are not known
+            is rounded, with a warning.
         where: which sites; a name pattern, a predicate, or None for all.
 
     The head of a language model that shares the weight of an embedding gets integers of its own,
@@ -352,7 +371,7 @@ class Quantize(Pass):
         OptionError: an option is impossible, or one that the scheme does not read.
     """
 
-    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear)
+    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, TrainedLinear)
     phase: ClassVar[Phase] = Phase.PRECISION
 
     scheme: str = "int8-dynamic"
@@ -362,6 +381,7 @@ class Quantize(Pass):
     bias_correction: bool = False
     group_size: int = 64
     symmetric: bool = True
+    method: Method = "round"
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
@@ -370,6 +390,7 @@ class Quantize(Pass):
         _check_smooth(self.smooth)
         of_type("Quantize", "bias_correction", self.bias_correction, bool, "True or False")
         one_of("Quantize: group_size", self.group_size, GROUP_SIZES)
+        one_of("Quantize: method", self.method, METHODS)
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:
@@ -444,6 +465,12 @@ def _linear(site: Site, quantize: Quantize) -> Layer:
     return QuantizedLinear.from_weight(site.weight, site.bias, quantize.activation)
 
 
+def _of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
+    qweight, scale, _ = levels
+    activation: Any = layer.activation
+    return QuantizedLinear.from_quantized(qweight, scale, layer.bias, activation)
+
+
 def _monarch(site: Site, quantize: Quantize) -> Layer:
     monarch = site.module
     assert isinstance(monarch, MonarchLinear)
@@ -456,7 +483,7 @@ register(
         bits=8,
         dtype=torch.int8,
         storage=torch.int8,
-        layers={LINEAR: _linear, MonarchLinear: _monarch},
+        layers={LINEAR: _linear, MonarchLinear: _monarch, TrainedLinear: trained(_of_trained)},
         options=("activation",),
     )
 )

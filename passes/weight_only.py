@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.base import Layer, LinearLayer, as_parameter
-from rewriter.errors import OptionError, one_of
+from rewriter.errors import OptionError, one_of, warn
+from rewriter.kernels.compensation import METHODS
 from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
 from rewriter.kernels.weight_only import (
     GROUP_SIZES,
@@ -23,6 +24,7 @@ from rewriter.kernels.weight_only import (
     quantize_groups,
 )
 from rewriter.passes.quantize import Quantize, Scheme, register
+from rewriter.passes.trained import Levels, TrainedLinear, trained
 from rewriter.sites import LINEAR, Site
 
 __all__ = ["Int4Linear", "Int8WeightLinear"]
@@ -77,9 +79,16 @@ class Int8WeightLinear(LinearLayer):
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Int8WeightLinear:
         """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
-        out_features, in_features = weight.shape
+        return cls.from_quantized(*quantize_weight(weight), bias)
+
+    @classmethod
+    def from_quantized(
+        cls, qweight: Tensor, scale: Tensor, bias: Tensor | None
+    ) -> Int8WeightLinear:
+        """The layer of levels that are chosen already: qweight [out, in] int8, scale [out]."""
+        out_features, in_features = qweight.shape
         layer = cls(in_features, out_features, bias is not None, device="meta")
-        layer.qweight, layer.scale = quantize_weight(weight)
+        layer.qweight, layer.scale = qweight, scale
         layer.bias = None if bias is None else as_parameter(bias)
         return layer
 
@@ -222,10 +231,31 @@ def _int8(site: Site, quantize: Quantize) -> Layer:
 
 
 def _int4(site: Site, quantize: Quantize) -> Layer:
+    weight, moments = site.weight, site.moments
+    if quantize.method != "round" and moments is None:
+        warn(
+            f"{quantize}: without the inputs of a layer its weights are rounded to the nearest "
+            "level: pass rewrite(…, calibration=batches) that reach it"
+        )
+    method = "round" if moments is None else quantize.method
+    second = None if moments is None else moments.second
+    levels = METHODS[method](weight, second, 4, quantize.group_size, quantize.symmetric)
     dynamic = quantize.scheme == "int4-dynamic"
-    return Int4Linear.from_weight(
-        site.weight, site.bias, quantize.group_size, quantize.symmetric, dynamic
-    )
+    return Int4Linear.from_quantized(*levels, site.bias, weight.shape[1], dynamic)
+
+
+def _int8_of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
+    return Int8WeightLinear.from_quantized(levels[0], levels[1], layer.bias)
+
+
+def _int4_of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
+    dynamic = layer.scheme == "int4-dynamic"
+    return Int4Linear.from_quantized(*levels, layer.bias, layer.in_features, dynamic)
+
+
+def _always(quantize: Quantize) -> bool:
+    """Methods fit to moments, and the errors of outputs are measured by them."""
+    return True
 
 
 register(
@@ -234,7 +264,7 @@ register(
         bits=8,
         dtype=torch.float32,
         storage=torch.int8,
-        layers={LINEAR: _int8},
+        layers={LINEAR: _int8, TrainedLinear: trained(_int8_of_trained)},
     )
 )
 for _name, _dtype in (("int4-weight", torch.float32), ("int4-dynamic", torch.int8)):
@@ -244,8 +274,9 @@ for _name, _dtype in (("int4-weight", torch.float32), ("int4-dynamic", torch.int
             bits=4,
             dtype=_dtype,
             storage=torch.uint8,
-            layers={LINEAR: _int4},
+            layers={LINEAR: _int4, TrainedLinear: trained(_int4_of_trained)},
             per_element=2,
-            options=("group_size", "symmetric"),
+            options=("group_size", "symmetric", "method"),
+            calibrates=_always,
         )
     )

@@ -117,6 +117,11 @@ class Pass:
         and a site that the batches do not reach is skipped."""
         return False
 
+    @property
+    def simulates(self) -> bool:
+        """True where its layers stand for others while these train: nobody judges their speed."""
+        return False
+
     def propose(self, site: Site) -> Replacement | Skip:
         """Returns the layer for this site, or why there is none. Must not change anything."""
         raise NotImplementedError(f"{type(self).__name__}.propose")

@@ -20,6 +20,7 @@ from rewriter.passes.quantize import (
     Scheme,
     register,
 )
+from rewriter.passes.trained import TrainedLinear
 from rewriter.sites import LINEAR, Site
 
 LAYERS = [
@@ -70,7 +71,7 @@ def test_monarch_close_to_float(activation):
 
 
 def test_site_kinds_and_phase():
-    assert Quantize.matches == (LINEAR, MonarchLinear)
+    assert Quantize.matches == (LINEAR, MonarchLinear, TrainedLinear)
     assert Quantize.phase is Phase.PRECISION
     assert Quantize("int8-dynamic", "per_tensor").activation == "per_tensor"
 
