@@ -6,6 +6,7 @@ from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
 from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLinear
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
+from rewriter.passes.quantized_embedding import QuantizedEmbedding
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.topk import TopK, TopKLinear
@@ -21,6 +22,7 @@ __all__ = [
     "Quadratic",
     "QuadraticLinear",
     "Quantize",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedMonarch",
     "RemoveBlocks",

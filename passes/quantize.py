@@ -33,9 +33,18 @@ from rewriter.kernels.int8_linear import (
 from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
 from rewriter.passes.monarch import Blocks, MonarchLinear
-from rewriter.sites import LINEAR, Kind, Site, kind_name
+from rewriter.passes.quantized_embedding import QuantizedEmbedding
+from rewriter.sites import EMBEDDING, LINEAR, Kind, Site, kind_name
 
-__all__ = ["SCHEMES", "Quantize", "QuantizedLinear", "QuantizedMonarch", "Scheme", "register"]
+__all__ = [
+    "SCHEMES",
+    "Quantize",
+    "QuantizedLinear",
+    "QuantizedMonarch",
+    "Scheme",
+    "int8_embedding",
+    "register",
+]
 
 Activation = Literal["per_token", "per_tensor"]
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
@@ -324,6 +333,9 @@ class Quantize(Pass):
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time; or
             another of `SCHEMES`.
         activation: "per_token" (closer) or "per_tensor".
+        embeddings: whether embeddings are stored in fewer bits, too: most of a small model's bytes,
+            but no time, and their rows do not train any more. A head that is tied to one is
+            quantized with it, both by one tensor, or both stay.
         where: which sites; a name pattern, a predicate, or None for all.
 
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
@@ -333,15 +345,18 @@ class Quantize(Pass):
         OptionError: unknown scheme or activation, or an option that the scheme does not read.
     """
 
-    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear)
+    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, EMBEDDING)
     phase: ClassVar[Phase] = Phase.PRECISION
 
     scheme: str = "int8-dynamic"
     activation: Activation = "per_token"
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
         one_of("Quantize: activation", self.activation, ACTIVATIONS)
+        if not isinstance(self.embeddings, bool):
+            raise OptionError(f"Quantize: embeddings={self.embeddings!r} must be True or False")
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:
@@ -406,13 +421,24 @@ def _monarch(site: Site, quantize: Quantize) -> Layer:
     return QuantizedMonarch.from_monarch(monarch, quantize.activation)
 
 
+def int8_embedding(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of int8 weights put in an embedding's place."""
+    table = site.module
+    assert isinstance(table, nn.Embedding)
+    if not quantize.embeddings:
+        return Skip("embeddings stay as they are: embeddings=True stores them in int8")
+    if table.max_norm is not None:
+        return Skip("max_norm={} rescales its rows while it looks them up", table.max_norm)
+    return QuantizedEmbedding.from_embedding(table, quantize.activation)
+
+
 register(
     Scheme(
         "int8-dynamic",
         bits=8,
         dtype=torch.int8,
         storage=torch.int8,
-        layers={LINEAR: _linear, MonarchLinear: _monarch},
-        options=("activation",),
+        layers={LINEAR: _linear, MonarchLinear: _monarch, EMBEDDING: int8_embedding},
+        options=("activation", "embeddings"),
     )
 )

@@ -20,7 +20,7 @@ from rewriter.passes.quantize import (
     Scheme,
     register,
 )
-from rewriter.sites import LINEAR, Site
+from rewriter.sites import EMBEDDING, LINEAR, Site
 
 LAYERS = [
     (lambda **kw: QuantizedLinear(24, 10, **kw)),
@@ -70,7 +70,7 @@ def test_monarch_close_to_float(activation):
 
 
 def test_site_kinds_and_phase():
-    assert Quantize.matches == (LINEAR, MonarchLinear)
+    assert Quantize.matches == (LINEAR, MonarchLinear, EMBEDDING)
     assert Quantize.phase is Phase.PRECISION
     assert Quantize("int8-dynamic", "per_tensor").activation == "per_tensor"
 
@@ -194,7 +194,9 @@ def test_schemes_that_contradict_themselves_or_each_other(schemes):
         toy(layers={})
     with pytest.raises(OptionError, match="'toy': bits must be an integer of at least 1"):
         toy(bits=0)
-    with pytest.raises(OptionError, match="option='activations' is unknown; did you mean 'activation'"):
+    with pytest.raises(
+        OptionError, match="option='activations' is unknown; did you mean 'activation'"
+    ):
         toy(options=("activations",))
 
 

@@ -17,7 +17,7 @@ from rewriter.capture import Capture
 from rewriter.modules.pointwise import inner
 from rewriter.modules.tree import find, join
 from rewriter.report import Decision
-from rewriter.sites import CONV, LINEAR, Site, is_conv
+from rewriter.sites import CONV, EMBEDDING, LINEAR, Site, is_conv
 from rewriter.spellings import CONVOLUTIONS, PRODUCTS, RECURRENT, is_leaf, op_name, user_line
 
 __all__ = ["other_weights"]
@@ -50,7 +50,9 @@ def other_weights(capture: Capture, sites: Iterable[Site]) -> list[Refusal]:
     known = {
         id(find(root, s.weight_ref))
         for s in sites
-        if s.weight_ref is not None and (s.kind != CONV or not is_conv(s.place))
+        if s.weight_ref is not None
+        and s.kind != EMBEDDING
+        and (s.kind != CONV or not is_conv(s.place))
     }
     for module in root.modules():
         if isinstance(inner(module), Layer):

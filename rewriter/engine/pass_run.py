@@ -38,7 +38,7 @@ from rewriter.modules.pointwise import inner
 from rewriter.recipe.edits import Resized
 from rewriter.recipe.recipe import Installed, Recipe
 from rewriter.report import Decision
-from rewriter.sites import CONV, LINEAR, Site, find_places
+from rewriter.sites import CONV, EMBEDDING, LINEAR, Site, find_places
 from rewriter.spellings import kind_name
 
 __all__ = ["PassRun"]
@@ -118,7 +118,8 @@ class PassRun:
                 "the model is on meta, where nothing can be calibrated: leave "
                 "calibration out, or load the weights"
             )
-        wanted = [s for s in self.matching if self._unasked(s) is None]
+        rows = [s for s in self.matching if s.kind not in (CONV, EMBEDDING)]
+        wanted = [s for s in rows if self._unasked(s) is None]
         found, missing = gather(self.capture, wanted, calibration)
         reasons: dict[str, list[str]] = {}
         for name, why in missing.items():
@@ -225,7 +226,7 @@ class PassRun:
                 site.fqn,
                 Installed(site.weight_ref, site.bias_ref, site.transposed, channels=site.channels),
             )
-            own.chain.append((site.kind, self.rewrite))
+            own.chain.append((p.kind, self.rewrite))
             own.graph_only |= any(n.op != "call_module" for n in site.nodes)
             put(self.capture, site, p.replacement.layer, names)
         self._install_edits(recipe, twins)

@@ -12,7 +12,7 @@ from rewriter.base import Pass, Replacement
 from rewriter.errors import RewriteError, StoreError
 from rewriter.layer import Layer
 from rewriter.recipe.recipe import Recipe
-from rewriter.sites import LINEAR, MLP, Site
+from rewriter.sites import EMBEDDING, LINEAR, MLP, Site
 
 __all__ = ["layer_before", "original_layer", "replay", "site_around"]
 
@@ -86,6 +86,8 @@ def layer_before(fqn: str, recipe: Recipe, given: dict[str, Tensor]) -> nn.Modul
     if installed.channels is not None and all(n == 1 for n in weight.shape[2:]):
         weight = weight.flatten(1)
         shapes["weight"] = list(weight.shape)
+    if kind == EMBEDDING:
+        return _embedding(fqn, weight)
     if kind not in (LINEAR, MLP):
         raise StoreError(f"{fqn} was of kind {kind}, which load_original cannot rebuild")
     features = shapes["weight"][:: -1 if installed.transposed else 1]
@@ -100,6 +102,14 @@ def layer_before(fqn: str, recipe: Recipe, given: dict[str, Tensor]) -> nn.Modul
     return layer
 
 
+def _embedding(fqn: str, weight: Tensor) -> nn.Module:
+    if weight.dim() != 2:
+        raise StoreError(f"{fqn}: {list(weight.shape)} is not the shape of an embedding")
+    layer = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+    layer.weight = nn.Parameter(weight, weight.is_floating_point())
+    return layer
+
+
 def site_around(layer: nn.Module, fqn: str, kind: Any, transposed: bool) -> Site:
     """A site as the engine shows it to a pass: under its full name, which a pass may use."""
     holder = root = nn.Module()
@@ -109,7 +119,7 @@ def site_around(layer: nn.Module, fqn: str, kind: Any, transposed: bool) -> Site
         holder.add_module(owner, child)
         holder = child
     holder.add_module(last, layer)
-    own = type(layer) if isinstance(layer, Layer) else LINEAR
+    own = type(layer) if isinstance(layer, Layer) else EMBEDDING if kind == EMBEDDING else LINEAR
     named = {} if isinstance(layer, Layer) else dict(layer.named_parameters(recurse=False))
     refs = [f"{fqn}.{n}" if n in named else None for n in ("weight", "bias")]
     site = Site(own, fqn, root, weight_ref=refs[0], bias_ref=refs[1], transposed=transposed)
