@@ -3,6 +3,10 @@
 //   lo[r] = min_k x[r,k]      s[r] = (max_k x[r,k] − lo[r])/255      q[r,k] = round((x[r,k] − lo[r])/s[r])
 //   y[r,n] = f(s[r]·(scale[n]·Σ_k q[r,k] w[n,k]) + bias[n] + lo[r]·(scale[n]·Σ_k w[n,k])) + add[r,n]
 //
+// with LayerNorm over the row where that is wanted,
+//
+//   (y[r,n] − mean_n y[r,n])/√(var_n y[r,n] + ε)·norm_weight[n] + norm_bias[n]
+//
 // or, with one range for all of x, 0 in it and lo a multiple of s,
 //
 //   z = round(−lo/s)     q[r,k] = ⌊x[r,k]/s + z + ½⌋     y[r,n] = f(s·scale[n]·(Σ_k q w − z·Σ_k w) + …)
@@ -59,6 +63,7 @@ INLINE vec most(vec a, vec b) { return _mm512_max_ps(a, b); }
 INLINE bool odd(vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 INLINE float least_of(vec v) { return _mm512_reduce_min_ps(v); }
 INLINE float most_of(vec v) { return _mm512_reduce_max_ps(v); }
+INLINE float sum_of(vec v) { return _mm512_reduce_add_ps(v); }
 INLINE void put_bytes(level* q, ints v, long n) {
   const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, zero()));
   if (n >= V)
@@ -113,6 +118,12 @@ INLINE float least_of(vec v) {
   return found;
 }
 INLINE float most_of(vec v) { return -least_of(_mm256_sub_ps(_mm256_setzero_ps(), v)); }
+INLINE float sum_of(vec v) {
+  float lanes[V], found = 0;
+  store(lanes, v);
+  for (int i = 0; i < V; i++) found += lanes[i];
+  return found;
+}
 INLINE void put_bytes(level* q, ints v, long n) {
   int32_t lanes[V];
   _mm256_storeu_si256((__m256i*)lanes, v);
@@ -156,10 +167,13 @@ struct Call {
   const int32_t* sums;  // [out]: Σ_k w[n,k]
   const float* bias;    // [out] or null
   const float* add;     // [rows, out] or null
+  const float* norm_weight;  // [out] or null
+  const float* norm_bias;    // [out] or null
   float* y;             // [rows, out]
   void* q;              // int8_scratch bytes
   Parallel parallel;
-  int64_t rows, in, out, stride, then, one_range, threads;
+  int64_t rows, in, out, stride, then, one_range, norm, threads;
+  double eps;
 };
 
 namespace {
@@ -363,6 +377,39 @@ void block(const Call& c, const level* q, long width, const Row* row, long r, lo
                      least(p + step, end));
 }
 
+// LayerNorm of rows of y that are whole, in place.
+void norm_rows(const Call& c, long from, long to) {
+  const long n = c.out;
+  for (long r = from; r < to; r++) {
+    float* y = c.y + r * n;
+    vec a = all(0), b = all(0);
+    long i = 0;
+    for (; i + 2 * V <= n; i += 2 * V) a = a + load(y + i), b = b + load(y + i + V);
+    for (; i < n; i += V) a = a + load(y + i, first(n - i));
+    const float mean = sum_of(a + b) / n;
+    const vec off = all(mean);
+    a = b = all(0);
+    for (i = 0; i + 2 * V <= n; i += 2 * V) {
+      const vec d = load(y + i) - off, e = load(y + i + V) - off;
+      a = fused(d, d, a), b = fused(e, e, b);
+    }
+    for (; i + V <= n; i += V) {
+      const vec d = load(y + i) - off;
+      a = fused(d, d, a);
+    }
+    float squares = sum_of(a + b);
+    for (; i < n; i++) squares += (y[i] - mean) * (y[i] - mean);
+    const vec times = all((float)(1 / __builtin_sqrt(squares / n + c.eps)));
+    for (i = 0; i < n; i += V) {
+      const some part = first(n - i);
+      vec v = (load(y + i, part) - off) * times;
+      if (c.norm_weight) v = v * load(c.norm_weight + i, part);
+      if (c.norm_bias) v = v + load(c.norm_bias + i, part);
+      store(y + i, v, part);
+    }
+  }
+}
+
 // s and the zero point of all of x, in float64 as Python has them; NaN and 0 where it is not finite.
 Row range_of_all(const Call& c, float* inverse, float* half) {
   const long size = 64, tasks = (c.rows + size - 1) / size;
@@ -440,6 +487,7 @@ int64_t int8_linear(const Call* call) {
       const long r = task * size, count = least(size, c.rows - r);
       quantize(r, r + count);
       block(c, q + r * width, width, row + r, r, count, 0, panels);
+      if (c.norm) norm_rows(c, r, r + count);
     });
   } else {  // few rows: a thread has its own columns
     quantize(0, c.rows);
@@ -447,6 +495,7 @@ int64_t int8_linear(const Call* call) {
     for_each(c.parallel, c.threads, (panels + size - 1) / size, [&](long task) {
       block(c, q, width, row, 0, c.rows, task * size, least((task + 1) * size, panels));
     });
+    if (c.norm) norm_rows(c, 0, c.rows);
   }
   return spoiled.load();
 }

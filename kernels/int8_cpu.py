@@ -11,28 +11,37 @@ import ctypes
 import functools
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rewriter.kernels.native import Unavailable, library, parallel
 
-__all__ = ["THEN", "isa", "linear", "pack", "refusal"]
+__all__ = ["THEN", "Norm", "isa", "linear", "pack", "refusal"]
 
 THEN = ("", "relu", "gelu", "silu")
 """What may follow the product, by the number that C++ knows it as."""
 
 _SOURCE = Path(__file__).with_name("int8_cpu.cpp")
-_POINTERS = "x weight scale sums bias add y q parallel"
-_SIZES = "rows in_features out_features stride then one_range threads"
+_POINTERS = "x weight scale sums bias add norm_weight norm_bias y q parallel"
+_SIZES = "rows in_features out_features stride then one_range norm threads"
 
 
 class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS.split()),
         *((name, ctypes.c_int64) for name in _SIZES.split()),
+        ("eps", ctypes.c_double),
     ]
+
+
+class Norm(NamedTuple):
+    """LayerNorm over a row: `weight` and `bias` [out] float32, contiguous, or None; its ε."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
 
 
 @functools.cache
@@ -85,9 +94,11 @@ def linear(
     bias: Tensor | None,
     then: str = "",
     add: Tensor | None = None,
+    norm: Norm | None = None,
     one_range: bool = False,
 ) -> tuple[Tensor, bool]:
-    """y = then(q(x) @ (qweight·scale[:, None])ᵀ + bias) + add, each row of x quantized by itself.
+    """y = norm(then(q(x) @ (qweight·scale[:, None])ᵀ + bias) + add), each row of x quantized by
+    itself.
 
     Args:
         x: [rows, in] float32, rows dense, on a CPU, rows·in·out > 0.
@@ -97,6 +108,7 @@ def linear(
         bias: [out] float32, contiguous, or None.
         then: one of `THEN`.
         add: [rows, out] float32, contiguous, or None.
+        norm: over each row of the result, or None.
         one_range: for all of x, with 0 in it, in place of one for each row.
 
     Returns:
@@ -111,8 +123,10 @@ def linear(
         packed.data_ptr(),
         scale.data_ptr(),
         sums.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if add is None else add.data_ptr(),
+        _address(bias),
+        _address(add),
+        None if norm is None else _address(norm.weight),
+        None if norm is None else _address(norm.bias),
         y.data_ptr(),
         q.data_ptr(),
         start,
@@ -122,9 +136,15 @@ def linear(
         x.stride(0),
         THEN.index(then),
         one_range,
+        norm is not None,
         torch.get_num_threads(),
+        0.0 if norm is None else norm.eps,
     )
     return y, bool(made.int8_linear(ctypes.byref(call)))
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 _KEPT = 1 << 24

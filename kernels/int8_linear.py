@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,8 @@ __all__ = [
     "available_kernels",
     "dequantize_weight",
     "int8_linear",
-    "int8_linear_act",
     "int8_linear_reference",
+    "int8_linear_then",
     "kernel_name",
     "PACKED",
     "multiply",
@@ -76,8 +76,8 @@ _LIB.define(
     "str activation='per_token') -> Tensor"
 )
 _LIB.define(
-    "int8_linear_act(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, str activation, "
-    "str then) -> Tensor"
+    "int8_linear_then(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, str activation, "
+    "str then, Tensor? add, Tensor? norm_weight, Tensor? norm_bias, float? eps) -> Tensor"
 )
 
 
@@ -116,18 +116,31 @@ def int8_linear(
     return y
 
 
-def int8_linear_act(
-    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, then: str
+def int8_linear_then(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    then: str = "",
+    add: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
-    """then(int8_linear(x, …)), for inference: it has no gradient.
+    """layer_norm(then(int8_linear(x, …)) + add), for inference: it has no gradient.
+
+    Where the kernel "native" is the fastest, all of it happens while a row is in the cache.
 
     Args:
         x, qweight, scale, bias, activation: as of `int8_linear`.
-        then: "relu", "gelu" (exact) or "silu": applied before a sum is written to memory, where the
-            kernel "native" is the fastest.
+        then: "relu", "gelu" (exact), "silu", or "" for none.
+        add: what is added, of a shape that spreads with the result's; None for nothing.
+        norm_weight, norm_bias: [out_features] or None, of the LayerNorm.
+        eps: its ε; None where there is no LayerNorm.
     """
-    y: Tensor = torch.ops.rewriter.int8_linear_act.default(
-        x, qweight, scale, bias, activation, then
+    y: Tensor = torch.ops.rewriter.int8_linear_then.default(
+        x, qweight, scale, bias, activation, then, add, norm_weight, norm_bias, eps
     )
     return y
 
@@ -446,6 +459,38 @@ def _scaled(
     return y.addcmul_(lo, sums * scale)
 
 
+class _After(NamedTuple):
+    """What happens to a product: an activation, a sum, a LayerNorm, in this order."""
+
+    then: str = ""
+    add: Tensor | None = None
+    norm: int8_cpu.Norm | None = None
+
+    def fits(self, y: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether the compiled kernel can do it to a result of this shape and dtype."""
+        add, norm = self.add, self.norm
+        given = [t for t in (add, *(norm or ())) if isinstance(t, Tensor)]
+        same = add is None or tuple(add.shape) == y
+        return same and dtype == torch.float32 and all(t.dtype == dtype for t in given)
+
+    def of_rows(self, rows: Tensor | int) -> _After:
+        """The same where the result is [rows, n]: all rows, or those that a mask has."""
+        if self.add is None:
+            return self
+        add = self.add.reshape(-1, self.add.shape[-1])
+        return self._replace(add=add.contiguous() if isinstance(rows, int) else add[rows])
+
+    def __call__(self, y: Tensor) -> Tensor:
+        y = act_(y, self.then) if self.then else y
+        y = y if self.add is None else y + self.add
+        if self.norm is None:
+            return y
+        return F.layer_norm(y, y.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
+
+
+_NOTHING = _After()
+
+
 def _run(
     kernel: str,
     x: Tensor,
@@ -453,18 +498,18 @@ def _run(
     scale: Tensor,
     bias: Tensor | None,
     activation: str,
-    then: str = "",
+    after: _After = _NOTHING,
 ) -> Tensor:
     """x [rows, k] float32 contiguous, on a CPU, rows·k·n > 0 → [rows, n] float32."""
     packed = packed_weight(qweight)
     if kernel == "native":
-        return native(x, qweight, packed, None, scale, bias, activation, then)
+        return native(x, qweight, packed, None, scale, bias, activation, after)
     q, s, lo = quantized = quantize(x, activation)
     y = multiply(kernel, quantized, qweight, packed, None, scale, bias)
     if isinstance(s, Tensor) and not math.isfinite(s.sum().item()):
         wide = ~s.isfinite().squeeze(1)  # rows whose range is beyond float32, or with NaN or inf
         y[wide] = _plain(x[wide], qweight, scale, bias, activation)
-    return act_(y, then) if then else y
+    return after(y)
 
 
 def native(
@@ -475,7 +520,7 @@ def native(
     scale: Tensor,
     bias: Tensor | None,
     activation: str,
-    then: str = "",
+    after: _After = _NOTHING,
 ) -> Tensor:
     """The kernel "native": x [rows, k] whose rows are dense × qweight [n, k] (number
     `index` of the packed stack) → [rows, n]."""
@@ -485,11 +530,10 @@ def native(
     sums = packed.row_sums if index is None else packed.row_sums[index]
     bias = None if bias is None else bias.contiguous()
     one = activation == "per_tensor"
-    y, wide = int8_cpu.linear(x, own, scale.contiguous(), sums, bias, then, one_range=one)
+    y, wide = int8_cpu.linear(x, own, scale.contiguous(), sums, bias, *after, one_range=one)
     if wide:
         rows = ~(x.amax(-1) - x.amin(-1)).isfinite()
-        rest = _plain(x[rows], qweight, scale, bias, "per_token")
-        y[rows] = act_(rest, then) if then else rest
+        y[rows] = after.of_rows(rows)(_plain(x[rows], qweight, scale, bias, "per_token"))
     return y
 
 
@@ -535,25 +579,31 @@ def _forward(
     bias: Tensor | None = None,
     activation: str = "per_token",
     then: str = "",
+    add: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
     _check(x, qweight, scale, bias, activation)
+    norm = None if eps is None else int8_cpu.Norm(norm_weight, norm_bias, eps)
+    after = _After(then, add, norm)
     n, k = qweight.shape
     shape, dtype = (*x.shape[:-1], n), x.dtype
     rows = math.prod(shape[:-1])
     if rows * n * k == 0:
         y = x.new_zeros(shape)
-        y = y if bias is None else y.add_(bias)
-        return act_(y, then) if then else y
+        return after(y if bias is None else y.add_(bias))
     wide = _wide(dtype)
     x = x.reshape(rows, k).to(wide).contiguous()
     scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
-    if has_kernels(x):
-        kernel = pick_kernel(rows, k, n, activation)
-        y = _run(kernel, x, qweight, scale, bias, activation, then)
+    if not has_kernels(x):
+        y, within = _plain(x, qweight, scale, bias, activation), False
     else:
-        y = _plain(x, qweight, scale, bias, activation)
-        y = act_(y, then) if then else y
-    return owned(y.to(dtype), shape)
+        kernel, within = pick_kernel(rows, k, n, activation), after.fits(shape, dtype)
+        inside = after.of_rows(rows) if within else _NOTHING
+        y = _run(kernel, x, qweight, scale, bias, activation, inside)
+    y = owned(y.to(dtype), shape)
+    return y if within else after(y)
 
 
 def _fake(
@@ -563,9 +613,12 @@ def _fake(
     bias: Tensor | None = None,
     activation: str = "per_token",
     then: str = "",
+    add: Tensor | None = None,
+    *norm: Any,
 ) -> Tensor:
     _check(x, qweight, scale, bias, activation)
-    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+    y = x.new_empty(*x.shape[:-1], qweight.shape[0])
+    return y if add is None else torch.empty_like(y + add)
 
 
 # Backward and registration -----------------------------------------------------------------------
@@ -602,8 +655,8 @@ register_autocast(_LIB, "int8_linear", casts=1)
 register_gradient(_LIB, "int8_linear", _formula, _setup_context, _backward)
 register_vmap(_LIB, "int8_linear", _formula, casts=1)
 torch.library.register_fake("rewriter::int8_linear", _fake, lib=_LIB)
-_LIB.impl("int8_linear_act", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("rewriter::int8_linear_act", _fake, lib=_LIB)
+_LIB.impl("int8_linear_then", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("rewriter::int8_linear_then", _fake, lib=_LIB)
 
 
 # ONNX --------------------------------------------------------------------------------------------
@@ -687,6 +740,6 @@ RECORD = ops.register(
             place=lambda *sizes: sizes,
         ),
         kernels=lambda: {**{k: _refusal(k) for k in _FAST}, "torch": None},
-        companions=(ops.Companion("rewriter::int8_linear_act"),),
+        companions=(ops.Companion("rewriter::int8_linear_then"),),
     )
 )

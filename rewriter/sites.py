@@ -21,6 +21,7 @@ from rewriter.spellings import (
     LINEAR,
     MLP,
     Kind,
+    added_to,
     channels_of,
     convolution,
     is_activation,
@@ -242,7 +243,10 @@ def find_matches(root: nn.Module, graph: Graph, pattern: Pattern) -> list[Match]
         value = source_of(node) if node.op.startswith("call_") else None
         return value if isinstance(value, Node) else None
 
-    return list(find(pattern, graph, lambda node: spelled(node, root), source))
+    def added(node: Node, value: Node) -> Node | None:
+        return added_to(node, value, root)
+
+    return list(find(pattern, graph, lambda node: spelled(node, root), source, added))
 
 
 def find_places(root: nn.Module, graphs: Iterable[HostedGraph], pattern: Pattern) -> list[Site]:

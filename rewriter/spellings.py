@@ -32,6 +32,7 @@ __all__ = [
     "RECURRENT",
     "Kind",
     "activation_name",
+    "added_to",
     "adapter_part",
     "autocast_at",
     "called_activation",
@@ -464,6 +465,20 @@ def source_of(node: Node) -> Any:
     if given is not None:
         return given[0]
     return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def added_to(node: Node, value: Node, owner: nn.Module) -> Node | None:
+    """What a node adds to a value, where it is the sum of two; None where it is no such sum, scales
+    one of them, or writes into the other."""
+    if spelled(node, owner) != "add" or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+        return None
+    first, second = node.args
+    if value not in (first, second) or (first is not value and works_in_place(node, owner)):
+        return None
+    other = second if first is value else first
+    if not isinstance(other, Node) or other is value:
+        return None
+    return other if other.op == "get_attr" or isinstance(other.meta.get("val"), Tensor) else None
 
 
 def autocast_at(node: Node) -> AbstractContextManager[object]:

@@ -92,6 +92,18 @@ def test_what_follows_the_product(compiled: str, then: str) -> None:
     assert_reordered(found, act_(wide.clone(), then))
 
 
+@pytest.mark.parametrize("rows", [1, 7, 130])
+@pytest.mark.parametrize("n", [3, 16, 41, 100])
+def test_a_sum_and_a_norm_of_each_row(compiled: str, rows: int, n: int) -> None:
+    x, qweight, scale, bias = problem(rows, 24, n)
+    torch.manual_seed(0)
+    add, weight, shift = torch.randn(rows, n), torch.randn(n), torch.randn(n)
+    plain = ran(x, qweight, scale, bias) + add
+    for norm in (int8_cpu.Norm(weight, shift, 1e-5), int8_cpu.Norm(None, None, 0.5)):
+        want = torch.nn.functional.layer_norm(plain, (n,), norm.weight, norm.bias, norm.eps)
+        assert_reordered(ran(x, qweight, scale, bias, add=add, norm=norm), want)
+
+
 def test_rows_that_lie_apart(compiled: str) -> None:
     x, qweight, scale, bias = problem(9, 40, 24)
     apart = torch.randn(9, 3, 40)

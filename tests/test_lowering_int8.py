@@ -49,6 +49,42 @@ def fused(model: Any) -> dict[str, str]:
     return {d.site: d.kernel or d.reason for d in step.decisions}
 
 
+class Block(nn.Module):
+    """As in BERT: product, dropout, sum, LayerNorm; and sums of other kinds."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.position = form, nn.Parameter(torch.randn(1, 5, 16))
+        self.a, self.b, self.drop = nn.Linear(16, 16), nn.Linear(16, 16), nn.Dropout(0.5)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "norm":
+            return self.norm(self.drop(self.a(x)) + x)
+        if self.form == "either side":
+            return self.norm(x + self.a(x))
+        if self.form == "spreads":  # equal to the example's batch of one, and to no other
+            return self.a(x) + self.position
+        if self.form == "later":
+            return self.a(x) + self.b(x)
+        if self.form == "scaled":
+            return torch.add(self.a(x), x, alpha=2)
+        if self.form == "itself":
+            y = self.a(x)
+            return y + y
+        if self.form == "number":
+            return self.a(x) + 1
+        if self.form == "in place":
+            y = self.a(x)
+            x = x.clone()
+            return x.add_(y) * x
+        y, kept = self.a(x), x.clone()
+        kept = kept.mul(2)
+        z = kept + 0
+        kept.mul_(3)  # before the sum, behind the product
+        return y + z * 0 + kept
+
+
 needs_kernel = pytest.mark.skipif(int8_cpu.refusal() is not None, reason="no compiled kernel")
 
 
@@ -56,7 +92,11 @@ needs_kernel = pytest.mark.skipif(int8_cpu.refusal() is not None, reason="no com
 @pytest.mark.parametrize("activation", int8.ACTIVATIONS)
 def test_the_lowered_model_computes_the_same(activation: str, tmp_path: Any) -> None:
     lowered, plain = both(activation=activation)
-    assert fused(lowered) == {"q": "joined_int8_linear", "up": "int8_linear_act"}
+    assert fused(lowered) == {
+        "q": "joined_int8_linear",
+        "up": "int8_linear_act",
+        "down": "int8_linear_add",
+    }
     for x in (X, X[:1], torch.randn(3, 7, 16)):
         with torch.no_grad():
             assert_reordered(lowered(x), plain(x))
@@ -73,6 +113,48 @@ def test_products_of_one_input_are_the_same_bits() -> None:
     joined = integers.joined_int8_linear(x, one, scale, None, "per_token", (16, 5, 24))
     for a, b in zip(joined, single, strict=True):
         assert_equal(a.contiguous(), b)
+
+
+SUMS = {
+    "norm": {"a": "int8_linear_norm"},
+    "either side": {"a": "int8_linear_norm"},
+    "spreads": {"a": "int8_linear_add"},
+    "later": {"b": "int8_linear_add"},
+    "scaled": None,
+    "itself": None,
+    "number": None,
+    "in place": None,
+    "overwritten": None,
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("form", SUMS)
+def test_a_sum_behind_a_product_is_part_of_it_where_it_can_be(form: str) -> None:
+    torch.manual_seed(0)
+    model, example = Block(form).eval(), X[:1]
+    lowered, plain = (rewrite(model, [Quantize()], example, lower=low) for low in (True, False))
+    steps = [s for s in lowered.report.steps if s.name == "lowering"]
+    done = {d.site: d.kernel for s in steps for d in s.decisions if d.action == "lowered"}
+    if SUMS[form] is not None:
+        assert done == SUMS[form]
+    assert (
+        form in ("norm", "either side", "spreads", "later")
+        or "int8_linear_add" not in done.values()
+    )
+    for x in (X, X[:1], X[:, :1] if form != "spreads" else X):
+        with torch.no_grad():
+            assert_reordered(lowered(x.clone()), plain(x.clone()))
+
+
+@needs_kernel
+def test_a_dropout_that_drops_stays() -> None:
+    torch.manual_seed(0)
+    lowered = rewrite(Block("norm").eval(), [Quantize()], X)
+    lowered.drop.train()
+    lowered.drop.p = 1.0
+    with torch.no_grad():
+        assert_reordered(lowered(X), lowered.norm(X))
 
 
 @needs_kernel
@@ -99,10 +181,12 @@ def test_without_the_compiled_kernel_the_activation_stays(monkeypatch: pytest.Mo
     lowered, _ = both()
     assert "has no epilogue" in fused(lowered)["up"]
     with torch.no_grad():
-        found = int8.int8_linear_act(
-            X, lowered.q.qweight, lowered.q.scale, lowered.q.bias, "per_token", "gelu"
+        found = int8.int8_linear_then(
+            X, lowered.q.qweight, lowered.q.scale, lowered.q.bias, "per_token", "gelu", X, eps=1e-5
         )
-        assert_reordered(found, nn.functional.gelu(lowered.q(X)))
+        assert_reordered(
+            found, nn.functional.layer_norm(nn.functional.gelu(lowered.q(X)) + X, (16,))
+        )
 
 
 def test_where_gradients_are_wanted_the_layers_run() -> None:

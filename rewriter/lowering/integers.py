@@ -1,4 +1,4 @@
-"""Fused ops of int8 layers: the activation behind the product, and products that read one input."""
+"""Fused ops of int8 layers: what follows the product, and products that read one input."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.int8_cpu import THEN
 from rewriter.lowering.fused import joined_bias, not_joined
 from rewriter.lowering.rules import Fused, Place
-from rewriter.spellings import activation_name
+from rewriter.spellings import activation_name, spelled
 
-__all__ = ["INT8_ACT", "INT8_JOINED"]
+__all__ = ["INT8_ACT", "INT8_ADD", "INT8_JOINED", "INT8_NORM"]
 
 _LEAD = 0.03
 """By which share one product must beat the single ones."""
@@ -53,7 +53,76 @@ def _slow_epilogue(place: Place, x: Tensor) -> str | None:
 
 
 INT8_ACT = Fused(
-    "int8_linear_act", int8.int8_linear_act, _tensors, _act_constants, _no_epilogue, _slow_epilogue
+    "int8_linear_act", int8.int8_linear_then, _tensors, _act_constants, _no_epilogue, _slow_epilogue
+)
+
+
+def int8_linear_add(
+    x: Tensor,
+    added: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """int8_linear(x) + added."""
+    return int8.int8_linear_then(x, qweight, scale, bias, activation, "", added)
+
+
+def _add_constants(place: Place) -> tuple[str]:
+    return (place.modules[0].activation,)
+
+
+def _drops(place: Place) -> str | None:
+    """Why what stands between a product and the sum does not only hand its value on."""
+    for node, module in zip(place.match.nodes, place.modules, strict=True):
+        if spelled(node, place.root) == "dropout" and (module is None or module.training):
+            return f"{node.name} may drop values"
+    return None
+
+
+INT8_ADD = Fused(
+    "int8_linear_add", int8_linear_add, _tensors, _add_constants, _drops, _slow_epilogue
+)
+
+
+def int8_linear_norm(
+    x: Tensor,
+    added: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    """layer_norm(int8_linear(x) + added)."""
+    return int8.int8_linear_then(
+        x, qweight, scale, bias, activation, "", added, norm_weight, norm_bias, eps
+    )
+
+
+def _norm_tensors(place: Place) -> tuple[Tensor | None, ...]:
+    norm = place.modules[-1]
+    return *_tensors(place), norm.weight, norm.bias
+
+
+def _norm_constants(place: Place) -> tuple[str, float]:
+    return place.modules[0].activation, place.modules[-1].eps
+
+
+def _no_norm(place: Place) -> str | None:
+    layer, norm = place.modules[0], place.modules[-1]
+    if norm is None:
+        return "the LayerNorm is a function: its weights are not a layer's"
+    if tuple(norm.normalized_shape) != (len(layer.scale),):
+        return f"the LayerNorm is over {list(norm.normalized_shape)}, not over a row"
+    return _drops(place)
+
+
+INT8_NORM = Fused(
+    "int8_linear_norm", int8_linear_norm, _norm_tensors, _norm_constants, _no_norm, _slow_epilogue
 )
 
 

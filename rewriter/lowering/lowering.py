@@ -205,11 +205,12 @@ class _Checker(fx.Interpreter):
         if (why := spoken("slower", found.rule, place, x)) is not None:
             self.declined.append(Refusal(found.rule, place, why, "declined"))
             return
-        sources = _sources(place, x)
+        added = [self._value(n) for n in place.match.added]
+        sources = _sources(place, x, *added)
         stamp = Stamp(sources)
         tensors = derived(found)
         try:
-            results = op.run(x, *tensors, *op.constants(place))
+            results = op.run(x, *added, *tensors, *op.constants(place))
         except Exception as error:
             raise failure(found.rule, place, error) from error
         if not stamp.holds(sources) or not torch.equal(Stamp(sources).sums, stamp.sums):
@@ -217,6 +218,10 @@ class _Checker(fx.Interpreter):
             raise failure(found.rule, place, RuntimeError(wrong))
         self.held[found.key] = _held_bytes(place, tensors)
         self.given[found] = [t.clone() for t in _tensors(found, results)]
+
+    def _value(self, node: fx.Node) -> Any:
+        """Of a node that stands before, or of a tensor of the model wherever it stands."""
+        return self.env[node] if node in self.env else super().run_node(node)
 
     def _compare(self, found: Application) -> None:
         expected = [self.values.pop(n) for n in found.place.match.results]
@@ -235,9 +240,9 @@ class _Checker(fx.Interpreter):
             self.errors[found.key] = error
 
 
-def _sources(place: Place, x: Tensor) -> list[Tensor]:
-    """What a rule may read at a place, and must not write: the input, and the layers' tensors."""
-    found = {id(x): x}
+def _sources(place: Place, *inputs: Tensor) -> list[Tensor]:
+    """What a rule may read at a place, and must not write: its inputs, and the layers' tensors."""
+    found = {id(x): x for x in inputs}
     for module in place.modules:
         if module is not None:
             found.update((id(t), t) for t in (*module.parameters(), *module.buffers()))

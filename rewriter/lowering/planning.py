@@ -17,7 +17,7 @@ from rewriter.lowering.rules import Place, Rule
 from rewriter.modules.patterns import Fan
 from rewriter.modules.tree import has_hooks
 from rewriter.sites import find_matches
-from rewriter.spellings import autocast_at, spelled
+from rewriter.spellings import autocast_at, spelled, works_in_place
 
 __all__ = ["Application", "Key", "Refusal", "failure", "lowered_graph", "places", "spoken"]
 
@@ -109,7 +109,22 @@ def _against(rule: Rule, place: Place) -> str | None:
             return f"{node.target} keeps no running statistics: it norms by the batch"
         elif isinstance(module, _BatchNorm) and module.training and not place.root.training:
             return f"{node.target} is in train mode: it norms by the batch"
-    return spoken("unless", rule, place)
+    return _too_early(place) or spoken("unless", rule, place)
+
+
+def _too_early(place: Place) -> str | None:
+    """Why what a chain's sums add cannot be read where its first step stands; None where it can."""
+    match = place.match
+    if not match.added:
+        return None
+    order = {n: i for i, n in enumerate(match.nodes[0].graph.nodes)}
+    first, last = order[match.nodes[0]], order[match.nodes[-1]]
+    late = next((n for n in match.added if order[n] > first and n.op != "get_attr"), None)
+    if late is not None:
+        return f"{late.name}, which is added, is computed after {match.nodes[0].name}"
+    between = [n for n, i in order.items() if first < i < last and n not in match.nodes]
+    writing = next((n for n in between if works_in_place(n, place.root)), None)
+    return None if writing is None else f"{writing.name} writes in place before the sum"
 
 
 def spoken(name: str, rule: Rule, place: Place, *inputs: Any) -> str | None:
@@ -155,9 +170,12 @@ def lowered_graph(
     first = {a.place.match.nodes[0]: a for a in applications}
     inside = {n for a in applications for n in a.place.match.nodes}
     brought = {id(a): bring(a, new) for a in applications}
+    for node in graph.nodes:
+        if node.op == "get_attr":  # a fused op may read one before the sum does
+            env[node] = new.node_copy(node)
     fused: dict[Key, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "placeholder":
+        if node in env:
             continue
         if node in first:
             found = first[node]
@@ -174,7 +192,8 @@ def _call(
     env: dict[fx.Node, fx.Node],
 ) -> fx.Node:
     match, op = found.place.match, found.rule.fused
-    arguments = (env[match.source], *tensors, *op.constants(found.place))
+    inputs = (env[n] for n in (match.source, *match.added))
+    arguments = (*inputs, *tensors, *op.constants(found.place))
     call = graph.call_function(op.run, arguments)
     call.meta = dict(match.nodes[-1].meta)
     if not isinstance(match.pattern, Fan):

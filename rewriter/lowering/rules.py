@@ -69,7 +69,8 @@ def _nothing(place: Place, *_: Any) -> None:
 
 @dataclass(frozen=True)
 class Fused:
-    """What runs in a pattern's place: `run(x, *derive(place), *constants(place))`.
+    """What runs in a pattern's place: `run(x, *added, *derive(place), *constants(place))`, where
+    `added` is what the sums of the pattern add, in its order.
 
     Args:
         name: of the op, as the report has it.

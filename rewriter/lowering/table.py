@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from rewriter.lowering.fused import CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
-from rewriter.lowering.integers import INT8_ACT, INT8_JOINED
+from rewriter.lowering.integers import INT8_ACT, INT8_ADD, INT8_JOINED, INT8_NORM
 from rewriter.lowering.rules import Rule
 from rewriter.modules.patterns import (
     activation,
+    add,
     batch_norm,
     conv,
     conv_transpose,
+    dropout,
     fan,
+    layer_norm,
     linear,
     op,
 )
@@ -31,7 +34,13 @@ DEFAULT_RULES = (
     Rule(linear >> activation, LINEAR_ACT),
     # [y₁ y₂ …] = x·[W₁ W₂ …]ᵀ + [b₁ b₂ …]
     Rule(fan(linear), JOINED),
-    # the same two of an int8 layer: act(s·(q(x)·Qᵀ)·scale + …), and one q(x) for all its readers
+    # LayerNorm(s·(q(x)·Qᵀ)·scale + … + r) of an int8 layer, row by row while that is in the cache
+    Rule(int8_linear >> dropout >> add >> layer_norm, INT8_NORM),
+    Rule(int8_linear >> add >> layer_norm, INT8_NORM),
+    # the same without the norm: s·(q(x)·Qᵀ)·scale + … + r
+    Rule(int8_linear >> dropout >> add, INT8_ADD),
+    Rule(int8_linear >> add, INT8_ADD),
+    # act(s·(q(x)·Qᵀ)·scale + …), and one q(x) for all its readers
     Rule(int8_linear >> activation, INT8_ACT),
     Rule(fan(int8_linear), INT8_JOINED),
 )

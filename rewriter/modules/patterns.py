@@ -2,6 +2,7 @@
 
     conv >> batch_norm >> relu      a chain: each value is read by the next operation alone
     linear >> (relu | gelu)         either of two operations at one place
+    linear >> add >> layer_norm     a sum goes on with either of its two values
     fan(linear)                     siblings: two or more calls that read one value
 
 An operation is told by one name whichever front end spelled it (`rewriter.spellings.spelled`), so
@@ -18,18 +19,22 @@ from torch.fx import Graph, Node
 from rewriter.errors import OptionError
 
 __all__ = [
+    "Added",
     "Chain",
     "Fan",
     "Match",
     "Op",
     "Pattern",
     "activation",
+    "add",
     "batch_norm",
     "conv",
     "conv_transpose",
+    "dropout",
     "fan",
     "find",
     "gelu",
+    "layer_norm",
     "linear",
     "op",
     "relu",
@@ -40,6 +45,8 @@ Spell = Callable[[Node], str]
 """The one name of a node's operation."""
 Source = Callable[[Node], "Node | None"]
 """The node whose value a node works on: its activations, not its weight."""
+Added = Callable[[Node, Node], "Node | None"]
+"""(sum, one of its two values) → the other; None where the first is no such sum."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ def fan(step: Op, least: int = 2) -> Fan:
 
 conv, conv_transpose, batch_norm = op("conv"), op("conv_transpose"), op("batch_norm")
 linear, relu, gelu, silu = op("linear"), op("relu"), op("gelu"), op("silu")
+add, dropout, layer_norm = op("add"), op("dropout"), op("layer_norm")
 activation = op(
     "relu", "relu6", "gelu", "silu", "mish", "elu", "celu", "selu", "leaky_relu", "hardswish",
     "hardsigmoid", "hardtanh", "softplus", "tanh", "sigmoid",
@@ -123,11 +131,13 @@ class Match:
         pattern: that was found.
         nodes: the calls: of a chain in its order, of a fan in the graph's.
         source: the value that goes into the first of them (of a fan: into each).
+        added: what the sums of a chain add to its value, in its order.
     """
 
     pattern: Pattern
     nodes: tuple[Node, ...]
     source: Node
+    added: tuple[Node, ...] = ()
 
     @property
     def results(self) -> tuple[Node, ...]:
@@ -135,7 +145,9 @@ class Match:
         return self.nodes if isinstance(self.pattern, Fan) else self.nodes[-1:]
 
 
-def find(pattern: Pattern, graph: Graph, spell: Spell, source: Source) -> Iterator[Match]:
+def find(
+    pattern: Pattern, graph: Graph, spell: Spell, source: Source, added: Added
+) -> Iterator[Match]:
     """Every place of `pattern`, in the graph's order. Places of a chain may overlap, those of one
     fan do not: all calls that read one value are one place.
 
@@ -144,15 +156,16 @@ def find(pattern: Pattern, graph: Graph, spell: Spell, source: Source) -> Iterat
         graph: where.
         spell: the one name of a node's operation.
         source: the node whose value another works on.
+        added: what a sum adds to one of its values.
     """
     if isinstance(pattern, Fan):
         yield from _fans(pattern, graph, spell, source)
         return
     steps = pattern.steps if isinstance(pattern, Chain) else (pattern,)
     for node in graph.nodes:
-        nodes, start = _along(steps, node, spell, source), source(node)
-        if nodes is not None and start is not None:
-            yield Match(pattern, nodes, start)
+        start = source(node) if spell(node) in steps[0].names else None
+        if start is not None and (found := _along(steps, node, spell, source, added)) is not None:
+            yield Match(pattern, found[0], start, found[1])
 
 
 def _fans(pattern: Fan, graph: Graph, spell: Spell, source: Source) -> Iterator[Match]:
@@ -167,17 +180,20 @@ def _fans(pattern: Fan, graph: Graph, spell: Spell, source: Source) -> Iterator[
 
 
 def _along(
-    steps: tuple[Op, ...], node: Node, spell: Spell, source: Source
-) -> tuple[Node, ...] | None:
-    """The nodes of a chain that begins at `node`; None where it does not go on as it should."""
-    if spell(node) not in steps[0].names:
-        return None
-    if len(steps) == 1:
-        return (node,)
-    if len(node.users) != 1:
-        return None
-    (following,) = node.users
-    if source(following) is not node:
-        return None
-    rest = _along(steps[1:], following, spell, source)
-    return None if rest is None else (node, *rest)
+    steps: tuple[Op, ...], first: Node, spell: Spell, source: Source, added: Added
+) -> tuple[tuple[Node, ...], tuple[Node, ...]] | None:
+    """The nodes of a chain that begins at `first`, and what its sums add; None where it does not go
+    on as it should."""
+    nodes, others = [first], []
+    for step in steps[1:]:
+        if len(nodes[-1].users) != 1:
+            return None
+        (following,) = nodes[-1].users
+        if spell(following) not in step.names:
+            return None
+        if (other := added(following, nodes[-1])) is not None:
+            others.append(other)
+        elif spell(following) in add.names or source(following) is not nodes[-1]:
+            return None
+        nodes.append(following)
+    return tuple(nodes), tuple(others)
