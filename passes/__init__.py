@@ -6,6 +6,7 @@ from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
 from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLinear
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
+from rewriter.passes.quantized_conv import QuantizedConv1d, QuantizedConv2d
 from rewriter.passes.quantized_embedding import QuantizedEmbedding
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
@@ -22,6 +23,8 @@ __all__ = [
     "Quadratic",
     "QuadraticLinear",
     "Quantize",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedMonarch",

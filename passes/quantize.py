@@ -33,8 +33,9 @@ from rewriter.kernels.int8_linear import (
 from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
 from rewriter.passes.monarch import Blocks, MonarchLinear
+from rewriter.passes.quantized_conv import CONVOLUTIONS
 from rewriter.passes.quantized_embedding import QuantizedEmbedding
-from rewriter.sites import EMBEDDING, LINEAR, Kind, Site, kind_name
+from rewriter.sites import CONV, EMBEDDING, LINEAR, Kind, Site, kind_name
 
 __all__ = [
     "SCHEMES",
@@ -42,6 +43,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedMonarch",
     "Scheme",
+    "int8_conv",
     "int8_embedding",
     "register",
 ]
@@ -333,6 +335,9 @@ class Quantize(Pass):
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time; or
             another of `SCHEMES`.
         activation: "per_token" (closer) or "per_tensor".
+        convolutions: whether convolutions that mix positions, or work on groups of channels, are
+            quantized, too (1×1 ones are linear layers, and always are); "per_token" is then a range
+            for each sample.
         embeddings: whether embeddings are stored in fewer bits, too: most of a small model's bytes,
             but no time, and their rows do not train any more. A head that is tied to one is
             quantized with it, both by one tensor, or both stay.
@@ -345,18 +350,20 @@ class Quantize(Pass):
         OptionError: unknown scheme or activation, or an option that the scheme does not read.
     """
 
-    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, EMBEDDING)
+    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, EMBEDDING, CONV)
     phase: ClassVar[Phase] = Phase.PRECISION
 
     scheme: str = "int8-dynamic"
     activation: Activation = "per_token"
     embeddings: bool = False
+    convolutions: bool = False
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
         one_of("Quantize: activation", self.activation, ACTIVATIONS)
-        if not isinstance(self.embeddings, bool):
-            raise OptionError(f"Quantize: embeddings={self.embeddings!r} must be True or False")
+        for option in _OF_KINDS.values():
+            if not isinstance(given := getattr(self, option), bool):
+                raise OptionError(f"Quantize: {option}={given!r} must be True or False")
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:
@@ -364,6 +371,10 @@ class Quantize(Pass):
                 raise OptionError(
                     f"Quantize: scheme {self.scheme!r} does not read {option}; it reads {read}"
                 )
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(k for k in self.matches if k not in _OF_KINDS or getattr(self, _OF_KINDS[k]))
 
     @property
     def calibrates(self) -> bool:
@@ -392,6 +403,9 @@ class Quantize(Pass):
         output_error = None if moments is None else moments.output_error(weight, made)
         return Replacement(layer, relative_error(weight, made), note, output_error)
 
+
+_OF_KINDS: Mapping[Kind, str] = {EMBEDDING: "embeddings", CONV: "convolutions"}
+"""Kinds of sites that are taken where an option says so."""
 
 OPTIONS = {f.name: f.default for f in fields(Quantize) if f.name not in ("scheme", "where")}
 """What a scheme may read, with the value that it has where the user gives none."""
@@ -425,11 +439,30 @@ def int8_embedding(site: Site, quantize: Quantize) -> Layer | Skip:
     """What schemes of int8 weights put in an embedding's place."""
     table = site.module
     assert isinstance(table, nn.Embedding)
-    if not quantize.embeddings:
-        return Skip("embeddings stay as they are: embeddings=True stores them in int8")
     if table.max_norm is not None:
         return Skip("max_norm={} rescales its rows while it looks them up", table.max_norm)
     return QuantizedEmbedding.from_embedding(table, quantize.activation)
+
+
+def int8_conv(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of int8 weights and activations put in a convolution's place."""
+    conv = site.module
+    if isinstance(conv, _TRANSPOSED):
+        return Skip("it is transposed: no int8 kernel computes one")
+    cls = CONVOLUTIONS.get(site.weight.dim() - 2)
+    if cls is None:
+        return Skip(
+            "it has {} dimensions: no int8 kernel takes more than two", site.weight.dim() - 2
+        )
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+    if conv.padding_mode != "zeros":
+        return Skip("padding_mode={!r}: int8 kernels pad with zeros", conv.padding_mode)
+    activation = "per_sample" if quantize.activation == "per_token" else "per_tensor"
+    layer: Layer = cls.from_conv(conv, activation)
+    return layer
+
+
+_TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
 
 register(
@@ -438,7 +471,12 @@ register(
         bits=8,
         dtype=torch.int8,
         storage=torch.int8,
-        layers={LINEAR: _linear, MonarchLinear: _monarch, EMBEDDING: int8_embedding},
-        options=("activation", "embeddings"),
+        layers={
+            LINEAR: _linear,
+            MonarchLinear: _monarch,
+            EMBEDDING: int8_embedding,
+            CONV: int8_conv,
+        },
+        options=("activation", "embeddings", "convolutions"),
     )
 )
