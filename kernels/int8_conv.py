@@ -62,10 +62,14 @@ _THEN: dict[str, tuple[str, list[float]]] = {
 """Activation → what oneDNN's int8 convolution calls it, with its numbers."""
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
-_OPERANDS = "Tensor x, Tensor qweight, Tensor scale, Tensor? bias"
-_OPTIONS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
-_LIB.define(f"int8_conv({_OPERANDS}, {_OPTIONS}, str activation='per_sample') -> Tensor")
-_LIB.define(f"int8_conv_act({_OPERANDS}, {_OPTIONS}, str activation, str then) -> Tensor")
+_LIB.define(
+    "int8_conv(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation='per_sample') -> Tensor"
+)
+_LIB.define(
+    "int8_conv_act(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, str then) -> Tensor"
+)
 
 
 def int8_conv(
