@@ -7,6 +7,8 @@ from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLine
 from rewriter.passes.qat import QAT
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
+from rewriter.passes.quantized_conv import QuantizedConv1d, QuantizedConv2d
+from rewriter.passes.quantized_embedding import QuantizedEmbedding
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.static_int8 import StaticQuantizedLinear
@@ -28,6 +30,9 @@ __all__ = [
     "Quadratic",
     "QuadraticLinear",
     "Quantize",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedMonarch",
     "RemoveBlocks",

@@ -46,7 +46,12 @@ class QAT(Pass):
     def __post_init__(self) -> None:
         own = self.scheme, self.activation, self.group_size, self.symmetric
         check_options("QAT", *own, self.learned_step)
-        Quantize(*own)  # refuses what the scheme does not read
+        Quantize(  # refuses what the scheme does not read
+            self.scheme,
+            self.activation,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+        )
 
     @property
     def simulates(self) -> bool:

@@ -36,10 +36,21 @@ from rewriter.kernels.monarch import monarch_dense
 from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import Blocks, MonarchLinear
+from rewriter.passes.quantized_conv import CONVOLUTIONS
+from rewriter.passes.quantized_embedding import QuantizedEmbedding
 from rewriter.passes.trained import Levels, TrainedLinear, trained
-from rewriter.sites import LINEAR, Kind, Site, kind_name
+from rewriter.sites import CONV, EMBEDDING, LINEAR, Kind, Site, kind_name
 
-__all__ = ["SCHEMES", "Quantize", "QuantizedLinear", "QuantizedMonarch", "Scheme", "register"]
+__all__ = [
+    "SCHEMES",
+    "Quantize",
+    "QuantizedLinear",
+    "QuantizedMonarch",
+    "Scheme",
+    "int8_conv",
+    "int8_embedding",
+    "register",
+]
 
 Activation = Literal["per_token", "per_tensor"]
 Smooth = float | Literal["auto"] | None
@@ -359,6 +370,12 @@ class Quantize(Pass):
             range of each group, and "gptq" lets each column make good what those before it lost,
             for the inputs of `rewrite(…, calibration=batches)`. A site whose inputs are not known
             is rounded, with a warning.
+        convolutions: whether convolutions that mix positions, or work on groups of channels, are
+            quantized, too (1×1 ones are linear layers, and always are); "per_token" is then a range
+            for each sample.
+        embeddings: whether embeddings are stored in fewer bits, too: most of a small model's bytes,
+            but no time, and their rows do not train any more. A head that is tied to one is
+            quantized with it, both by one tensor, or both stay.
         where: which sites; a name pattern, a predicate, or None for all.
 
     The head of a language model that shares the weight of an embedding gets integers of its own,
@@ -371,7 +388,7 @@ class Quantize(Pass):
         OptionError: an option is impossible, or one that the scheme does not read.
     """
 
-    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, TrainedLinear)
+    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, TrainedLinear, EMBEDDING, CONV)
     phase: ClassVar[Phase] = Phase.PRECISION
 
     scheme: str = "int8-dynamic"
@@ -382,6 +399,8 @@ class Quantize(Pass):
     group_size: int = 64
     symmetric: bool = True
     method: Method = "round"
+    embeddings: bool = False
+    convolutions: bool = False
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
@@ -391,6 +410,8 @@ class Quantize(Pass):
         of_type("Quantize", "bias_correction", self.bias_correction, bool, "True or False")
         one_of("Quantize: group_size", self.group_size, GROUP_SIZES)
         one_of("Quantize: method", self.method, METHODS)
+        for option in _OF_KINDS.values():
+            of_type("Quantize", option, getattr(self, option), bool, "True or False")
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:
@@ -398,6 +419,10 @@ class Quantize(Pass):
                 raise OptionError(
                     f"Quantize: scheme {self.scheme!r} does not read {option}; it reads {read}"
                 )
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(k for k in self.matches if k not in _OF_KINDS or getattr(self, _OF_KINDS[k]))
 
     @property
     def calibrates(self) -> bool:
@@ -443,6 +468,9 @@ def _check_smooth(smooth: object) -> None:
         )
 
 
+_OF_KINDS: Mapping[Kind, str] = {EMBEDDING: "embeddings", CONV: "convolutions"}
+"""Kinds of sites that are taken where an option says so."""
+
 OPTIONS = {f.name: f.default for f in fields(Quantize) if f.name not in ("scheme", "where")}
 """What a scheme may read, with the value that it has where the user gives none."""
 
@@ -477,13 +505,49 @@ def _monarch(site: Site, quantize: Quantize) -> Layer:
     return QuantizedMonarch.from_monarch(monarch, quantize.activation)
 
 
+def int8_embedding(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of int8 weights put in an embedding's place."""
+    table = site.module
+    assert isinstance(table, nn.Embedding)
+    if table.max_norm is not None:
+        return Skip("max_norm={} rescales its rows while it looks them up", table.max_norm)
+    return QuantizedEmbedding.from_embedding(table, quantize.activation)
+
+
+def int8_conv(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of int8 weights and activations put in a convolution's place."""
+    conv = site.module
+    if isinstance(conv, _TRANSPOSED):
+        return Skip("it is transposed: no int8 kernel computes one")
+    cls = CONVOLUTIONS.get(site.weight.dim() - 2)
+    if cls is None:
+        return Skip(
+            "it has {} dimensions: no int8 kernel takes more than two", site.weight.dim() - 2
+        )
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+    if conv.padding_mode != "zeros":
+        return Skip("padding_mode={!r}: int8 kernels pad with zeros", conv.padding_mode)
+    activation = "per_sample" if quantize.activation == "per_token" else "per_tensor"
+    layer: Layer = cls.from_conv(conv, activation)
+    return layer
+
+
+_TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+
+
 register(
     Scheme(
         "int8-dynamic",
         bits=8,
         dtype=torch.int8,
         storage=torch.int8,
-        layers={LINEAR: _linear, MonarchLinear: _monarch, TrainedLinear: trained(_of_trained)},
-        options=("activation",),
+        layers={
+            LINEAR: _linear,
+            MonarchLinear: _monarch,
+            TrainedLinear: trained(_of_trained),
+            EMBEDDING: int8_embedding,
+            CONV: int8_conv,
+        },
+        options=("activation", "embeddings", "convolutions"),
     )
 )

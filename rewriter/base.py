@@ -97,6 +97,11 @@ class Pass:
     """Which sites: a name pattern, a predicate, or None for all."""
 
     @property
+    def kinds(self) -> tuple[str | type[Layer] | Pattern, ...]:
+        """Those of `matches` that it takes with its options."""
+        return self.matches
+
+    @property
     def exact(self) -> bool:
         """True where the rewritten model computes the same function, up to rounding."""
         return False

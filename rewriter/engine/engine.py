@@ -115,7 +115,7 @@ class Engine:
         costs = self.prices.of_sites(sites_of(self.capture))
         run = PassRun(rewrite, self.capture, self.options, costs, before.param_bytes)
         run.look()
-        self.weighed |= LINEAR in rewrite.matches
+        self.weighed |= LINEAR in rewrite.kinds
         run.calibrate()
         run.ask()
         run.decide()
