@@ -148,7 +148,7 @@ def linear(
         norm is not None,
         torch.get_num_threads(),
         0.0 if norm is None else norm.eps,
-        None if multiplier is None else multiplier.data_ptr(),
+        _address(multiplier),
         step,
         zero,
     )

@@ -479,6 +479,19 @@ class After(NamedTuple):
     add: Tensor | None = None
     norm: int8_cpu.Norm | None = None
 
+    @classmethod
+    def of(
+        cls,
+        then: str = "",
+        add: Tensor | None = None,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        eps: float | None = None,
+    ) -> After:
+        """Of an op's arguments; without `eps` there is no norm."""
+        norm = None if eps is None else int8_cpu.Norm(norm_weight, norm_bias, eps)
+        return cls(then, add, norm)
+
     def fits(self, y: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Whether the compiled kernel can do it to a result of this shape and dtype."""
         add, norm = self.add, self.norm
@@ -595,15 +608,10 @@ def _forward(
     scale: Tensor,
     bias: Tensor | None = None,
     activation: str = "per_token",
-    then: str = "",
-    add: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float | None = None,
+    *then: Any,
 ) -> Tensor:
     _check(x, qweight, scale, bias, activation)
-    norm = None if eps is None else int8_cpu.Norm(norm_weight, norm_bias, eps)
-    after = After(then, add, norm)
+    after = After.of(*then)
     n, k = qweight.shape
     shape, dtype = (*x.shape[:-1], n), x.dtype
     rows = math.prod(shape[:-1])

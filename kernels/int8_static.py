@@ -30,8 +30,8 @@ from rewriter.kernels.common import owned, register_autocast, register_gradient,
 
 __all__ = [
     "int8_static_linear",
-    "int8_static_linear_reference",
     "int8_static_linear_then",
+    "int8_static_linear_reference",
     "kernel_name",
     "pick_kernel",
 ]
@@ -106,11 +106,10 @@ def int8_static_linear_then(
 
     Args:
         x, qweight, scale, bias, step, zero, multiplier: as of `int8_static_linear`.
-        then, add, norm_weight, norm_bias, eps: as of `int8_linear_then`.
+        then, add, norm_weight, norm_bias, eps: as of `int8_linear.int8_linear_then`.
     """
-    own = qweight, scale, bias, step, zero, multiplier
     y: Tensor = torch.ops.rewriter.int8_static_linear_then.default(
-        x, *own, then, add, norm_weight, norm_bias, eps
+        x, qweight, scale, bias, step, zero, multiplier, then, add, norm_weight, norm_bias, eps
     )
     return y
 
@@ -253,8 +252,7 @@ def _run(
         return found
     q, spoiled = _quantize(x, step, zero, multiplier)
     y = int8.multiply(kernel, (q, step, zero), qweight, packed, None, scale, bias)
-    y.masked_fill_(spoiled[:, None], math.nan)
-    return after(y)
+    return after(y.masked_fill_(spoiled[:, None], math.nan))
 
 
 def _check(
@@ -287,30 +285,24 @@ def _forward(
     step: Tensor,
     zero: Tensor,
     multiplier: Tensor | None = None,
-    then: str = "",
-    add: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float | None = None,
+    *then: Any,
 ) -> Tensor:
     _check(x, qweight, scale, bias, step, zero, multiplier)
-    norm = None if eps is None else int8_cpu.Norm(norm_weight, norm_bias, eps)
-    after = int8.After(then, add, norm)
-    (n, k), dtype = qweight.shape, x.dtype
+    (n, k), dtype, after = qweight.shape, x.dtype, int8.After.of(*then)
     shape, wide = (*x.shape[:-1], n), _wide(dtype)
     rows = math.prod(shape[:-1])
     x = x.reshape(rows, k).to(wide).contiguous()
     scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
     times = None if multiplier is None else multiplier.to(wide)
+    within = bool(rows * n * k) and int8.has_kernels(x) and after.fits(shape, dtype)
     if rows * n * k and int8.has_kernels(x):
         known = float(step), int(zero)
         if not known[0] > 0:
             raise ValueError(f"int8_static_linear: step must be above 0, got {known[0]}")
-        within = after.fits(shape, dtype)
         inside = after.of_rows(rows) if within else int8.NOTHING
         y = _run(pick_kernel(rows, k, n), x, qweight, scale, bias, *known, times, inside)
     else:
-        y, within = _plain(x, qweight, scale, bias, step, zero, times), False
+        y = _plain(x, qweight, scale, bias, step, zero, times)
     y = owned(y.to(dtype), shape)
     return y if within else after(y)
 

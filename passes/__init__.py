@@ -4,15 +4,23 @@ from rewriter.passes.densify import Densify
 from rewriter.passes.monarch import Monarch, MonarchLinear
 from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
 from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLinear
+from rewriter.passes.qat import QAT
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
+from rewriter.passes.quantized_conv import QuantizedConv1d, QuantizedConv2d
+from rewriter.passes.quantized_embedding import QuantizedEmbedding
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.static_int8 import StaticQuantizedLinear
 from rewriter.passes.topk import TopK, TopKLinear
+from rewriter.passes.trained import TrainedLinear
+from rewriter.passes.weight_only import Int4Linear, Int8WeightLinear
 
 __all__ = [
+    "QAT",
     "Densify",
+    "Int4Linear",
+    "Int8WeightLinear",
     "Monarch",
     "MonarchChain",
     "MonarchChainLinear",
@@ -22,6 +30,9 @@ __all__ = [
     "Quadratic",
     "QuadraticLinear",
     "Quantize",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedMonarch",
     "RemoveBlocks",
@@ -29,4 +40,5 @@ __all__ = [
     "StaticQuantizedLinear",
     "TopK",
     "TopKLinear",
+    "TrainedLinear",
 ]

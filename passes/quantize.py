@@ -22,6 +22,7 @@ from rewriter.base import (
     unusable,
 )
 from rewriter.errors import OptionError, PassError, given, of_type, one_of, whole_number
+from rewriter.kernels.compensation import METHODS
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     PACKED,
@@ -32,14 +33,28 @@ from rewriter.kernels.int8_linear import (
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
+from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import Blocks, MonarchLinear
-from rewriter.sites import LINEAR, Kind, Site, kind_name
+from rewriter.passes.quantized_conv import CONVOLUTIONS
+from rewriter.passes.quantized_embedding import QuantizedEmbedding
+from rewriter.passes.trained import Levels, TrainedLinear, trained
+from rewriter.sites import CONV, EMBEDDING, LINEAR, Kind, Site, kind_name
 
-__all__ = ["SCHEMES", "Quantize", "QuantizedLinear", "QuantizedMonarch", "Scheme", "register"]
+__all__ = [
+    "SCHEMES",
+    "Quantize",
+    "QuantizedLinear",
+    "QuantizedMonarch",
+    "Scheme",
+    "int8_conv",
+    "int8_embedding",
+    "register",
+]
 
 Activation = Literal["per_token", "per_tensor"]
 Smooth = float | Literal["auto"] | None
+Method = Literal["round", "awq", "gptq"]
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
 
 
@@ -103,9 +118,20 @@ class QuantizedLinear(LinearLayer):
         cls, weight: Tensor, bias: Tensor | None, activation: Activation = "per_token"
     ) -> QuantizedLinear:
         """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
-        out_features, in_features = weight.shape
+        return cls.from_quantized(*quantize_weight(weight), bias, activation)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        qweight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activation: Activation = "per_token",
+    ) -> QuantizedLinear:
+        """The layer of levels that are chosen already: qweight [out, in] int8, scale [out]."""
+        out_features, in_features = qweight.shape
         layer = cls(in_features, out_features, bias is not None, activation, device="meta")
-        layer.qweight, layer.scale = quantize_weight(weight)
+        layer.qweight, layer.scale = qweight, scale
         layer.bias = None if bias is None else as_parameter(bias)
         return layer
 
@@ -323,11 +349,14 @@ class Quantize(Pass):
     """W ≈ q·scale with q in few bits and one scale per output channel; see `QuantizedLinear`.
 
     "int8-static" needs `rewrite(…, calibration=batches)`; see `StaticQuantizedLinear`.
-    After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`.
+    After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`. After
+    `QAT` of the same options, the layers of equal outputs; see `TrainedLinear`.
 
     Args:
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
-            "int8-static": the same in a range that calibration has fixed; or another of `SCHEMES`.
+            "int8-static": the same in a range that calibration has fixed; "int8-weight",
+            "int4-weight": such weights, activations as they are; "int4-dynamic": 4-bit weights,
+            activations in 8 bits; or another of `SCHEMES`.
         activation: "per_token" (closer) or "per_tensor".
         observer: of "int8-static", how the range of its activations is found: "minmax",
             "percentile", "mse" or "entropy"; see `rewriter.modules.observers`.
@@ -335,7 +364,22 @@ class Quantize(Pass):
             weights, channel by channel: 0 … 1; None leaves both as they are; "auto" takes for each
             layer what serves its outputs on the calibration batches best.
         bias_correction: takes the mean error of the outputs into the bias.
+        group_size: weights of a row that share a scale, of 4 bits: 32 (closer), 64 or 128.
+        symmetric: whether groups of weights have a scale alone, and no zero (closer).
+        method: how levels of 4 bits are chosen: "round" takes the nearest; "awq" searches for the
+            range of each group, and "gptq" lets each column make good what those before it lost,
+            for the inputs of `rewrite(…, calibration=batches)`. A site whose inputs are not known
+            is rounded, with a warning.
+        convolutions: whether convolutions that mix positions, or work on groups of channels, are
+            quantized, too (1×1 ones are linear layers, and always are); "per_token" is then a range
+            for each sample.
+        embeddings: whether embeddings are stored in fewer bits, too: most of a small model's bytes,
+            but no time, and their rows do not train any more. A head that is tied to one is
+            quantized with it, both by one tensor, or both stay.
         where: which sites; a name pattern, a predicate, or None for all.
+
+    The head of a language model that shares the weight of an embedding gets integers of its own,
+    and the embedding keeps the weight: the report says so.
 
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
     inf, or of a kind that the scheme has no layer for.
@@ -344,7 +388,7 @@ class Quantize(Pass):
         OptionError: an option is impossible, or one that the scheme does not read.
     """
 
-    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear)
+    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, TrainedLinear, EMBEDDING, CONV)
     phase: ClassVar[Phase] = Phase.PRECISION
 
     scheme: str = "int8-dynamic"
@@ -352,6 +396,11 @@ class Quantize(Pass):
     observer: Observer = "minmax"
     smooth: Smooth = "auto"
     bias_correction: bool = False
+    group_size: int = 64
+    symmetric: bool = True
+    method: Method = "round"
+    embeddings: bool = False
+    convolutions: bool = False
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
@@ -359,6 +408,10 @@ class Quantize(Pass):
         one_of("Quantize: observer", self.observer, OBSERVERS)
         _check_smooth(self.smooth)
         of_type("Quantize", "bias_correction", self.bias_correction, bool, "True or False")
+        one_of("Quantize: group_size", self.group_size, GROUP_SIZES)
+        one_of("Quantize: method", self.method, METHODS)
+        for option in _OF_KINDS.values():
+            of_type("Quantize", option, getattr(self, option), bool, "True or False")
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:
@@ -366,6 +419,10 @@ class Quantize(Pass):
                 raise OptionError(
                     f"Quantize: scheme {self.scheme!r} does not read {option}; it reads {read}"
                 )
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(k for k in self.matches if k not in _OF_KINDS or getattr(self, _OF_KINDS[k]))
 
     @property
     def calibrates(self) -> bool:
@@ -399,7 +456,8 @@ class Quantize(Pass):
             output_error = site.sample.output_error(weight, bias, layer)
         elif site.moments is not None:
             output_error = site.moments.output_error(weight, made)
-        return Replacement(layer, relative_error(weight, made), note, output_error)
+        error = relative_error(weight, made)
+        return Replacement(layer, error, note, output_error, cuts_ties=True)
 
 
 def _check_smooth(smooth: object) -> None:
@@ -409,6 +467,9 @@ def _check_smooth(smooth: object) -> None:
             f"Quantize: smooth must be None, 'auto' or from 0 to 1, not {given(smooth)}"
         )
 
+
+_OF_KINDS: Mapping[Kind, str] = {EMBEDDING: "embeddings", CONV: "convolutions"}
+"""Kinds of sites that are taken where an option says so."""
 
 OPTIONS = {f.name: f.default for f in fields(Quantize) if f.name not in ("scheme", "where")}
 """What a scheme may read, with the value that it has where the user gives none."""
@@ -432,10 +493,46 @@ def _linear(site: Site, quantize: Quantize) -> Layer:
     return QuantizedLinear.from_weight(site.weight, site.bias, quantize.activation)
 
 
+def _of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
+    qweight, scale, _ = levels
+    activation: Any = layer.activation
+    return QuantizedLinear.from_quantized(qweight, scale, layer.bias, activation)
+
+
 def _monarch(site: Site, quantize: Quantize) -> Layer:
     monarch = site.module
     assert isinstance(monarch, MonarchLinear)
     return QuantizedMonarch.from_monarch(monarch, quantize.activation)
+
+
+def int8_embedding(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of int8 weights put in an embedding's place."""
+    table = site.module
+    assert isinstance(table, nn.Embedding)
+    if table.max_norm is not None:
+        return Skip("max_norm={} rescales its rows while it looks them up", table.max_norm)
+    return QuantizedEmbedding.from_embedding(table, quantize.activation)
+
+
+def int8_conv(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of int8 weights and activations put in a convolution's place."""
+    conv = site.module
+    if isinstance(conv, _TRANSPOSED):
+        return Skip("it is transposed: no int8 kernel computes one")
+    cls = CONVOLUTIONS.get(site.weight.dim() - 2)
+    if cls is None:
+        return Skip(
+            "it has {} dimensions: no int8 kernel takes more than two", site.weight.dim() - 2
+        )
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+    if conv.padding_mode != "zeros":
+        return Skip("padding_mode={!r}: int8 kernels pad with zeros", conv.padding_mode)
+    activation = "per_sample" if quantize.activation == "per_token" else "per_tensor"
+    layer: Layer = cls.from_conv(conv, activation)
+    return layer
+
+
+_TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
 
 register(
@@ -444,7 +541,13 @@ register(
         bits=8,
         dtype=torch.int8,
         storage=torch.int8,
-        layers={LINEAR: _linear, MonarchLinear: _monarch},
-        options=("activation",),
+        layers={
+            LINEAR: _linear,
+            MonarchLinear: _monarch,
+            TrainedLinear: trained(_of_trained),
+            EMBEDDING: int8_embedding,
+            CONV: int8_conv,
+        },
+        options=("activation", "embeddings", "convolutions"),
     )
 )

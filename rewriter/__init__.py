@@ -24,7 +24,7 @@ from rewriter.errors import (
 )
 from rewriter.planner import MemoryBudget
 from rewriter.report import Report
-from rewriter.sites import ACTIVATION, CONV, LINEAR, MLP, Site
+from rewriter.sites import ACTIVATION, CONV, EMBEDDING, LINEAR, MLP, Site
 from rewriter.store import RewrittenModule, from_pretrained, load, load_original, save
 from rewriter.store.old_names import find_moved
 from rewriter.training.optimizers import param_groups, remap_optimizer
@@ -35,6 +35,7 @@ __version__ = "0.3.1"
 __all__ = [
     "ACTIVATION",
     "CONV",
+    "EMBEDDING",
     "LINEAR",
     "MLP",
     "CalibrationError",

@@ -14,7 +14,14 @@ from rewriter.errors import OptionError, warn
 from rewriter.modules.computed import computed
 from rewriter.modules.tree import own_class
 
-__all__ = ["DenseWeight", "Layer", "LinearLayer", "StandsForWeight", "unscriptable"]
+__all__ = [
+    "ComputedWeight",
+    "DenseWeight",
+    "Layer",
+    "LinearLayer",
+    "StandsForWeight",
+    "unscriptable",
+]
 
 
 class StandsForWeight(nn.Module):
@@ -70,6 +77,10 @@ class Layer(StandsForWeight):
 
     op: ClassVar[str] = ""
     """The name that printed graphs show, e.g. `low_rank`."""
+
+    serves: ClassVar[tuple[str, ...]] = ()
+    """Kinds of sites that a layer serves as well where they share the weight that it stands for:
+    that in an embedding's place the head that is tied to it."""
 
     packed: ClassVar[Mapping[str, int]] = {}
     """Of each buffer that holds more than one weight an element, how many: of 4-bit weights 2."""
@@ -168,33 +179,34 @@ class Layer(StandsForWeight):
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items())
 
 
-class LinearLayer(Layer, nn.Linear):
-    """y = x Wᵀ + bias with a W that is held in another form: `dense_weight()` computes it.
+class ComputedWeight(Layer):
+    """A layer that stands for one of torch's, and computes that one's weight: `dense_weight()`.
 
-    It is an `nn.Linear` for code that asks (adapters of PEFT, `resize_token_embeddings`), and reads
-    as one. A layer cannot hold a W of any other form, so a write to `weight` (what merges an
-    adapter does) turns it into the plain `nn.Linear` of what was written, with a warning.
+    For code that asks, it is a layer of torch's class and reads as one. It cannot hold a weight of
+    any other form, so a write to `weight` (what merges an adapter does) turns it into the plain
+    layer of what was written, with a warning.
     """
 
-    bias: nn.Parameter | None  # type: ignore[assignment]
+    plain: ClassVar[Any]
+    """The class of torch's that it stands for."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
     @property
     def weight(self) -> Tensor:
-        """`dense_weight()`, [out_features, in_features]: not a parameter, but no write is lost."""
+        """`dense_weight()`: not a parameter, but no write is lost."""
         return computed(self.dense_weight(), self._become_dense)
 
     @weight.setter
     def weight(self, value: Any) -> None:
         raise TypeError(
             f"cannot assign a {type(value).__name__} as the weight of a {type(self).__name__}: an "
-            "nn.Parameter makes it an nn.Linear"
+            f"nn.Parameter makes it an nn.{self.plain.__name__}"
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of any module; the parameter "weight" makes this an `nn.Linear`.
+        """As of any module; the parameter "weight" makes this the plain layer.
 
         Raises:
             OptionError: it is a part of a parameter (`ColwiseParallel`, `RowwiseParallel`).
@@ -219,32 +231,53 @@ class LinearLayer(Layer, nn.Linear):
         """
         raise OptionError(f"{type(self).__name__} does not say how it is drawn anew")
 
+    def dense_shape(self) -> tuple[int, ...]:
+        """Of `dense_weight()`."""
+        raise NotImplementedError
+
     def _become_dense(self, weight: Tensor) -> Tensor:
         if not isinstance(self, Layer):  # a write may come in two steps
             with torch.no_grad():
                 return self.weight.copy_(weight)
-        shape, bias = (self.out_features, self.in_features), self.bias
+        shape, plain = self.dense_shape(), self.plain
         if weight.shape != shape:
             raise ValueError(
-                f"a weight of shape {tuple(weight.shape)} was written to a {type(self).__name__} "
-                f"of {shape[1]} -> {shape[0]} features"
+                f"a weight of shape {tuple(weight.shape)} was written to a {type(self).__name__}, "
+                f"whose weight has the shape {shape}"
             )
         own = [p for n, p in self.named_parameters(recurse=False) if n != "bias"]
         held = sum(t.numel() for t in (*own, *self.buffers(recurse=False)))
+        sizes = "×".join(map(str, shape))
         warn(
-            f"the weight of a {type(self).__name__}, {shape[1]} -> {shape[0]}, was written to: it "
-            f"is an nn.Linear now, with {weight.numel()} numbers in place of {held}"
+            f"the weight of a {type(self).__name__}, {sizes}, was written to: it is an "
+            f"nn.{plain.__name__} now, with {weight.numel()} numbers in place of {held}"
         )
         if not isinstance(weight, nn.Parameter):
             weight = nn.Parameter(weight.clone(), any(p.requires_grad for p in own))
-        for name in set(self.config()) - {"in_features", "out_features", "bias"}:
+        for name in set(self.config()) - {*plain.__constants__, "bias"}:
             vars(self).pop(name, None)
+        bias = self._parameters.get("bias")
         self._buffers.clear()
         self._parameters.clear()
         bare = self.stands_for_transposed is not None
-        self.__class__ = DenseWeight if bare else nn.Linear  # type: ignore[assignment]
-        self._parameters.update(weight=weight, bias=bias)
+        self.__class__ = DenseWeight if bare else plain  # type: ignore[assignment]
+        self._parameters["weight"] = weight
+        if "bias" in inspect.signature(plain).parameters:
+            self._parameters["bias"] = bias
         return weight
+
+
+class LinearLayer(ComputedWeight, nn.Linear):
+    """y = x Wᵀ + bias with a W that is held in another form: `dense_weight()` computes it.
+
+    It is an `nn.Linear` for code that asks (adapters of PEFT, `resize_token_embeddings`).
+    """
+
+    plain = nn.Linear
+    bias: nn.Parameter | None  # type: ignore[assignment]
+
+    def dense_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
 
 
 class DenseWeight(StandsForWeight, nn.Linear):

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from rewriter.layer import Layer
 from rewriter.modules.moments import Moments, Sample
 from rewriter.modules.patterns import Match, Pattern, find
 from rewriter.modules.pointwise import Channels, Pointwise, inner
@@ -18,6 +17,7 @@ from rewriter.modules.tree import attribute, join, submodule
 from rewriter.spellings import (
     ACTIVATION,
     CONV,
+    EMBEDDING,
     LINEAR,
     MLP,
     Kind,
@@ -41,6 +41,7 @@ from rewriter.spellings import (
 __all__ = [
     "ACTIVATION",
     "CONV",
+    "EMBEDDING",
     "LINEAR",
     "MLP",
     "HostedGraph",
@@ -78,11 +79,11 @@ class Site:
     Nothing is cached: every property is read from the module tree when it is asked for.
 
     Args:
-        kind: LINEAR, CONV, ACTIVATION, MLP, or the class of one of our layers.
+        kind: LINEAR, CONV, EMBEDDING, ACTIVATION, MLP, or the class of one of our layers.
         fqn: the module's dotted name; for a functional call, the name of its weight.
         root: the module tree.
         nodes: the calls, over all graphs.
-        weight_ref, bias_ref: dotted names of the tensors (LINEAR).
+        weight_ref, bias_ref: dotted names of the tensors (LINEAR, CONV, EMBEDDING).
         transposed: the weight is stored [in, out] (transformers' Conv1D, `x @ W`).
         parts: the sites an MLP is made of: `up`, `down`, and where they exist `gate` and
             `activation`. The MLP's own tensors are those of `down`.
@@ -112,10 +113,12 @@ class Site:
         """A site around one free-standing module; for tests and for trying a pass by hand."""
         root = nn.Module()
         root.add_module(fqn, module)
+        channels = channels_of(module)
         if kind is None:
-            kind = type(module) if isinstance(module, Layer) else LINEAR
+            kind = kind_of(module) if is_leaf(module) and channels is None else None
         weight, bias = tensor_refs(module, fqn)
-        channels = channels_of(module) if kind == LINEAR else None
+        kind = kind or LINEAR
+        channels = channels if kind == LINEAR else None
         return cls(kind, fqn, root, weight_ref=weight, bias_ref=bias, channels=channels)
 
     @property
@@ -137,7 +140,8 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """[out_features, in_features], a view of the stored weight (the Parameter itself where
-        it is stored that way round). Of a convolution that is no linear layer, as it is stored."""
+        it is stored that way round). Of a convolution that is no linear layer, and of an embedding,
+        as it is stored."""
         if self.weight_ref is None:
             raise AttributeError(f"site {self.fqn!r} ({kind_name(self.kind)}) has no weight")
         weight = _tensor(self.root, self.weight_ref)
@@ -152,17 +156,18 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        """Size of the input's last dimension; of a convolution, its input channels.
+        """Size of the input's last dimension; of a convolution, its input channels; of an
+        embedding, its rows.
 
         Raises:
             AttributeError: the site has none (an activation takes any size).
         """
-        return self._features("in_features", "in_channels", 1)
+        return self._features(1, "in_features", "in_channels", "num_embeddings")
 
     @property
     def out_features(self) -> int:
         """As `in_features`, of the output."""
-        return self._features("out_features", "out_channels", 0)
+        return self._features(0, "out_features", "out_channels", "embedding_dim")
 
     @property
     def tokens(self) -> int | None:
@@ -183,10 +188,11 @@ class Site:
         """`file:line` of the user's code that calls the site; "" where unknown."""
         return next((w for w in map(user_line, self.nodes) if w), "")
 
-    def _features(self, linear: str, conv: str, dim: int) -> int:
-        if self.weight_ref is not None and self.kind != CONV:
+    def _features(self, dim: int, linear: str, conv: str, table: str) -> int:
+        own = {CONV: conv, EMBEDDING: table}.get(str(self.kind))
+        if self.weight_ref is not None and own is None:
             return self.weight.shape[dim]
-        size = getattr(self.module, conv if self.kind == CONV else linear, None)
+        size = getattr(self.module, own or linear, None)
         if not isinstance(size, int):
             raise AttributeError(f"site {self.fqn!r} ({kind_name(self.kind)}) has no {linear}")
         return size
@@ -313,7 +319,7 @@ class _Finder:
         fqn, channels = self.names[id(module)], channels_of(module)
         if kind == CONV and channels is not None:
             kind = LINEAR
-        refs = tensor_refs(module, fqn) if kind in (LINEAR, CONV) else (None, None)
+        refs = tensor_refs(module, fqn) if kind in (LINEAR, CONV, EMBEDDING) else (None, None)
         plain = channels is not None or type(module).forward is nn.Linear.forward
         transposed = kind == LINEAR and not plain
         return Site(kind, fqn, self.root, (node,), *refs, transposed, channels=channels)

@@ -22,6 +22,7 @@ __all__ = [
     "AFTER_SUM",
     "CONV",
     "CONVOLUTIONS",
+    "EMBEDDING",
     "ELEMENTWISE",
     "LINEAR",
     "MIXING",
@@ -61,9 +62,10 @@ LINEAR = "linear"
 CONV = "conv"
 ACTIVATION = "activation"
 MLP = "mlp"
+EMBEDDING = "embedding"
 
 Kind = str | type[Layer]
-"""One of the four names above, or the class of a layer of ours."""
+"""One of the five names above, or the class of a layer of ours."""
 
 # Modules are told by their forward: a subclass with a forward of its own is not the layer it
 # descends from. Classes of other packages are told by name, so that they need not be imported.
@@ -76,7 +78,7 @@ _CONV_CLASSES: tuple[type[nn.Module], ...] = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 _OTHER_LEAVES: tuple[type[nn.Module], ...] = (
-    nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d,
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d,
     nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.Dropout,
     nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
@@ -85,6 +87,7 @@ _KIND_OF_FORWARD: dict[Any, str | None] = {
     **{cls.forward: ACTIVATION for cls in _ACTIVATION_CLASSES},
     **{cls.forward: CONV for cls in _CONV_CLASSES},
     nn.Linear.forward: LINEAR,
+    nn.Embedding.forward: EMBEDDING,
 }
 _TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
 _FOREIGN_ACTIVATIONS = "transformers.activations."

@@ -507,3 +507,28 @@ def test_lowering(tmp_path: pathlib.Path) -> None:
     assert folded["lowered"] == 3
     assert folded["launches after"] == folded["launches before"] - 3
     assert folded["traffic after MB"] < folded["traffic before MB"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_int4_error(tmp_path: pathlib.Path) -> None:
+    run("benchmarks/int4_error.py", "--quick", "--out", str(tmp_path))
+    ((_, rows),) = tables(tmp_path, "int4_error").items()
+    errors = [row["error of outputs, held out"] for row in rows]
+    assert [row["method"] for row in rows] == ["round", "awq", "gptq"]
+    assert errors[0] > 1.1 * errors[1] > 1.1 * errors[2]
+
+
+@pytest.mark.slow
+def test_qat(tmp_path: pathlib.Path) -> None:
+    """Where the images are; elsewhere the example says how to get them."""
+    printed = run("examples/qat.py", "--quick")
+    if printed.startswith("skipped"):
+        assert "dataset-fashion-mnist" in printed
+        pytest.skip(printed)
+    run("benchmarks/qat.py", "--quick", "--out", str(tmp_path))
+    ((_, rows),) = tables(tmp_path, "qat").items()
+    assert len(rows) == 5
+    for row in rows:
+        assert row["outputs that integers change"] == 0
+        assert row["points below float32"] < 1

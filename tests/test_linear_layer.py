@@ -23,6 +23,8 @@ RECIPES: dict[str, list[Pass]] = {
     "chain": [MonarchChain()],
     "residual": [MonarchResidual(nblocks=2)],
     "int8": [Quantize("int8-dynamic")],
+    "int8 weights": [Quantize("int8-weight")],
+    "int4 weights": [Quantize("int4-weight", group_size=32, symmetric=False)],
     "int8 monarch": [Monarch(nblocks=2), Quantize("int8-dynamic")],
 }
 
@@ -91,7 +93,7 @@ WRITES = [add_to_data, set_data, copy_into, rows_of_data, in_place, a_parameter,
 def test_no_write_to_a_computed_weight_is_lost(recipe: str, write: Callable[[Any], None]) -> None:
     layer, x = rewritten(recipe)[2], torch.randn(4, 32)
     wanted = layer.dense_weight().detach() + 1
-    with pytest.warns(RewriteWarning, match="16, was written to: it is an nn.Linear now"):
+    with pytest.warns(RewriteWarning, match="16×32, was written to: it is an nn.Linear now"):
         write(layer)
     assert type(layer) is nn.Linear
     assert_reordered(layer(x), nn.functional.linear(x, wanted, layer.bias))
@@ -101,7 +103,10 @@ def test_no_write_to_a_computed_weight_is_lost(recipe: str, write: Callable[[Any
 
 def test_a_weight_of_another_shape_is_refused() -> None:
     layer = rewritten("monarch")[2]
-    with pytest.raises(ValueError, match=r"\(3, 3\) was written to a MonarchLinear of 32 -> 16"):
+    with pytest.raises(
+        ValueError,
+        match=r"\(3, 3\) was written to a MonarchLinear, whose weight has the shape \(16, 32\)",
+    ):
         layer.weight.data = torch.zeros(3, 3)
     with pytest.raises(TypeError, match="an nn.Parameter makes it an nn.Linear"):
         layer.weight = torch.zeros(16, 32)

@@ -20,7 +20,8 @@ from rewriter.passes.quantize import (
     Scheme,
     register,
 )
-from rewriter.sites import LINEAR, Site
+from rewriter.passes.trained import TrainedLinear
+from rewriter.sites import CONV, EMBEDDING, LINEAR, Site
 
 LAYERS = [
     (lambda **kw: QuantizedLinear(24, 10, **kw)),
@@ -70,7 +71,8 @@ def test_monarch_close_to_float(activation):
 
 
 def test_site_kinds_and_phase():
-    assert Quantize.matches == (LINEAR, MonarchLinear)
+    assert Quantize.matches == (LINEAR, MonarchLinear, TrainedLinear, EMBEDDING, CONV)
+    assert Quantize().kinds == (LINEAR, MonarchLinear, TrainedLinear)
     assert Quantize.phase is Phase.PRECISION
     assert Quantize("int8-dynamic", "per_tensor").activation == "per_tensor"
 
@@ -188,8 +190,8 @@ def test_schemes_that_contradict_themselves_or_each_other(schemes):
         register(toy(bits=2))
     with pytest.raises(OptionError, match=r"3 weights of 4 bits do not fit one torch.int8 of 8"):
         toy(bits=4, per_element=3)
-    with pytest.raises(OptionError, match="layers for conv, and Quantize visits linear, monarch"):
-        toy(layers={"conv": None})
+    with pytest.raises(OptionError, match="layers for mlp, and Quantize visits linear, monarch"):
+        toy(layers={"mlp": None})
     with pytest.raises(OptionError, match="layers for no kind of site"):
         toy(layers={})
     with pytest.raises(OptionError, match="'toy': bits must be an integer of at least 1"):

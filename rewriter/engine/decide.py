@@ -8,7 +8,7 @@ import numbers
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,18 +20,21 @@ from rewriter.capture import Capture
 from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.engine.batches import Calibration
 from rewriter.errors import CalibrationError, OptionError
+from rewriter.layer import ComputedWeight
 from rewriter.lowering import Rule
 from rewriter.modules.patterns import Chain, Fan, Op
+from rewriter.modules.pointwise import inner
 from rewriter.modules.running import modes
 from rewriter.modules.timing import medians
 from rewriter.modules.tree import attribute, has_hooks, submodule
 from rewriter.planner.budget import MemoryBudget
-from rewriter.sites import CONV, LINEAR, MLP, Site, is_leaf
+from rewriter.sites import CONV, EMBEDDING, LINEAR, MLP, Kind, Site, is_leaf
 from rewriter.spellings import (
     adapter_part,
     autocast_at,
     changes_input,
     is_adapter,
+    kind_name,
     op_name,
     source_of,
     swaps,
@@ -102,11 +105,20 @@ def device_of(device: Any) -> Device | None:
 
 @dataclass
 class Proposal:
-    """A replacement for a site; `group` names the proposals that stand or fall together."""
+    """A replacement for a site; `group` names the proposals that stand or fall together, `cut` the
+    weight, by identity, that the site no longer shares with what keeps it, `made_at` the kind of
+    the site that the layer was proposed for, where that is another one of the group."""
 
     site: Site
     replacement: Replacement
     group: int = -1
+    cut: int | None = None
+    made_at: Kind | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """Of the site that the layer was proposed for."""
+        return self.site.kind if self.made_at is None else self.made_at
 
 
 def check_passes(passes: Sequence[Pass]) -> None:
@@ -234,7 +246,8 @@ def unsafe(capture: Capture, site: Site, sites: Sequence[Site]) -> Skip | None:
         owner, _, name = ref.rpartition(".")
         if method := weight_handler(capture.root.get_submodule(owner), name):
             return Skip("{} handles its {}, which the new layer does not have", method, name)
-    plain = site.parts["down"].kind == LINEAR if site.kind == MLP else site.kind in (LINEAR, CONV)
+    kind = site.parts["down"].kind if site.kind == MLP else site.kind
+    plain = kind in (LINEAR, CONV, EMBEDDING)
     if site.weight_ref is None and plain:
         return Skip("its weight is computed in a hook (torch.nn.utils); remove it first")
     if not site.nodes:
@@ -286,21 +299,41 @@ def ties(
             shared.setdefault(key, []).append(p)
     refused: list[tuple[Proposal, str]] = []
     for i, ((weight, _), group) in enumerate(shared.items()):
-        reason = _untouched(root, group, names.get(weight, set()), readers.get(weight, set()))
+        others = _others(root, group, names.get(weight, set()))
+        cut = sorted(others) if _may_cut(root, group, others) else []
+        reason = _untouched(group, set() if cut else others, readers.get(weight, set()))
+        leader = _leader(group)
+        if leader is None and not reason:
+            kinds = ", ".join(f"{p.site.fqn} ({kind_name(p.site.kind)})" for p in group)
+            reason = f"its weight is shared by {kinds}, and no layer for one serves the others"
         refused += [(p, reason) for p in group if reason]
         for p in group:
             p.group = i
-            if p is not group[0]:  # one layer for all, so that the tie survives
-                layer, note = group[0].replacement.layer, f"tied to {group[0].site.fqn}"
+            if leader is not None and p is not leader:  # one layer for all: the tie survives
+                layer, note = leader.replacement.layer, f"tied to {leader.site.fqn}"
                 p.replacement = Replacement(layer, p.replacement.error, note)
+                p.made_at = leader.site.kind
+            if cut:
+                p.cut = weight
+                said = f"{', '.join(cut)} keeps the weight that it was tied to: the tie is cut"
+                note = "; ".join(filter(None, (p.replacement.note, said)))
+                p.replacement = replace(p.replacement, note=note)
     gone = {id(p) for p, _ in refused}
     return [p for p in proposals if id(p) not in gone], refused
 
 
-def _untouched(
-    root: nn.Module, group: Sequence[Proposal], names: set[str], readers: set[fx.Node]
-) -> str:
-    """Why the users of one weight cannot all be rewritten; "" where they can."""
+def _leader(group: Sequence[Proposal]) -> Proposal | None:
+    """Whose layer takes the places of all that share a weight; None where no layer can."""
+    for p in group:
+        layer = inner(p.replacement.layer)
+        served = {p.site.kind, *(layer.serves if isinstance(layer, Layer) else ())}
+        if served >= {other.site.kind for other in group}:
+            return p
+    return None
+
+
+def _others(root: nn.Module, group: Sequence[Proposal], names: set[str]) -> set[str]:
+    """What has one weight beside the sites of a group, by name."""
     own: set[str] = set()
     others: set[str] = set()
     for site in (p.site for p in group):
@@ -313,7 +346,21 @@ def _untouched(
         else:
             every = root.named_modules(remove_duplicate=False)
             own |= {f"{n}.{last}" for n, m in every if n and m is holder}
-    others |= names - own
+    return others | (names - own)
+
+
+def _may_cut(root: nn.Module, group: Sequence[Proposal], others: set[str]) -> bool:
+    """Whether others may keep a weight for which a group of sites gets layers of its own."""
+    holders = [root.get_submodule(name.rpartition(".")[0]) for name in others]
+    return (
+        bool(others)
+        and all(isinstance(m, nn.Embedding) for m in holders)
+        and all(p.replacement.cuts_ties and p.site.place is not None for p in group)
+    )
+
+
+def _untouched(group: Sequence[Proposal], others: set[str], readers: set[fx.Node]) -> str:
+    """Why the users of one weight cannot all be rewritten; "" where they can."""
     reading = readers - {n for p in group for n in p.site.nodes}
     ways = {(p.site.transposed, p.site.channels) for p in group}
     if others or reading or len(ways) > 1:
@@ -372,7 +419,11 @@ def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -
     if bias is not None and p.site.module is None:
         if all(bias is not own for own in layer.parameters()):
             return f"its layer has another bias than {p.site.bias_ref}, which would be left over"
-    if _is_adapted(p.site) and isinstance(layer, Layer) and not isinstance(layer, nn.Linear):
+    if (
+        _is_adapted(p.site)
+        and isinstance(layer, Layer)
+        and not isinstance(layer, ComputedWeight | nn.Linear)
+    ):
         return (
             f"an adapter stands around it, and a {type(layer).__name__} is not linear: merged into "
             "its weight, the adapter would compute something else; merge it first"
@@ -484,11 +535,14 @@ def timed(
     for node in site.nodes[: site.calls]:
         source = source_of(node)
         value = source.meta.get("val") if isinstance(source, fx.Node) else None
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+        if not isinstance(value, Tensor) or value.is_meta or value.is_complex():
+            return None
+        if not (value.is_floating_point() or site.kind == EMBEDDING):
             return None
         if only not in ("", value.device.type):
             return None
-        inputs.append((tuple(value.shape), value.dtype, value.device))
+        most = 0 if value.is_floating_point() else site.in_features
+        inputs.append((tuple(value.shape), value.dtype, value.device, most))
     tensors = [*layer.parameters(), *layer.buffers()]
     if not inputs or any(t.is_meta for t in tensors):
         return None
@@ -518,6 +572,9 @@ def _runner(site: Site, xs: Sequence[Tensor]) -> Callable[[], Any]:
     return lambda: [function(x, *node.args[1:], **node.kwargs) for x in xs]
 
 
-def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, most: int) -> Tensor:
+    """Numbers from 0 to 1; where `most` is given, indices below it."""
     generator = torch.Generator(device).manual_seed(0)
+    if most:
+        return torch.randint(most, shape, generator=generator, device=device, dtype=dtype)
     return torch.rand(shape, generator=generator, device=device).to(dtype)

@@ -115,12 +115,12 @@ class Engine:
         costs = self.prices.of_sites(sites_of(self.capture))
         run = PassRun(rewrite, self.capture, self.options, costs, before.param_bytes)
         run.look()
-        self.weighed |= LINEAR in rewrite.matches
+        self.weighed |= LINEAR in rewrite.kinds
         run.calibrate()
         run.ask()
         run.decide()
         run.try_layers()
-        if self.lost is not None:
+        if self.lost is not None and not rewrite.simulates:
             self.lost.add(run.proposals)
         with self._all_or_nothing(run):
             run.install(self.recipe)

@@ -39,7 +39,7 @@ def sites_of(capture: Capture) -> list[Site]:
 
 def unmatched(rewrite: Pass, sites: Sequence[Site]) -> list[tuple[Site, str]]:
     """Layers of ours that a pass for linear layers does not take, each with why."""
-    taken = {s.fqn for s in sites if s.kind in rewrite.matches}
+    taken = {s.fqn for s in sites if s.kind in rewrite.kinds}
     return [
         (s, f"is a {type(s.module).__name__}, which {type(rewrite).__name__} does not take")
         for s in sites

@@ -1,4 +1,4 @@
-"""Weights that no pass takes: listed once for the whole rewrite, so that none is left out silently.
+"""Weights that no pass of a rewrite takes: listed once, so that none is left out silently.
 
 Convolutions that mix positions, embeddings, recurrent layers, stacked experts, slices of a packed
 projection, einsums: whatever has two dimensions or more and is no weight of a site.
@@ -17,7 +17,7 @@ from rewriter.capture import Capture
 from rewriter.modules.pointwise import inner
 from rewriter.modules.tree import find, join
 from rewriter.report import Decision
-from rewriter.sites import CONV, LINEAR, Site, is_conv
+from rewriter.sites import CONV, EMBEDDING, LINEAR, Site, is_conv
 from rewriter.spellings import CONVOLUTIONS, PRODUCTS, RECURRENT, is_leaf, op_name, user_line
 
 __all__ = ["other_weights"]
@@ -50,7 +50,9 @@ def other_weights(capture: Capture, sites: Iterable[Site]) -> list[Refusal]:
     known = {
         id(find(root, s.weight_ref))
         for s in sites
-        if s.weight_ref is not None and (s.kind != CONV or not is_conv(s.place))
+        if s.weight_ref is not None
+        and s.kind != EMBEDDING
+        and (s.kind != CONV or not is_conv(s.place))
     }
     for module in root.modules():
         if isinstance(inner(module), Layer):
@@ -70,7 +72,7 @@ def other_weights(capture: Capture, sites: Iterable[Site]) -> list[Refusal]:
         if conv:
             refusals.append(_conv(convs[place]))
         elif place == path:
-            reason = f"{_a(owner)} {_purpose(owner)}: no pass takes one"
+            reason = f"{_a(owner)} {_purpose(owner)}: no pass here takes one"
             if "forward" in vars(owner):
                 reason = _PATCHED
             shape = "×".join(map(str, parameter.shape))
@@ -102,7 +104,7 @@ def _conv(site: Site) -> Refusal:
         site.fqn,
         _class(conv),
         "skipped",
-        f"{_a(conv)} that {why}: no pass takes one",
+        f"{_a(conv)} that {why}: no pass here takes one",
         where=site.where,
         tokens=site.tokens,
         shape=f"{site.in_features}→{site.out_features}, {size}",
@@ -133,7 +135,7 @@ def _bare(name: str, parameter: Tensor, owner: nn.Module, use: Any, seen: set[ob
         kind = _class(owner) if own_class else "parameter"
         reason = f"its values go into {op_name(use[0])}, which is no product: no pass takes them"
         if isinstance(owner, nn.EmbeddingBag):
-            reason = f"{_a(owner)} {_purpose(owner)}: no pass takes one"
+            reason = f"{_a(owner)} {_purpose(owner)}: no pass here takes one"
     else:
         op, parts = op_name(use[0]), use[1]
         how = _HOW.get(op, _HOW["parts"] if parts else "")

@@ -38,7 +38,7 @@ from rewriter.modules.pointwise import inner
 from rewriter.recipe.edits import Resized
 from rewriter.recipe.recipe import Installed, Recipe
 from rewriter.report import Decision
-from rewriter.sites import CONV, LINEAR, Site, find_places
+from rewriter.sites import CONV, EMBEDDING, LINEAR, Site, find_places
 from rewriter.spellings import kind_name
 
 __all__ = ["PassRun"]
@@ -94,15 +94,16 @@ class PassRun:
         """
         self.before = boundary(self.capture)
         self.sites = sites_of(self.capture)
-        self.matching = [s for s in self.sites if s.kind in self.rewrite.matches]
-        if CONV in self.rewrite.matches:  # to which a 1×1 convolution is one, and no linear layer
-            convs = {s.fqn for s in self.matching if s.kind == CONV}
-            self.matching = [s for s in self.matching if s.kind == CONV or s.fqn not in convs]
+        self.matching = [s for s in self.sites if s.kind in self.rewrite.kinds]
+        pair = [k for k in self.rewrite.kinds if k in (CONV, LINEAR)]
+        if len(pair) == 2:  # a 1×1 convolution is both, and then of the kind that is named first
+            own = {s.fqn for s in self.matching if s.kind == pair[0]}
+            self.matching = [s for s in self.matching if s.kind != pair[1] or s.fqn not in own]
         if self.rewrite.plans:
             self.matching += self._wide_sites()
         check_patterns(self.rewrite, self.matching, self.options.where, self.rewrite.where)
         if not self.matching:
-            kinds = ", ".join(map(_kind, self.rewrite.matches))
+            kinds = ", ".join(map(_kind, self.rewrite.kinds))
             self.notes.append(f"nothing to do: the model has no site of kind {kinds}")
             warn(f"{self.rewrite}: {self.notes[-1]}")
 
@@ -120,7 +121,8 @@ class PassRun:
                 "the model is on meta, where nothing can be calibrated: leave "
                 "calibration out, or load the weights"
             )
-        wanted = [s for s in self.matching if self._unasked(s) is None]
+        rows = [s for s in self.matching if s.kind not in (CONV, EMBEDDING)]
+        wanted = [s for s in rows if self._unasked(s) is None]
         moments = self.rewrite.calibrates
         found, missing = gather(self.capture, wanted, calibration, moments, sample=needs)
         self.uncalibrated = missing if needs else {}
@@ -180,10 +182,10 @@ class PassRun:
     def _wide_sites(self) -> list[Site]:
         """Places of the patterns, and the blocks, that a pass with a plan takes."""
         root, found = self.capture.root, []
-        for kind in self.rewrite.matches:
+        for kind in self.rewrite.kinds:
             if isinstance(kind, Op | Chain | Fan):
                 found += find_places(root, view_of(self.capture, self.sites).graphs, kind)
-        return found + (blocks_of(root) if BLOCK in self.rewrite.matches else [])
+        return found + (blocks_of(root) if BLOCK in self.rewrite.kinds else [])
 
     def decide(self) -> None:
         """Keeps the proposals that nothing speaks against; the others become declined decisions."""
@@ -232,7 +234,7 @@ class PassRun:
                 site.fqn,
                 Installed(site.weight_ref, site.bias_ref, site.transposed, channels=site.channels),
             )
-            own.chain.append((site.kind, self.rewrite))
+            own.chain.append((p.kind, self.rewrite))
             own.graph_only |= any(n.op != "call_module" for n in site.nodes)
             put(self.capture, site, p.replacement.layer, names)
         self._install_edits(recipe, twins)
@@ -268,7 +270,8 @@ class PassRun:
         Raises:
             VerifyError: something does not hold.
         """
-        check(self.capture, self.before, [*self.layers, *self.changed], str(self.rewrite))
+        cut = {p.cut for p in self.proposals if p.cut is not None}
+        check(self.capture, self.before, [*self.layers, *self.changed], str(self.rewrite), cut)
 
     def record(self, costs: dict[str, Cost]) -> None:
         """Completes the decisions with kernels and costs, and lists what no pass looked at.
@@ -293,7 +296,7 @@ class PassRun:
         for look in self.edited:
             after = costs.get(look.site) if look.action == "resized" else None
             self.decisions.append(replace(look, after=after))
-        if LINEAR in self.rewrite.matches:
+        if LINEAR in self.rewrite.kinds:
             left = unmatched(self.rewrite, self.sites)
             self.decisions += [_decision(s, "skipped", reason) for s, reason in left]
         self._note_packed()

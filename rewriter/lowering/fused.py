@@ -24,6 +24,7 @@ __all__ = [
     "JOINED",
     "LINEAR_ACT",
     "joined_bias",
+    "norm_of",
     "not_joined",
 ]
 
@@ -64,12 +65,8 @@ def folded(place: Place) -> tuple[Tensor, Tensor]:
     Integer-Arithmetic-Only Inference", eq. 14.
     """
     conv, norm = place.modules[:2]
-    weight, mean = conv.weight, norm.running_mean.double()
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    bias = (0 if conv.bias is None else conv.bias.double()) - mean
-    bias = bias * scale if norm.bias is None else bias * scale + norm.bias.double()
+    weight = conv.weight
+    scale, bias = norm_of(norm, conv.bias)
     shape = [-1] + [1] * (weight.dim() - 1)
     if conv.transposed:  # [in, out/groups, …]
         groups, rows = conv.groups, weight.shape[0] // conv.groups
@@ -77,6 +74,21 @@ def folded(place: Place) -> tuple[Tensor, Tensor]:
         shape = [*scale.shape] + [1] * (weight.dim() - 2)
     factor = scale.to(weight.dtype).view(shape)
     return weight * factor, bias.to(weight.dtype)
+
+
+def norm_of(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """γ/√(σ²+ε) and (b − μ)·γ/√(σ²+ε) + β of a batch norm behind a layer, in float64.
+
+    Args:
+        norm: the batch norm.
+        bias: b.
+    """
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = (0 if bias is None else bias.double()) - norm.running_mean.double()
+    shift = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
+    return scale, shift
 
 
 def _activation(place: Place) -> str | None:

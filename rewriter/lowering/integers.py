@@ -61,19 +61,49 @@ def _constants(place: Place) -> tuple[Any, ...]:
     return tuple(getattr(place.modules[0], name) for name in _kind(place).constants)
 
 
-# what follows the product ------------------------------------------------------------------------
+# the activation behind the product ---------------------------------------------------------------
+
+
+def _tensors(place: Place) -> tuple[Tensor | None, ...]:
+    layer = place.modules[0]
+    own = tuple(getattr(layer, name) for name in _kind(place).tensors)
+    return (layer.qweight, layer.scale, layer.bias, *own)
+
+
+def _act_constants(place: Place) -> tuple[Any, ...]:
+    return (*_constants(place), activation_name(place.match.nodes[1], place.root))
+
+
+def _no_epilogue(place: Place) -> str | None:
+    name = activation_name(place.match.nodes[1], place.root)
+    if name in THEN:
+        return None
+    return f"no int8 kernel has {name or 'this activation with its options'} as its epilogue"
+
+
+def _slow_epilogue(place: Place, x: Tensor, *added: Tensor) -> str | None:
+    layer, rows = place.modules[0], math.prod(x.shape[:-1])
+    if rows and int8.has_kernels(x) and layer.kernel(rows) == "native":
+        return None
+    return "the int8 kernel that is the fastest here has no epilogue"
+
+
+def _act(name: str, run: Callable[..., Tensor]) -> Fused:
+    return Fused(name, run, _tensors, _act_constants, _no_epilogue, _slow_epilogue)
+
+
+INT8_ACT = _act("int8_linear_act", int8.int8_linear_then)
+INT8_STATIC_ACT = _act("int8_static_linear_act", static.int8_static_linear_then)
+
+
+# the sum and the LayerNorm behind the product ----------------------------------------------------
 
 
 def int8_linear_add(
-    x: Tensor,
-    added: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    activation: str,
+    x: Tensor, added: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     """int8_linear(x) + added."""
-    return int8.int8_linear_then(x, qweight, scale, bias, activation, "", added)
+    return int8.int8_linear_then(x, qweight, scale, bias, activation, add=added)
 
 
 def int8_static_linear_add(
@@ -88,7 +118,7 @@ def int8_static_linear_add(
 ) -> Tensor:
     """int8_static_linear(x) + added."""
     return static.int8_static_linear_then(
-        x, qweight, scale, bias, step, zero, multiplier, "", added
+        x, qweight, scale, bias, step, zero, multiplier, add=added
     )
 
 
@@ -127,10 +157,12 @@ def int8_static_linear_norm(
     return static.int8_static_linear_then(x, *own, "", added, norm_weight, norm_bias, eps)
 
 
-def _tensors(place: Place) -> tuple[Tensor | None, ...]:
-    layer = place.modules[0]
-    own = tuple(getattr(layer, name) for name in _kind(place).tensors)
-    return (layer.qweight, layer.scale, layer.bias, *own)
+def _drops(place: Place) -> str | None:
+    """Why what stands between a product and the sum does not only hand its value on."""
+    for node, module in zip(place.match.nodes, place.modules, strict=True):
+        if spelled(node, place.root) == "dropout" and (module is None or module.training):
+            return f"{node.name} may drop values"
+    return None
 
 
 def _norm_tensors(place: Place) -> tuple[Tensor | None, ...]:
@@ -138,27 +170,8 @@ def _norm_tensors(place: Place) -> tuple[Tensor | None, ...]:
     return *_tensors(place), norm.weight, norm.bias
 
 
-def _act_constants(place: Place) -> tuple[Any, ...]:
-    return *_constants(place), activation_name(place.match.nodes[1], place.root)
-
-
 def _norm_constants(place: Place) -> tuple[Any, ...]:
     return *_constants(place), place.modules[-1].eps
-
-
-def _no_epilogue(place: Place) -> str | None:
-    name = activation_name(place.match.nodes[1], place.root)
-    if name in THEN:
-        return None
-    return f"no int8 kernel has {name or 'this activation with its options'} as its epilogue"
-
-
-def _drops(place: Place) -> str | None:
-    """Why what stands between a product and the sum does not only hand its value on."""
-    for node, module in zip(place.match.nodes, place.modules, strict=True):
-        if spelled(node, place.root) == "dropout" and (module is None or module.training):
-            return f"{node.name} may drop values"
-    return None
 
 
 def _no_norm(place: Place) -> str | None:
@@ -170,29 +183,18 @@ def _no_norm(place: Place) -> str | None:
     return _drops(place)
 
 
-def _slow_epilogue(place: Place, x: Tensor, *added: Tensor) -> str | None:
-    layer, rows = place.modules[0], math.prod(x.shape[:-1])
-    if rows and int8.has_kernels(x) and layer.kernel(rows) == "native":
-        return None
-    return "the int8 kernel that is the fastest here has no epilogue"
+def _add(name: str, run: Callable[..., Tensor]) -> Fused:
+    return Fused(name, run, _tensors, _constants, _drops, _slow_epilogue)
 
 
-def _act(name: str, run: Callable[..., Tensor]) -> Fused:
-    return Fused(name, run, _tensors, _act_constants, _no_epilogue, _slow_epilogue)
+def _norm(name: str, run: Callable[..., Tensor]) -> Fused:
+    return Fused(name, run, _norm_tensors, _norm_constants, _no_norm, _slow_epilogue)
 
 
-def _add(run: Callable[..., Tensor]) -> Fused:
-    return Fused(run.__name__, run, _tensors, _constants, _drops, _slow_epilogue)
-
-
-def _norm(run: Callable[..., Tensor]) -> Fused:
-    return Fused(run.__name__, run, _norm_tensors, _norm_constants, _no_norm, _slow_epilogue)
-
-
-INT8_ACT = _act("int8_linear_act", int8.int8_linear_then)
-INT8_ADD, INT8_NORM = _add(int8_linear_add), _norm(int8_linear_norm)
-INT8_STATIC_ACT = _act("int8_static_linear_act", static.int8_static_linear_then)
-INT8_STATIC_ADD, INT8_STATIC_NORM = _add(int8_static_linear_add), _norm(int8_static_linear_norm)
+INT8_ADD = _add("int8_linear_add", int8_linear_add)
+INT8_NORM = _norm("int8_linear_norm", int8_linear_norm)
+INT8_STATIC_ADD = _add("int8_static_linear_add", int8_static_linear_add)
+INT8_STATIC_NORM = _norm("int8_static_linear_norm", int8_static_linear_norm)
 
 
 # products that read one input --------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rewriter.lowering.fused import ATTENTION, CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
+from rewriter.lowering.int8_convs import INT8_CONV, INT8_CONV_ACT, INT8_POINTWISE
 from rewriter.lowering.integers import (
     INT8_ACT,
     INT8_ADD,
@@ -30,6 +31,7 @@ from rewriter.modules.patterns import (
 __all__ = ["DEFAULT_RULES"]
 
 int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
+int8_conv, pointwise_int8 = op("int8_conv"), op("pointwise_int8_linear")
 
 DEFAULT_RULES = (
     # act(γ·(x·W + b − μ)/√(σ²+ε) + β) = act(x·W' + b'), W' = W·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β
@@ -45,6 +47,13 @@ DEFAULT_RULES = (
     Rule(op("scaled_dot_product_attention"), ATTENTION),
     # [y₁ y₂ …] = x·[W₁ W₂ …]ᵀ + [b₁ b₂ …]
     Rule(fan(linear), JOINED),
+    # γ·(s·scale·(conv(q(x), Q)) + b − μ)/√(σ²+ε) + β: a scale for each output channel takes it in
+    Rule(int8_conv >> batch_norm >> activation, INT8_CONV),
+    Rule(int8_conv >> batch_norm, INT8_CONV),
+    Rule(int8_conv >> activation, INT8_CONV_ACT),
+    # the same of a 1×1 convolution, which is a linear layer over channels
+    Rule(pointwise_int8 >> batch_norm >> activation, INT8_POINTWISE),
+    Rule(pointwise_int8 >> batch_norm, INT8_POINTWISE),
     # LayerNorm(s·(q(x)·Qᵀ)·scale + … + r) of an int8 layer, row by row while that is in the cache
     Rule(int8_linear >> dropout >> add >> layer_norm, INT8_NORM),
     Rule(int8_linear >> add >> layer_norm, INT8_NORM),
@@ -54,7 +63,7 @@ DEFAULT_RULES = (
     # act(s·(q(x)·Qᵀ)·scale + …), and one q(x) for all its readers
     Rule(int8_linear >> activation, INT8_ACT),
     Rule(fan(int8_linear), INT8_JOINED),
-    # the same of int8 layers whose range is fixed; siblings are joined where that is one
+    # all of these with one range that is fixed, and the same one for all readers
     Rule(int8_static_linear >> dropout >> add >> layer_norm, INT8_STATIC_NORM),
     Rule(int8_static_linear >> add >> layer_norm, INT8_STATIC_NORM),
     Rule(int8_static_linear >> dropout >> add, INT8_STATIC_ADD),

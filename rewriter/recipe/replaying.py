@@ -12,7 +12,7 @@ from rewriter.base import Pass, Replacement
 from rewriter.errors import RewriteError, StoreError
 from rewriter.layer import Layer
 from rewriter.recipe.recipe import Recipe
-from rewriter.sites import LINEAR, MLP, Site
+from rewriter.sites import CONV, EMBEDDING, LINEAR, MLP, Site
 
 __all__ = ["layer_before", "original_layer", "replay", "site_around"]
 
@@ -86,6 +86,8 @@ def layer_before(fqn: str, recipe: Recipe, given: dict[str, Tensor]) -> nn.Modul
     if installed.channels is not None and all(n == 1 for n in weight.shape[2:]):
         weight = weight.flatten(1)
         shapes["weight"] = list(weight.shape)
+    if kind in _TENSORS_ALONE:
+        return _of_tensors(fqn, kind, weight, bias)
     if kind not in (LINEAR, MLP):
         raise StoreError(f"{fqn} was of kind {kind}, which load_original cannot rebuild")
     features = shapes["weight"][:: -1 if installed.transposed else 1]
@@ -100,6 +102,28 @@ def layer_before(fqn: str, recipe: Recipe, given: dict[str, Tensor]) -> nn.Modul
     return layer
 
 
+_TENSORS_ALONE = (EMBEDDING, CONV)
+"""Kinds of sites whose new tensors follow from the old ones, whatever other options they have."""
+_CONVS: Mapping[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+
+
+def _of_tensors(fqn: str, kind: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    layer: nn.Module
+    if kind == EMBEDDING and weight.dim() == 2:
+        layer = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+    elif kind == CONV and weight.dim() in _CONVS:
+        out, inside, *size = weight.shape
+        layer = _CONVS[weight.dim()](inside, out, size, bias=bias is not None, device="meta")
+        if bias is not None and bias.shape != (out,):
+            raise StoreError(f"{fqn}: {list(bias.shape)} is not the shape of its bias")
+    else:
+        raise StoreError(f"{fqn}: {list(weight.shape)} is not the shape of its {kind}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            setattr(layer, name, nn.Parameter(tensor, tensor.is_floating_point()))
+    return layer
+
+
 def site_around(layer: nn.Module, fqn: str, kind: Any, transposed: bool) -> Site:
     """A site as the engine shows it to a pass: under its full name, which a pass may use."""
     holder = root = nn.Module()
@@ -109,7 +133,7 @@ def site_around(layer: nn.Module, fqn: str, kind: Any, transposed: bool) -> Site
         holder.add_module(owner, child)
         holder = child
     holder.add_module(last, layer)
-    own = type(layer) if isinstance(layer, Layer) else LINEAR
+    own = type(layer) if isinstance(layer, Layer) else kind if kind in _TENSORS_ALONE else LINEAR
     named = {} if isinstance(layer, Layer) else dict(layer.named_parameters(recurse=False))
     refs = [f"{fqn}.{n}" if n in named else None for n in ("weight", "bias")]
     site = Site(own, fqn, root, weight_ref=refs[0], bias_ref=refs[1], transposed=transposed)

@@ -1,0 +1,497 @@
+"""Int8 convolution: a scale for each output channel, activations quantized at run time.
+
+    lo = min(0, min x),  hi = max(0, max x),  s = (hi − lo + ε)/255,  z = round(−lo/s)
+    q = round(x/s) + z                                                       uint8
+    y[n,o] = s·scale[o]·(conv(q − z, qweight))[n,o] + bias[o]
+
+with a range for each sample of the batch, or one for all of it. A zero is z exactly, so that
+padding is exact. The sum over taps is exact in int32.
+
+On the CPU oneDNN multiplies, where a probe with extreme values finds it right (u8·s8 instructions
+without VNNI saturate their int16 pair sums); it takes weights in a layout of its own, which is made
+once and not saved. Elsewhere, and in float64, the formula runs in plain torch, slower than a dense
+convolution: `refused_kernels` says why.
+
+Source: as of `int8_linear`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rewriter.kernels import ops
+from rewriter.kernels.common import register_autocast, register_gradient, register_vmap
+from rewriter.kernels.linear_act import act_
+
+__all__ = [
+    "RANGES",
+    "available_kernels",
+    "convolve",
+    "int8_conv",
+    "int8_conv_act",
+    "int8_conv_reference",
+    "kernel_name",
+    "refused_kernels",
+]
+
+RANGES = ("per_sample", "per_tensor")
+_EPS = 1e-8
+_EXACT = 514
+"""Products of a number from −255 to 255 and one from −128 to 127 whose sum is at most 2²⁴: exact in
+float32."""
+
+_LARGE = 1e30
+"""Steps above which oneDNN's s·Σ, without the scale of the weight, may be beyond float32."""
+
+_THEN: dict[str, tuple[str, list[float]]] = {
+    "": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "hardswish": ("hardswish", []),
+    "silu": ("swish", []),
+}
+"""Activation → what oneDNN's int8 convolution calls it, with its numbers."""
+
+_LIB = torch.library.Library("rewriter", "FRAGMENT")
+_LIB.define(
+    "int8_conv(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation='per_sample') -> Tensor"
+)
+_LIB.define(
+    "int8_conv_act(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, str then) -> Tensor"
+)
+
+
+def int8_conv(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "per_sample",
+) -> Tensor:
+    """y = s·scale[:, None, None]·conv(q(x) − z, qweight) + bias; see the module for q, s and z.
+
+    Costs 2·positions·out·taps FLOPs. The gradient of x is straight-through, that of a convolution
+    by qweight·scale; bias has its gradient; qweight and scale have none. NaN or inf in a sample
+    makes all of that sample NaN (per tensor: all of y).
+
+    Args:
+        x: [N, in_channels, H, W], any real floating dtype, contiguous or channels last.
+        qweight: [out_channels, in_channels/groups, kH, kW] int8.
+        scale: [out_channels].
+        bias: [out_channels] or None.
+        stride, padding, dilation: two numbers each; what is padded are zeros.
+        groups: of channels.
+        activation: "per_sample" or "per_tensor".
+
+    Returns:
+        [N, out_channels, H', W'] in x's dtype (the autocast dtype under autocast), and in the
+        memory format of x; channels last where the weight is.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    y: Tensor = torch.ops.rewriter.int8_conv.default(
+        x, qweight, scale, bias, stride, padding, dilation, groups, activation
+    )
+    return y
+
+
+def int8_conv_act(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    then: str,
+) -> Tensor:
+    """then(int8_conv(x, …)), for inference: it has no gradient.
+
+    Args:
+        then: the name of an activation as of `linear_act`, or "" for none.
+    """
+    y: Tensor = torch.ops.rewriter.int8_conv_act.default(
+        x, qweight, scale, bias, stride, padding, dilation, groups, activation, then
+    )
+    return y
+
+
+def convolve(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    spatial: int,
+    around: Sequence[tuple[int, int]],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    then: str | None = None,
+) -> Tensor:
+    """`int8_conv` of what a convolution of one or two dimensions takes, with a batch or without.
+
+    Args:
+        x: [*, in_channels, d₁ … dₙ].
+        qweight: [out_channels, in_channels/groups, kH, kW] int8; of one dimension with kH = 1.
+        scale, bias: as of `int8_conv`.
+        spatial: n.
+        around: zeros before and behind, of each dimension.
+        stride, dilation: of each dimension.
+        groups, activation: as of `int8_conv`.
+        then: None for the result that has gradients; else as of `int8_conv_act`.
+
+    Raises:
+        RuntimeError: x has another number of dimensions.
+    """
+    batched = x.dim() == spatial + 2
+    if not batched and x.dim() != spatial + 1:
+        dims = spatial + 1
+        raise RuntimeError(
+            f"an int8 convolution takes {dims} or {dims + 1} dimensions, not {x.dim()}"
+        )
+    given = x if batched else x.unsqueeze(0)
+    both = [min(pair) for pair in around]
+    if any(before != behind for before, behind in around):
+        given = F.pad(given, [n - min(p) for p in reversed(around) for n in p])
+    line = [1] * (2 - spatial)  # a row is an image of height 1
+    given = given.unsqueeze(-2) if line else given
+    options = [*line, *stride], [*[0] * len(line), *both], [*line, *dilation], groups, activation
+    if then is None:
+        y = int8_conv(given, qweight, scale, bias, *options)
+    else:
+        y = int8_conv_act(given, qweight, scale, bias, *options, then)
+    y = y.squeeze(-2) if line else y
+    return y if batched else y.squeeze(0)
+
+
+def int8_conv_reference(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str = "per_sample",
+) -> Tensor:
+    """The same function as `int8_conv`, written as the formula (float64 inside)."""
+    q, s = _quantized(x.to(torch.float64), activation)
+    y = F.conv2d(
+        q, qweight.to(torch.float64), None, tuple(stride), tuple(padding), tuple(dilation), groups
+    )
+    y = y * s * scale.to(torch.float64).view(-1, 1, 1)
+    return (y if bias is None else y + bias.view(-1, 1, 1)).to(x.dtype)
+
+
+def _quantized(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """q − z as floating point numbers of x's dtype, and s [N, 1, 1, 1] or [1, 1, 1, 1]."""
+    if x.numel() == 0:  # nothing has no range
+        return x, x.new_ones(1, 1, 1, 1)
+    dims = (1, 2, 3) if activation == "per_sample" else (0, 1, 2, 3)
+    lo = x.amin(dims, keepdim=True).clamp(max=0)
+    hi = x.amax(dims, keepdim=True).clamp(min=0)
+    s = hi / 255 - lo / 255 + _EPS / 255  # in parts: the range may be beyond the largest number
+    zero = (-lo / s).round()
+    return ((x / s).round() + zero).clamp(0, 255) - zero, s
+
+
+def _formula(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """The reference, with derivatives: rounding counts as the identity."""
+    stride, padding, dilation, groups, *_ = rest
+    y = int8_conv_reference(x.detach(), qweight, scale.detach(), bias, *rest)
+    weight = (qweight.to(scale.dtype) * scale.detach().view(-1, 1, 1, 1)).to(x.dtype)
+    return y + F.conv2d(x - x.detach(), weight, None, stride, padding, dilation, groups)
+
+
+# Choice of the kernel ----------------------------------------------------------------------------
+
+
+def available_kernels() -> tuple[str, ...]:
+    """The CPU kernels that gave the right answers on this machine, the one that runs first."""
+    return ("torch",) if _refusal() else ("onednn", "torch")
+
+
+def refused_kernels() -> dict[str, str]:
+    """Why the other kernels are not used on this machine: {name: reason}."""
+    return {} if (reason := _refusal()) is None else {"onednn": reason}
+
+
+def kernel_name(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """The kernel that `int8_conv` runs for such a call, for the report."""
+    own = torch.device(device).type == "cpu" and dtype != torch.float64
+    return available_kernels()[0] if own else "torch, simulated"
+
+
+@functools.cache
+def _refusal() -> str | None:
+    """Runs oneDNN on sums that saturate int16 arithmetic, against exact results."""
+    with torch.inference_mode(False), torch.no_grad():
+        for channels, out, groups, size in ((16, 8, 1, 3), (67, 5, 1, 1), (16, 16, 16, 3)):
+            x = torch.full((2, channels, 6, 5), 255.0)
+            x[:, ::7], x[0, 1::3] = 0.0, 100.0
+            x[1] -= 55.0  # another zero point, and s = 1 in both
+            qweight = torch.full((out, channels // groups, size, size), 127, dtype=torch.int8)
+            qweight[1::3], qweight[2::3, ::2] = -128, -1
+            scale, bias = torch.linspace(0.5, 2.0, out), torch.linspace(-1.0, 1.0, out)
+            options = [1, 2], [size // 2] * 2, [1, 1], groups
+            want = int8_conv_reference(x, qweight, scale, bias, *options)
+            try:
+                got = _onednn(x, qweight, scale, bias, *options, "per_sample", "")
+            except (RuntimeError, AttributeError) as error:  # not built in, or not this CPU
+                return f"not available: {str(error).splitlines()[0]}"
+            # float32 rounding alone: half an integer step would already be 50 times more
+            if not torch.allclose(got, want, rtol=1e-5, atol=0.5):
+                worst = (got - want).abs().max().item()
+                return f"wrong by {worst:.3g} at {channels}→{out} channels, {groups} groups"
+    return None
+
+
+# Packed weights ----------------------------------------------------------------------------------
+
+_Key = tuple[Any, ...]
+_CACHE = WeakTensorKeyDictionary()
+_LAYOUTS = 8
+"""How many sizes of input a weight is held packed for at once."""
+
+
+def _packed(qweight: Tensor, scale: Tensor, key: _Key) -> Tensor:
+    """qweight in oneDNN's layout for such a call; made anew when it was written since."""
+    if qweight.is_inference():  # counts no versions: nothing derived from it is kept
+        return _prepacked(qweight, scale, key)
+    stamp = (qweight._version, qweight.data_ptr())
+    held: Any = _CACHE.get(qweight)  # type: ignore[no-untyped-call,unused-ignore]
+    if held is None or held[0] != stamp:
+        held = _CACHE[qweight] = (stamp, {})
+    kept: dict[_Key, Tensor] = held[1]
+    if key not in kept:
+        if len(kept) >= _LAYOUTS:
+            kept.pop(next(iter(kept)))
+        kept[key] = _prepacked(qweight, scale, key)
+    return kept[key]
+
+
+def _prepacked(qweight: Tensor, scale: Tensor, key: _Key) -> Tensor:
+    shape, *options = key
+    given = [list(o) if isinstance(o, tuple) else o for o in options]
+    packed: Tensor = torch.ops.onednn.qconv_prepack(
+        qweight.contiguous(), torch.ones_like(scale), 1.0, 0, *given, list(shape)
+    )
+    return packed
+
+
+# Forward -----------------------------------------------------------------------------------------
+
+
+def _onednn(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str, then: str,
+) -> Tensor:  # fmt: skip
+    """x float32 on a CPU, not empty; all other floating operands of its dtype."""
+    parts = [x] if activation == "per_tensor" else list(x.split(1))
+    done = []
+    options = tuple(stride), tuple(padding), tuple(dilation), groups
+    for part in parts:
+        q, s, zero = _bytes(part)
+        if s > _LARGE:
+            rest = stride, padding, dilation, groups, activation, then
+            done.append(_plain(part, qweight, scale, bias, *rest))
+            continue
+        packed = _packed(qweight, scale, (tuple(part.shape), *options))
+        name, numbers = _THEN[then]
+        y = torch.ops.onednn.qconv_pointwise(
+            q, s, zero, packed, scale, torch.zeros_like(scale, dtype=torch.int32), bias,
+            list(stride), list(padding), list(dilation), groups, 1.0, 0, torch.float32, name,
+            numbers, "",
+        )  # fmt: skip
+        done.append(y if math.isfinite(s) else y.fill_(math.nan))
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def _bytes(x: Tensor) -> tuple[Tensor, float, int]:
+    """q [N, C, H, W] uint8 in x's memory format, s and z of all of x."""
+    rows = x.permute(0, 2, 3, 1) if suggest_memory_format(x) == torch.channels_last else x
+    low, high = (float(v) for v in torch.aminmax(rows))
+    s = (max(high, 0.0) - min(low, 0.0) + _EPS) / 255
+    if not math.isfinite(s):
+        return torch.zeros_like(x, dtype=torch.uint8), math.nan, 0
+    zero = round(-min(low, 0.0) / s)
+    # floor(x/s + zero + 1/2)
+    return (x * (1 / s)).add_(zero + 0.5).clamp_(0, 255.5).to(torch.uint8), s, zero
+
+
+def _plain(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str, then: str,
+) -> Tensor:  # fmt: skip
+    """The formula on any device, with sums of whole numbers that are exact."""
+    q, s = _quantized(x, activation)
+    taps = qweight[0].numel()
+    exact = x.dtype if taps <= _EXACT else torch.float64
+    y = F.conv2d(
+        q.to(exact), qweight.to(exact), None, tuple(stride), tuple(padding), tuple(dilation), groups
+    ).to(x.dtype)
+    y = y * (s * scale.view(-1, 1, 1))
+    y = y if bias is None else y.add_(bias.view(-1, 1, 1))
+    return act_(y, then) if then else y
+
+
+def _forward(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str = "per_sample",
+    then: str = "",
+) -> Tensor:  # fmt: skip
+    given = stride, padding, dilation, groups, activation
+    shape = _check(x, qweight, scale, bias, *given)
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    layout = _layout(x, qweight)
+    if math.prod(shape) * qweight[0].numel() * x.numel() == 0:
+        y = x.new_zeros(shape)
+        y = y if bias is None else y.add_(bias.view(-1, 1, 1))
+        return act_(y, then) if then else y
+    x, scale = x.to(wide), scale.to(wide)
+    bias = None if bias is None else bias.to(wide)
+    own = x.device.type == "cpu" and wide == torch.float32 and _refusal() is None
+    if own and then in _THEN:
+        y = _onednn(x, qweight, scale, bias, *given, then)
+    elif own:
+        y = act_(_onednn(x, qweight, scale, bias, *given, ""), then)
+    else:
+        y = _plain(x, qweight, scale, bias, *given, then)
+    return y.to(dtype).contiguous(memory_format=layout)
+
+
+def _layout(x: Tensor, qweight: Tensor) -> torch.memory_format:
+    """As a convolution by the weight would choose it."""
+    last = torch.channels_last
+    found = last in (suggest_memory_format(x), suggest_memory_format(qweight))
+    return last if found else torch.contiguous_format
+
+
+def _check(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str,
+) -> list[int]:  # fmt: skip
+    """The shape of the result.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    if activation not in RANGES:
+        raise ValueError(f"int8_conv: activation must be one of {RANGES}: {activation!r}")
+    if qweight.dtype != torch.int8 or qweight.ndim != 4:
+        raise ValueError(
+            f"int8_conv: qweight must be a 4-D int8 tensor, got {qweight.dtype} "
+            f"{list(qweight.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"int8_conv: x must be real floating point, got {x.dtype}")
+    out, inside, *kernel = qweight.shape
+    if x.ndim != 4 or x.shape[1] != inside * groups or out % groups:
+        raise ValueError(
+            f"int8_conv: x of shape {list(x.shape)} does not fit qweight {list(qweight.shape)} in "
+            f"{groups} groups"
+        )
+    for name, t in (("scale", scale), ("bias", bias)):
+        if t is not None and (t.ndim != 1 or t.shape[0] != out):
+            raise ValueError(f"int8_conv: {name} must be [{out}], got {list(t.shape)}")
+    if not len(stride) == len(padding) == len(dilation) == 2:
+        raise ValueError("int8_conv: stride, padding and dilation are two numbers each")
+    spread = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    sides = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in spread]
+    if not torch.compiler.is_compiling() and any(isinstance(n, int) and n <= 0 for n in sides):
+        raise ValueError(
+            f"int8_conv: the kernel {kernel} is larger than the padded {list(x.shape)}"
+        )
+    return [x.shape[0], out, *sides]
+
+
+def _fake(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str = "per_sample",
+    then: str = "",
+) -> Tensor:  # fmt: skip
+    shape = _check(x, qweight, scale, bias, stride, padding, dilation, groups, activation)
+    return x.new_empty(shape).contiguous(memory_format=_layout(x, qweight))
+
+
+# Backward and registration -----------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scale, bias, *options, _ = inputs
+    ctx.save_for_backward(qweight, scale)
+    ctx.shape, ctx.options = x.shape, options
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dx = convᵀ(g·scale, qweight); dbias = Σ g. Rounding counts as the identity."""
+    qweight, scale = ctx.saved_tensors
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        stride, padding, dilation, groups = ctx.options
+        like = grad.new_empty(1).expand(ctx.shape)
+        dx = torch.ops.aten.convolution_backward.default(
+            grad * scale.to(grad.dtype).view(-1, 1, 1), like, qweight.to(grad.dtype), None, stride,
+            padding, dilation, False, [0, 0], groups, [True, False, False],
+        )[0]  # fmt: skip
+    if ctx.needs_input_grad[3]:
+        dbias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
+    return (dx, None, None, dbias, *[None] * 5)
+
+
+_LIB.impl("int8_conv", _forward, "CompositeExplicitAutograd")
+register_autocast(_LIB, "int8_conv", casts=1)
+register_gradient(_LIB, "int8_conv", _formula, _setup_context, _backward)
+register_vmap(_LIB, "int8_conv", _formula, casts=1)
+torch.library.register_fake("rewriter::int8_conv", _fake, lib=_LIB)
+_LIB.impl("int8_conv_act", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("rewriter::int8_conv_act", _fake, lib=_LIB)
+
+
+# Record ------------------------------------------------------------------------------------------
+
+
+def _sizes(x: Tensor, qweight: Tensor, *rest: Any, **options: Any) -> tuple[Any, ...]:
+    return math.prod(x.shape[:1] + x.shape[2:]), qweight.shape[0], math.prod(qweight.shape[1:])
+
+
+def _flops(x: Any, qweight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """2·positions·out·taps integer operations, from shapes."""
+    found: int = 2 * math.prod(out_shape) * math.prod(qweight[1:])
+    return found
+
+
+RECORD = ops.register(
+    ops.Record(
+        "rewriter::int8_conv",
+        kind="conv",
+        reference=int8_conv_reference,
+        size_names=("positions", "out", "taps"),
+        sizes=_sizes,
+        flops=_flops,
+        dtype="int8",
+        kernels=lambda: {"onednn": _refusal(), "torch": None},
+        companions=(ops.Companion("rewriter::int8_conv_act"),),
+    )
+)

@@ -1,0 +1,179 @@
+"""Convolutions with int8 weights, and activations quantized at run time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+
+from rewriter.errors import OptionError, one_of
+from rewriter.kernels.int8_conv import RANGES, convolve, kernel_name
+from rewriter.kernels.int8_linear import quantize_weight
+from rewriter.layer import ComputedWeight
+
+__all__ = ["CONVOLUTIONS", "QuantizedConv1d", "QuantizedConv2d"]
+
+Sizes = int | Sequence[int]
+
+
+class _QuantizedConv(ComputedWeight):
+    """What convolutions of one and of two dimensions have in common.
+
+    Attributes:
+        qweight: [out_channels, in_channels/groups, kH, kW] int8, of one dimension with kH = 1.
+        scale: [out_channels].
+        bias: [out_channels] or None.
+    """
+
+    op = "int8_conv"
+    spatial: ClassVar[int]
+    padding_mode: Any
+    bias: Any
+    qweight: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        bias: bool = True,
+        activation: str = "per_sample",
+        channels_last: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        one_of(f"{name}: activation", activation, RANGES)
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise OptionError(
+                f"{name}: {groups} groups do not divide {in_channels} and {out_channels} channels"
+            )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride = self._each(kernel_size), self._each(stride)
+        self.dilation = self._each(dilation)
+        self.padding = padding if isinstance(padding, str) else self._each(padding)
+        if isinstance(padding, str):
+            one_of(f"{name}: padding", padding, ("same", "valid"))
+        self.activation, self.channels_last = activation, channels_last
+        # what code asks a convolution of torch's for
+        self.transposed, self.padding_mode = False, "zeros"
+        self.output_padding = (0,) * self.spatial
+        self._reversed_padding_repeated_twice = [
+            side for pair in reversed(self._around()) for side in pair
+        ]
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        bound = 1 / math.sqrt(max(math.prod(shape[1:]), 1))
+        self._hold(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
+        self.register_bias(out_channels if bias else None, device, dtype)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv1d | nn.Conv2d, activation: str = "per_sample") -> Any:
+        """The layer closest to a convolution that pads with zeros; its bias is kept, not copied."""
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            activation,
+            suggest_memory_format(conv.weight) == torch.channels_last,
+            device="meta",
+        )
+        layer._hold(conv.weight.detach())
+        layer.bias = conv.bias
+        return layer
+
+    def _each(self, option: Sizes) -> tuple[int, ...]:
+        return (option,) * self.spatial if isinstance(option, int) else tuple(option)
+
+    def _around(self) -> list[tuple[int, int]]:
+        """Zeros before and behind, of each dimension."""
+        if self.padding == "valid":
+            return [(0, 0)] * self.spatial
+        if self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            return [(n // 2, n - n // 2) for n in total]
+        return [(p, p) for p in self.padding if isinstance(p, int)]
+
+    def _hold(self, weight: Tensor) -> None:
+        q, scale = quantize_weight(weight.flatten(1))
+        shape = (*weight.shape[:2], *[1] * (2 - self.spatial), *weight.shape[2:])
+        last = torch.channels_last if self.channels_last else torch.contiguous_format
+        self.register_buffer("qweight", q.view(shape).contiguous(memory_format=last))
+        self.register_buffer("scale", scale)
+
+    def geometry(self) -> tuple[Any, ...]:
+        """What `convolve` is to know beside the tensors: dimensions, padding, stride, dilation and
+        groups."""
+        return self.spatial, self._around(), [*self.stride], [*self.dilation], self.groups
+
+    def forward(self, input: Tensor) -> Tensor:
+        own: Any = (*self.geometry(), self.activation)
+        return convolve(input, self.qweight, self.scale, self.bias, *own)
+
+    def dense_weight(self) -> Tensor:
+        """W = qweight·scale, [out_channels, in_channels/groups, *kernel_size]."""
+        weight = self.qweight.to(self.scale.dtype) * self.scale.view(-1, 1, 1, 1)
+        return weight if self.spatial == 2 else weight.squeeze(2)
+
+    def dense_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def kernel(self, tokens: int) -> str:
+        return kernel_name(self.qweight.device, self.scale.dtype)
+
+    def held_bytes(self, tokens: int) -> int:
+        return self.qweight.numel() if self.kernel(tokens) == "onednn" else 0
+
+
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """y = s·scale[:, None]·(conv(q(x)) − z) + bias over one dimension; see `QuantizedConv2d`."""
+
+    plain = nn.Conv1d
+    spatial = 1
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """y = s·scale[:, None, None]·conv(q(x) − z, qweight) + bias, q rounding x to 256 levels.
+
+    The weights are buffers: they do not train. Gradients reach x (straight-through) and bias. A
+    zero is one of the levels, so that padding is exact.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as of
+            `nn.Conv2d`; what is padded are zeros.
+        activation: "per_sample" finds a range for each sample, "per_tensor" one for the batch.
+        channels_last: the result's memory is, whatever that of the input.
+        device: of all tensors.
+        dtype: of bias, and of the weights before quantization; scale is float32 or wider.
+
+    Attributes:
+        qweight: [out_channels, in_channels/groups, kH, kW] int8.
+        scale: [out_channels].
+        bias: [out_channels] or None.
+
+    Raises:
+        OptionError: unknown `activation` or `padding`, or groups that do not divide the channels.
+    """
+
+    plain = nn.Conv2d
+    spatial = 2
+
+
+CONVOLUTIONS: Mapping[int, Any] = {1: QuantizedConv1d, 2: QuantizedConv2d}
+"""Dimensions → the layer."""
