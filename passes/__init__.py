@@ -11,7 +11,7 @@ from rewriter.passes.quantized_conv import QuantizedConv1d, QuantizedConv2d
 from rewriter.passes.quantized_embedding import QuantizedEmbedding
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
-from rewriter.passes.static_int8 import StaticQuantizedLinear
+from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear
 from rewriter.passes.topk import TopK, TopKLinear
 from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.weight_only import Int4Linear, Int8WeightLinear
@@ -37,6 +37,7 @@ __all__ = [
     "QuantizedMonarch",
     "RemoveBlocks",
     "ResizeMLP",
+    "StaticOutlierLinear",
     "StaticQuantizedLinear",
     "TopK",
     "TopKLinear",
