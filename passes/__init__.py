@@ -1,6 +1,7 @@
 """The passes: one file each."""
 
 from rewriter.passes.densify import Densify
+from rewriter.passes.floats import BFloat16Linear, Float8Linear
 from rewriter.passes.monarch import Monarch, MonarchLinear
 from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
 from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLinear
@@ -13,7 +14,9 @@ from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.topk import TopK, TopKLinear
 
 __all__ = [
+    "BFloat16Linear",
     "Densify",
+    "Float8Linear",
     "Monarch",
     "MonarchChain",
     "MonarchChainLinear",
