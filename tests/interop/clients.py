@@ -224,6 +224,8 @@ def lora_after(recipe: Recipe) -> None:
     merged = adapted.eval().merge_and_unload()
     assert not any("lora_" in n for n, _ in merged.named_modules())
     floor = 20.0 if any(p.phase.name == "PRECISION" for p in recipe.passes) else EXACT
+    if any(p.needs_calibration for p in recipe.passes):
+        floor = 15.0  # what adapters add may lie beyond the range; without them it is 9
     assert sqnr(outputs(merged, batch(3)), want) >= floor, "merging lost the adapters"
 
 
