@@ -1,6 +1,7 @@
 """The passes: one file each."""
 
 from rewriter.passes.densify import Densify
+from rewriter.passes.floats import BFloat16Linear, Float8Linear
 from rewriter.passes.monarch import Monarch, MonarchLinear
 from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
 from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLinear
@@ -18,7 +19,9 @@ from rewriter.passes.weight_only import Int4Linear, Int8WeightLinear
 
 __all__ = [
     "QAT",
+    "BFloat16Linear",
     "Densify",
+    "Float8Linear",
     "Int4Linear",
     "Int8WeightLinear",
     "Monarch",

@@ -356,7 +356,8 @@ class Quantize(Pass):
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
             "int8-static": the same in a range that calibration has fixed; "int8-weight",
             "int4-weight": such weights, activations as they are; "int4-dynamic": 4-bit weights,
-            activations in 8 bits; or another of `SCHEMES`.
+            activations in 8 bits; "bf16", "fp8-weight", "fp8-dynamic": shorter floats; or another
+            of `SCHEMES`.
         activation: "per_token" (closer) or "per_tensor".
         observer: of "int8-static", how the range of its activations is found: "minmax",
             "percentile", "mse" or "entropy"; see `rewriter.modules.observers`.

@@ -1,0 +1,310 @@
+"""Linear layers with weights in float8 (e4m3), and activations in float8 where asked.
+
+    w ≈ scale[:, None]·e4m3(w/scale[:, None]),  scale[n] = max_k |w[n,k]|/448
+    "none"        y = x @ wᵀ + bias
+    "per_token"   y[t,n] = s_t·scale[n]·Σ_k q[t,k]·qweight[n,k] + bias[n],
+                  s_t = max_k |x[t,k]|/448,  q[t,k] = e4m3(x[t,k]/s_t)
+    "per_tensor"  the same with one s
+
+Weights are held by their bits, as uint8: what moves, sums up or casts floating point tensors
+leaves them alone. A GPU of compute capability 8.9 or more multiplies float8 by float8
+(`torch._scaled_mm`). Elsewhere the numbers that float8 would have are multiplied in float32, which
+costs more than a dense layer: `refusal` says so.
+
+Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", table 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rewriter.kernels import ops
+from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
+
+__all__ = [
+    "ACTIVATIONS",
+    "dequantize_float8",
+    "float8_linear",
+    "float8_linear_reference",
+    "kernel_name",
+    "quantize_float8",
+    "refusal",
+]
+
+ACTIVATIONS = ("none", "per_token", "per_tensor")
+_MOST = 448.0
+_E4M3 = torch.float8_e4m3fn
+
+_LIB = torch.library.Library("rewriter", "FRAGMENT")
+_LIB.define(
+    "float8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None, "
+    "str activation='none') -> Tensor"
+)
+
+
+def float8_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """y = x @ (qweight·scale[:, None])ᵀ + bias, with x in float8, too, unless `activation` is none.
+
+    Costs 2·rows·in·out FLOPs. The gradient of x is that of the product with the dequantized weight
+    (straight-through where x is rounded); bias has its gradient; qweight and scale have none.
+
+    Args:
+        x: [*, in_features], any real floating dtype.
+        qweight: [out_features, in_features] uint8, the bits of float8_e4m3fn.
+        scale: [out_features].
+        bias: [out_features] or None.
+        activation: one of `ACTIVATIONS`.
+
+    Returns:
+        [*, out_features], contiguous, in x's dtype (the autocast dtype under autocast).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    y: Tensor = torch.ops.rewriter.float8_linear.default(x, qweight, scale, bias, activation)
+    return y
+
+
+def quantize_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """scale[…,n] = max_k |w[…,n,k]|/448, q = e4m3(w/scale) by its bits.
+
+    Returns:
+        q uint8 of weight's shape, and scale [*, out_features], float32 or wider. A row of zeros has
+        scale 1.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if weight.is_meta:
+        q = torch.empty_like(weight, dtype=torch.uint8, memory_format=torch.contiguous_format)
+        return q.detach(), weight.new_empty(weight.shape[:-1], dtype=wide)
+    weight = weight.detach().to(wide)
+    if weight.shape[-1] == 0:
+        return weight.to(torch.uint8), weight.new_ones(weight.shape[:-1])
+    scale = weight.abs().amax(-1) / _MOST
+    # amax/448 may round to zero for subnormal rows, which then count as zeros
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return _round(weight / scale.unsqueeze(-1)).view(torch.uint8), scale
+
+
+def dequantize_float8(qweight: Tensor, scale: Tensor) -> Tensor:
+    """w[…,n,k] = e4m3(qweight[…,n,k])·scale[…,n], in scale's dtype."""
+    return _numbers(qweight, scale.dtype) * scale.unsqueeze(-1)
+
+
+def _round(x: Tensor) -> Tensor:
+    return x.clamp(-_MOST, _MOST).to(_E4M3).contiguous()
+
+
+def _numbers(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the bits of float8 stand for. On a CPU, whose cast goes number by number: they are those
+    of a bfloat16 with the exponent 120 too low, exactly, subnormals too."""
+    if bits.device.type != "cpu":
+        return bits.view(_E4M3).to(dtype)
+    wide = bits.view(torch.int8).to(torch.int16).bitwise_left_shift_(4).bitwise_and_(_BITS)
+    return wide.view(torch.bfloat16).to(dtype) * 2.0**120
+
+
+_BITS = -0x7810
+"""0x87F0: the sign, and the 4 + 3 bits behind the upper half of the exponent."""
+
+
+def float8_linear_reference(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """The same function as `float8_linear`, written as the formula (float64 inside)."""
+    wide, weight = x.to(torch.float64), qweight.view(_E4M3).to(torch.float64)
+    if activation != "none" and x.numel():
+        s = _step(wide, activation)
+        wide = _round(wide / s).to(torch.float64) * s
+    y = wide @ (weight * scale.to(torch.float64).unsqueeze(-1)).t()
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _step(x: Tensor, activation: str) -> Tensor:
+    most = x.abs().amax(-1, keepdim=True) if activation == "per_token" else x.abs().amax()
+    s = most / _MOST
+    return torch.where(s == 0, torch.ones_like(s), s)
+
+
+def _formula(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """The reference, with derivatives: rounding counts as the identity."""
+    y = float8_linear_reference(x.detach(), qweight, scale.detach(), bias, activation)
+    weight = dequantize_float8(qweight, scale.detach()).to(x.dtype)
+    return y + (x - x.detach()) @ weight.t()
+
+
+def _table(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """For ONNX, which views no bits as another type: a table of the 256 numbers; x as it is rounded
+    by its own powers of two."""
+    every = torch.arange(256, dtype=torch.uint8)
+    numbers = every.view(_E4M3).to(torch.float32).nan_to_num()
+    weight = numbers[qweight.to(torch.int64)] * scale.to(torch.float32).unsqueeze(-1)
+    wide = x.to(torch.float32)
+    if activation != "none":
+        s = _step(wide, activation)
+        whole = wide / s
+        unit = whole.abs().clamp(min=2.0**-6).log2().floor().exp2() / 8
+        wide = (whole / unit).round() * unit * s
+    y = wide @ weight.t()
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+@functools.cache
+def refusal(device: torch.device) -> str | None:
+    """Why nothing multiplies float8 by float8 on a device; None where something does."""
+    if device.type != "cuda":
+        return f"simulated, slower: torch multiplies no float8 on {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
+        return "simulated, slower: a GPU of compute capability 8.9 or more multiplies float8"
+    return None
+
+
+def kernel_name(activation: str, device: torch.device) -> str:
+    """The kernel that `float8_linear` runs for such a call, for the report."""
+    if activation == "none":
+        return "torch, dequantized"
+    return "scaled_mm" if refusal(device) is None else "torch, simulated: slower"
+
+
+def _fits(x: Tensor, qweight: Tensor) -> bool:
+    """Whether `torch._scaled_mm` takes such operands."""
+    return x.dtype == torch.float32 and all(n % 16 == 0 for n in qweight.shape)
+
+
+def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"float8_linear: activation must be one of {ACTIVATIONS}: {activation!r}")
+    if qweight.dtype != torch.uint8 or qweight.ndim != 2:
+        raise ValueError(
+            f"float8_linear: qweight must be a 2-D uint8 tensor, got {qweight.dtype} "
+            f"{list(qweight.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"float8_linear: x must be real floating point, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] != qweight.shape[1]:
+        raise ValueError(
+            f"float8_linear: x of shape {list(x.shape)} does not fit qweight "
+            f"{list(qweight.shape)}: its last dimension must be {qweight.shape[1]}"
+        )
+    for name, t in (("scale", scale), ("bias", bias)):
+        if t is not None and (t.ndim != 1 or t.shape[0] != qweight.shape[0]):
+            raise ValueError(
+                f"float8_linear: {name} must be [{qweight.shape[0]}], got {list(t.shape)}"
+            )
+
+
+def _forward(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    _check(x, qweight, scale, bias, activation)
+    shape, dtype = (*x.shape[:-1], qweight.shape[0]), x.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    x, scale = x.reshape(math.prod(shape[:-1]), qweight.shape[1]).to(wide), scale.to(wide)
+    bias = None if bias is None else bias.to(wide)
+    if activation == "none" or x.numel() == 0:
+        y = F.linear(x, dequantize_float8(qweight, scale), bias)
+        return owned(y.to(dtype), shape)
+    s = _step(x, activation)
+    q = _round(x / s)
+    if refusal(x.device) is None and _fits(x, qweight):
+        one = torch.ones((), device=x.device)
+        weight = qweight.view(_E4M3).t()
+        y = torch._scaled_mm(q, weight, one, one, out_dtype=torch.float32)
+    else:
+        y = _numbers(q.view(torch.uint8), wide) @ _numbers(qweight, wide).t()
+    s = torch.where(s.isfinite(), s, math.nan)  # a row that is not finite is NaN
+    y = y * (s * scale)
+    return owned((y if bias is None else y.add_(bias)).to(dtype), shape)
+
+
+def _fake(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    _check(x, qweight, scale, bias, activation)
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, qweight, scale, bias, _ = inputs
+    ctx.save_for_backward(qweight, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dx = g @ (qweight·scale[:, None]); dbias = Σ_rows g. Rounding counts as the identity."""
+    qweight, scale = ctx.saved_tensors
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = grad @ dequantize_float8(qweight, scale).to(grad.dtype)
+    if ctx.needs_input_grad[3]:
+        dbias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
+    return dx, None, None, dbias, None
+
+
+_LIB.impl("float8_linear", _forward, "CompositeExplicitAutograd")
+register_autocast(_LIB, "float8_linear", casts=1)
+register_gradient(_LIB, "float8_linear", _formula, _setup_context, _backward)
+register_vmap(_LIB, "float8_linear", _formula, casts=1)
+torch.library.register_fake("rewriter::float8_linear", _fake, lib=_LIB)
+
+
+def _here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _sizes(x: Tensor, qweight: Tensor, *rest: Any, **options: Any) -> tuple[Any, ...]:
+    return math.prod(x.shape[:-1]), qweight.shape[0], x.shape[-1]
+
+
+def _flops(x: torch.Size, qweight: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """2·rows·in·out, from shapes."""
+    return 2 * math.prod(x) * qweight[0]
+
+
+RECORD = ops.register(
+    ops.Record(
+        "rewriter::float8_linear",
+        kind="matmul",
+        reference=float8_linear_reference,
+        onnx=_table,
+        size_names=("rows", "out", "in"),
+        sizes=_sizes,
+        flops=_flops,
+        kernels=lambda: {"scaled_mm": refusal(_here()), "torch": None},
+    )
+)
