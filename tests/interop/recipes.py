@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from rewriter import Pass, rewrite
 from rewriter.passes import (
+    QAT,
     Densify,
     Monarch,
     MonarchChain,
@@ -52,6 +53,7 @@ RECIPES = (
     Recipe("Quadratic", (Quadratic(),)),
     Recipe("TopK", (TopK(k=12),)),
     Recipe("Quantize", (Quantize("int8-dynamic"),)),
+    Recipe("QAT", (QAT("int8-dynamic"),)),
     Recipe("Quantize, static", (Quantize("int8-static"),)),
     Recipe("RemoveBlocks", (RemoveBlocks(where="*layer*.1"),)),
     Recipe("ResizeMLP", (ResizeMLP(keep=0.5),)),
