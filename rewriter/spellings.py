@@ -478,7 +478,8 @@ def added_to(node: Node, value: Node, owner: nn.Module) -> Node | None:
     other = second if first is value else first
     if not isinstance(other, Node) or other is value:
         return None
-    return other if other.op == "get_attr" or isinstance(other.meta.get("val"), Tensor) else None
+    known = other.meta.get("val")  # a pickled graph has lost it
+    return other if known is None or isinstance(known, Tensor) else None
 
 
 def autocast_at(node: Node) -> AbstractContextManager[object]:
