@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,8 @@ class TrainedLinear(Layer, nn.Linear):
         out_features: int,
         bias: bool = True,
         scheme: str = "int8-dynamic",
-        activation: str = "per_token",
-        group_size: int = 64,
+        activation: Literal["per_token", "per_tensor"] = "per_token",
+        group_size: Literal[32, 64, 128] = 64,
         symmetric: bool = True,
         learned_step: bool = False,
         device: torch.device | str | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -154,6 +155,17 @@ def test_a_sum_behind_a_product_is_part_of_it_where_it_can_be(form: str, scheme:
     for x in (X, X[:1], X[:, :1] if form != "spreads" else X):
         with torch.no_grad():
             assert_reordered(lowered(x.clone()), plain(x.clone()))
+
+
+@needs_kernel
+def test_a_pickled_model_computes_the_same_bits() -> None:
+    torch.manual_seed(0)
+    lowered = rewrite(Block("norm").eval(), [Quantize()], X)
+    again = pickle.loads(pickle.dumps(lowered))
+    with torch.no_grad():
+        assert_equal(again(X), lowered(X))
+    bound = vars(again)["_rewriter"].lowered._bound
+    assert [a.rule.fused.name for a in bound.applications] == ["int8_linear_norm"]
 
 
 @needs_kernel
