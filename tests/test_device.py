@@ -391,7 +391,9 @@ def test_every_probe_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         names.add(probe.name)
     assert {"addmm/float32", "int8_linear", "conv/3", "gelu", "attention"} <= names
     made_of_parts = {record.name for record, *_ in probes.composites()}
-    assert made_of_parts | {"rewriter::int8_linear"} == calibrate._measured_ops()
+    products = {"int8_linear", "int8_weight_linear", "int4_linear", "int4_dynamic_linear"}
+    assert products <= names
+    assert made_of_parts | {f"rewriter::{n}" for n in products} == calibrate._measured_ops()
     for _, axes, make in probes.composites():
         call, written = calibrate._made(make, *(axis[0] for axis in axes))
         call()
