@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter.kernels.choice import fastest, rows_bucket
-from rewriter.kernels.native import Unavailable, library, parallel
+from rewriter.kernels.native import library, parallel, why_not
 
 __all__ = ["attention", "attention_reference", "native", "pick", "refusal", "unavailable"]
 
@@ -62,15 +62,14 @@ def _library() -> tuple[Any, int, int]:
 def unavailable() -> str | None:
     """Why the compiled kernel does not run on this machine; None where it does: looked at on sizes
     with tails and on a mask, against the formula."""
-    try:
-        made = _library()
-    except Unavailable as error:
-        return str(error)
+    if (reason := why_not(_library)) is not None:
+        return reason
+    lanes = _library()[2]
     draw = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
         for queries, keys in ((1, 1), (7, 19), (37, 70)):
             q, k, v = (
-                torch.randn(1, 2, n, 3 * made[2], generator=draw) for n in (queries, keys, keys)
+                torch.randn(1, 2, n, 3 * lanes, generator=draw) for n in (queries, keys, keys)
             )
             mask = torch.rand(queries, keys, generator=draw) > 0.3
             for own in (None, mask):

@@ -23,6 +23,7 @@ __all__ = [
     "register_formula",
     "register_gradient",
     "register_vmap",
+    "widened",
 ]
 
 
@@ -177,3 +178,8 @@ def _below_autograd(op: Any) -> Callable[..., Any]:
             return op(*args)
 
     return below
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """float32, or dtype where that is wider: what kernels compute in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewriter.kernels.common import widened
 from rewriter.kernels.weight_only import dequantize_groups, quantize_groups
 
 __all__ = ["METHODS", "Groups", "compensate", "compensated_groups", "searched_groups"]
@@ -59,7 +60,7 @@ def searched_groups(
         ValueError: H is of another size or not finite.
     """
     best = quantize_groups(weight, bits, group_size, symmetric)
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = widened(weight.dtype)
     blocks = _blocks(_inputs(weight, second), group_size).to(wide)
     padded = F.pad(weight.detach().to(wide), (0, best[0].shape[1] - weight.shape[1]))
 
@@ -197,7 +198,7 @@ def _grids(groups: Groups, bits: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """(scale, zero) of smaller ranges than all of each group, and of the other side."""
     _, scale, zero = groups
     low, high = -(1 << bits - 1), (1 << bits - 1) - 1
-    wide = scale.to(torch.promote_types(scale.dtype, torch.float32))
+    wide = scale.to(widened(scale.dtype))
     for i in range(_SHARES + 1):
         share = 1 - i / (2 * _SHARES)
         if zero is None:
@@ -217,7 +218,7 @@ def _nearest(
     weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
 ) -> Tensor:
     """q [out, groups·group_size] int8: of each weight the nearest level of its group."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = widened(weight.dtype)
     step, offset = (
         None if t is None else t.to(wide).repeat_interleave(group_size, 1)[:, : weight.shape[1]]
         for t in (scale, zero)

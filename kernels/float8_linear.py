@@ -24,8 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import ops
-from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
+from rewriter.kernels.common import (
+    owned,
+    register_autocast,
+    register_gradient,
+    register_vmap,
+    widened,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -84,7 +91,7 @@ def quantize_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
         q uint8 of weight's shape, and scale [*, out_features], float32 or wider. A row of zeros has
         scale 1.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = widened(weight.dtype)
     if weight.is_meta:
         q = torch.empty_like(weight, dtype=torch.uint8, memory_format=torch.contiguous_format)
         return q.detach(), weight.new_empty(weight.shape[:-1], dtype=wide)
@@ -201,23 +208,7 @@ def _fits(x: Tensor, qweight: Tensor) -> bool:
 def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"float8_linear: activation must be one of {ACTIVATIONS}: {activation!r}")
-    if qweight.dtype != torch.uint8 or qweight.ndim != 2:
-        raise ValueError(
-            f"float8_linear: qweight must be a 2-D uint8 tensor, got {qweight.dtype} "
-            f"{list(qweight.shape)}"
-        )
-    if not x.is_floating_point():
-        raise ValueError(f"float8_linear: x must be real floating point, got {x.dtype}")
-    if x.ndim == 0 or x.shape[-1] != qweight.shape[1]:
-        raise ValueError(
-            f"float8_linear: x of shape {list(x.shape)} does not fit qweight "
-            f"{list(qweight.shape)}: its last dimension must be {qweight.shape[1]}"
-        )
-    for name, t in (("scale", scale), ("bias", bias)):
-        if t is not None and (t.ndim != 1 or t.shape[0] != qweight.shape[0]):
-            raise ValueError(
-                f"float8_linear: {name} must be [{qweight.shape[0]}], got {list(t.shape)}"
-            )
+    int8.check("float8_linear", x, qweight, scale, bias, torch.uint8)
 
 
 def _forward(
@@ -229,7 +220,7 @@ def _forward(
 ) -> Tensor:
     _check(x, qweight, scale, bias, activation)
     shape, dtype = (*x.shape[:-1], qweight.shape[0]), x.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = widened(dtype)
     x, scale = x.reshape(math.prod(shape[:-1]), qweight.shape[1]).to(wide), scale.to(wide)
     bias = None if bias is None else bias.to(wide)
     if activation == "none" or x.numel() == 0:
@@ -287,24 +278,15 @@ def _here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _sizes(x: Tensor, qweight: Tensor, *rest: Any, **options: Any) -> tuple[Any, ...]:
-    return math.prod(x.shape[:-1]), qweight.shape[0], x.shape[-1]
-
-
-def _flops(x: torch.Size, qweight: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """2·rows·in·out, from shapes."""
-    return 2 * math.prod(x) * qweight[0]
-
-
 RECORD = ops.register(
     ops.Record(
         "rewriter::float8_linear",
         kind="matmul",
         reference=float8_linear_reference,
         onnx=_table,
-        size_names=("rows", "out", "in"),
-        sizes=_sizes,
-        flops=_flops,
+        size_names=int8.RECORD.size_names,
+        sizes=int8.RECORD.sizes,
+        flops=int8.RECORD.flops,
         kernels=lambda: {"scaled_mm": refusal(_here()), "torch": None},
     )
 )

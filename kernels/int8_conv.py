@@ -29,7 +29,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rewriter.kernels import ops
-from rewriter.kernels.common import register_autocast, register_gradient, register_vmap
+from rewriter.kernels.common import register_autocast, register_gradient, register_vmap, widened
 from rewriter.kernels.linear_act import act_
 
 __all__ = [
@@ -362,7 +362,7 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     given = stride, padding, dilation, groups, activation
     shape = _check(x, qweight, scale, bias, *given)
-    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    dtype, wide = x.dtype, widened(x.dtype)
     layout = _layout(x, qweight)
     if math.prod(shape) * qweight[0].numel() * x.numel() == 0:
         y = x.new_zeros(shape)

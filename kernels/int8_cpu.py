@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rewriter.kernels.native import Unavailable, library, parallel
+from rewriter.kernels.native import library, parallel, why_not
 
 __all__ = ["THEN", "Norm", "isa", "linear", "pack", "refusal"]
 
@@ -64,11 +64,7 @@ def _library() -> tuple[Any, int]:
 def refusal() -> str | None:
     """Why the compiled kernels do not run on this machine; None where they do. What they compute is
     looked at by `int8_linear`, as that of all kernels is."""
-    try:
-        _library()
-    except Unavailable as error:
-        return str(error)
-    return None
+    return why_not(_library)
 
 
 def isa() -> str:

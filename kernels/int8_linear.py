@@ -37,7 +37,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rewriter.kernels import int8_cpu, ops
 from rewriter.kernels.choice import fastest, rows_bucket
-from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
+from rewriter.kernels.common import (
+    owned,
+    register_autocast,
+    register_gradient,
+    register_vmap,
+    widened,
+)
 from rewriter.kernels.linear_act import act_
 
 __all__ = [
@@ -47,6 +53,7 @@ __all__ = [
     "Quantized",
     "available_kernels",
     "dequantize_weight",
+    "fastest_of",
     "int8_linear",
     "int8_linear_reference",
     "int8_linear_then",
@@ -64,6 +71,7 @@ __all__ = [
     "quantize_torch",
     "quantize_weight",
     "refused_kernels",
+    "runs_kernels",
 ]
 
 ACTIVATIONS = ("per_token", "per_tensor")
@@ -162,8 +170,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     if weight.is_meta:  # a dozen ops that would compute nothing
         q = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
-        return q.detach(), weight.new_empty(weight.shape[:-1], dtype=_wide(weight.dtype))
-    weight = weight.detach().to(_wide(weight.dtype))
+        return q.detach(), weight.new_empty(weight.shape[:-1], dtype=widened(weight.dtype))
+    weight = weight.detach().to(widened(weight.dtype))
     if weight.shape[-1] == 0:
         return weight.to(torch.int8), weight.new_ones(weight.shape[:-1])
     scale = weight.abs().amax(-1) / 127
@@ -236,19 +244,38 @@ def pick_kernel(
     rounded up to a power of two (at most 2048); remembered per number of threads, for later
     processes too.
     """
+    return fastest_of("int8_linear", _VERSION, _run, tokens, in_features, out_features, activation)
+
+
+def fastest_of(
+    op: str,
+    version: str,
+    run: Callable[..., object],
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    *options: object,
+) -> str:
+    """The kernel by which `run` is the fastest, as `pick_kernel` says it.
+
+    Args:
+        op, version: of what is measured; choices of another version do not count.
+        run: (kernel, x, qweight, scale, bias, *options).
+    """
     kernels = available_kernels()  # "torch" too: without int8 instructions it is the fastest
     if len(kernels) < 2:
         return kernels[0]
     rows, threads = rows_bucket(tokens), torch.get_num_threads()
-    key = f"int8_linear {rows} {in_features} {out_features} {activation} {kernels} {threads}"
+    sizes = f"{rows} {in_features} {out_features}"
+    key = f"{op} {sizes} {' '.join(map(str, options))} {kernels} {threads}"
 
     def candidates() -> dict[str, Callable[[], object]]:
         x = torch.linspace(-1, 1, rows * in_features).view(rows, in_features)
         qweight = torch.ones(out_features, in_features, dtype=torch.int8)
-        operands = x, qweight, torch.ones(out_features), None, activation
-        return {name: functools.partial(_run, name, *operands) for name in kernels}
+        operands = x, qweight, torch.ones(out_features), None, *options
+        return {name: functools.partial(run, name, *operands) for name in kernels}
 
-    found = fastest(key, _VERSION, candidates)
+    found = fastest(key, version, candidates)
     return found if found in kernels else "torch"  # of a file that others may write
 
 
@@ -261,10 +288,20 @@ def kernel_name(
     dtype: torch.dtype = torch.float32,
 ) -> str:
     """The kernel that `int8_linear` runs for such a call, for the report."""
+    sizes = tokens, in_features, out_features
+    return pick_kernel(*sizes, activation) if runs_kernels(*sizes, device, dtype) else "torch"
+
+
+def runs_kernels(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> bool:
+    """Whether a call of such sizes is one of the CPU's kernels, and not the plain formula."""
     plain = torch.device(device).type != "cpu" or dtype == torch.float64
-    if plain or not (tokens and in_features and out_features):
-        return "torch"
-    return pick_kernel(tokens, in_features, out_features, activation)
+    return not plain and bool(tokens and in_features and out_features)
 
 
 @functools.cache
@@ -580,15 +617,27 @@ def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activ
     check("int8_linear", x, qweight, scale, bias)
 
 
-def check(op: str, x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    """What the operands of every op of int8 weights have to be.
+def check(
+    op: str,
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.int8,
+) -> None:
+    """What the operands of every op of weights in 8 bits have to be.
+
+    Args:
+        op: whose they are.
+        dtype: of the weights, as they are stored.
 
     Raises:
         ValueError: shapes or dtypes do not fit; names the op.
     """
-    if qweight.dtype != torch.int8 or qweight.ndim != 2:
+    if qweight.dtype != dtype or qweight.ndim != 2:
+        wanted = f"a 2-D {str(dtype).removeprefix('torch.')} tensor"
         raise ValueError(
-            f"{op}: qweight must be a 2-D int8 tensor, got {qweight.dtype} {list(qweight.shape)}"
+            f"{op}: qweight must be {wanted}, got {qweight.dtype} {list(qweight.shape)}"
         )
     if not x.is_floating_point():
         raise ValueError(f"{op}: x must be real floating point, got {x.dtype}")
@@ -618,7 +667,7 @@ def _forward(
     if rows * n * k == 0:
         y = x.new_zeros(shape)
         return after(y if bias is None else y.add_(bias))
-    wide = _wide(dtype)
+    wide = widened(dtype)
     x = x.reshape(rows, k).to(wide).contiguous()
     scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
     if not has_kernels(x):
@@ -664,10 +713,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor
     if ctx.needs_input_grad[3]:
         dbias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
     return dx, None, None, dbias, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def has_kernels(x: Tensor) -> bool:

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import monarch, ops
-from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
+from rewriter.kernels.common import (
+    owned,
+    register_autocast,
+    register_gradient,
+    register_vmap,
+    widened,
+)
 
 __all__ = ["Operands", "int8_monarch_linear", "int8_monarch_linear_reference"]
 
@@ -226,7 +232,7 @@ def _forward(*args: Any) -> Tensor:
     )
     (k, rl, ib), l = qright.shape, qleft.shape[0]
     shape = *x.shape[:-1], out_features
-    rows, wide = math.prod(shape[:-1]), torch.promote_types(x.dtype, torch.float32)
+    rows, wide = math.prod(shape[:-1]), widened(x.dtype)
     if rows == 0:
         return x.new_zeros(shape)
     xb = x.reshape(rows, x.shape[-1]).to(wide)

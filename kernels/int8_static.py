@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +24,13 @@ from torch import Tensor
 
 from rewriter.kernels import int8_cpu, ops
 from rewriter.kernels import int8_linear as int8
-from rewriter.kernels.choice import fastest, rows_bucket
-from rewriter.kernels.common import owned, register_autocast, register_gradient, register_vmap
+from rewriter.kernels.common import (
+    owned,
+    register_autocast,
+    register_gradient,
+    register_vmap,
+    widened,
+)
 
 __all__ = [
     "int8_static_linear",
@@ -152,7 +156,7 @@ def _plain(
 
 def _inside(x: Tensor, step: Tensor, zero: Tensor, multiplier: Tensor | None) -> Tensor:
     """[*, k] bool: which of x are not clipped."""
-    x = x.to(_wide(x.dtype))
+    x = x.to(widened(x.dtype))
     x = x if multiplier is None else x * multiplier.to(x.dtype)
     levels = _levels(x, step, zero)
     return (levels >= 0) & (levels < 256)
@@ -185,20 +189,9 @@ def _formula(
 
 def pick_kernel(tokens: int, in_features: int, out_features: int) -> str:
     """The fastest available CPU kernel for a shape, as `int8_linear.pick_kernel` finds it."""
-    kernels = int8.available_kernels()
-    if len(kernels) < 2:
-        return kernels[0]
-    rows, threads = rows_bucket(tokens), torch.get_num_threads()
-    key = f"int8_static_linear {rows} {in_features} {out_features} {kernels} {threads}"
-
-    def candidates() -> dict[str, Callable[[], object]]:
-        x = torch.linspace(-1, 1, rows * in_features).view(rows, in_features)
-        qweight = torch.ones(out_features, in_features, dtype=torch.int8)
-        operands = x, qweight, torch.ones(out_features), None, 2 / 255, 128, None
-        return {name: functools.partial(_run, name, *operands) for name in kernels}
-
-    found = fastest(key, _VERSION, candidates)
-    return found if found in kernels else "torch"  # of a file that others may write
+    run = functools.partial(_run, step=2 / 255, zero=128, multiplier=None)
+    sizes = tokens, in_features, out_features
+    return int8.fastest_of("int8_static_linear", _VERSION, run, *sizes)
 
 
 def kernel_name(
@@ -209,10 +202,8 @@ def kernel_name(
     dtype: torch.dtype = torch.float32,
 ) -> str:
     """The kernel that `int8_static_linear` runs for such a call, for the report."""
-    plain = torch.device(device).type != "cpu" or dtype == torch.float64
-    if plain or not (tokens and in_features and out_features):
-        return "torch"
-    return pick_kernel(tokens, in_features, out_features)
+    sizes = tokens, in_features, out_features
+    return pick_kernel(*sizes) if int8.runs_kernels(*sizes, device, dtype) else "torch"
 
 
 # Forward -----------------------------------------------------------------------------------------
@@ -289,7 +280,7 @@ def _forward(
 ) -> Tensor:
     _check(x, qweight, scale, bias, step, zero, multiplier)
     (n, k), dtype, after = qweight.shape, x.dtype, int8.After.of(*then)
-    shape, wide = (*x.shape[:-1], n), _wide(dtype)
+    shape, wide = (*x.shape[:-1], n), widened(dtype)
     rows = math.prod(shape[:-1])
     x = x.reshape(rows, k).to(wide).contiguous()
     scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
@@ -347,10 +338,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[3]:
         dbias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
     return dx, None, None, dbias, None, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 _LIB.impl("int8_static_linear", _forward, "CompositeExplicitAutograd")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.choice import fastest, rows_bucket
-from rewriter.kernels.native import Unavailable, library, parallel
+from rewriter.kernels.native import library, parallel, why_not
 
 __all__ = ["backward", "forward", "pick_kernel", "refusal", "serves", "worth_compiling"]
 
@@ -82,11 +82,8 @@ def _parallel() -> int:
 @functools.cache
 def refusal() -> str | None:
     """Why the compiled kernels do not run on this machine; None where they do."""
-    try:
-        _library()
-        _parallel()
-    except Unavailable as error:
-        return str(error)
+    if (reason := why_not(_library) or why_not(_parallel)) is not None:
+        return reason
     with torch.inference_mode(False), torch.no_grad():
         return _wrong()
 

@@ -23,11 +23,12 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
 
-__all__ = ["Unavailable", "cache_folder", "fingerprint", "library", "parallel"]
+__all__ = ["Unavailable", "cache_folder", "fingerprint", "library", "parallel", "why_not"]
 
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT = 300  # seconds; it takes about 7
@@ -36,6 +37,15 @@ _USERS = Path(platformdirs.user_cache_dir("rewriter"))
 
 class Unavailable(Exception):
     """A compiled kernel cannot be had on this machine; the message says why."""
+
+
+def why_not(load: Callable[[], object]) -> str | None:
+    """Why what loads a compiled kernel cannot; None where it can."""
+    try:
+        load()
+    except Unavailable as error:
+        return str(error)
+    return None
 
 
 def cache_folder() -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.native import Unavailable, library, parallel
+from rewriter.kernels.native import library, parallel, why_not
 
 __all__ = ["pack", "refusal", "unpack"]
 
@@ -38,10 +38,8 @@ def _library() -> tuple[Any, int]:
 @functools.cache
 def refusal() -> str | None:
     """Why the compiled kernels do not run on this machine; None where they do."""
-    try:
-        _library()
-    except Unavailable as error:
-        return str(error)
+    if (reason := why_not(_library)) is not None:
+        return reason
     # no tensors: the planner asks under a mode that would make them fakes
     x, back = (ctypes.c_float * 300)(), (ctypes.c_float * 300)()
     x[:] = [i % 256 for i in range(300)]  # in the second group levels are not whole numbers

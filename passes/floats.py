@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter.base import Layer, LinearLayer, Skip, as_parameter
 from rewriter.errors import one_of, warn
@@ -61,7 +60,8 @@ class BFloat16Linear(LinearLayer):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        weight = _drawn(self, bias, device, dtype)
+        self.register_bias(out_features if bias else None, device, dtype)
+        weight = self.drawn_weight(device, dtype)
         self.register_buffer("qweight", weight.to(torch.bfloat16))
 
     @classmethod
@@ -138,7 +138,8 @@ class Float8Linear(LinearLayer):
         one_of("Float8Linear: activation", activation, ACTIVATIONS)
         self.in_features, self.out_features = in_features, out_features
         self.activation = activation
-        self._hold(_drawn(self, bias, device, dtype))
+        self.register_bias(out_features if bias else None, device, dtype)
+        self._hold(self.drawn_weight(device, dtype))
 
     @classmethod
     def from_weight(
@@ -165,17 +166,6 @@ class Float8Linear(LinearLayer):
 
     def kernel(self, tokens: int) -> str:
         return kernel_name(self.activation, self.qweight.device)
-
-
-def _drawn(layer: Layer, bias: bool, device: Any, dtype: Any) -> Tensor:
-    """A weight as `nn.Linear` draws it, and the bias of the layer."""
-    own: Any = layer
-    bound = 1 / math.sqrt(max(own.in_features, 1))
-    own.register_bias(own.out_features if bias else None, device, dtype)
-    if own.bias is not None:
-        nn.init.uniform_(own.bias, -bound, bound)
-    shape = own.out_features, own.in_features
-    return torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]

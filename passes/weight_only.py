@@ -3,11 +3,8 @@ channel, of 4 bits with one per group; and of 4 bits on activations of 8."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter.base import Layer, LinearLayer, as_parameter
 from rewriter.errors import OptionError, one_of, warn
@@ -28,15 +25,6 @@ from rewriter.passes.trained import Levels, TrainedLinear, trained
 from rewriter.sites import LINEAR, Site
 
 __all__ = ["Int4Linear", "Int8WeightLinear"]
-
-
-def _random(layer: nn.Linear, device: Any, dtype: Any) -> Tensor:
-    """A weight drawn as `nn.Linear` draws it; the bias of the layer too."""
-    bound = 1 / math.sqrt(max(layer.in_features, 1))
-    if layer.bias is not None:
-        nn.init.uniform_(layer.bias, -bound, bound)
-    weight = torch.empty(layer.out_features, layer.in_features, device=device, dtype=dtype)
-    return weight.uniform_(-bound, bound)
 
 
 class Int8WeightLinear(LinearLayer):
@@ -72,7 +60,7 @@ class Int8WeightLinear(LinearLayer):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_bias(out_features if bias else None, device, dtype)
-        qweight, scale = quantize_weight(_random(self, device, dtype))
+        qweight, scale = quantize_weight(self.drawn_weight(device, dtype))
         self.register_buffer("qweight", qweight)
         self.register_buffer("scale", scale)
 
@@ -152,7 +140,7 @@ class Int4Linear(LinearLayer):
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.symmetric, self.dynamic = group_size, symmetric, dynamic
         self.register_bias(out_features if bias else None, device, dtype)
-        made = quantize_groups(_random(self, device, dtype), 4, group_size, symmetric)
+        made = quantize_groups(self.drawn_weight(device, dtype), 4, group_size, symmetric)
         self._register(*made)
 
     def _register(self, q: Tensor, scale: Tensor, zero: Tensor | None) -> None:

@@ -4,6 +4,7 @@ stands in the place of a bare weight."""
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -278,6 +279,15 @@ class LinearLayer(ComputedWeight, nn.Linear):
 
     def dense_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features
+
+    def drawn_weight(self, device: Any = None, dtype: Any = None) -> Tensor:
+        """A weight [out_features, in_features] as `nn.Linear` draws it; the layer's bias is drawn,
+        too, and first."""
+        bound = 1 / math.sqrt(max(self.in_features, 1))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        weight = torch.empty(self.dense_shape(), device=device, dtype=dtype)
+        return weight.uniform_(-bound, bound)
 
 
 class DenseWeight(StandsForWeight, nn.Linear):

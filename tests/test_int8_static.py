@@ -245,7 +245,7 @@ def test_the_choice_is_measured_on_the_kernels_themselves(monkeypatch: pytest.Mo
             assert_equal(y, made["torch"])
         return "torch"
 
-    monkeypatch.setattr(static, "fastest", fastest)
+    monkeypatch.setattr(int8, "fastest", fastest)
     assert static.pick_kernel(7, 24, 12) == "torch"
     assert static.kernel_name(7, 24, 12, device="cuda") == "torch"
     assert static.kernel_name(0, 24, 12) == "torch"
