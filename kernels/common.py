@@ -31,6 +31,7 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
     torch._C.DispatchKey.AutocastCUDA
 )
 _DEVICES = ("cpu", "cuda")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def owned(y: Tensor, shape: Sequence[int]) -> Tensor:
@@ -108,6 +109,7 @@ def register_gradient(
     formula: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    run: Callable[..., Any] | None = None,
 ) -> None:
     """Gradients of an op: `backward` where they are propagated from its outputs, else `formula`'s.
 
@@ -117,6 +119,8 @@ def register_gradient(
         formula: the op in plain torch operations, differentiable any number of times.
         setup_context, backward: as of `torch.autograd.Function`; they meet all arguments, also
             those that torch's dispatcher leaves out, as they have their default.
+        run: what runs the op on every device: called without going through the dispatcher again,
+            which takes as long as a small product, where nobody else would see the call there.
     """
     op = getattr(torch.ops.rewriter, name).default
     defaults = tuple(a.default_value for a in op._schema.arguments)
@@ -136,9 +140,18 @@ def register_gradient(
             return formula(*args)
         if _wants_gradient(args):
             return function.apply(*args, *defaults[len(args) :])
+        if run is not None and not _is_watched(args):
+            return run(*args)
         return below(*args)
 
     library.impl(name, kernel, "Autograd")
+
+
+def _is_watched(args: Sequence[Any]) -> bool:
+    """Whether a mode or a class of tensors has a say in what is called below autograd."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    return any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
 
 
 def register_formula(library: Any, name: str, formula: Callable[..., Any]) -> None:

@@ -557,7 +557,7 @@ _FORMULAS: dict[str, tuple[Any, Any, Any]] = {
 for _name, (_run, _fake, _formula) in _FORMULAS.items():
     _LIB.impl(_name, _run, "CompositeExplicitAutograd")
     register_autocast(_LIB, _name, casts=1)
-    register_gradient(_LIB, _name, _formula, _setup_context, _backward)
+    register_gradient(_LIB, _name, _formula, _setup_context, _backward, _run)
     register_vmap(_LIB, _name, _formula, casts=1)
     torch.library.register_fake(f"rewriter::{_name}", _fake, lib=_LIB)
 

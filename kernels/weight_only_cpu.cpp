@@ -232,25 +232,48 @@ struct Quantized {  // one group of one row
   int32_t eighth;   // −Σa: what each of the eight partial sums of (u − 8)·a starts from
 };
 
+INLINE float most_of_8(__m256 v) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
 // Levels and scales of one row; what is beyond `in` is zero. A group that is not finite is NaN.
 void quantize_row(const float* x, long in, long group, long groups, int8_t* a, Quantized* of) {
-  for (long g = 0; g < groups; g++, a += group) {
-    const long from = g * group, n = least(group, in - from);
-    float most = 0, odd = 0;
-    for (long k = 0; k < n; k++) {
-      const float v = __builtin_fabsf(x[from + k]);
-      most = v > most ? v : most;
-      odd += x[from + k] * 0;  // NaN where a value is none or infinite
-    }
+  const long whole = in / BLOCK * BLOCK;
+  float last[BLOCK] = {}, none[BLOCK] = {};
+  memcpy(last, x + whole, (in - whole) * sizeof(float));
+  auto block = [&](long k) { return k < whole ? x + k : k == whole ? last : none; };
+  const __m256 sign = _mm256_set1_ps(-0.0f), nothing = _mm256_setzero_ps();
+  for (long g = 0; g < groups; g++) {
+    __m256 largest = nothing, spoiled = nothing;  // NaN where a value is NaN or infinite
+    for (long k = g * group; k < (g + 1) * group; k += BLOCK)
+      for (int i = 0; i < BLOCK; i += 8) {
+        const __m256 v = _mm256_loadu_ps(block(k) + i);
+        largest = _mm256_max_ps(_mm256_andnot_ps(sign, v), largest);
+        spoiled = _mm256_fmadd_ps(v, nothing, spoiled);
+      }
+    const float most = most_of_8(largest);
+    const bool odd = _mm256_movemask_ps(_mm256_cmp_ps(spoiled, spoiled, _CMP_UNORD_Q));
     const bool some = most >= 1e-30f;
-    const float inverse = some && odd == 0 ? 127 / most : 0;
-    int32_t sum = 0;
-    for (long k = 0; k < n; k++) {
-      const int32_t level = inverse ? (int32_t)__builtin_nearbyintf(x[from + k] * inverse) : 0;
-      a[k] = (int8_t)level, sum += level;
+    const __m256 inverse = _mm256_set1_ps(some && !odd ? 127 / most : 0);
+    __m256i sums = _mm256_setzero_si256();
+    for (long k = g * group; k < (g + 1) * group; k += BLOCK) {
+      __m256i q[4];
+      for (int i = 0; i < 4; i++) {
+        const __m256 v = _mm256_mul_ps(_mm256_loadu_ps(block(k) + 8 * i), inverse);
+        q[i] = _mm256_cvtps_epi32(v);
+        sums = _mm256_add_epi32(sums, q[i]);
+      }
+      const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
+      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+      _mm256_storeu_si256((__m256i*)(a + k), bytes);
     }
-    for (long k = n; k < group; k++) a[k] = 0;
-    const float s = odd == 0 ? (some ? most / 127 : 0) : __builtin_nanf("");
+    int32_t lanes[8], sum = 0;
+    _mm256_storeu_si256((__m256i*)lanes, sums);
+    for (int i = 0; i < 8; i++) sum += lanes[i];
+    const float s = odd ? __builtin_nanf("") : some ? most / 127 : 0;
     of[g] = {s, s * sum, -sum};
   }
 }

@@ -532,3 +532,30 @@ def test_qat(tmp_path: pathlib.Path) -> None:
     for row in rows:
         assert row["outputs that integers change"] == 0
         assert row["points below float32"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_decode(tmp_path: pathlib.Path) -> None:
+    """generate() of a rewritten Llama, with a growing cache and with a static one, compiled: the
+    same tokens both ways, and a text as likely as it was."""
+    run("benchmarks/decode.py", "--quick", "--only", "int4-weight", "--out", str(tmp_path))
+    found = tables(tmp_path, "decode")
+    speed = {row["what"]: row for row in found["Tokens per second"]}
+    names = ("fp32", "int4-weight")
+    assert list(speed) == [f"{n}, {how}" for how in ("eager", "compiled") for n in names]
+    for name in names:
+        eager, compiled = (speed[f"{name}, {how}"] for how in ("eager", "compiled"))
+        assert eager["first tokens as fp32"] == compiled["first tokens as fp32"]
+        assert eager["tokens per s"] > 0
+    dense, four = found["Weights"]
+    assert dense["MB"] > four["MB"]
+    assert abs(four["above fp32, %"]) < 4
+
+
+@pytest.mark.slow
+def test_quantize_llm() -> None:
+    printed = run("examples/quantize_llm.py", "--quick", "--tokens", "8")
+    assert "15 of 15 linear layers rewritten" in printed
+    assert "model.embed_tokens.weight keeps the weight that it was tied to" in printed
+    assert printed.count("tokens per second") == 2
