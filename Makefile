@@ -55,13 +55,17 @@ SEED ?= 0
 fuzz: $(VENV)/.stamp
 	PYTHONPATH=tests:tests/helpers OMP_NUM_THREADS=1 $(PY) -m fuzz $(KIND) $(N) $(SEED)
 
+# Without bytecode of all that is installed, which takes twice as long as the rest: what is imported
+# compiles itself.
+PIP := $(PY) -m pip install -q --no-input --no-compile
+
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	sed -e '' $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^setuptools==/d') constraints.txt \
 		> $(VENV)/constraints.txt
-	$(PY) -m pip install -q --no-input -c $(VENV)/constraints.txt -e ".[dev]"
+	$(PIP) -c $(VENV)/constraints.txt -e ".[dev]"
 	touch $@
 
 $(VENV)/.clients: $(VENV)/.stamp
-	$(PY) -m pip install -q --no-input -c $(VENV)/constraints.txt -e ".[clients]"
+	$(PIP) -c $(VENV)/constraints.txt -e ".[clients]"
 	touch $@

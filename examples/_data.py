@@ -8,6 +8,7 @@ neighbour; benchmarks and tests load it by its path (`benchmarks/_harness.py: lo
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,3 +148,38 @@ def lee(model: nn.Module, tokenizer: Any) -> float:
 def news() -> list[str]:
     """300 short news documents (Lee background corpus), for calibration; none is scored above."""
     return gensim_file("lee_background.cor").read_text(encoding="latin-1").splitlines()
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package `dataset-fashion-mnist` puts its files."""
+
+
+def fashion_mnist(folder: Path = FASHION) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fashion-MNIST: 60,000 and 10,000 images of clothes in 10 classes.
+
+    Args:
+        folder: with the four files `*-ubyte.gz`.
+
+    Returns:
+        Images [60000, 784] float32 of mean 0 and deviation 1, their classes, and the same of the
+        test images.
+
+    Raises:
+        FileNotFoundError: there are no such files; the message says how to get them.
+    """
+    found = []
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        path = folder / f"{name}-ubyte.gz"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {path}: run `apt install dataset-fashion-mnist` (Debian, Ubuntu), or give "
+                "the folder with the four files of Fashion-MNIST"
+            )
+        dims = 3 if "images" in name else 1
+        content = bytearray(gzip.decompress(path.read_bytes())[4 + 4 * dims :])
+        values = torch.frombuffer(content, dtype=torch.uint8)
+        found.append(values.view(-1, 784).float() if dims == 3 else values.long())
+    mean, deviation = found[0].mean(), found[0].std()
+    return (
+        (found[0] - mean) / deviation, found[1], (found[2] - mean) / deviation, found[3]
+    )  # fmt: skip

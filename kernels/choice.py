@@ -4,21 +4,22 @@ A choice is asked for with a key of everything that it depends on but the machin
 dtype, threads). The first to ask measures; what it found is written to a JSON file that names this
 CPU and this version of torch, so that the next process chooses alike without measuring. Where
 processes measure at the same time, the first to write decides for all: which kernel runs decides
-how results are rounded.
+how results are rounded. A choice that a busy machine disturbed holds in its process alone: the next
+one measures again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
-import math
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +33,10 @@ Candidates = Mapping[str, Callable[[], object]]
 _MOST_ROWS = 2048
 _MOST_BYTES = 1 << 24
 _ROUNDS, _SECONDS, _HOPELESS = 6, 0.15, 10
+_PATIENCE = 4
+"""How much longer a measurement may take on a machine that is busy with other things."""
+_SPREAD = 0.1
+"""By which share the two least times of a candidate may differ."""
 _known: dict[str, str] = {}
 _read: set[Path] = set()
 _lock = threading.RLock()  # a candidate may make a choice itself
@@ -75,8 +80,8 @@ def fastest(
         _load()
         if full not in _known:
             with torch.inference_mode(False), torch.no_grad():
-                found = _measure(candidates(), lead, device)
-            _known[full] = _agreed(full, found)
+                found, steady = _measure(candidates(), lead, device)
+            _known[full] = _agreed(full, found) if steady else found
     return _known[full]
 
 
@@ -88,9 +93,12 @@ def forget() -> None:
         _read.add(_path())
 
 
-def _measure(candidates: Candidates, lead: float = 0.0, device: torch.device | None = None) -> str:
+def _measure(
+    candidates: Candidates, lead: float = 0.0, device: torch.device | None = None
+) -> tuple[str, bool]:
+    """The fastest candidate, and whether its times were steady enough to say so."""
     if len(candidates) == 1:
-        return next(iter(candidates))
+        return next(iter(candidates)), True
     timed = _seconds if device is None else functools.partial(_device_seconds, device=device)
     if device is not None:  # compiling and the first use of a library are no part of a call
         for call in candidates.values():
@@ -99,16 +107,29 @@ def _measure(candidates: Candidates, lead: float = 0.0, device: torch.device | N
     # seconds a call) is not called again.
     first = {name: timed(call) for name, call in candidates.items()}
     limit = max(_HOPELESS * min(first.values()), 0.5)
-    best = {name: math.inf for name, taken in first.items() if taken <= limit}
-    end = time.perf_counter() + _SECONDS
-    for turn in range(_ROUNDS):  # interleaved against drift
-        for name in best:
-            best[name] = min(best[name], timed(candidates[name]))
-        if turn >= 1 and time.perf_counter() > end:
+    times: dict[str, list[float]] = {name: [] for name, taken in first.items() if taken <= limit}
+    start = time.perf_counter()
+    for turn in itertools.count(1):  # interleaved against drift
+        for name, own in times.items():
+            own.append(timed(candidates[name]))
+        spent, clear = time.perf_counter() - start, _is_clear(times)
+        enough = turn >= _ROUNDS or (turn >= 2 and spent > _SECONDS)
+        if (enough and clear) or (turn >= 2 and spent > _PATIENCE * _SECONDS):
             break
+    best = {name: min(own) for name, own in times.items()}
     found, first_name = min(best, key=best.__getitem__), next(iter(candidates))
     ahead = first_name not in best or best[found] < (1 - lead) * best[first_name]
-    return found if ahead else first_name
+    return found if ahead else first_name, clear
+
+
+def _is_clear(times: Mapping[str, Sequence[float]]) -> bool:
+    """Whether the least times of the two fastest were met twice each, or lie further apart than
+    they scatter."""
+    ranked = sorted(sorted(own)[:2] for own in times.values() if len(own) > 1)
+    if len(ranked) < 2:
+        return True
+    (a, again), (b, once_more) = ranked[:2]
+    return max(again / a, once_more / b) < 1 + _SPREAD or b > again * (1 + _SPREAD)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -11,7 +11,7 @@
 //
 //   z = round(−lo/s)     q[r,k] = ⌊x[r,k]/s + z + ½⌋     y[r,n] = f(s·scale[n]·(Σ_k q w − z·Σ_k w) + …)
 //
-// where f is nothing, ReLU, GELU or SiLU. A row of x is read from memory once and quantized in the
+// or the same with s and z that are given, of x[r,k]·multiplier[k], where f is nothing, ReLU, GELU or SiLU. A row of x is read from memory once and quantized in the
 // nearest cache; the sums of products are exact in int32; what follows a sum happens before it is
 // written. Rounding is that of fbgemm's row-wise quantizer and of the torch operations in
 // int8_linear.py, in their order, so that the results have the same bits.
@@ -174,6 +174,9 @@ struct Call {
   Parallel parallel;
   int64_t rows, in, out, stride, then, one_range, norm, threads;
   double eps;
+  const float* multiplier; // [in] or null: x[r,k]·multiplier[k] is what is quantized
+  double step;          // where > 0: s of all of x, with the zero point z
+  int64_t zero;
 };
 
 namespace {
@@ -220,14 +223,20 @@ void quantize_row(const float* x, long n, level* q, long width, float* s, float*
   for (long i = n; i < width; i++) q[i] = 0;  // they meet columns of zeros, but are to be numbers
 }
 
-// One row by a range that is known: q = ⌊x/s + z + ½⌋.
-void quantize_row_by(const float* x, long n, level* q, long width, float inverse, float half) {
+// One row by a range that is known: q = ⌊x·multiplier/s + z + ½⌋. True where a value is not finite.
+bool quantize_row_by(const float* x, long n, level* q, long width, float inverse, float half,
+                     const float* multiplier) {
   const vec times = all(inverse), plus = all(half), most_level = all(255.5f);
+  vec spoiled = all(0);
   for (long i = 0; i < n; i += V) {
-    const vec v = fused(load(x + i, first(n - i)), times, plus);
-    put_whole(q + i, least(most(v, all(0)), most_level), n - i);
+    const some part = first(n - i);
+    vec v = load(x + i, part);
+    if (multiplier) v = v * load(multiplier + i, part);
+    spoiled = fused(v, all(0), spoiled);  // NaN where any is NaN or infinite
+    put_whole(q + i, least(most(fused(v, times, plus), all(0)), most_level), n - i);
   }
   for (long i = n; i < width; i++) q[i] = 0;
+  return odd(spoiled);
 }
 
 // Finish ------------------------------------------------------------------------------------------
@@ -290,7 +299,7 @@ INLINE vec silu(vec x) {
 }
 
 INLINE vec finished(int then, vec y) {
-  if (then == RELU) return most(y, all(0));
+  if (then == RELU) return most(all(0), y);  // in this order NaN stays
   if (then == GELU) return gelu(y);
   if (then == SILU) return silu(y);
   return y;
@@ -410,7 +419,13 @@ void norm_rows(const Call& c, long from, long to) {
   }
 }
 
-// s and the zero point of all of x, in float64 as Python has them; NaN and 0 where it is not finite.
+// s and the zero point of all of x, in float64 as Python has them, and what quantizes by them.
+Row range_by(double s, double zero, float* inverse, float* half) {
+  *inverse = (float)(1 / s), *half = (float)(zero + 0.5);
+  return {(float)s, 0, (int32_t)zero};
+}
+
+// The same, found in x; NaN and 0 where that is not finite.
 Row range_of_all(const Call& c, float* inverse, float* half) {
   const long size = 64, tasks = (c.rows + size - 1) / size;
   Range* found = (Range*)malloc(tasks * sizeof(Range));
@@ -433,9 +448,9 @@ Row range_of_all(const Call& c, float* inverse, float* half) {
     bad |= found[i].bad;
   }
   free(found);
-  const double s = (high - low + 1e-8) / 255, zero = bad ? 0 : __builtin_nearbyint(-low / s);
-  *inverse = bad ? 0 : (float)(1 / s), *half = bad ? 0 : (float)(zero + 0.5);
-  return {bad ? __builtin_nanf("") : (float)s, 0, (int32_t)zero};
+  if (bad) return {__builtin_nanf(""), 0, 0};
+  const double s = (high - low + 1e-8) / 255;
+  return range_by(s, __builtin_nearbyint(-low / s), inverse, half);
 }
 
 }  // namespace
@@ -468,13 +483,16 @@ int64_t int8_linear(const Call* call) {
   std::atomic<long> spoiled{0};
   float inverse = 0, half = 0;
   if (c.one_range) {
-    const Row one = range_of_all(c, &inverse, &half);
+    const Row one = c.step > 0 ? range_by(c.step, (double)c.zero, &inverse, &half)
+                               : range_of_all(c, &inverse, &half);
     for (long r = 0; r < c.rows; r++) row[r] = one;
   }
   auto quantize = [&](long from, long to) {
     for (long r = from; r < to; r++) {
       if (c.one_range) {
-        quantize_row_by(c.x + r * c.stride, c.in, q + r * width, width, inverse, half);
+        if (quantize_row_by(c.x + r * c.stride, c.in, q + r * width, width, inverse, half,
+                            c.multiplier))
+          row[r].s = __builtin_nanf("");
         continue;
       }
       quantize_row(c.x + r * c.stride, c.in, q + r * width, width, &row[r].s, &row[r].lo);

@@ -33,6 +33,9 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS.split()),
         *((name, ctypes.c_int64) for name in _SIZES.split()),
         ("eps", ctypes.c_double),
+        ("multiplier", ctypes.c_void_p),
+        ("step", ctypes.c_double),
+        ("zero", ctypes.c_int64),
     ]
 
 
@@ -96,6 +99,8 @@ def linear(
     add: Tensor | None = None,
     norm: Norm | None = None,
     one_range: bool = False,
+    given: tuple[float, int] | None = None,
+    multiplier: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
     """y = norm(then(q(x) @ (qweight·scale[:, None])ᵀ + bias) + add), each row of x quantized by
     itself.
@@ -110,14 +115,18 @@ def linear(
         add: [rows, out] float32, contiguous, or None.
         norm: over each row of the result, or None.
         one_range: for all of x, with 0 in it, in place of one for each row.
+        given: s > 0 and the zero point of that one range, where they are known.
+        multiplier: [in] float32, contiguous, by which x is multiplied before, where they are.
 
     Returns:
-        y [rows, out]; and whether a row of x has no finite range of its own: its y is NaN.
+        y [rows, out]; and whether a row of x has no finite range of its own: its y is NaN, as it is
+        with a given range where a row of x is not finite.
     """
     made, start = _library()
     (rows, width), out = x.shape, scale.shape[0]
     y = torch.empty(rows, out)
     q = _scratch(made.int8_scratch(rows, width))
+    step, zero = given or (0.0, 0)
     call = _Call(
         x.data_ptr(),
         packed.data_ptr(),
@@ -135,10 +144,13 @@ def linear(
         out,
         x.stride(0),
         THEN.index(then),
-        one_range,
+        one_range or given is not None,
         norm is not None,
         torch.get_num_threads(),
         0.0 if norm is None else norm.eps,
+        _address(multiplier),
+        step,
+        zero,
     )
     return y, bool(made.int8_linear(ctypes.byref(call)))
 

@@ -42,6 +42,8 @@ from rewriter.kernels.linear_act import act_
 
 __all__ = [
     "ACTIVATIONS",
+    "After",
+    "NOTHING",
     "Quantized",
     "available_kernels",
     "dequantize_weight",
@@ -50,8 +52,11 @@ __all__ = [
     "int8_linear_then",
     "kernel_name",
     "PACKED",
+    "check",
+    "has_kernels",
     "multiply",
     "native",
+    "native_weight",
     "onnx_product",
     "packed_weight",
     "pick_kernel",
@@ -325,6 +330,14 @@ def _onednn_weight(packed: _Packed, index: int, qweight: Tensor, width: int) -> 
     return weight
 
 
+def native_weight(packed: _Packed, index: int, qweight: Tensor) -> Tensor:
+    """qweight [n, k], number `index` of the packed stack, as the kernel "native" has it."""
+    own = packed.native.get(index)
+    if own is None:
+        own = packed.native[index] = int8_cpu.pack(qweight.contiguous())
+    return own
+
+
 # Forward -----------------------------------------------------------------------------------------
 
 Quantized = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, float, int]
@@ -459,12 +472,25 @@ def _scaled(
     return y.addcmul_(lo, sums * scale)
 
 
-class _After(NamedTuple):
+class After(NamedTuple):
     """What happens to a product: an activation, a sum, a LayerNorm, in this order."""
 
     then: str = ""
     add: Tensor | None = None
     norm: int8_cpu.Norm | None = None
+
+    @classmethod
+    def of(
+        cls,
+        then: str = "",
+        add: Tensor | None = None,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
+        eps: float | None = None,
+    ) -> After:
+        """Of an op's arguments; without `eps` there is no norm."""
+        norm = None if eps is None else int8_cpu.Norm(norm_weight, norm_bias, eps)
+        return cls(then, add, norm)
 
     def fits(self, y: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Whether the compiled kernel can do it to a result of this shape and dtype."""
@@ -473,7 +499,7 @@ class _After(NamedTuple):
         same = add is None or tuple(add.shape) == y
         return same and dtype == torch.float32 and all(t.dtype == dtype for t in given)
 
-    def of_rows(self, rows: Tensor | int) -> _After:
+    def of_rows(self, rows: Tensor | int) -> After:
         """The same where the result is [rows, n]: all rows, or those that a mask has."""
         if self.add is None:
             return self
@@ -488,7 +514,7 @@ class _After(NamedTuple):
         return F.layer_norm(y, y.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
 
 
-_NOTHING = _After()
+NOTHING = After()
 
 
 def _run(
@@ -498,7 +524,7 @@ def _run(
     scale: Tensor,
     bias: Tensor | None,
     activation: str,
-    after: _After = _NOTHING,
+    after: After = NOTHING,
 ) -> Tensor:
     """x [rows, k] float32 contiguous, on a CPU, rows·k·n > 0 → [rows, n] float32."""
     packed = packed_weight(qweight)
@@ -520,13 +546,11 @@ def native(
     scale: Tensor,
     bias: Tensor | None,
     activation: str,
-    after: _After = _NOTHING,
+    after: After = NOTHING,
 ) -> Tensor:
     """The kernel "native": x [rows, k] whose rows are dense × qweight [n, k] (number
     `index` of the packed stack) → [rows, n]."""
-    own = packed.native.get(index or 0)
-    if own is None:
-        own = packed.native[index or 0] = int8_cpu.pack(qweight.contiguous())
+    own = native_weight(packed, index or 0, qweight)
     sums = packed.row_sums if index is None else packed.row_sums[index]
     bias = None if bias is None else bias.contiguous()
     one = activation == "per_tensor"
@@ -553,23 +577,29 @@ def _plain(
 def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"int8_linear: activation must be one of {ACTIVATIONS}: {activation!r}")
+    check("int8_linear", x, qweight, scale, bias)
+
+
+def check(op: str, x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """What the operands of every op of int8 weights have to be.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit; names the op.
+    """
     if qweight.dtype != torch.int8 or qweight.ndim != 2:
         raise ValueError(
-            f"int8_linear: qweight must be a 2-D int8 tensor, got {qweight.dtype} "
-            f"{list(qweight.shape)}"
+            f"{op}: qweight must be a 2-D int8 tensor, got {qweight.dtype} {list(qweight.shape)}"
         )
     if not x.is_floating_point():
-        raise ValueError(f"int8_linear: x must be real floating point, got {x.dtype}")
+        raise ValueError(f"{op}: x must be real floating point, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] != qweight.shape[1]:
         raise ValueError(
-            f"int8_linear: x of shape {list(x.shape)} does not fit qweight {list(qweight.shape)}: "
+            f"{op}: x of shape {list(x.shape)} does not fit qweight {list(qweight.shape)}: "
             f"its last dimension must be {qweight.shape[1]}"
         )
     for name, t in (("scale", scale), ("bias", bias)):
         if t is not None and (t.ndim != 1 or t.shape[0] != qweight.shape[0]):
-            raise ValueError(
-                f"int8_linear: {name} must be [{qweight.shape[0]}], got {list(t.shape)}"
-            )
+            raise ValueError(f"{op}: {name} must be [{qweight.shape[0]}], got {list(t.shape)}")
 
 
 def _forward(
@@ -578,15 +608,10 @@ def _forward(
     scale: Tensor,
     bias: Tensor | None = None,
     activation: str = "per_token",
-    then: str = "",
-    add: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float | None = None,
+    *then: Any,
 ) -> Tensor:
     _check(x, qweight, scale, bias, activation)
-    norm = None if eps is None else int8_cpu.Norm(norm_weight, norm_bias, eps)
-    after = _After(then, add, norm)
+    after = After.of(*then)
     n, k = qweight.shape
     shape, dtype = (*x.shape[:-1], n), x.dtype
     rows = math.prod(shape[:-1])
@@ -600,7 +625,7 @@ def _forward(
         y, within = _plain(x, qweight, scale, bias, activation), False
     else:
         kernel, within = pick_kernel(rows, k, n, activation), after.fits(shape, dtype)
-        inside = after.of_rows(rows) if within else _NOTHING
+        inside = after.of_rows(rows) if within else NOTHING
         y = _run(kernel, x, qweight, scale, bias, activation, inside)
     y = owned(y.to(dtype), shape)
     return y if within else after(y)

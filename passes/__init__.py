@@ -5,18 +5,25 @@ from rewriter.passes.floats import BFloat16Linear, Float8Linear
 from rewriter.passes.monarch import Monarch, MonarchLinear
 from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
 from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLinear
+from rewriter.passes.qat import QAT
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
 from rewriter.passes.quantized_conv import QuantizedConv1d, QuantizedConv2d
 from rewriter.passes.quantized_embedding import QuantizedEmbedding
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
+from rewriter.passes.static_int8 import StaticQuantizedLinear
 from rewriter.passes.topk import TopK, TopKLinear
+from rewriter.passes.trained import TrainedLinear
+from rewriter.passes.weight_only import Int4Linear, Int8WeightLinear
 
 __all__ = [
+    "QAT",
     "BFloat16Linear",
     "Densify",
     "Float8Linear",
+    "Int4Linear",
+    "Int8WeightLinear",
     "Monarch",
     "MonarchChain",
     "MonarchChainLinear",
@@ -33,6 +40,8 @@ __all__ = [
     "QuantizedMonarch",
     "RemoveBlocks",
     "ResizeMLP",
+    "StaticQuantizedLinear",
     "TopK",
     "TopKLinear",
+    "TrainedLinear",
 ]

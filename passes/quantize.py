@@ -21,7 +21,8 @@ from rewriter.base import (
     relative_error,
     unusable,
 )
-from rewriter.errors import OptionError, PassError, one_of, whole_number
+from rewriter.errors import OptionError, PassError, given, of_type, one_of, whole_number
+from rewriter.kernels.compensation import METHODS
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     PACKED,
@@ -32,9 +33,12 @@ from rewriter.kernels.int8_linear import (
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear
 from rewriter.kernels.monarch import monarch_dense
+from rewriter.kernels.weight_only import GROUP_SIZES
+from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import Blocks, MonarchLinear
 from rewriter.passes.quantized_conv import CONVOLUTIONS
 from rewriter.passes.quantized_embedding import QuantizedEmbedding
+from rewriter.passes.trained import Levels, TrainedLinear, trained
 from rewriter.sites import CONV, EMBEDDING, LINEAR, Kind, Site, kind_name
 
 __all__ = [
@@ -49,6 +53,8 @@ __all__ = [
 ]
 
 Activation = Literal["per_token", "per_tensor"]
+Smooth = float | Literal["auto"] | None
+Method = Literal["round", "awq", "gptq"]
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
 
 
@@ -112,9 +118,20 @@ class QuantizedLinear(LinearLayer):
         cls, weight: Tensor, bias: Tensor | None, activation: Activation = "per_token"
     ) -> QuantizedLinear:
         """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
-        out_features, in_features = weight.shape
+        return cls.from_quantized(*quantize_weight(weight), bias, activation)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        qweight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activation: Activation = "per_token",
+    ) -> QuantizedLinear:
+        """The layer of levels that are chosen already: qweight [out, in] int8, scale [out]."""
+        out_features, in_features = qweight.shape
         layer = cls(in_features, out_features, bias is not None, activation, device="meta")
-        layer.qweight, layer.scale = quantize_weight(weight)
+        layer.qweight, layer.scale = qweight, scale
         layer.bias = None if bias is None else as_parameter(bias)
         return layer
 
@@ -274,6 +291,7 @@ class Scheme:
         per_element: weights in one element of the buffer, as `Layer.packed` of its layers says.
         options: those of `Quantize` that the makers read; any other is an error beside this scheme.
         calibrates: whether the makers of `quantize` read `site.moments`.
+        needs_calibration: whether they cannot do without `site.sample`.
 
     Raises:
         OptionError: the bits of a weight do not fit its storage, or `Quantize` visits no sites of
@@ -288,6 +306,7 @@ class Scheme:
     per_element: int = 1
     options: tuple[str, ...] = ()
     calibrates: Callable[[Quantize], bool] = _never
+    needs_calibration: bool = False
 
     def __post_init__(self) -> None:
         whole_number(f"scheme {self.name!r}: bits", self.bits)
@@ -329,41 +348,70 @@ def register(scheme: Scheme) -> Scheme:
 class Quantize(Pass):
     """W ≈ q·scale with q in few bits and one scale per output channel; see `QuantizedLinear`.
 
-    After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`.
+    "int8-static" needs `rewrite(…, calibration=batches)`; see `StaticQuantizedLinear`.
+    After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`. After
+    `QAT` of the same options, the layers of equal outputs; see `TrainedLinear`.
 
     Args:
-        scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time; or
-            another of `SCHEMES`.
+        scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
+            "int8-static": the same in a range that calibration has fixed; "int8-weight",
+            "int4-weight": such weights, activations as they are; "int4-dynamic": 4-bit weights,
+            activations in 8 bits; or another of `SCHEMES`.
         activation: "per_token" (closer) or "per_tensor".
+        observer: of "int8-static", how the range of its activations is found: "minmax",
+            "percentile", "mse" or "entropy"; see `rewriter.modules.observers`.
+        smooth: SmoothQuant's α, with which what is difficult goes from the activations to the
+            weights, channel by channel: 0 … 1; None leaves both as they are; "auto" takes for each
+            layer what serves its outputs on the calibration batches best.
+        bias_correction: takes the mean error of the outputs into the bias.
+        group_size: weights of a row that share a scale, of 4 bits: 32 (closer), 64 or 128.
+        symmetric: whether groups of weights have a scale alone, and no zero (closer).
+        method: how levels of 4 bits are chosen: "round" takes the nearest; "awq" searches for the
+            range of each group, and "gptq" lets each column make good what those before it lost,
+            for the inputs of `rewrite(…, calibration=batches)`. A site whose inputs are not known
+            is rounded, with a warning.
         convolutions: whether convolutions that mix positions, or work on groups of channels, are
             quantized, too (1×1 ones are linear layers, and always are); "per_token" is then a range
             for each sample.
         embeddings: whether embeddings are stored in fewer bits, too: most of a small model's bytes,
-            but no time, and their rows do not train any more. A head that is tied to one is
-            quantized with it, both by one tensor, or both stay.
+            but no time, and their rows do not train any more. A head that is tied to one then
+            shares its integers.
         where: which sites; a name pattern, a predicate, or None for all.
+
+    The head of a language model that shares the weight of an embedding gets integers of its own,
+    and the embedding keeps the weight: the report says so. With `embeddings=True` both share them.
 
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
     inf, or of a kind that the scheme has no layer for.
 
     Raises:
-        OptionError: unknown scheme or activation, or an option that the scheme does not read.
+        OptionError: an option is impossible, or one that the scheme does not read.
     """
 
-    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, EMBEDDING, CONV)
+    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, TrainedLinear, EMBEDDING, CONV)
     phase: ClassVar[Phase] = Phase.PRECISION
 
     scheme: str = "int8-dynamic"
     activation: Activation = "per_token"
+    observer: Observer = "minmax"
+    smooth: Smooth = "auto"
+    bias_correction: bool = False
+    group_size: int = 64
+    symmetric: bool = True
+    method: Method = "round"
     embeddings: bool = False
     convolutions: bool = False
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
         one_of("Quantize: activation", self.activation, ACTIVATIONS)
+        one_of("Quantize: observer", self.observer, OBSERVERS)
+        _check_smooth(self.smooth)
+        of_type("Quantize", "bias_correction", self.bias_correction, bool, "True or False")
+        one_of("Quantize: group_size", self.group_size, GROUP_SIZES)
+        one_of("Quantize: method", self.method, METHODS)
         for option in _OF_KINDS.values():
-            if not isinstance(given := getattr(self, option), bool):
-                raise OptionError(f"Quantize: {option}={given!r} must be True or False")
+            of_type("Quantize", option, getattr(self, option), bool, "True or False")
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:
@@ -379,6 +427,10 @@ class Quantize(Pass):
     @property
     def calibrates(self) -> bool:
         return SCHEMES[self.scheme].calibrates(self)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return SCHEMES[self.scheme].needs_calibration
 
     def propose(self, site: Site) -> Replacement | Skip:
         make = SCHEMES[self.scheme].layers.get(site.kind)
@@ -399,9 +451,21 @@ class Quantize(Pass):
         layer.train(old is None or old.training)
         note = _FROZEN if any(w.requires_grad for w in weights) else ""
         weight, made = before(), layer.dense_weight()
-        moments = site.moments
-        output_error = None if moments is None else moments.output_error(weight, made)
-        return Replacement(layer, relative_error(weight, made), note, output_error)
+        output_error = None
+        if site.sample is not None:  # what becomes of the inputs is part of it
+            output_error = site.sample.output_error(weight, bias, layer)
+        elif site.moments is not None:
+            output_error = site.moments.output_error(weight, made)
+        error = relative_error(weight, made)
+        return Replacement(layer, error, note, output_error, cuts_ties=True)
+
+
+def _check_smooth(smooth: object) -> None:
+    number = isinstance(smooth, int | float) and not isinstance(smooth, bool)
+    if not (smooth is None or smooth == "auto" or (number and 0 <= smooth <= 1)):  # type: ignore[operator]
+        raise OptionError(
+            f"Quantize: smooth must be None, 'auto' or from 0 to 1, not {given(smooth)}"
+        )
 
 
 _OF_KINDS: Mapping[Kind, str] = {EMBEDDING: "embeddings", CONV: "convolutions"}
@@ -427,6 +491,12 @@ def _check_storage(scheme: Scheme, site: Site, layer: object) -> None:
 
 def _linear(site: Site, quantize: Quantize) -> Layer:
     return QuantizedLinear.from_weight(site.weight, site.bias, quantize.activation)
+
+
+def _of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
+    qweight, scale, _ = levels
+    activation: Any = layer.activation
+    return QuantizedLinear.from_quantized(qweight, scale, layer.bias, activation)
 
 
 def _monarch(site: Site, quantize: Quantize) -> Layer:
@@ -474,6 +544,7 @@ register(
         layers={
             LINEAR: _linear,
             MonarchLinear: _monarch,
+            TrainedLinear: trained(_of_trained),
             EMBEDDING: int8_embedding,
             CONV: int8_conv,
         },

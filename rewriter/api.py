@@ -15,7 +15,7 @@ from rewriter.base import Pass, Where
 from rewriter.capture import capture
 from rewriter.compiler.packaging import FORMATS, Exported, exported
 from rewriter.cost import Device
-from rewriter.engine import Options, check_passes
+from rewriter.engine import Options, check_calibrated, check_passes
 from rewriter.engine.batches import Calibration
 from rewriter.engine.decide import device_of
 from rewriter.engine.pipeline import copied, run
@@ -289,8 +289,10 @@ def _settings(
         raise OptionError(f"kernels={kernels!r}: this version supports 'auto' only")
     rules = checked(lowering.DEFAULT_RULES if lower is True else lower or ())
     found = device_of(device)
-    batches = None if calibration is None else Calibration.of(calibration)
-    if batches is not None and not any(p.calibrates for p in passes):
+    batches = None if calibration is None else Calibration.of(calibration, like=example_inputs)
+    if batches is None:
+        check_calibrated(passes, "pass calibration=[batch, …] like example_inputs, better ten")
+    if batches is not None and not any(p.calibrates or p.needs_calibration for p in passes):
         warn("calibration is given, but none of the passes makes use of it")
     return Options(
         objective, max_error, where, found, bool(measure), batches, memory, rules, capture_seconds

@@ -70,12 +70,15 @@ class Replacement:
         output_error: ‖y − y′‖/‖y‖ of the layer's outputs (bias left out of y) on calibration rows
             that it was not fitted to; None without calibration.
         note: what else the user should know, one sentence.
+        cuts_ties: an embedding that shares the site's weight may keep it: the tie is cut. Else the
+            site stays as it is, as both are rewritten together or not at all.
     """
 
     layer: nn.Module
     error: float | None = 0.0
     note: str = ""
     output_error: float | None = None
+    cuts_ties: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,17 @@ class Pass:
     @property
     def calibrates(self) -> bool:
         """True where `propose` makes use of `site.moments`."""
+        return False
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True where `propose` cannot do without `site.sample`: no calibration is an error then,
+        and a site that the batches do not reach is skipped."""
+        return False
+
+    @property
+    def simulates(self) -> bool:
+        """True where its layers stand for others while these train: nobody judges their speed."""
         return False
 
     def propose(self, site: Site) -> Replacement | Skip:

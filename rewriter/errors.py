@@ -120,15 +120,15 @@ PATH = (str, os.PathLike)
 """What a path is given as."""
 
 
-def one_of(name: str, value: object, valid: Iterable[str]) -> None:
-    """Checks an option that is one of a few words.
+def one_of(name: str, value: object, valid: Iterable[object]) -> None:
+    """Checks an option that is one of a few words or numbers.
 
     Raises:
         OptionError: it is none of them.
     """
     valid = list(valid)
     if value not in valid:
-        raise OptionError(f"{name}={value!r} is unknown{nearest(str(value), valid)}")
+        raise OptionError(f"{name}={value!r} is unknown{nearest(str(value), map(str, valid))}")
 
 
 def whole_number(name: str, value: object, least: int = 1, most: int | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from rewriter.modules.moments import Moments
+from rewriter.modules.moments import Moments, Sample
 from rewriter.modules.patterns import Match, Pattern, find
 from rewriter.modules.pointwise import Channels, Pointwise, inner
 from rewriter.modules.tree import attribute, join, submodule
@@ -90,6 +90,7 @@ class Site:
         calls: how many of the nodes, from the first on, one forward runs; the rest are the same
             calls in the other mode's graphs.
         moments: of its inputs over the calibration batches, for a pass that calibrates.
+        sample: of its inputs over the calibration batches, for a pass that needs calibration.
         channels: of a 1×1 convolution, which is a linear layer over channels: how it reads them.
             What a pass proposes is a layer over rows, as everywhere.
     """
@@ -104,6 +105,7 @@ class Site:
     parts: Mapping[str, Site] = field(default_factory=dict)
     calls: int = 0
     moments: Moments | None = None
+    sample: Sample | None = None
     channels: Channels | None = None
 
     @classmethod

@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from rewriter.engine.engine import Engine
 from rewriter.engine.slower import Lost
+from rewriter.kernels import attention
 
 # an example may be the first to need what all of a file share, on a machine that is busy
 settings.register_profile("shared", deadline=None)
@@ -25,6 +26,7 @@ def no_timing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lost, "add", lambda *_: None)
         patch.setattr(Engine, "_lowering_pays", lambda _: True)
+        patch.setattr(attention, "pick", lambda *_: "native")
         yield
 
 

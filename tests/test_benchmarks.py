@@ -466,6 +466,7 @@ def test_no_case_takes_the_others_with_it(tmp_path: pathlib.Path) -> None:
     assert late == "set()"
 
 
+@pytest.mark.slow
 def test_measures_this_checkout_where_nothing_is_installed(tmp_path: pathlib.Path) -> None:
     """`passes/` and `kernels/` are found as parts of the package, whatever else is on the path."""
     folder = tmp_path / "rewriter"
@@ -486,6 +487,16 @@ def test_measures_this_checkout_where_nothing_is_installed(tmp_path: pathlib.Pat
 
 
 @pytest.mark.slow
+def test_rivals_are_built_and_timed(tmp_path: pathlib.Path) -> None:
+    run("benchmarks/rivals.py", "--quick", "--out", str(tmp_path))
+    found = json.loads((tmp_path / "rivals.json").read_text())["tables"]
+    assert list(found) == ["8 × 128 tokens", "1 × 16 tokens"]
+    for rows in found.values():
+        assert [row["what"] for row in rows][:2] == ["eager fp32", "this package, int8-dynamic"]
+        assert all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_lowering(tmp_path: pathlib.Path) -> None:
     """The same outputs up to rounding, with fewer launches and less traffic where it folds."""
@@ -496,3 +507,28 @@ def test_lowering(tmp_path: pathlib.Path) -> None:
     assert folded["lowered"] == 3
     assert folded["launches after"] == folded["launches before"] - 3
     assert folded["traffic after MB"] < folded["traffic before MB"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_int4_error(tmp_path: pathlib.Path) -> None:
+    run("benchmarks/int4_error.py", "--quick", "--out", str(tmp_path))
+    ((_, rows),) = tables(tmp_path, "int4_error").items()
+    errors = [row["error of outputs, held out"] for row in rows]
+    assert [row["method"] for row in rows] == ["round", "awq", "gptq"]
+    assert errors[0] > 1.1 * errors[1] > 1.1 * errors[2]
+
+
+@pytest.mark.slow
+def test_qat(tmp_path: pathlib.Path) -> None:
+    """Where the images are; elsewhere the example says how to get them."""
+    printed = run("examples/qat.py", "--quick")
+    if printed.startswith("skipped"):
+        assert "dataset-fashion-mnist" in printed
+        pytest.skip(printed)
+    run("benchmarks/qat.py", "--quick", "--out", str(tmp_path))
+    ((_, rows),) = tables(tmp_path, "qat").items()
+    assert len(rows) == 5
+    for row in rows:
+        assert row["outputs that integers change"] == 0
+        assert row["points below float32"] < 1

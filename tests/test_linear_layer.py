@@ -23,6 +23,8 @@ RECIPES: dict[str, list[Pass]] = {
     "chain": [MonarchChain()],
     "residual": [MonarchResidual(nblocks=2)],
     "int8": [Quantize("int8-dynamic")],
+    "int8 weights": [Quantize("int8-weight")],
+    "int4 weights": [Quantize("int4-weight", group_size=32, symmetric=False)],
     "int8 monarch": [Monarch(nblocks=2), Quantize("int8-dynamic")],
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rewriter import load, rewrite
 from rewriter.kernels import int8_cpu
 from rewriter.kernels import int8_linear as int8
+from rewriter.kernels import int8_static as static
 from rewriter.lowering import integers
 from rewriter.passes import Quantize
 
@@ -23,6 +24,7 @@ def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test goes by a time: the fused op counts as the faster one."""
     kernel = "torch" if int8_cpu.refusal() else "native"
     monkeypatch.setattr(int8, "pick_kernel", lambda *_: kernel)
+    monkeypatch.setattr(static, "pick_kernel", lambda *_: kernel)
     monkeypatch.setattr(integers, "fastest", lambda key, version, make, lead: list(make())[-1])
     monkeypatch.setattr("rewriter.engine.engine.Engine._lowering_pays", lambda _: True)
 
@@ -40,8 +42,9 @@ class Attends(nn.Module):
 
 def both(act: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    model, passes = Attends(act).eval(), [Quantize(**options)]
-    return rewrite(model, passes, X), rewrite(model, passes, X, lower=False)
+    model, pass_ = Attends(act).eval(), Quantize(**options)
+    given = {"calibration": [X]} if pass_.needs_calibration else {}
+    return rewrite(model, [pass_], X, **given), rewrite(model, [pass_], X, lower=False, **given)
 
 
 def fused(model: Any) -> dict[str, str]:
@@ -88,15 +91,21 @@ class Block(nn.Module):
 needs_kernel = pytest.mark.skipif(int8_cpu.refusal() is not None, reason="no compiled kernel")
 
 
+STATIC = {"scheme": "int8-static"}
+OPTIONS = {
+    "per token": {},
+    "per tensor": {"activation": "per_tensor"},
+    "static": {**STATIC, "smooth": None},
+    "static, smooth": {**STATIC, "smooth": 0.5},
+}
+
+
 @needs_kernel
-@pytest.mark.parametrize("activation", int8.ACTIVATIONS)
-def test_the_lowered_model_computes_the_same(activation: str, tmp_path: Any) -> None:
-    lowered, plain = both(activation=activation)
-    assert fused(lowered) == {
-        "q": "joined_int8_linear",
-        "up": "int8_linear_act",
-        "down": "int8_linear_add",
-    }
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_lowered_model_computes_the_same(options: Any, tmp_path: Any) -> None:
+    lowered, plain = both(**options)
+    op = "int8_static_linear" if "scheme" in options else "int8_linear"
+    assert fused(lowered) == {"q": f"joined_{op}", "up": f"{op}_act", "down": f"{op}_add"}
     for x in (X, X[:1], torch.randn(3, 7, 16)):
         with torch.no_grad():
             assert_reordered(lowered(x), plain(x))
@@ -115,33 +124,33 @@ def test_products_of_one_input_are_the_same_bits() -> None:
         assert_equal(a.contiguous(), b)
 
 
-SUMS = {
-    "norm": {"a": "int8_linear_norm"},
-    "either side": {"a": "int8_linear_norm"},
-    "spreads": {"a": "int8_linear_add"},
-    "later": {"b": "int8_linear_add"},
-    "scaled": None,
-    "itself": None,
-    "number": None,
-    "in place": None,
-    "overwritten": None,
+SUMS: dict[str, dict[str, str]] = {
+    "norm": {"a": "int8{}_linear_norm"},
+    "either side": {"a": "int8{}_linear_norm"},
+    "spreads": {"a": "int8{}_linear_add"},
+    "later": {"b": "int8{}_linear_add"},
+    "scaled": {},
+    "itself": {},
+    "number": {},
+    "in place": {},
+    "overwritten": {},
 }
 
 
 @needs_kernel
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static"])
 @pytest.mark.parametrize("form", SUMS)
-def test_a_sum_behind_a_product_is_part_of_it_where_it_can_be(form: str) -> None:
+def test_a_sum_behind_a_product_is_part_of_it_where_it_can_be(form: str, scheme: str) -> None:
     torch.manual_seed(0)
     model, example = Block(form).eval(), X[:1]
-    lowered, plain = (rewrite(model, [Quantize()], example, lower=low) for low in (True, False))
+    given: dict[str, Any] = {"calibration": [X]} if scheme == "int8-static" else {}
+    lowered, plain = (
+        rewrite(model, [Quantize(scheme)], example, lower=low, **given) for low in (True, False)
+    )
     steps = [s for s in lowered.report.steps if s.name == "lowering"]
     done = {d.site: d.kernel for s in steps for d in s.decisions if d.action == "lowered"}
-    if SUMS[form] is not None:
-        assert done == SUMS[form]
-    assert (
-        form in ("norm", "either side", "spreads", "later")
-        or "int8_linear_add" not in done.values()
-    )
+    wanted = {site: op.format("_static" * bool(given)) for site, op in SUMS[form].items()}
+    assert {s: k for s, k in done.items() if k.endswith(("_add", "_norm"))} == wanted
     for x in (X, X[:1], X[:, :1] if form != "spreads" else X):
         with torch.no_grad():
             assert_reordered(lowered(x.clone()), plain(x.clone()))
@@ -158,13 +167,47 @@ def test_a_dropout_that_drops_stays() -> None:
 
 
 @needs_kernel
-def test_a_changed_weight_is_noticed() -> None:
-    lowered, plain = both()
-    for model in (lowered, plain):
-        model.q.qweight.neg_()
-        model.up.scale.mul_(2)
+@pytest.mark.parametrize("options", [{}, STATIC], ids=["dynamic", "static"])
+def test_a_changed_weight_is_noticed(options: Any) -> None:
+    lowered, plain = both(**options)
     with torch.no_grad():
+        before = lowered(X)
+        for model in (lowered, plain):
+            model.q.qweight.neg_()
+            model.up.scale.mul_(2)
         assert_reordered(lowered(X), plain(X))
+        assert not torch.equal(lowered(X), before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_ranges_that_are_written_apart_are_each_ones_own(smooth: float | None) -> None:
+    lowered, plain = both(scheme="int8-static", smooth=smooth)
+    assert fused(lowered)["q"] == "joined_int8_static_linear"
+    with torch.no_grad():
+        for model in (lowered, plain):
+            model.k.step.mul_(0.25)
+            model.v.zero.sub_(40)
+            if smooth is not None:
+                model.q.multiplier.mul_(2)
+        assert_reordered(lowered(X), plain(X))
+        for model in (lowered, plain):  # and one again
+            for layer in (model.k, model.v):
+                layer.step.copy_(model.q.step)
+                layer.zero.copy_(model.q.zero)
+        assert_reordered(lowered(X), plain(X))
+
+
+def test_layers_of_other_ranges_are_not_joined() -> None:
+    class Apart(Attends):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) * self.k(x)
+
+    torch.manual_seed(0)
+    made = rewrite(Apart().eval(), [Quantize(**STATIC)], X, calibration=[X], lower=False)
+    with torch.no_grad():
+        made.k.step.mul_(2)
+    assert "differ in how they quantize" in fused(rewrite(made, [], X))["q"]
 
 
 @needs_kernel

@@ -346,6 +346,34 @@ def test_the_fastest_is_kept_for_later_processes(monkeypatch, tmp_path):
     assert choice.fastest("sizes", "v1", lambda: {"only": lambda: None}) == "only"
 
 
+BUSY = {"a": 0.02, "b": 0.0205}
+
+
+def test_what_a_busy_machine_disturbed_is_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
+    monkeypatch.setattr(choice, "_known", {})
+    monkeypatch.setattr(choice, "_read", set())
+    now = [0.0]
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: now[0])
+
+    def taking(*seconds: float) -> Callable[[], None]:
+        turns = iter(seconds)
+
+        def run() -> None:
+            now[0] += next(turns)
+
+        return run
+
+    calm = {"a": taking(*[0.02] * 99), "b": taking(*[0.021] * 99)}
+    busy = {name: taking(*(start * 1.2**i for i in range(99))) for name, start in BUSY.items()}
+    late = {"a": taking(0.02, 0.02, 0.05, *[0.02] * 97), "b": taking(*[0.021] * 99)}
+    for name, candidates in {"calm": calm, "busy": busy, "late": late}.items():
+        assert choice.fastest(name, "v1", lambda given=candidates: given) in ("a", "b")
+    (path,) = (tmp_path / "kernels").glob("choices-*.json")
+    assert set(json.loads(path.read_text())) == {"v1 calm", "v1 late"}
+    assert set(choice._known) >= {"v1 calm", "v1 busy", "v1 late"}
+
+
 def test_of_processes_that_measure_at_once_the_first_to_write_decides(monkeypatch, tmp_path):
     monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
     monkeypatch.setattr(choice, "_known", {})

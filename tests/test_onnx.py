@@ -65,6 +65,19 @@ def test_int8_is_integer_products_at_all_sizes(
 
 
 @pytest.mark.clients
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_static_int8_is_integer_products_too(smooth: Any, tmp_path: pathlib.Path) -> None:
+    import onnx
+
+    path, passes = tmp_path / "m.onnx", [Quantize("int8-static", smooth=smooth)]
+    rewriter.export(model(), passes, ROWS, format="onnx", package=path, calibration=[ROWS])
+    assert products_and_weights(path) == (2, {onnx.TensorProto.INT8})
+    want = rewrite(model(), passes, ROWS, calibration=[ROWS])
+    for x in (ROWS, MORE, MORE[:1, :1]):
+        assert sqnr(in_runtime(path, x), want(x)) > 50
+
+
+@pytest.mark.clients
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_monarch_is_products_that_take_any_dtype(

@@ -20,6 +20,7 @@ from rewriter.passes.quantize import (
     Scheme,
     register,
 )
+from rewriter.passes.trained import TrainedLinear
 from rewriter.sites import CONV, EMBEDDING, LINEAR, Site
 
 LAYERS = [
@@ -70,8 +71,8 @@ def test_monarch_close_to_float(activation):
 
 
 def test_site_kinds_and_phase():
-    assert Quantize.matches == (LINEAR, MonarchLinear, EMBEDDING, CONV)
-    assert Quantize().kinds == (LINEAR, MonarchLinear)
+    assert Quantize.matches == (LINEAR, MonarchLinear, TrainedLinear, EMBEDDING, CONV)
+    assert Quantize().kinds == (LINEAR, MonarchLinear, TrainedLinear)
     assert Quantize.phase is Phase.PRECISION
     assert Quantize("int8-dynamic", "per_tensor").activation == "per_tensor"
 

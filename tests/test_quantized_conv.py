@@ -250,7 +250,7 @@ def test_meta() -> None:
 
 
 def test_option_errors() -> None:
-    with pytest.raises(OptionError, match="convolutions='yes' must be True or False"):
+    with pytest.raises(OptionError, match="convolutions must be True or False, not 'yes'"):
         Quantize(convolutions="yes")
     with pytest.raises(OptionError, match="QuantizedConv2d: activation"):
         QuantizedConv2d(4, 4, 3, activation="per_token")

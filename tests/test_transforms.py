@@ -16,6 +16,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from rewriter import rewrite
 from rewriter.layer import Layer
 from rewriter.passes import (
+    Int4Linear,
+    Int8WeightLinear,
     Monarch,
     MonarchChainLinear,
     MonarchLinear,
@@ -24,6 +26,7 @@ from rewriter.passes import (
     Quantize,
     QuantizedLinear,
     QuantizedMonarch,
+    StaticQuantizedLinear,
     TopKLinear,
 )
 
@@ -46,6 +49,11 @@ SMOOTH: dict[str, Make] = {
 }
 ROUNDED: dict[str, Make] = {
     "int8": lambda bias: QuantizedLinear(12, 10, bias=bias),
+    "int8 static": lambda bias: StaticQuantizedLinear(12, 10, bias=bias),
+    "int8 static, smooth": lambda bias: StaticQuantizedLinear(12, 10, bias=bias, smooth=True),
+    "int8 weights": lambda bias: Int8WeightLinear(12, 10, bias=bias),
+    "int4 weights": lambda bias: Int4Linear(12, 10, bias=bias, group_size=32, symmetric=False),
+    "int4 on int8": lambda bias: Int4Linear(12, 10, bias=bias, dynamic=True),
     "int8 per tensor": lambda bias: QuantizedLinear(12, 10, bias, "per_tensor"),
     "int8 monarch": lambda bias: QuantizedMonarch(12, 10, bias=bias),
     "int8 monarch interleaved": lambda bias: QuantizedMonarch(12, 12, bias=bias, interleaved=True),

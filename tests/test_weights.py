@@ -16,6 +16,8 @@ from rewriter.errors import OptionError, RewriteWarning
 from rewriter.layer import Layer
 from rewriter.passes import (
     Densify,
+    Int4Linear,
+    Int8WeightLinear,
     Monarch,
     MonarchChainLinear,
     MonarchLinear,
@@ -24,6 +26,7 @@ from rewriter.passes import (
     Quantize,
     QuantizedLinear,
     QuantizedMonarch,
+    StaticQuantizedLinear,
     TopKLinear,
 )
 
@@ -32,6 +35,9 @@ COMPUTED: dict[str, Callable[[], Layer]] = {
     "chain": lambda: MonarchChainLinear(8, 8),
     "residual": lambda: MonarchResidualLinear(8, 8),
     "int8": lambda: QuantizedLinear(8, 8),
+    "int8 static": lambda: StaticQuantizedLinear(8, 8, smooth=True),
+    "int8 weights": lambda: Int8WeightLinear(8, 8),
+    "int4 weights": lambda: Int4Linear(8, 8, symmetric=False),
     "int8 monarch": lambda: QuantizedMonarch(8, 8),
 }
 

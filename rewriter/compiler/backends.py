@@ -33,7 +33,7 @@ from rewriter.compiler.ledgers import Graph, Sketch, record
 from rewriter.compiler.refusing import refusing
 from rewriter.compiler.user_code import Frame, guard_mode, source_name
 from rewriter.cost import Device
-from rewriter.engine import Engine, Options, check_passes
+from rewriter.engine import Engine, Options, check_calibrated, check_passes
 from rewriter.engine.decide import device_of
 from rewriter.engine.prices import Prices
 from rewriter.errors import OptionError, RewriteError, nearest, warn
@@ -128,6 +128,11 @@ class Backend:
             raise OptionError(f"passes must be a list of passes or of their texts, not {given!r}")
         self.passes = [parse_pass(p) if isinstance(p, str) else p for p in given]
         check_passes(self.passes)
+        check_calibrated(
+            self.passes,
+            "inside torch.compile there are no batches: give the model and calibration=[batch, …] "
+            "to rewriter.rewrite, and compile its result",
+        )
         for planning in (p for p in self.passes if p.plans):
             raise OptionError(
                 f"{planning} takes modules apart, and inside torch.compile there are only graphs: "

@@ -1,4 +1,4 @@
-"""What calibration batches show of each layer's inputs: their mean and second moments."""
+"""What calibration batches show of each layer's inputs: their moments, ranges, and a sample."""
 
 from __future__ import annotations
 
@@ -14,33 +14,101 @@ from rewriter.base import Moments
 from rewriter.capture import Capture, arguments
 from rewriter.engine.batches import Calibration
 from rewriter.errors import CalibrationError
+from rewriter.modules.moments import Sample
 from rewriter.modules.pointwise import Channels
+from rewriter.modules.progress import bar
 from rewriter.modules.running import first_line, own_copy, quiet_run
 from rewriter.sites import Site
 from rewriter.spellings import source_of
 
-__all__ = ["gather"]
+__all__ = ["Gathered", "gather"]
 
 _HELD_OUT = 4
 """Every so many-th batch is not fitted on, but measures the error of the result."""
 _BYTES = 4e9
 """Of moments held at once: more layers than that take another run over the batches."""
 
+_SAMPLE = 1 << 19
+"""Numbers of a sample of rows."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What was asked for of the inputs of one site."""
+
+    moments: Moments | None = None
+    sample: Sample | None = None
+
 
 @dataclass
 class _Sum:
     """Running sums over the rows that reach one place; float32 products, float64 sums."""
 
-    rows: int = 0
-    total: Tensor | None = None
-    products: Tensor | None = None
+    total: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Sum:
+        return cls(x.sum(0, dtype=torch.float64), (x.t() @ x).double())
 
     def add(self, x: Tensor) -> None:
-        total, products = x.sum(0, dtype=torch.float64), (x.t() @ x).double()
-        first = self.total is None or self.products is None
+        more = _Sum.of(x)
+        self.total, self.products = self.total + more.total, self.products.add_(more.products)
+
+
+@dataclass
+class _Draw:
+    """The range of all rows that reach one place, and an even choice of them: those with the
+    largest lots, one for each row."""
+
+    low: Tensor
+    high: Tensor
+    rows: Tensor
+    lots: Tensor
+    generator: torch.Generator
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Draw:
+        low, high = x.aminmax(dim=0)
+        empty = x.new_empty(0)
+        draw = cls(low, high, x[:0], empty, torch.Generator().manual_seed(0))
+        draw.add(x)
+        return draw
+
+    def add(self, x: Tensor) -> None:
+        low, high = x.aminmax(dim=0)
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        lots = torch.cat([self.lots, torch.rand(len(x), generator=self.generator).to(x)])
+        most = max(_SAMPLE // max(x.shape[1], 1), 1)
+        self.lots, chosen = lots.topk(min(most, len(lots)))
+        self.rows = torch.cat([self.rows, x])[chosen]
+
+
+@dataclass
+class _Seen:
+    """What the batches of one kind, fitted to or held out, have shown at one place.
+
+    Args:
+        asked: whether moments, and whether a sample, are asked for.
+    """
+
+    asked: tuple[bool, bool]
+    rows: int = 0
+    sums: _Sum | None = None
+    draw: _Draw | None = None
+
+    def add(self, x: Tensor) -> None:
         self.rows += len(x)
-        self.total = total if first else self.total + total  # type: ignore[operator]
-        self.products = products if first else self.products.add_(products)  # type: ignore[union-attr]
+        if self.asked[0]:
+            if self.sums is None:
+                self.sums = _Sum.of(x)
+            else:
+                self.sums.add(x)
+        if self.asked[1]:
+            if self.draw is None:
+                self.draw = _Draw.of(x)
+            else:
+                self.draw.add(x)
 
 
 @dataclass
@@ -50,11 +118,11 @@ class _Watch:
     width: int
     calls: list[fx.Node]
     module: nn.Module | None
+    fitted: _Seen
+    held: _Seen
     channels: Channels | None = None
-    sites: list[str] = field(default_factory=list)
-    fitted: _Sum = field(default_factory=_Sum)
-    held: _Sum = field(default_factory=_Sum)
-    current: _Sum | None = None
+    sites: list[Site] = field(default_factory=list)
+    current: _Seen | None = None
     mask: Tensor | None = None
     unfit: str = ""
 
@@ -75,61 +143,68 @@ class _Watch:
 
 
 def gather(
-    capture: Capture, sites: Sequence[Site], calibration: Calibration
-) -> tuple[dict[str, Moments], dict[str, str]]:
-    """Mean and second moments of the inputs of sites, over all calls in eval mode.
+    capture: Capture,
+    sites: Sequence[Site],
+    calibration: Calibration,
+    moments: bool = True,
+    sample: bool = False,
+) -> tuple[dict[str, Gathered], dict[str, str]]:
+    """What the inputs of sites are like, over all calls in eval mode.
 
     Args:
         capture: the model, as it is now. Its graphs are changed while this runs, and then put
             back.
         sites: whose inputs to look at.
         calibration: what to run. With two batches or more, every fourth (at least one) is held
-            out of the moments that are fitted on.
+            out of what is fitted on.
+        moments: whether to sum up mean and second moments.
+        sample: whether to keep ranges and a sample of rows.
 
     Returns:
-        Moments by site name, and for the sites without any the reason.
+        What was gathered by site name, and for the sites without any the reason.
 
     Raises:
         CalibrationError: the model fails on a batch.
     """
-    found: dict[str, Moments] = {}
+    found: dict[str, Gathered] = {}
     missing: dict[str, str] = {}
-    for group in _groups(_watches(capture, sites)):
+    for group in _groups(_watches(capture, sites, (moments, sample))):
         with _watching(capture, group):
             _run(capture.root, calibration, group)
         for watch in group:
-            for name in watch.sites:
+            for name in (site.fqn for site in watch.sites):
                 if watch.unfit:
                     missing[name] = watch.unfit
                 elif not watch.fitted.rows:
                     missing[name] = "the calibration batches never reach it"
                 else:
-                    found[name] = _moments(watch)
+                    found[name] = _gathered(watch)
     for site in sites:
         if site.fqn not in found and site.fqn not in missing:
             missing[site.fqn] = "it runs in Python, where its inputs are not seen"
     return found, missing
 
 
-def _moments(watch: _Watch) -> Moments:
-    fitted, held = watch.fitted, watch.held
-    assert fitted.total is not None
-    assert fitted.products is not None
-    if held.rows == 0:
-        held = fitted
-    assert held.total is not None
-    assert held.products is not None
-    return Moments(
-        rows=fitted.rows,
-        mean=fitted.total / fitted.rows,
-        second=fitted.products / fitted.rows,
-        held_rows=watch.held.rows,
-        held_mean=held.total / held.rows,
-        held_second=held.products / held.rows,
-    )
+def _gathered(watch: _Watch) -> Gathered:
+    fitted, held = watch.fitted, watch.held if watch.held.rows else watch.fitted
+    moments = sample = None
+    if fitted.sums is not None and held.sums is not None:
+        moments = Moments(
+            rows=fitted.rows,
+            mean=fitted.sums.total / fitted.rows,
+            second=fitted.sums.products / fitted.rows,
+            held_rows=watch.held.rows,
+            held_mean=held.sums.total / held.rows,
+            held_second=held.sums.products / held.rows,
+        )
+    if fitted.draw is not None and held.draw is not None:
+        readers = tuple(s.weight.detach() for s in watch.sites if s.weight_ref is not None)
+        draw = fitted.draw
+        sample = Sample(draw.low, draw.high, draw.rows, held.draw.rows, readers)
+    return Gathered(moments, sample)
 
 
-def _watches(capture: Capture, sites: Sequence[Site]) -> list[_Watch]:
+def _watches(capture: Capture, sites: Sequence[Site], asked: tuple[bool, bool]) -> list[_Watch]:
     """One watch per value that sites read: the query, key and value of attention share theirs."""
     evaluated = {id(g) for _, mode, g in capture.graphs() if not mode}
     watches: dict[object, _Watch] = {}
@@ -137,9 +212,10 @@ def _watches(capture: Capture, sites: Sequence[Site]) -> list[_Watch]:
         calls = [n for n in site.nodes if id(n.graph) in evaluated]
         if calls or site.place is not None:
             sources: object = (tuple(source_of(n) for n in calls) or site.fqn, site.channels)
-            new = _Watch(site.in_features, calls, site.place, site.channels)
+            seen = _Seen(asked), _Seen(asked)
+            new = _Watch(site.in_features, calls, site.place, *seen, site.channels)
             watch = watches.setdefault(sources, new)
-            watch.sites.append(site.fqn)
+            watch.sites.append(site)
     return list(watches.values())
 
 
@@ -148,7 +224,9 @@ def _groups(watches: Sequence[_Watch]) -> Iterator[list[_Watch]]:
     group: list[_Watch] = []
     held = 0.0
     for watch in watches:
-        size = 3 * 8.0 * watch.width**2  # fitted, held out, and one product on its way
+        moments, sample = watch.fitted.asked
+        # fitted, held out, and one on its way
+        size = 3 * (8.0 * moments * watch.width**2 + 4.0 * sample * _SAMPLE)
         if group and held + size > _BYTES:
             yield group
             group, held = [], 0.0
@@ -207,8 +285,9 @@ def _seeing(watch: _Watch, forward: Callable[..., Any]) -> Callable[..., Any]:
 def _run(root: nn.Module, calibration: Calibration, group: Sequence[_Watch]) -> None:
     batches = calibration.batches
     every = min(_HELD_OUT, len(batches))
-    with quiet_run(root, training=False):
+    with bar("calibrating", len(batches)) as step, quiet_run(root, training=False):
         for i, batch in enumerate(batches):
+            step()
             args, kwargs = own_copy(*arguments(batch))
             held = len(batches) > 1 and i % every == every - 1
             mask = kwargs.get("attention_mask")

@@ -8,7 +8,7 @@ import numbers
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from rewriter.base import Layer, Pass, Phase, Replacement, Skip, Where
 from rewriter.capture import Capture
 from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.engine.batches import Calibration
-from rewriter.errors import OptionError
+from rewriter.errors import CalibrationError, OptionError
 from rewriter.layer import ComputedWeight
 from rewriter.lowering import Rule
 from rewriter.modules.patterns import Chain, Fan, Op
@@ -46,6 +46,7 @@ __all__ = [
     "Declined",
     "Options",
     "Proposal",
+    "check_calibrated",
     "check_passes",
     "check_patterns",
     "device_of",
@@ -104,12 +105,14 @@ def device_of(device: Any) -> Device | None:
 
 @dataclass
 class Proposal:
-    """A replacement for a site; `group` names the proposals that stand or fall together, `made_at`
-    the kind of the site that the layer was proposed for, where that is another one of the group."""
+    """A replacement for a site; `group` names the proposals that stand or fall together, `cut` the
+    weight, by identity, that the site no longer shares with what keeps it, `made_at` the kind of
+    the site that the layer was proposed for, where that is another one of the group."""
 
     site: Site
     replacement: Replacement
     group: int = -1
+    cut: int | None = None
     made_at: Kind | None = None
 
     @property
@@ -158,6 +161,16 @@ def check_passes(passes: Sequence[Pass]) -> None:
                 break
     if problems:
         raise OptionError(f"impossible passes: {'; '.join(problems)}{disorder}")
+
+
+def check_calibrated(passes: Sequence[Pass], remedy: str) -> None:
+    """Raises where a pass cannot do without calibration, and there is none.
+
+    Raises:
+        CalibrationError: names the passes, and the remedy.
+    """
+    if needing := [str(p) for p in passes if p.needs_calibration]:
+        raise CalibrationError(f"{', '.join(needing)} needs calibration: {remedy}")
 
 
 def _method(rewrite: Pass) -> str:
@@ -286,7 +299,9 @@ def ties(
             shared.setdefault(key, []).append(p)
     refused: list[tuple[Proposal, str]] = []
     for i, ((weight, _), group) in enumerate(shared.items()):
-        reason = _untouched(root, group, names.get(weight, set()), readers.get(weight, set()))
+        others = _others(root, group, names.get(weight, set()))
+        cut = sorted(others) if _may_cut(root, group, others) else []
+        reason = _untouched(group, set() if cut else others, readers.get(weight, set()))
         leader = _leader(group)
         if leader is None and not reason:
             kinds = ", ".join(f"{p.site.fqn} ({kind_name(p.site.kind)})" for p in group)
@@ -298,6 +313,11 @@ def ties(
                 layer, note = leader.replacement.layer, f"tied to {leader.site.fqn}"
                 p.replacement = Replacement(layer, p.replacement.error, note)
                 p.made_at = leader.site.kind
+            if cut:
+                p.cut = weight
+                said = f"{', '.join(cut)} keeps the weight that it was tied to: the tie is cut"
+                note = "; ".join(filter(None, (p.replacement.note, said)))
+                p.replacement = replace(p.replacement, note=note)
     gone = {id(p) for p, _ in refused}
     return [p for p in proposals if id(p) not in gone], refused
 
@@ -312,10 +332,8 @@ def _leader(group: Sequence[Proposal]) -> Proposal | None:
     return None
 
 
-def _untouched(
-    root: nn.Module, group: Sequence[Proposal], names: set[str], readers: set[fx.Node]
-) -> str:
-    """Why the users of one weight cannot all be rewritten; "" where they can."""
+def _others(root: nn.Module, group: Sequence[Proposal], names: set[str]) -> set[str]:
+    """What has one weight beside the sites of a group, by name."""
     own: set[str] = set()
     others: set[str] = set()
     for site in (p.site for p in group):
@@ -328,7 +346,21 @@ def _untouched(
         else:
             every = root.named_modules(remove_duplicate=False)
             own |= {f"{n}.{last}" for n, m in every if n and m is holder}
-    others |= names - own
+    return others | (names - own)
+
+
+def _may_cut(root: nn.Module, group: Sequence[Proposal], others: set[str]) -> bool:
+    """Whether others may keep a weight for which a group of sites gets layers of its own."""
+    holders = [root.get_submodule(name.rpartition(".")[0]) for name in others]
+    return (
+        bool(others)
+        and all(isinstance(m, nn.Embedding) for m in holders)
+        and all(p.replacement.cuts_ties and p.site.place is not None for p in group)
+    )
+
+
+def _untouched(group: Sequence[Proposal], others: set[str], readers: set[fx.Node]) -> str:
+    """Why the users of one weight cannot all be rewritten; "" where they can."""
     reading = readers - {n for p in group for n in p.site.nodes}
     ways = {(p.site.transposed, p.site.channels) for p in group}
     if others or reading or len(ways) > 1:

@@ -120,7 +120,7 @@ class Engine:
         run.ask()
         run.decide()
         run.try_layers()
-        if self.lost is not None:
+        if self.lost is not None and not rewrite.simulates:
             self.lost.add(run.proposals)
         with self._all_or_nothing(run):
             run.install(self.recipe)

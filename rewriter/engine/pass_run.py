@@ -13,7 +13,7 @@ from rewriter.capture import Capture
 from rewriter.cost import Cost
 from rewriter.edits import BLOCK, Cut, Keep, Remove, Resize
 from rewriter.edits.values import site_of
-from rewriter.engine.calibration import gather
+from rewriter.engine.calibration import Gathered, gather
 from rewriter.engine.decide import (
     Declined,
     Options,
@@ -65,6 +65,7 @@ class PassRun:
         edited: decisions on the removed blocks and resized layers, made while those stood.
         error: by which the outputs on the example inputs moved; None where that is not known.
         changed: the modules at the places of removed blocks, and the layers that were cut.
+        uncalibrated: why a site that cannot do without calibration has none, by name.
     """
 
     rewrite: Pass
@@ -83,6 +84,7 @@ class PassRun:
     looks: list[Decision] = field(default_factory=list)
     edited: list[Decision] = field(default_factory=list)
     error: float | None = None
+    uncalibrated: dict[str, str] = field(default_factory=dict)
 
     def look(self) -> None:
         """Finds the sites of the kinds that the pass takes.
@@ -106,13 +108,13 @@ class PassRun:
             warn(f"{self.rewrite}: {self.notes[-1]}")
 
     def calibrate(self) -> None:
-        """Gives the sites the moments of their inputs, where the pass and the user want them.
+        """Gives the sites what their inputs are like, where the pass and the user want it.
 
         Raises:
             CalibrationError: the model is on meta, or fails on the batches.
         """
-        calibration = self.options.calibration
-        if calibration is None or not self.rewrite.calibrates:
+        calibration, needs = self.options.calibration, self.rewrite.needs_calibration
+        if calibration is None or not (self.rewrite.calibrates or needs):
             return
         if self.capture.on_meta:
             raise CalibrationError(
@@ -121,15 +123,20 @@ class PassRun:
             )
         rows = [s for s in self.matching if s.kind not in (CONV, EMBEDDING)]
         wanted = [s for s in rows if self._unasked(s) is None]
-        found, missing = gather(self.capture, wanted, calibration)
+        moments = self.rewrite.calibrates
+        found, missing = gather(self.capture, wanted, calibration, moments, sample=needs)
+        self.uncalibrated = missing if needs else {}
         reasons: dict[str, list[str]] = {}
         for name, why in missing.items():
             reasons.setdefault(why, []).append(name)
+        become = "left as is" if needs else "fitted to weights alone"
         for why, names in reasons.items():
             named = ", ".join(names)
-            self.notes.append(f"fitted to weights alone, not calibrated: {named} ({why})")
+            self.notes.append(f"{become}, not calibrated: {named} ({why})")
             warn(f"{self.rewrite}: {self.notes[-1]}")
-        self.matching = [replace(s, moments=found.get(s.fqn)) for s in self.matching]
+        for i, site in enumerate(self.matching):
+            own = found.get(site.fqn, Gathered())
+            self.matching[i] = replace(site, moments=own.moments, sample=own.sample)
 
     def ask(self) -> None:
         """Asks the pass about every site, or for its plan of the whole.
@@ -263,7 +270,8 @@ class PassRun:
         Raises:
             VerifyError: something does not hold.
         """
-        check(self.capture, self.before, [*self.layers, *self.changed], str(self.rewrite))
+        cut = {p.cut for p in self.proposals if p.cut is not None}
+        check(self.capture, self.before, [*self.layers, *self.changed], str(self.rewrite), cut)
 
     def record(self, costs: dict[str, Cost]) -> None:
         """Completes the decisions with kernels and costs, and lists what no pass looked at.
@@ -348,6 +356,8 @@ class PassRun:
             skip = self._unasked(site)
             if skip is not None:
                 return skip
+            if site.fqn in self.uncalibrated:
+                return Skip("it is not calibrated: {}", self.uncalibrated[site.fqn])
             with torch.enable_grad():  # views of parameters must keep their requires_grad
                 answer = self.rewrite.propose(site)
         except Exception as error:

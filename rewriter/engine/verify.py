@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -40,7 +40,13 @@ def ties(parameters: Mapping[str, nn.Parameter]) -> list[frozenset[str]]:
     return [frozenset(group) for group in names.values() if len(group) > 1]
 
 
-def check(capture: Capture, before: Boundary, installed: Sequence[nn.Module], name: str) -> None:
+def check(
+    capture: Capture,
+    before: Boundary,
+    installed: Sequence[nn.Module],
+    name: str,
+    cut: Collection[int] = (),
+) -> None:
     """Checks the rewritten model against the boundary it had before the pass.
 
     Args:
@@ -48,6 +54,7 @@ def check(capture: Capture, before: Boundary, installed: Sequence[nn.Module], na
         before: `boundary` before the pass.
         installed: the layers that the pass put into the model.
         name: of the pass, for the message.
+        cut: parameters by identity, which their new layers need not share with what was tied.
 
     Raises:
         VerifyError: a graph is malformed, a value lost its type, a result changed its type, a
@@ -76,6 +83,8 @@ def check(capture: Capture, before: Boundary, installed: Sequence[nn.Module], na
         return any(parameter == p or parameter.startswith(f"{p}.") for p in places)
 
     for group in ties(before.parameters):
+        if any(id(before.parameters[n]) in cut for n in group):
+            group = frozenset(n for n in group if not touched(n))
         ids = {id(after.parameters[n]) for n in group if n in after.parameters}
         gone = [n for n in group if touched(n)]
         shared = {id(p) for n, p in after.parameters.items() if touched(n)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from rewriter.kernels import attention
 from rewriter.kernels import linear_act as kernel
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.lowering.rules import Fused, Place
 from rewriter.spellings import activation_name, is_view, works_in_place
 
 __all__ = [
+    "ATTENTION",
     "CONV",
     "CONV_TRANSPOSE",
     "JOINED",
@@ -272,3 +275,41 @@ def _done(results: Sequence[Tensor]) -> None:
 
 
 JOINED = Fused("joined_linear", joined_linear, _joined, _sizes, _not_joined, _slow_joined)
+
+
+# attention ---------------------------------------------------------------------------------------
+
+
+_ATTENTION = tuple(inspect.signature(attention.attention).parameters)
+
+
+def _unknown_options(place: Place) -> str | None:
+    call = place.match.nodes[0]
+    given = dict(zip(_ATTENTION, call.args, strict=False)) | call.kwargs
+    strange = set(given) - set(_ATTENTION)
+    return f"it is called with {', '.join(sorted(strange))}" if strange else None
+
+
+def _slow_attention(
+    place: Place,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> str | None:
+    why = attention.refusal(query, key, value, attn_mask, is_causal, dropout_p)
+    if why is None and attention.pick(query, key, attn_mask, is_causal) != "native":
+        why = f"torch's own is no slower here on {query.shape[2]} queries and {key.shape[2]} keys"
+    return why
+
+
+def _no_tensors(place: Place) -> tuple[()]:
+    return ()
+
+
+ATTENTION = Fused(
+    "attention", attention.attention, _no_tensors, unless=_unknown_options, slower=_slow_attention
+)

@@ -23,6 +23,7 @@ from rewriter.lowering.planning import (
     Key,
     Refusal,
     failure,
+    inputs_of,
     lowered_graph,
     places,
     spoken,
@@ -201,16 +202,15 @@ class _Checker(fx.Interpreter):
 
     def _fuse(self, found: Application) -> None:
         place, op = found.place, found.rule.fused
-        x = self.env[place.match.source]
-        if (why := spoken("slower", found.rule, place, x)) is not None:
+        args, kwargs = inputs_of(place.match, self._value)
+        if (why := spoken("slower", found.rule, place, *args, **kwargs)) is not None:
             self.declined.append(Refusal(found.rule, place, why, "declined"))
             return
-        added = [self._value(n) for n in place.match.added]
-        sources = _sources(place, x, *added)
+        sources = _sources(place, *args, *kwargs.values())
         stamp = Stamp(sources)
         tensors = derived(found)
         try:
-            results = op.run(x, *added, *tensors, *op.constants(place))
+            results = op.run(*args, *tensors, *op.constants(place), **kwargs)
         except Exception as error:
             raise failure(found.rule, place, error) from error
         if not stamp.holds(sources) or not torch.equal(Stamp(sources).sums, stamp.sums):
@@ -240,9 +240,9 @@ class _Checker(fx.Interpreter):
             self.errors[found.key] = error
 
 
-def _sources(place: Place, *inputs: Tensor) -> list[Tensor]:
+def _sources(place: Place, *inputs: Any) -> list[Tensor]:
     """What a rule may read at a place, and must not write: its inputs, and the layers' tensors."""
-    found = {id(x): x for x in inputs}
+    found = {id(x): x for x in inputs if isinstance(x, Tensor)}
     for module in place.modules:
         if module is not None:
             found.update((id(t), t) for t in (*module.parameters(), *module.buffers()))

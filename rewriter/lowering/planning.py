@@ -14,12 +14,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rewriter.errors import VerifyError
 from rewriter.lowering.rules import Place, Rule
-from rewriter.modules.patterns import Fan
+from rewriter.modules.patterns import Fan, Match, Op
 from rewriter.modules.tree import has_hooks
 from rewriter.sites import find_matches
 from rewriter.spellings import autocast_at, spelled, works_in_place
 
-__all__ = ["Application", "Key", "Refusal", "failure", "lowered_graph", "places", "spoken"]
+__all__ = [
+    "Application",
+    "Key",
+    "Refusal",
+    "failure",
+    "inputs_of",
+    "lowered_graph",
+    "places",
+    "spoken",
+]
 
 Key = tuple[str, str]
 """Names an application by (pattern, name of its first node), which a pickled graph keeps."""
@@ -127,14 +136,30 @@ def _too_early(place: Place) -> str | None:
     return None if writing is None else f"{writing.name} writes in place before the sum"
 
 
-def spoken(name: str, rule: Rule, place: Place, *inputs: Any) -> str | None:
+def inputs_of(
+    match: Match, value: Callable[[fx.Node], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What goes into a place: of a single function the arguments of its call, else the value that
+    the first step works on and those that sums add.
+
+    Args:
+        value: what stands for a node.
+    """
+    node = match.nodes[0]
+    if isinstance(match.pattern, Op) and node.op == "call_function":
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        return tuple(args), dict(kwargs)
+    return tuple(value(n) for n in (match.source, *match.added)), {}
+
+
+def spoken(name: str, rule: Rule, place: Place, *inputs: Any, **named: Any) -> str | None:
     """What a rule's `unless` or `slower` says at a place.
 
     Raises:
         VerifyError: it fails, or gives neither a reason nor None.
     """
     try:
-        reason = getattr(rule.fused, name)(place, *inputs)
+        reason = getattr(rule.fused, name)(place, *inputs, **named)
     except Exception as error:
         raise failure(rule, place, error) from error
     if reason is None or isinstance(reason, str):
@@ -192,9 +217,9 @@ def _call(
     env: dict[fx.Node, fx.Node],
 ) -> fx.Node:
     match, op = found.place.match, found.rule.fused
-    inputs = (env[n] for n in (match.source, *match.added))
-    arguments = (*inputs, *tensors, *op.constants(found.place))
-    call = graph.call_function(op.run, arguments)
+    args, kwargs = inputs_of(match, env.__getitem__)
+    arguments = (*args, *tensors, *op.constants(found.place))
+    call = graph.call_function(op.run, arguments, kwargs)
     call.meta = dict(match.nodes[-1].meta)
     if not isinstance(match.pattern, Fan):
         env[match.nodes[-1]] = call

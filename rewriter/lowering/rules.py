@@ -63,14 +63,15 @@ def _none(place: Place) -> tuple[Any, ...]:
     return ()
 
 
-def _nothing(place: Place, *_: Any) -> None:
+def _nothing(place: Place, *_: Any, **__: Any) -> None:
     return None
 
 
 @dataclass(frozen=True)
 class Fused:
     """What runs in a pattern's place: `run(x, *added, *derive(place), *constants(place))`, where
-    `added` is what the sums of the pattern add, in its order.
+    `added` is what the sums of the pattern add, in its order. Where the pattern is one operation,
+    and a function, the arguments of its call stand in the place of x.
 
     Args:
         name: of the op, as the report has it.
@@ -78,7 +79,8 @@ class Fused:
         derive: tensors made of the layers' weights: once, and again whenever those change.
         constants: further arguments, JSON-like.
         unless: why the op cannot stand at a place; None where it can.
-        slower: why it would not be faster there, on such an input; None where it is.
+        slower: why it would not be faster there, on such inputs; None where it is. They are what
+            `run` is given first.
 
     Raises:
         OptionError: `run` has no name of its own, by which generated code could call it.
@@ -89,7 +91,7 @@ class Fused:
     derive: Callable[[Place], Sequence[Tensor | None]]
     constants: Callable[[Place], Sequence[Any]] = _none
     unless: Callable[[Place], str | None] = _nothing
-    slower: Callable[[Place, Tensor], str | None] = _nothing
+    slower: Callable[..., str | None] = _nothing
 
     def __post_init__(self) -> None:
         if not str(getattr(self.run, "__name__", "")).isidentifier():

@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "Sample"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Some of the rows that go into a site, and the range of all of them.
+
+    Args:
+        low, high: [in_features] float32: of each channel, over all rows that are fitted to.
+        rows: [n, in_features] float32: some of those, evenly drawn.
+        held: the same of batches that nothing is fitted to; `rows` where there is one batch only.
+        readers: the weights [out_features, in_features] of all layers that read these rows.
+    """
+
+    low: Tensor
+    high: Tensor
+    rows: Tensor
+    held: Tensor
+    readers: tuple[Tensor, ...]
+
+    def output_error(
+        self, weight: Tensor, bias: Tensor | None, layer: Callable[[Tensor], Tensor]
+    ) -> float | None:
+        """‖W x + b − layer(x)‖ / ‖W x‖ over the rows held out; None where W x is zero."""
+        with torch.no_grad():
+            x = self.held.to(weight.dtype)
+            want = x.double() @ weight.double().t()
+            lost = want - layer(x).double()
+            lost = lost if bias is None else lost + bias.double()
+        total = float(want.norm())
+        return float(lost.norm()) / total if total > 0 else None
 
 
 @dataclass(frozen=True)

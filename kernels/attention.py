@@ -1,0 +1,223 @@
+"""Attention: y = softmax(q kᵀ·scale + mask) v, for inference.
+
+Kernels, chosen by measurement per size (`rewriter.kernels.choice`):
+
+    native   of attention_cpu.cpp: both products and the softmax in one pass, a mask of truths read
+             as it is, operands where they lie, the result as the next linear layer reads it;
+             float32 on the CPU
+    torch    torch's own `scaled_dot_product_attention`; every device and dtype
+
+Both give zeros for a query that may look at nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from rewriter.kernels.choice import fastest, rows_bucket
+from rewriter.kernels.native import Unavailable, library, parallel
+
+__all__ = ["attention", "attention_reference", "native", "pick", "refusal", "unavailable"]
+
+_SOURCE = Path(__file__).with_name("attention_cpu.cpp")
+_VERSION = "attention 1"
+_LEAD = 0.05
+_MOST = 512, 64
+"""Longer sequences and more heads are taken to run as these do: to measure them takes long."""
+
+_POINTERS = "q k v mask y parallel"
+_SIZES = (
+    "batch heads shared queries keys depth "
+    "q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row "
+    "mask_batch mask_head mask_row mask_column truths causal threads"
+)
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
+        *((name, ctypes.c_int64) for name in _SIZES.split()),
+        ("scale", ctypes.c_double),
+    ]
+
+
+@functools.cache
+def _library() -> tuple[Any, int, int]:
+    made = library(_SOURCE)
+    made.attention.argtypes, made.attention.restype = [ctypes.c_void_p], None
+    made.attention_lanes.restype = ctypes.c_int64
+    return made, parallel(), int(made.attention_lanes())
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the compiled kernel does not run on this machine; None where it does: looked at on sizes
+    with tails and on a mask, against the formula."""
+    try:
+        made = _library()
+    except Unavailable as error:
+        return str(error)
+    draw = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad():
+        for queries, keys in ((1, 1), (7, 19), (37, 70)):
+            q, k, v = (
+                torch.randn(1, 2, n, 3 * made[2], generator=draw) for n in (queries, keys, keys)
+            )
+            mask = torch.rand(queries, keys, generator=draw) > 0.3
+            for own in (None, mask):
+                want = attention_reference(q, k, v, own)
+                if not torch.allclose(native(q, k, v, own), want, rtol=1e-4, atol=1e-5):
+                    return f"wrong at {queries} queries and {keys} keys"
+    return None
+
+
+def refusal(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
+) -> str | None:
+    """Why the compiled kernel does not take such operands; None where it does."""
+    operands = [query, key, value, *([] if mask is None else [mask])]
+    if any(t.device.type != "cpu" for t in operands) or query.dtype != torch.float32:
+        return f"no kernel takes {query.dtype} on {query.device.type}"
+    if (why := unavailable()) is not None:
+        return f"no compiled kernel: {why}"
+    if any(t.dtype != query.dtype for t in (key, value)):
+        return "its operands differ in dtype"
+    if mask is not None and (causal or mask.dtype not in (torch.bool, query.dtype)):
+        return "its mask is neither of truths nor of float32, or there are two"
+    if dropout:
+        return "it drops values"
+    if any(t.ndim != 4 for t in (query, key, value)):
+        return "its operands are not [batch, heads, rows, depth]"
+    (b, h, _, d), (kb, shared, t, kd) = query.shape, key.shape
+    lanes = _library()[2]
+    if (b, t) != (value.shape[0], value.shape[2]) or b != kb or shared != value.shape[1]:
+        return "its operands differ in batch, or heads"
+    if d != kd or d != value.shape[3] or d % lanes or h % shared:
+        return f"a head is {d} wide, which is no multiple of {lanes}, or its operands differ"
+    return None if query.numel() and key.numel() else "it is empty"
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """y = softmax(q kᵀ·scale + mask) v: arguments and result of
+    `torch.nn.functional.scaled_dot_product_attention`. Costs 4·batch·heads·S·T·D FLOPs; has no
+    gradient.
+
+    Args:
+        query: [batch, heads, S, D].
+        key, value: [batch, heads, T, D], or with `enable_gqa` of fewer heads.
+        attn_mask: that spreads to [batch, heads, S, T], truths or numbers that are added.
+
+    Returns:
+        [batch, heads, S, D], which lies as [batch, S, heads, D].
+    """
+    if not isinstance(query, FakeTensor):  # priced: as torch's
+        why = refusal(query, key, value, attn_mask, is_causal, dropout_p)
+        same = enable_gqa or query.shape[1:2] == key.shape[1:2]
+        if why is None and same and pick(query, key, attn_mask, is_causal) == "native":
+            return native(query, key, value, attn_mask, is_causal, scale)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same, written as the formula (float64 inside), for as many heads of k as of q."""
+    s = q.double() @ k.double().mT / q.shape[-1] ** 0.5
+    if mask is not None:
+        s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
+    return (torch.softmax(s, -1).nan_to_num(0.0) @ v.double()).to(q.dtype)
+
+
+def native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The kernel "native", of operands that `refusal` has nothing against."""
+    made, start, _ = _library()
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    (b, h, rows, depth), (_, shared, keys, _) = query.shape, key.shape
+    y = torch.empty_strided((b, h, rows, depth), (rows * h * depth, depth, h * depth, 1))
+    spread = None if mask is None else mask.expand(b, h, rows, keys)
+    call = _Call(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        None if spread is None else spread.data_ptr(),
+        y.data_ptr(),
+        start,
+        b,
+        h,
+        h // shared,
+        rows,
+        keys,
+        depth,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *((0, 0, 0, 0) if spread is None else spread.stride()),
+        spread is not None and spread.dtype == torch.bool,
+        causal,
+        torch.get_num_threads(),
+        depth**-0.5 if scale is None else scale,
+    )
+    made.attention(ctypes.byref(call))
+    return y
+
+
+def pick(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> str:
+    """The fastest kernel on the CPU for such operands; measured when first asked for, with
+    sequences and heads rounded up to powers of two."""
+    (b, h, rows, depth), (_, shared, keys, _) = query.shape, key.shape
+    longest, most = _MOST
+    rows, keys = rows_bucket(rows, longest), rows_bucket(keys, longest)
+    heads = rows_bucket(b * h, most)
+    kind = "causal" if causal else "" if mask is None else str(mask.dtype)
+    key_ = f"{heads}x{h // shared} {rows}x{keys}x{depth} {kind} {torch.get_num_threads()}"
+
+    def candidates() -> dict[str, Callable[[], object]]:
+        # as a joined product of queries, keys and values leaves them
+        q, k, v = (
+            torch.linspace(-1, 1, n * heads * depth).view(1, n, heads, depth).transpose(1, 2)
+            for n in (rows, keys, keys)
+        )
+        own = None if mask is None else torch.ones(1, 1, rows, keys).to(mask.dtype)
+
+        def of_torch() -> Tensor:
+            y = F.scaled_dot_product_attention(q, k, v, own, is_causal=causal)
+            return y.transpose(1, 2).contiguous()
+
+        return {
+            "torch": of_torch,
+            "native": lambda: native(q, k, v, own, causal).transpose(1, 2).contiguous(),
+        }
+
+    return fastest(key_, _VERSION, candidates, _LEAD)

@@ -1,0 +1,218 @@
+// Attention on a CPU in one pass: softmax(q kᵀ·scale + mask) v, rows of queries at a time.
+//
+//   s[i,t] = scale·Σ_d q[i,d] k[t,d]      + mask[i,t], or −∞ where a mask of truths is false,
+//                                         and where t > i if it is causal
+//   p[i,t] = exp(s[i,t] − max_t s[i,t])
+//   y[i,d] = Σ_t p[i,t] v[t,d] / Σ_t p[i,t]               zeros where all of a row is −∞
+//
+// The keys of a head are transposed once, so that neighbours lie beside each other in a register; the
+// scores of ROWS queries stay in the nearest cache between the two products. Operands are read where
+// they lie, heads apart by any stride; y is written as [batch, S, heads, D], which is what the next
+// linear layer reads.
+//
+// Plain C++17 with the vector extensions of GCC and Clang; threads as threads.h has them. A row is
+// summed by one thread in one order: results do not depend on the number of threads.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "threads.h"
+
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int V = 16, ROWS = 6, WIDTH = 4;  // ROWS × WIDTH sums in registers
+#else
+constexpr int V = 8, ROWS = 4, WIDTH = 2;
+#endif
+constexpr float NEVER = -__builtin_inff();
+
+typedef float vec __attribute__((vector_size(V * 4)));
+typedef float vec_u __attribute__((vector_size(V * 4), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(V * 4), may_alias));
+
+INLINE vec load(const float* p) { return *(const vec_u*)p; }
+INLINE void store(float* p, vec v) { *(vec_u*)p = v; }
+INLINE vec all(float v) { return v - vec{}; }
+INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
+// exp(x) for x ≤ 0: 2^n by the exponent's bits, 2^f by a polynomial (Cephes' expf), to 2 ulp.
+INLINE vec exponential(vec x) {
+  x = x < all(-87.33654f) ? all(-87.33654f) : x;  // NaN stays
+  const vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2²³: rounds to a whole number
+  const vec n = shifted - 12582912.0f;
+  x = x - n * 0.693359375f;
+  x = x + n * 2.12194440e-4f;
+  vec p = all(1.9875691500e-4f);
+  p = p * x + 1.3981999507e-3f;
+  p = p * x + 8.3334519073e-3f;
+  p = p * x + 4.1665795894e-2f;
+  p = p * x + 1.6666665459e-1f;
+  p = p * x + 5.0000001201e-1f;
+  p = p * (x * x) + x + 1.0f;
+  const ints power = ((ints)shifted << 23) + (127 << 23);
+  return p * (vec)power;
+}
+
+}  // namespace
+
+// The arguments, as Python fills them in (kernels/attention_cpu.py: _Call). Strides in elements.
+struct Call {
+  const float *q, *k, *v;
+  const void* mask;  // null for none
+  float* y;          // [batch, queries, heads, depth]
+  Parallel parallel;
+  int64_t batch, heads, shared, queries, keys, depth;  // `shared` heads of q read one of k and v
+  int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
+  int64_t mask_batch, mask_head, mask_row, mask_column, truths, causal, threads;
+  double scale;
+};
+
+namespace {
+
+// ROWS queries × J·V keys.
+template <int J>
+INLINE void scores(const float* q, const float* kt, long depth, long columns, float* s) {
+  vec sum[ROWS][J];
+  for (int m = 0; m < ROWS; m++)
+    for (int j = 0; j < J; j++) sum[m][j] = vec{};
+  for (long d = 0; d < depth; d++) {
+    vec k[J];
+    for (int j = 0; j < J; j++) k[j] = load(kt + d * columns + j * V);
+    for (int m = 0; m < ROWS; m++) {
+      const vec x = all(q[m * depth + d]);
+      for (int j = 0; j < J; j++) sum[m][j] += x * k[j];
+    }
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int j = 0; j < J; j++) store(s + m * columns + j * V, sum[m][j]);
+}
+
+// ROWS rows of p × J·V columns of v.
+template <int J>
+INLINE void mixed(const float* p, const float* v, long v_row, long keys, long columns, const float* by,
+                  long rows, float* y, long y_row) {
+  vec sum[ROWS][J];
+  for (int m = 0; m < ROWS; m++)
+    for (int j = 0; j < J; j++) sum[m][j] = vec{};
+  for (long t = 0; t < keys; t++) {
+    vec x[J];
+    for (int j = 0; j < J; j++) x[j] = load(v + t * v_row + j * V);
+    for (int m = 0; m < ROWS; m++) {
+      const vec w = all(p[m * columns + t]);
+      for (int j = 0; j < J; j++) sum[m][j] += w * x[j];
+    }
+  }
+  for (int m = 0; m < ROWS; m++)
+    if (m < rows)
+      for (int j = 0; j < J; j++) store(y + m * y_row + j * V, sum[m][j] * by[m]);
+}
+
+// s → p for one row, of which `keys` count; returns 1/Σp, or 0 where all is −∞ (p is 0 then).
+float softmax(float* s, long keys, long columns) {
+  for (long t = keys; t < columns; t++) s[t] = NEVER;
+  vec most = load(s);
+  for (long t = V; t < columns; t += V) {
+    const vec x = load(s + t);
+    most = x > most ? x : most;
+  }
+  float high = most[0];
+  for (int i = 1; i < V; i++) high = most[i] > high ? most[i] : high;
+  if (high == NEVER) high = 0;  // exp(−∞) is as near to 0 as it can be, and set to it below
+  vec sum = vec{};
+  for (long t = 0; t < columns; t += V) {
+    const vec x = load(s + t);
+    const vec e = x == all(NEVER) ? vec{} : exponential(x - high);
+    sum += e;
+    store(s + t, e);
+  }
+  float total = 0;
+  for (int i = 0; i < V; i++) total += sum[i];
+  return total > 0 ? 1 / total : total == 0 ? 0 : total;
+}
+
+void add_mask(const Call& c, float* s, long b, long h, long row) {
+  if (c.mask) {
+    const long at = b * c.mask_batch + h * c.mask_head + row * c.mask_row;
+    if (c.truths) {
+      const uint8_t* m = (const uint8_t*)c.mask + at;
+      if (c.mask_column == 1)
+        for (long t = 0; t < c.keys; t++) s[t] = m[t] ? s[t] : NEVER;
+      else
+        for (long t = 0; t < c.keys; t++) s[t] = m[t * c.mask_column] ? s[t] : NEVER;
+    } else {
+      const float* m = (const float*)c.mask + at;
+      if (c.mask_column == 1)
+        for (long t = 0; t < c.keys; t++) s[t] += m[t];
+      else
+        for (long t = 0; t < c.keys; t++) s[t] += m[t * c.mask_column];
+    }
+  }
+  if (c.causal)
+    for (long t = row + 1; t < c.keys; t++) s[t] = NEVER;
+}
+
+// Queries [from, to) of one head.
+void head(const Call& c, long b, long h, long from, long to) {
+  const long columns = up(c.keys, V), depth = c.depth, y_row = c.heads * depth;
+  const long kv = h / c.shared;
+  float* held = (float*)aligned_alloc(64, up((columns * (depth + ROWS) + ROWS * depth) * 4, 64));
+  if (!held) std::abort();
+  float *kt = held, *s = kt + columns * depth, *own = s + columns * ROWS;
+  const float* k = c.k + b * c.k_batch + kv * c.k_head;
+  for (long t0 = 0; t0 < columns; t0 += V)
+    for (long d = 0; d < depth; d++) {
+      float* out = kt + d * columns + t0;
+      for (long i = 0; i < V; i++) out[i] = t0 + i < c.keys ? k[(t0 + i) * c.k_row + d] : 0;
+    }
+  const float* v = c.v + b * c.v_batch + kv * c.v_head;
+  const float scale = (float)c.scale;
+  for (long r = from; r < to; r += ROWS) {
+    const long rows = least(ROWS, to - r);
+    const long keys = c.causal ? least(c.keys, r + rows) : c.keys;  // none of these rows reads more
+    const long used = up(keys, V);
+    const float* q = c.q + b * c.q_batch + h * c.q_head + r * c.q_row;
+    for (long m = 0; m < ROWS; m++)
+      for (long d = 0; d < depth; d++) own[m * depth + d] = m < rows ? q[m * c.q_row + d] * scale : 0;
+    long t = 0;
+    for (; t + WIDTH * V <= used; t += WIDTH * V) scores<WIDTH>(own, kt + t, depth, columns, s + t);
+    for (; t < used; t += V) scores<1>(own, kt + t, depth, columns, s + t);
+    float by[ROWS] = {};
+    for (long m = 0; m < rows; m++) {
+      add_mask(c, s + m * columns, b, h, r + m);
+      by[m] = softmax(s + m * columns, keys, used);
+    }
+    float* y = c.y + (b * c.queries + r) * y_row + h * depth;
+    long d = 0;
+    for (; d + WIDTH * V <= depth; d += WIDTH * V)
+      mixed<WIDTH>(s, v + d, c.v_row, keys, columns, by, rows, y + d, y_row);
+    for (; d + 2 * V <= depth; d += 2 * V)
+      mixed<2>(s, v + d, c.v_row, keys, columns, by, rows, y + d, y_row);
+    for (; d < depth; d += V) mixed<1>(s, v + d, c.v_row, keys, columns, by, rows, y + d, y_row);
+  }
+  free(held);
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t attention_lanes() { return V; }
+
+void attention(const Call* call) {
+  const Call& c = *call;
+  // a head is one task, or so many parts of it that all threads have work
+  const long heads = c.batch * c.heads, rows = up(c.queries, ROWS) / ROWS;
+  long parts = heads >= 2 * c.threads ? 1 : least(rows, (2 * c.threads + heads - 1) / heads);
+  const long size = (rows + parts - 1) / parts * ROWS;
+  parts = (c.queries + size - 1) / size;
+  for_each(c.parallel, c.threads, heads * parts, [&](long task) {
+    const long at = task / parts, from = task % parts * size;
+    head(c, at / c.heads, at % c.heads, from, least(from + size, c.queries));
+  });
+}
+}

@@ -1,0 +1,418 @@
+// Linear layers on a CPU whose weights are integers of 8 or 4 bits: unpacked in registers.
+//
+//   8 bits    y[r,n] = scale[n]·Σ_k x[r,k] q[n,k] + bias[n]
+//   4 bits    y[r,n] = Σ_k x[r,k] w[n,k] + bias[n]      w[n,k] = (u[n,k] − 8)·scale[n,g] + zero[n,g]
+//   dynamic   the same with x[r,k] ≈ s[r,g]·a[r,k]      s[r,g] = max|x[r,k]|/127 over the group g
+//
+// The weight lies as it is stored, row by row, and is read once for all rows of x up to 16: a row of
+// 4-bit weights is blocks of 32, of which byte i holds u[i] and 16·u[i + 16]. Of dynamic ones the
+// products within a group are integers, summed by vpdpbusd where there is one; they need no zero
+// point, as Σ(u − 8)a = Σ u·a − 8·Σa.
+//
+// C++17 with Intel's intrinsics; threads as threads.h has them. Every output is summed by one thread
+// in an order that depends on nothing but the sizes: results do not depend on the number of threads.
+
+#include <immintrin.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "threads.h"
+
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+constexpr long BLOCK = 32;  // weights that are unpacked together
+
+// Instruction sets --------------------------------------------------------------------------------
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(WEIGHT_NARROW)
+#define WIDE 1
+constexpr int V = 16, SUMS = 16;
+typedef __m512 vec;
+INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE vec all(float v) { return _mm512_set1_ps(v); }
+INLINE vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE float sum_of(vec v) { return _mm512_reduce_add_ps(v); }
+#elif defined(__AVX2__) && defined(__FMA__)
+#define WIDE 0
+constexpr int V = 8, SUMS = 8;
+typedef __m256 vec;
+INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE vec all(float v) { return _mm256_set1_ps(v); }
+INLINE vec fused(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+#else
+#error "neither AVX-512 nor AVX2"
+#endif
+
+INLINE float sum_of_8(__m256 v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+#if !WIDE
+INLINE float sum_of(vec v) { return sum_of_8(v); }
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && !defined(WEIGHT_NARROW)
+#define DOTS " and AVX-512-VNNI"
+INLINE __m256i dot(__m256i sum, __m256i u, __m256i a) { return _mm256_dpbusd_epi32(sum, u, a); }
+#elif defined(__AVXVNNI__) && !defined(WEIGHT_PLAIN)
+#define DOTS " and AVX-VNNI"
+INLINE __m256i dot(__m256i sum, __m256i u, __m256i a) { return _mm256_dpbusd_avx_epi32(sum, u, a); }
+#else
+#define DOTS ""
+// u ≤ 15: the sums of pairs fit into 16 bits
+INLINE __m256i dot(__m256i sum, __m256i u, __m256i a) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, a), _mm256_set1_epi16(1)));
+}
+#endif
+
+constexpr int PARTS = BLOCK / V;  // vectors of one block
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+// The arguments, as Python fills them in (kernels/weight_only_cpu.py: _Call) ---------------------
+
+struct Call {
+  const float* x;         // [rows, in]
+  const uint8_t* weight;  // 8 bits: [out, in]; 4 bits: [out, groups·group/2]
+  const void* scale;      // 8 bits: float [out]; 4 bits: bfloat16 or float [out, groups]
+  const void* zero;       // as scale, or null
+  const float* bias;      // [out] or null
+  float* y;               // [rows, out]; of weight_dense: [out, in]
+  Parallel parallel;
+  int64_t rows, in, out, group, floats, dynamic, threads;  // group 0: 8 bits
+};
+
+namespace {
+
+INLINE float number(const void* from, long i, bool floats) {
+  if (floats) return ((const float*)from)[i];
+  const uint32_t bits = (uint32_t)((const uint16_t*)from)[i] << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Unpacking ---------------------------------------------------------------------------------------
+
+// What the levels of one group stand for.
+struct Levels {
+#if WIDE
+  vec of;  // all sixteen
+#else
+  vec scale, zero;
+#endif
+};
+
+INLINE Levels levels_of(const Call& c, long n, long g) {
+  const long i = n * ((c.in + c.group - 1) / c.group) + g;
+  const float scale = number(c.scale, i, c.floats);
+  const float zero = c.zero ? number(c.zero, i, c.floats) : 0;
+#if WIDE
+  const vec plain = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return {fused(plain, all(scale), all(zero))};
+#else
+  return {all(scale), all(zero)};
+#endif
+}
+
+INLINE void unpack4(const uint8_t* p, const Levels& levels, vec* w) {
+#if WIDE
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  w[0] = _mm512_permutexvar_ps(bytes, levels.of);  // it reads four bits of each index
+  w[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels.of);
+#else
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)p), four = _mm_set1_epi8(15);
+  const __m128i half[2] = {_mm_and_si128(bytes, four), _mm_and_si128(_mm_srli_epi16(bytes, 4), four)};
+  for (int i = 0; i < 2; i++) {
+    const __m128i q = _mm_sub_epi8(half[i], _mm_set1_epi8(8));
+    const vec a = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
+    const vec b = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8)));
+    w[2 * i] = fused(a, levels.scale, levels.zero), w[2 * i + 1] = fused(b, levels.scale, levels.zero);
+  }
+#endif
+}
+
+INLINE void unpack8(const uint8_t* p, vec* w) {
+  for (int i = 0; i < PARTS; i++) {
+#if WIDE
+    w[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + i * V))));
+#else
+    w[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + i * V))));
+#endif
+  }
+}
+
+// Products with floats ----------------------------------------------------------------------------
+
+// M rows of x, `width` apart and long, zero beyond `in` × R rows of the weight from n on.
+template <int BITS, int M, int R>
+__attribute__((noinline)) void product(const Call& c, const float* x, long width, long r, long n) {
+  const long bytes = BITS == 8 ? c.in : width / 2;
+  const uint8_t* row = c.weight + n * bytes;
+  vec sum[M][R];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) sum[m][i] = all(0);
+
+  auto add = [&](const uint8_t* p, long apart, long k, const Levels* levels) __attribute__((always_inline)) {
+    vec w[R][PARTS];
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) {
+      if constexpr (BITS == 8)
+        unpack8(p + i * apart, w[i]);
+      else
+        unpack4(p + i * apart, levels[i], w[i]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < PARTS; j++)
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const vec v = load(x + m * width + k + j * V);
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++) sum[m][i] = fused(w[i][j], v, sum[m][i]);
+      }
+  };
+
+  if constexpr (BITS == 8) {
+    const long whole = c.in / BLOCK * BLOCK, rest = c.in - whole;
+    for (long k = 0; k < whole; k += BLOCK) add(row + k, bytes, k, nullptr);
+    if (rest) {
+      uint8_t tail[R][BLOCK] = {};
+      for (int i = 0; i < R; i++) memcpy(tail[i], row + i * bytes + whole, rest);
+      add(tail[0], BLOCK, whole, nullptr);
+    }
+  } else {
+    for (long k = 0, g = 0; k < width; k += c.group, g++) {
+      Levels levels[R];
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) levels[i] = levels_of(c, n + i, g);
+      for (long j = k; j < k + c.group; j += BLOCK) add(row + j / 2, bytes, j, levels);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < R; i++) {
+    const float scale = BITS == 8 ? ((const float*)c.scale)[n + i] : 1;
+    const float bias = c.bias ? c.bias[n + i] : 0;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) c.y[(r + m) * c.out + n + i] = sum_of(sum[m][i]) * scale + bias;
+  }
+}
+
+constexpr int ROWS = WIDE ? 8 : 4;  // of x that are multiplied at once, at most
+
+// All rows of the weight from n to end, with M rows of x.
+template <int BITS, int M>
+void columns(const Call& c, const float* x, long width, long r, long n, long end) {
+  constexpr int R = 4 * M <= SUMS ? 4 : 2 * M <= SUMS ? 2 : 1;
+  for (; n + R <= end; n += R) product<BITS, M, R>(c, x, width, r, n);
+  for (; n < end; n++) product<BITS, M, 1>(c, x, width, r, n);
+}
+
+// All rows of x, a power of two of them at a time.
+template <int BITS, int M = ROWS>
+void rows_of(const Call& c, const float* x, long width, long r, long n, long end) {
+  for (; r + M <= c.rows; r += M) columns<BITS, M>(c, x + r * width, width, r, n, end);
+  if constexpr (M > 1) rows_of<BITS, M / 2>(c, x, width, r, n, end);
+}
+
+// Products with activations of 8 bits -------------------------------------------------------------
+
+struct Quantized {  // one group of one row
+  float s, sum;     // sum = s·Σa
+  int32_t eighth;   // −Σa: what each of the eight partial sums of (u − 8)·a starts from
+};
+
+// Levels and scales of one row; what is beyond `in` is zero. A group that is not finite is NaN.
+void quantize_row(const float* x, long in, long group, long groups, int8_t* a, Quantized* of) {
+  for (long g = 0; g < groups; g++, a += group) {
+    const long from = g * group, n = least(group, in - from);
+    float most = 0, odd = 0;
+    for (long k = 0; k < n; k++) {
+      const float v = __builtin_fabsf(x[from + k]);
+      most = v > most ? v : most;
+      odd += x[from + k] * 0;  // NaN where a value is none or infinite
+    }
+    const bool some = most >= 1e-30f;
+    const float inverse = some && odd == 0 ? 127 / most : 0;
+    int32_t sum = 0;
+    for (long k = 0; k < n; k++) {
+      const int32_t level = inverse ? (int32_t)__builtin_nearbyintf(x[from + k] * inverse) : 0;
+      a[k] = (int8_t)level, sum += level;
+    }
+    for (long k = n; k < group; k++) a[k] = 0;
+    const float s = odd == 0 ? (some ? most / 127 : 0) : __builtin_nanf("");
+    of[g] = {s, s * sum, -sum};
+  }
+}
+
+// M rows of levels × R rows of the weight from n on.
+template <int M, int R>
+__attribute__((noinline)) void integers(const Call& c, const int8_t* a, const Quantized* of, long r,
+                                        long n) {
+  const long groups = (c.in + c.group - 1) / c.group, width = groups * c.group, bytes = width / 2;
+  const uint8_t* row = c.weight + n * bytes;
+  __m256 sum[M][R];
+  float offset[M][R] = {};
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) sum[m][i] = _mm256_setzero_ps();
+  for (long g = 0; g < groups; g++) {
+    __m256i exact[M][R];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) exact[m][i] = _mm256_set1_epi32(of[m * groups + g].eighth);
+    for (long k = g * c.group; k < (g + 1) * c.group; k += BLOCK) {
+      __m256i u[R];
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) {
+        const __m128i v = _mm_loadu_si128((const __m128i*)(row + i * bytes + k / 2));
+        const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(v), _mm_srli_epi16(v, 4), 1);
+        u[i] = _mm256_and_si256(both, _mm256_set1_epi8(15));
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const __m256i v = _mm256_loadu_si256((const __m256i*)(a + m * width + k));
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++) exact[m][i] = dot(exact[m][i], u[i], v);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) {
+      const long at = (n + i) * groups + g;
+      const float scale = number(c.scale, at, c.floats);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        const Quantized& own = of[m * groups + g];
+        const __m256 times = _mm256_set1_ps(scale * own.s);
+        sum[m][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact[m][i]), times, sum[m][i]);
+        if (c.zero) offset[m][i] += number(c.zero, at, c.floats) * own.sum;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+      c.y[(r + m) * c.out + n + i] = sum_of_8(sum[m][i]) + offset[m][i] + (c.bias ? c.bias[n + i] : 0);
+}
+
+// All rows of x, a power of two of them at a time.
+template <int M = 4>
+void levels_of_rows(const Call& c, const int8_t* a, long width, const Quantized* of, long groups, long r,
+                    long n, long end) {
+  constexpr int R = M == 1 ? 4 : M == 2 || WIDE ? 2 : 1;
+  for (; r + M <= c.rows; r += M) {
+    long i = n;
+    for (; i + R <= end; i += R) integers<M, R>(c, a + r * width, of + r * groups, r, i);
+    for (; i < end; i++) integers<M, 1>(c, a + r * width, of + r * groups, r, i);
+  }
+  if constexpr (M > 1) levels_of_rows<M / 2>(c, a, width, of, groups, r, n, end);
+}
+
+// Work --------------------------------------------------------------------------------------------
+
+constexpr long STRIP = 32 << 10;  // bytes of weights for which another thread pays
+
+// Rows of the weight in one piece of work.
+long strip(const Call& c, long bytes) {
+  long size = (STRIP + bytes - 1) / bytes;
+  const long even = (c.out + 4 * c.threads - 1) / (4 * c.threads);  // four pieces for each thread
+  if (size < even) size = least(even, 4 * size);
+  return up(size, 4);
+}
+
+template <class Work>
+void over_strips(const Call& c, long bytes, const Work& work) {
+  const long size = strip(c, bytes), tasks = (c.out + size - 1) / size;
+  for_each(c.parallel, c.threads, tasks, [&](long task) {
+    work(task * size, least((task + 1) * size, c.out));
+  });
+}
+
+void* room(long bytes) {
+  void* found = malloc(bytes);
+  if (!found) std::abort();
+  return found;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* weight_isa() { return (WIDE ? "AVX-512" DOTS : "AVX2" DOTS); }
+
+void weight_linear(const Call* call) {
+  const Call& c = *call;
+  const long groups = c.group ? (c.in + c.group - 1) / c.group : 0;
+  const long width = c.group ? groups * c.group : up(c.in, BLOCK);
+  if (c.dynamic) {
+    const long head = up(c.rows * groups * sizeof(Quantized), 64);
+    void* scratch = room(head + c.rows * width);
+    Quantized* of = (Quantized*)scratch;
+    int8_t* a = (int8_t*)scratch + head;
+    for_each(c.parallel, c.rows < 32 ? 1 : c.threads, c.rows, [&](long r) {
+      quantize_row(c.x + r * c.in, c.in, c.group, groups, a + r * width, of + r * groups);
+    });
+    over_strips(c, width / 2, [&](long n, long end) {
+      levels_of_rows(c, a, width, of, groups, 0, n, end);
+    });
+    return free(scratch);
+  }
+  float* padded = width == c.in ? nullptr : (float*)room(c.rows * width * sizeof(float));
+  for (long r = 0; padded && r < c.rows; r++) {
+    memcpy(padded + r * width, c.x + r * c.in, c.in * sizeof(float));
+    memset(padded + r * width + c.in, 0, (width - c.in) * sizeof(float));
+  }
+  const float* x = padded ? padded : c.x;
+  over_strips(c, c.group ? width / 2 : c.in, [&](long n, long end) {
+    c.group ? rows_of<4>(c, x, width, 0, n, end) : rows_of<8>(c, x, width, 0, n, end);
+  });
+  free(padded);
+}
+
+// Rows of the weight as floats.
+void weight_dense(const Call* call) {
+  const Call& c = *call;
+  const long bytes = c.group ? (c.in + c.group - 1) / c.group * c.group / 2 : c.in;
+  over_strips(c, bytes, [&](long n, long end) {
+    for (; n < end; n++) {
+      const uint8_t* row = c.weight + n * bytes;
+      float* to = c.y + n * c.in;
+      const float scale = !c.group ? ((const float*)c.scale)[n] : 1;
+      Levels levels;
+      for (long k = 0; k < c.in; k += BLOCK) {
+        vec w[PARTS];
+        const long some = least(BLOCK, c.in - k);
+        if (!c.group) {
+          uint8_t tail[BLOCK] = {};
+          memcpy(tail, row + k, some);
+          unpack8(tail, w);
+          for (int j = 0; j < PARTS; j++) w[j] = w[j] * all(scale);
+        } else {
+          if (k % c.group == 0) levels = levels_of(c, n, k / c.group);
+          unpack4(row + k / 2, levels, w);
+        }
+        if (some == BLOCK)
+          memcpy(to + k, w, sizeof(w));
+        else {
+          float values[BLOCK];
+          memcpy(values, w, sizeof(w));
+          memcpy(to + k, values, some * sizeof(float));
+        }
+      }
+    }
+  });
+}
+}

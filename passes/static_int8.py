@@ -1,0 +1,241 @@
+"""int8-static: int8 weights, and activations in one range of 8 bits that calibration has fixed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.base import LinearLayer, Skip, as_parameter
+from rewriter.kernels.int8_linear import PACKED, dequantize_weight, quantize_weight
+from rewriter.kernels.int8_static import int8_static_linear, kernel_name
+from rewriter.modules.moments import Sample
+from rewriter.modules.observers import Observer, observed_range
+from rewriter.passes.quantize import Quantize, Scheme, Smooth, register
+from rewriter.sites import LINEAR, Site
+
+__all__ = ["StaticQuantizedLinear"]
+
+_EPS = 1e-8
+_WIDEST = 1e5
+"""A channel's multiplier lies between this and its inverse."""
+_ALPHAS = (None, 0.5, 0.65, 0.8, 0.9)
+_COMPARED = 256
+"""So many rows tell which α is the best."""
+
+
+class StaticQuantizedLinear(LinearLayer):
+    """y = (q(x) − zero)·step @ (qweight·scale[:, None])ᵀ + bias, q rounding x·multiplier to 256
+    levels of a range that is fixed: what lies outside is clipped.
+
+    The weights and the range are buffers: they do not train. Gradients reach bias, and x where it
+    is not clipped (straight-through).
+
+    Args:
+        in_features: size of the last dimension of x.
+        out_features: size of the last dimension of y.
+        bias: whether there is a bias.
+        smooth: whether each channel of x is multiplied by a number of its own before.
+        device: of all tensors.
+        dtype: of bias, and of the weights before quantization; scale, step and multiplier are
+            float32 or wider.
+
+    Attributes:
+        qweight: [out_features, in_features] int8.
+        scale: [out_features].
+        step: [1], the distance of two levels.
+        zero: [1] uint8, the level of 0.
+        multiplier: [in_features] or None.
+        bias: [out_features] or None.
+    """
+
+    op = "int8_static_linear"
+    qweight: Tensor
+    scale: Tensor
+    step: Tensor
+    zero: Tensor
+    multiplier: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        smooth: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.smooth = smooth
+        bound = 1 / math.sqrt(max(in_features, 1))
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        qweight, scale = quantize_weight(weight.uniform_(-bound, bound))
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("step", scale.new_full((1,), 1 / 32))  # −4 … 4
+        self.register_buffer("zero", torch.full((1,), 128, dtype=torch.uint8, device=device))
+        self.register_buffer("multiplier", scale.new_ones(in_features) if smooth else None)
+        self.register_bias(out_features if bias else None, device, dtype)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: float,
+        high: float,
+        multiplier: Tensor | None = None,
+    ) -> StaticQuantizedLinear:
+        """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied.
+
+        Args:
+            low, high: what x·multiplier is clipped to; 0 comes into it.
+            multiplier: [in], above 0.
+        """
+        out_features, in_features = weight.shape
+        smooth = multiplier is not None
+        layer = cls(in_features, out_features, bias is not None, smooth, device="meta")
+        moved = weight if multiplier is None else weight / multiplier
+        layer.qweight, layer.scale = quantize_weight(moved)
+        low, high = min(low, 0.0), max(high, 0.0)
+        step = _few_bits((high - low + _EPS) / 255)
+        layer.step = layer.scale.new_full((1,), step)
+        zero = min(round(-low / step), 255)
+        layer.zero = torch.full((1,), zero, dtype=torch.uint8, device=weight.device)
+        layer.multiplier = None if multiplier is None else multiplier.to(layer.scale)
+        layer.bias = None if bias is None else as_parameter(bias)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return int8_static_linear(
+            input, self.qweight, self.scale, self.bias, self.step, self.zero, self.multiplier
+        )
+
+    def dense_weight(self) -> Tensor:
+        """W = qweight·scale[:, None]·multiplier, [out_features, in_features]."""
+        weight = dequantize_weight(self.qweight, self.scale)
+        return weight if self.multiplier is None else weight * self.multiplier
+
+    def kernel(self, tokens: int) -> str:
+        device, dtype = self.qweight.device, self.scale.dtype
+        return kernel_name(tokens, self.in_features, self.out_features, device, dtype)
+
+    def held_bytes(self, tokens: int) -> int:
+        return self.qweight.numel() if self.kernel(tokens) in PACKED else 0
+
+
+def _few_bits(step: float) -> float:
+    """The next number of 8 binary digits: the same in float32, bfloat16 and float16, so that no
+    cast of the layer moves the range."""
+    mantissa, exponent = math.frexp(step)
+    return math.ldexp(math.ceil(mantissa * 256) / 256, exponent)
+
+
+def smoothing(sample: Sample, alpha: float) -> Tensor:
+    """1/s with s_k = max|x_k|^α / max|W_k|^(1−α), [in] float32 of 8 binary digits; 1 where
+    either is zero; W of all layers that read these inputs.
+
+    Source: Xiao et al. 2023, "SmoothQuant", eq. 4.
+    """
+    inputs = torch.maximum(sample.low.abs(), sample.high.abs()).double()
+    weights = torch.stack([w.detach().double().abs().amax(0) for w in sample.readers]).amax(0)
+    inverse = weights ** (1 - alpha) / inputs**alpha
+    inverse = torch.where((inputs > 0) & (weights > 0), inverse, 1.0)
+    return inverse.clamp(1 / _WIDEST, _WIDEST).bfloat16().float()
+
+
+@dataclass(frozen=True)
+class Range:
+    """By what inputs are multiplied, and between what that is clipped."""
+
+    low: float
+    high: float
+    multiplier: Tensor | None = None
+
+    @classmethod
+    def of(cls, sample: Sample, observer: Observer, alpha: float | None) -> Range:
+        low, high, rows, times = sample.low, sample.high, sample.rows, None
+        if alpha is not None:
+            times = smoothing(sample, alpha)
+            low, high, rows = low * times, high * times, rows * times
+        ends = observed_range(observer, rows.flatten(), float(low.min()), float(high.max()))
+        return cls(*ends, times)
+
+    def lost(self, rows: Tensor, weight: Tensor) -> float:
+        """‖W x − Ŵ x̂‖² over some rows, in float32."""
+        layer = StaticQuantizedLinear.from_weight(
+            weight.float(), None, self.low, self.high, self.multiplier
+        )
+        given = rows if self.multiplier is None else rows * self.multiplier
+        step, zero = float(layer.step), int(layer.zero)
+        held = torch.fake_quantize_per_tensor_affine(given, step, zero, 0, 255)
+        made = held @ dequantize_weight(layer.qweight, layer.scale).t()
+        return float((rows @ weight.float().t() - made).square().sum())
+
+
+_ranges: WeakKeyDictionary[Sample, dict[tuple[object, ...], Range]] = WeakKeyDictionary()
+
+
+def range_of(sample: Sample, observer: Observer, smooth: Smooth) -> Range:
+    """One range for all layers that read these inputs, so that one quantization serves them.
+
+    With "auto", of several α the one with which their outputs on the sample are closest.
+    """
+    known = _ranges.setdefault(sample, {})
+    key = observer, smooth
+    if key not in known:
+        alphas = _ALPHAS if smooth == "auto" else (smooth,)
+        found = [Range.of(sample, observer, alpha) for alpha in alphas]
+        rows = sample.rows[:_COMPARED]
+
+        def lost(one: Range) -> float:
+            return sum(one.lost(rows, weight) for weight in sample.readers)
+
+        known[key] = found[0] if len(found) == 1 else min(found, key=lost)
+    return known[key]
+
+
+def _corrected(
+    layer: StaticQuantizedLinear, weight: Tensor, bias: Tensor, rows: Tensor
+) -> nn.Parameter:
+    """The bias with which the mean error of the outputs is zero over the rows.
+
+    Source: Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
+    Correction", sec. 4.2, with data.
+    """
+    with torch.no_grad():
+        want = nn.functional.linear(rows, weight.to(rows.dtype), bias.to(rows.dtype))
+        off = (want - layer(rows).to(rows.dtype)).mean(0)
+    return nn.Parameter((bias.detach().float() + off).to(bias.dtype), bias.requires_grad)
+
+
+def _linear(site: Site, quantize: Quantize) -> StaticQuantizedLinear | Skip:
+    sample = site.sample
+    if sample is None:
+        return Skip("scheme {} needs calibration batches that reach it", quantize.scheme)
+    weight, bias = site.weight, site.bias
+    own = range_of(sample, quantize.observer, quantize.smooth)
+    layer = StaticQuantizedLinear.from_weight(weight, bias, own.low, own.high, own.multiplier)
+    # where the user's code calls a function, the bias is that code's own and stays
+    if quantize.bias_correction and bias is not None and site.module is not None:
+        layer.bias = _corrected(layer, weight, bias, sample.rows)
+    return layer
+
+
+register(
+    Scheme(
+        "int8-static",
+        bits=8,
+        dtype=torch.int8,
+        storage=torch.int8,
+        layers={LINEAR: _linear},
+        options=("observer", "smooth", "bias_correction"),
+        needs_calibration=True,
+    )
+)

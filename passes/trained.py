@@ -1,0 +1,273 @@
+"""`TrainedLinear`: the linear layer of a scheme of `Quantize` while its weights still train."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.base import Layer, Pass, Skip, as_parameter
+from rewriter.errors import OptionError, one_of
+from rewriter.kernels.int8_linear import (
+    ACTIVATIONS,
+    dequantize_weight,
+    int8_linear,
+    quantize_weight,
+)
+from rewriter.kernels.straight_through import straight_through
+from rewriter.kernels.weight_only import (
+    GROUP_SIZES,
+    dequantize_groups,
+    int4_dynamic_linear,
+    int4_linear,
+    int8_weight_linear,
+    pack,
+    quantize_groups,
+)
+from rewriter.sites import Site
+
+__all__ = ["TRAINED", "Levels", "TrainedLinear", "check_options", "trained"]
+
+Levels = tuple[Tensor, Tensor, Tensor | None]
+"""Integers, scale and zero, as a scheme's layer holds them."""
+
+
+class TrainedLinear(Layer, nn.Linear):
+    """y = q(x) Ŵᵀ + bias with Ŵ = W rounded as a scheme of `Quantize` rounds it; W trains.
+
+    The forward is the scheme's own kernel on weights rounded anew, so `Quantize` gives a layer of
+    equal outputs. Gradients pass rounding as if it were the identity (straight-through): W gets
+    gᵀ x. It is an `nn.Linear` with its parameters, so checkpoints of one fit, and adapters.
+
+    With `learned_step` the steps between levels are parameters too, after Esser et al. 2020,
+    "Learned Step Size Quantization": step gets Σ gᵀx·(q − w/step) (q where w lies beyond the
+    levels), times 1/√(weights of a step · highest level); W gets nothing there.
+
+    Args:
+        in_features: size of the last dimension of x.
+        out_features: size of the last dimension of y.
+        bias: whether there is a bias.
+        scheme: one of `TRAINED`.
+        activation, group_size, symmetric: as of `Quantize`, where the scheme reads them.
+        learned_step: whether steps are parameters, and not those of the largest weights; groups
+            must be symmetric then.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: W, [out_features, in_features].
+        step: [out_features] or, of groups, [out_features, groups]; None without `learned_step`.
+        bias: [out_features] or None.
+
+    Raises:
+        OptionError: unknown or contradictory options.
+
+    Source: Jacob et al. 2018, section 3 (rounding is simulated in training).
+    """
+
+    op = "trained_linear"
+    step: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scheme: str = "int8-dynamic",
+        activation: str = "per_token",
+        group_size: int = 64,
+        symmetric: bool = True,
+        learned_step: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_options("TrainedLinear", scheme, activation, group_size, symmetric, learned_step)
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self.scheme, self.activation = scheme, activation
+        self.group_size, self.symmetric = group_size, symmetric
+        self.learned_step = learned_step
+        self.register_parameter("step", self._first_step() if learned_step else None)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None, **options: Any) -> TrainedLinear:
+        """The layer that trains weight [out, in]; Parameters are kept, not copied."""
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, bias is not None, **options, device="meta")
+        layer.weight = as_parameter(weight if isinstance(weight, nn.Parameter) else _own(weight))
+        layer.bias = None if bias is None else as_parameter(bias)  # type: ignore[assignment]
+        layer.step = layer._first_step() if layer.learned_step else None
+        return layer
+
+    def levels(self) -> Levels:
+        """What the scheme's layer will hold: W rounded. No gradient passes."""
+        way = TRAINED[self.scheme]
+        with torch.no_grad():
+            if self.step is None:
+                return way.round(self, self.weight)
+            stored = self._stored_step()
+            return self._nearest(stored).to(torch.int8), stored, None
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = self.bias
+        y = TRAINED[self.scheme].multiply(self, input, self.levels(), bias)
+        return straight_through(y, input, self.weight if self.step is None else self._slope())
+
+    def dense_weight(self) -> Tensor:
+        """Ŵ, [out_features, in_features], without gradient."""
+        levels, scale, zero = self.levels()
+        if scale.dim() == 1:
+            return dequantize_weight(levels, scale)
+        return dequantize_groups(levels, scale, zero)[:, : self.in_features]
+
+    def differs(self, options: Mapping[str, Any]) -> Skip | None:
+        """Why a `Quantize` of such options would give other outputs; None where it would not."""
+        reads = ("scheme", *TRAINED[self.scheme].options)
+        own = {name: getattr(self, name) for name in reads}
+        if own == {name: options[name] for name in reads}:
+            return None
+        wanted = ", ".join(f"{name}={value!r}" for name, value in own.items())
+        return Skip("it was trained for Quantize({}), and other options give other outputs", wanted)
+
+    # steps that are learned
+
+    def _first_step(self) -> nn.Parameter:
+        """max|w|/(highest level), of each row or group: no weight lies beyond the levels. (The
+        paper's 2·mean|w|/√(highest level) leaves a row of 8 bits 40 levels of 255.)"""
+        w = self._grouped(self.weight.detach().abs())
+        first = w.amax(-1) / self._range()[1]
+        return nn.Parameter(torch.where(first > 0, first, torch.ones_like(first)).to(w.dtype))
+
+    def _stored_step(self) -> Tensor:
+        """step as the scheme's layer stores it: a scale above zero."""
+        assert self.step is not None
+        tiny = torch.finfo(torch.float32).tiny
+        wide = self.step.detach().to(torch.promote_types(self.step.dtype, torch.float32))
+        return TRAINED[self.scheme].stored(wide.abs().clamp_min(tiny))
+
+    def _nearest(self, step: Tensor) -> Tensor:
+        """q, as wide as the groups are."""
+        low, high = self._range()
+        w = self._grouped(self.weight.detach().to(torch.promote_types(step.dtype, torch.float32)))
+        q: Tensor = (w / step.to(w.dtype)[..., None]).round_().clamp_(low, high)
+        return q.flatten(1)
+
+    def _slope(self) -> Tensor:
+        """Ŵ, with derivatives in W and step."""
+        assert self.step is not None
+        low, high = self._range()
+        stored = self._stored_step()
+        w = self._grouped(self.weight)
+        gentle = 1 / math.sqrt(w.shape[-1] * high)
+        step = self.step.abs() * gentle
+        step = (stored.to(step.dtype) + (step - step.detach()))[..., None]
+        inside = (w / step).clamp(low, high)
+        q = self._nearest(stored).view_as(w).to(w.dtype)
+        return ((inside + (q - inside).detach()) * step).flatten(1)[:, : self.in_features]
+
+    def _range(self) -> tuple[int, int]:
+        return TRAINED[self.scheme].range
+
+    def _grouped(self, w: Tensor) -> Tensor:
+        """[out, in] → [out, in], or [out, groups, group_size] with the last group filled up."""
+        if not TRAINED[self.scheme].groups:
+            return w
+        if missing := -w.shape[1] % self.group_size:
+            w = torch.cat([w, w[:, -1:].expand(-1, missing)], 1)
+        grouped: Tensor = w.unflatten(1, (-1, self.group_size))
+        return grouped
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a scheme rounds weights and multiplies by them.
+
+    Args:
+        options: of `Quantize`, that it reads.
+        range: lowest and highest level.
+        round: (layer, W) → levels.
+        multiply: (layer, x, levels, bias) → y.
+        stored: a learned scale → as its layer stores it.
+        groups: whether a row has several scales.
+    """
+
+    options: tuple[str, ...]
+    range: tuple[int, int]
+    round: Callable[[TrainedLinear, Tensor], Levels]
+    multiply: Callable[[TrainedLinear, Tensor, Levels, Tensor | None], Tensor]
+    stored: Callable[[Tensor], Tensor] = lambda scale: scale
+    groups: bool = False
+
+
+def _own(weight: Tensor) -> Tensor:
+    return weight.clone(memory_format=torch.contiguous_format)
+
+
+def _rows(layer: TrainedLinear, weight: Tensor) -> Levels:
+    return (*quantize_weight(weight), None)
+
+
+def _groups(layer: TrainedLinear, weight: Tensor) -> Levels:
+    return quantize_groups(weight, 4, layer.group_size, layer.symmetric)
+
+
+def _int8_dynamic(layer: TrainedLinear, x: Tensor, made: Levels, bias: Tensor | None) -> Tensor:
+    return int8_linear(x, made[0], made[1], bias, layer.activation)
+
+
+def _int8_weight(layer: TrainedLinear, x: Tensor, made: Levels, bias: Tensor | None) -> Tensor:
+    return int8_weight_linear(x, made[0], made[1], bias)
+
+
+def _int4(
+    run: Callable[..., Tensor], layer: TrainedLinear, x: Tensor, made: Levels, bias: Tensor | None
+) -> Tensor:
+    levels, scale, zero = made
+    return run(x, pack(levels), scale, zero, bias)
+
+
+def _short(scale: Tensor) -> Tensor:
+    return scale if scale.dtype == torch.float64 else scale.to(torch.bfloat16)
+
+
+def _four(run: Callable[..., Tensor]) -> _Way:
+    options = "group_size", "symmetric"
+    return _Way(options, (-8, 7), _groups, functools.partial(_int4, run), _short, groups=True)
+
+
+TRAINED: dict[str, _Way] = {
+    "int8-dynamic": _Way(("activation",), (-127, 127), _rows, _int8_dynamic),
+    "int8-weight": _Way((), (-127, 127), _rows, _int8_weight),
+    "int4-weight": _four(int4_linear),
+    "int4-dynamic": _four(int4_dynamic_linear),
+}
+"""The schemes of `Quantize` that weights can be trained for."""
+
+
+def check_options(
+    who: str, scheme: str, activation: str, group_size: int, symmetric: bool, learned_step: bool
+) -> None:
+    """Raises OptionError where they are unknown or contradict each other."""
+    one_of(f"{who}: scheme", scheme, TRAINED)
+    one_of(f"{who}: activation", activation, ACTIVATIONS)
+    one_of(f"{who}: group_size", group_size, GROUP_SIZES)
+    if learned_step and not symmetric:
+        raise OptionError(
+            f"{who}: learned_step=True trains steps, and no zeros: leave symmetric at True"
+        )
+
+
+def trained(
+    make: Callable[[Levels, TrainedLinear], Layer],
+) -> Callable[[Site, Pass], Layer | Skip]:
+    """What a scheme makes of a `TrainedLinear`, given what it makes of its levels."""
+
+    def maker(site: Site, quantize: Pass) -> Layer | Skip:
+        layer = site.module
+        assert isinstance(layer, TrainedLinear), site.fqn
+        return layer.differs(quantize.spec() or {}) or make(layer.levels(), layer)
+
+    return maker

@@ -1,0 +1,282 @@
+"""Schemes of `Quantize` that leave activations alone: weights of 8 bits with a scale per output
+channel, of 4 bits with one per group; and of 4 bits on activations of 8."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.base import Layer, LinearLayer, as_parameter
+from rewriter.errors import OptionError, one_of, warn
+from rewriter.kernels.compensation import METHODS
+from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
+from rewriter.kernels.weight_only import (
+    GROUP_SIZES,
+    dequantize_packed,
+    int4_dynamic_linear,
+    int4_linear,
+    int8_weight_linear,
+    kernel_name,
+    pack,
+    quantize_groups,
+)
+from rewriter.passes.quantize import Quantize, Scheme, register
+from rewriter.passes.trained import Levels, TrainedLinear, trained
+from rewriter.sites import LINEAR, Site
+
+__all__ = ["Int4Linear", "Int8WeightLinear"]
+
+
+def _random(layer: nn.Linear, device: Any, dtype: Any) -> Tensor:
+    """A weight drawn as `nn.Linear` draws it; the bias of the layer too."""
+    bound = 1 / math.sqrt(max(layer.in_features, 1))
+    if layer.bias is not None:
+        nn.init.uniform_(layer.bias, -bound, bound)
+    weight = torch.empty(layer.out_features, layer.in_features, device=device, dtype=dtype)
+    return weight.uniform_(-bound, bound)
+
+
+class Int8WeightLinear(LinearLayer):
+    """y = x @ (qweight·scale[:, None])ᵀ + bias, with x as it is.
+
+    The weights are buffers: they do not train. Gradients reach x and bias.
+
+    Args:
+        in_features: size of the last dimension of x.
+        out_features: size of the last dimension of y.
+        bias: whether there is a bias.
+        device: of all tensors.
+        dtype: of bias, and of the weights before quantization; scale is float32 or wider.
+
+    Attributes:
+        qweight: [out_features, in_features] int8.
+        scale: [out_features].
+        bias: [out_features] or None.
+    """
+
+    op = "int8_weight_linear"
+    qweight: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_bias(out_features if bias else None, device, dtype)
+        qweight, scale = quantize_weight(_random(self, device, dtype))
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Int8WeightLinear:
+        """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
+        return cls.from_quantized(*quantize_weight(weight), bias)
+
+    @classmethod
+    def from_quantized(
+        cls, qweight: Tensor, scale: Tensor, bias: Tensor | None
+    ) -> Int8WeightLinear:
+        """The layer of levels that are chosen already: qweight [out, in] int8, scale [out]."""
+        out_features, in_features = qweight.shape
+        layer = cls(in_features, out_features, bias is not None, device="meta")
+        layer.qweight, layer.scale = qweight, scale
+        layer.bias = None if bias is None else as_parameter(bias)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return int8_weight_linear(input, self.qweight, self.scale, self.bias)
+
+    def dense_weight(self) -> Tensor:
+        """W = qweight·scale[:, None], [out_features, in_features]."""
+        return dequantize_weight(self.qweight, self.scale)
+
+    def kernel(self, tokens: int) -> str:
+        return kernel_name(self.op, tokens, self.out_features, self.in_features, 0, self.qweight)
+
+
+class Int4Linear(LinearLayer):
+    """y = x @ Wᵀ + bias with w[n,k] = q[n,k]·scale[n,g] + zero[n,g], q in −8 … 7, two in a byte.
+
+    The weights are buffers: they do not train. Gradients reach x (straight-through) and bias.
+
+    Args:
+        in_features: size of the last dimension of x.
+        out_features: size of the last dimension of y.
+        bias: whether there is a bias.
+        group_size: weights of a row that share a scale: 32, 64 or 128. Where it does not divide
+            `in_features`, the last group is stored filled up.
+        symmetric: whether there is no zero.
+        dynamic: x is rounded to 8 bits at run time, with a scale for each row and group, and the
+            products are of integers.
+        device: of all tensors.
+        dtype: of bias, and of the weights before quantization.
+
+    Attributes:
+        packed: [out_features, groups·group_size/2] uint8, as `rewriter.kernels.weight_only` says.
+        scale: [out_features, groups] bfloat16, or float64 for weights in float64.
+        zero: as scale, or None.
+        bias: [out_features] or None.
+
+    Raises:
+        OptionError: unknown `group_size`.
+    """
+
+    op = "int4_linear"
+    packed = {"qweight": 2}
+    qweight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        group_size: int = 64,
+        symmetric: bool = True,
+        dynamic: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        one_of("Int4Linear: group_size", group_size, GROUP_SIZES)
+        self.in_features, self.out_features = in_features, out_features
+        self.group_size, self.symmetric, self.dynamic = group_size, symmetric, dynamic
+        self.register_bias(out_features if bias else None, device, dtype)
+        made = quantize_groups(_random(self, device, dtype), 4, group_size, symmetric)
+        self._register(*made)
+
+    def _register(self, q: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        self.register_buffer("qweight", pack(q))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        group_size: int = 64,
+        symmetric: bool = True,
+        dynamic: bool = False,
+    ) -> Int4Linear:
+        """The layer closest to weight [out, in], level by level; a bias that is a Parameter is
+        kept, not copied."""
+        one_of("Int4Linear: group_size", group_size, GROUP_SIZES)
+        made = quantize_groups(weight, 4, group_size, symmetric)
+        return cls.from_quantized(*made, bias, weight.shape[1], dynamic)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        dynamic: bool = False,
+    ) -> Int4Linear:
+        """The layer of levels that are chosen already, as `quantize_groups` gives them.
+
+        Args:
+            q: [out, groups·group_size] integers in −8 … 7.
+            scale, zero: [out, groups]; zero None: symmetric.
+            bias: [out] or None; a Parameter is kept, not copied.
+            in_features: at most groups·group_size; what is beyond is never multiplied.
+            dynamic: as of the layer.
+
+        Raises:
+            OptionError: the sizes do not fit, or are no group size.
+        """
+        groups = -(
+            -in_features // (size := q.shape[1] // max(scale.shape[-1], 1) or GROUP_SIZES[0])
+        )
+        want, fits = (len(q), groups), q.shape[1] == groups * size
+        if not fits or scale.shape != want or (zero is not None and zero.shape != want):
+            raise OptionError(
+                f"Int4Linear: levels {list(q.shape)}, scales {list(scale.shape)} and zeros "
+                f"{None if zero is None else list(zero.shape)} do not fit {in_features} features"
+            )
+        has_bias, symmetric = bias is not None, zero is None
+        layer = cls(in_features, len(q), has_bias, size, symmetric, dynamic, device="meta")
+        layer._register(q, scale, zero)
+        layer.bias = None if bias is None else as_parameter(bias)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        run = int4_dynamic_linear if self.dynamic else int4_linear
+        return run(input, self.qweight, self.scale, self.zero, self.bias)
+
+    def dense_weight(self) -> Tensor:
+        """W, [out_features, in_features], in float32 or wider."""
+        return dequantize_packed(self.qweight, self.scale, self.zero, self.in_features)
+
+    def kernel(self, tokens: int) -> str:
+        op = "int4_dynamic_linear" if self.dynamic else "int4_linear"
+        sizes = tokens, self.out_features, self.in_features, self.group_size
+        return kernel_name(op, *sizes, self.qweight)
+
+
+def _int8(site: Site, quantize: Quantize) -> Layer:
+    return Int8WeightLinear.from_weight(site.weight, site.bias)
+
+
+def _int4(site: Site, quantize: Quantize) -> Layer:
+    weight, moments = site.weight, site.moments
+    if quantize.method != "round" and moments is None:
+        warn(
+            f"{quantize}: without the inputs of a layer its weights are rounded to the nearest "
+            "level: pass rewrite(…, calibration=batches) that reach it"
+        )
+    method = "round" if moments is None else quantize.method
+    second = None if moments is None else moments.second
+    levels = METHODS[method](weight, second, 4, quantize.group_size, quantize.symmetric)
+    dynamic = quantize.scheme == "int4-dynamic"
+    return Int4Linear.from_quantized(*levels, site.bias, weight.shape[1], dynamic)
+
+
+def _int8_of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
+    return Int8WeightLinear.from_quantized(levels[0], levels[1], layer.bias)
+
+
+def _int4_of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
+    dynamic = layer.scheme == "int4-dynamic"
+    return Int4Linear.from_quantized(*levels, layer.bias, layer.in_features, dynamic)
+
+
+def _always(quantize: Quantize) -> bool:
+    """Methods fit to moments, and the errors of outputs are measured by them."""
+    return True
+
+
+register(
+    Scheme(
+        "int8-weight",
+        bits=8,
+        dtype=torch.float32,
+        storage=torch.int8,
+        layers={LINEAR: _int8, TrainedLinear: trained(_int8_of_trained)},
+    )
+)
+for _name, _dtype in (("int4-weight", torch.float32), ("int4-dynamic", torch.int8)):
+    register(
+        Scheme(
+            _name,
+            bits=4,
+            dtype=_dtype,
+            storage=torch.uint8,
+            layers={LINEAR: _int4, TrainedLinear: trained(_int4_of_trained)},
+            per_element=2,
+            options=("group_size", "symmetric", "method"),
+            calibrates=_always,
+        )
+    )
