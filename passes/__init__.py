@@ -12,7 +12,7 @@ from rewriter.passes.quantized_conv import QuantizedConv1d, QuantizedConv2d
 from rewriter.passes.quantized_embedding import Int4Embedding, QuantizedEmbedding
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
-from rewriter.passes.static_int8 import StaticQuantizedLinear
+from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear
 from rewriter.passes.topk import TopK, TopKLinear
 from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.weight_only import Int4Linear, Int8WeightLinear
@@ -41,6 +41,7 @@ __all__ = [
     "QuantizedMonarch",
     "RemoveBlocks",
     "ResizeMLP",
+    "StaticOutlierLinear",
     "StaticQuantizedLinear",
     "TopK",
     "TopKLinear",

@@ -357,14 +357,18 @@ class Quantize(Pass):
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
             "int8-static": the same in a range that calibration has fixed; "int8-weight",
             "int4-weight": such weights, activations as they are; "int4-dynamic": 4-bit weights,
-            activations in 8 bits; or another of `SCHEMES`.
+            activations in 8 bits; "bf16", "fp8-weight", "fp8-dynamic": shorter floats; or another
+            of `SCHEMES`.
         activation: "per_token" (closer) or "per_tensor".
         observer: of "int8-static", how the range of its activations is found: "minmax",
             "percentile", "mse" or "entropy"; see `rewriter.modules.observers`.
         smooth: SmoothQuant's α, with which what is difficult goes from the activations to the
             weights, channel by channel: 0 … 1; None leaves both as they are; "auto" takes for each
             layer what serves its outputs on the calibration batches best.
-        bias_correction: takes the mean error of the outputs into the bias.
+        bias_correction: takes the mean error of the outputs into the bias, of layers that have one
+            of their own.
+        outliers: channels of the inputs, those of the widest range, that stay in float: how many,
+            or below 1 their share.
         group_size: weights of a row that share a scale, of 4 bits: 32 (closer), 64 or 128.
         symmetric: whether groups of weights have a scale alone, and no zero (closer).
         method: how levels of 4 bits are chosen: "round" takes the nearest; "awq" searches for the
@@ -397,6 +401,7 @@ class Quantize(Pass):
     observer: Observer = "minmax"
     smooth: Smooth = "auto"
     bias_correction: bool = False
+    outliers: int | float = 0
     group_size: int = 64
     symmetric: bool = True
     method: Method = "round"
@@ -409,6 +414,7 @@ class Quantize(Pass):
         one_of("Quantize: observer", self.observer, OBSERVERS)
         _check_smooth(self.smooth)
         of_type("Quantize", "bias_correction", self.bias_correction, bool, "True or False")
+        _check_outliers(self.outliers)
         one_of("Quantize: group_size", self.group_size, GROUP_SIZES)
         one_of("Quantize: method", self.method, METHODS)
         for option in _OF_KINDS.values():
@@ -459,6 +465,16 @@ class Quantize(Pass):
             output_error = site.moments.output_error(weight, made)
         error = relative_error(weight, made)
         return Replacement(layer, error, note, output_error, cuts_ties=True)
+
+
+def _check_outliers(outliers: object) -> None:
+    if isinstance(outliers, float) and 0 < outliers < 1:
+        return
+    if isinstance(outliers, bool) or not isinstance(outliers, int) or outliers < 0:
+        raise OptionError(
+            "Quantize: outliers must be a number of channels, or a share of them between 0 and 1, "
+            f"not {given(outliers)}"
+        )
 
 
 def _check_smooth(smooth: object) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.base import LinearLayer, Skip, as_parameter
+from rewriter.errors import whole_number
 from rewriter.kernels.int8_linear import PACKED, dequantize_weight, quantize_weight
 from rewriter.kernels.int8_static import int8_static_linear, kernel_name
 from rewriter.modules.moments import Sample
@@ -17,7 +19,7 @@ from rewriter.modules.observers import Observer, observed_range
 from rewriter.passes.quantize import Quantize, Scheme, Smooth, int8_embedding, register
 from rewriter.sites import EMBEDDING, LINEAR, Site
 
-__all__ = ["StaticQuantizedLinear"]
+__all__ = ["StaticOutlierLinear", "StaticQuantizedLinear"]
 
 _EPS = 1e-8
 _WIDEST = 1e5
@@ -101,16 +103,33 @@ class StaticQuantizedLinear(LinearLayer):
         out_features, in_features = weight.shape
         smooth = multiplier is not None
         layer = cls(in_features, out_features, bias is not None, smooth, device="meta")
+        layer._hold(weight, bias, low, high, multiplier)
+        return layer
+
+    def _hold(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: float,
+        high: float,
+        multiplier: Tensor | None,
+    ) -> None:
         moved = weight if multiplier is None else weight / multiplier
-        layer.qweight, layer.scale = quantize_weight(moved)
+        self.qweight, self.scale = quantize_weight(moved)
         low, high = min(low, 0.0), max(high, 0.0)
         step = _few_bits((high - low + _EPS) / 255)
-        layer.step = layer.scale.new_full((1,), step)
+        self.step = self.scale.new_full((1,), step)
         zero = min(round(-low / step), 255)
-        layer.zero = torch.full((1,), zero, dtype=torch.uint8, device=weight.device)
-        layer.multiplier = None if multiplier is None else multiplier.to(layer.scale)
-        layer.bias = None if bias is None else as_parameter(bias)
-        return layer
+        self.zero = torch.full((1,), zero, dtype=torch.uint8, device=weight.device)
+        self.multiplier = None if multiplier is None else multiplier.to(self.scale)
+        self.bias = None if bias is None else as_parameter(bias)
+
+    @staticmethod
+    def of(weight: Tensor, bias: Tensor | None, own: Range) -> StaticQuantizedLinear:
+        """The layer closest to weight [out, in] for inputs of a range."""
+        if own.kept is not None:
+            return StaticOutlierLinear.keeping(weight, bias, own)
+        return StaticQuantizedLinear.from_weight(weight, bias, own.low, own.high, own.multiplier)
 
     def forward(self, input: Tensor) -> Tensor:
         return int8_static_linear(
@@ -128,6 +147,65 @@ class StaticQuantizedLinear(LinearLayer):
 
     def held_bytes(self, tokens: int) -> int:
         return self.qweight.numel() if self.kernel(tokens) in PACKED else 0
+
+
+class StaticOutlierLinear(StaticQuantizedLinear):
+    """`StaticQuantizedLinear` but for some channels of x, which are multiplied in float:
+    y = (…)(x) + x[…, kept] @ kept_weightᵀ. The range need not hold these channels.
+
+    Args:
+        outliers: how many channels.
+        in_features, out_features, bias, smooth, device, dtype: as of `StaticQuantizedLinear`.
+
+    Attributes:
+        kept: [outliers] int64, the channels; the columns of qweight are zeros there.
+        kept_weight: [out_features, outliers].
+
+    Source: Dettmers et al. 2022, "LLM.int8()", with channels that calibration has fixed.
+    """
+
+    op = "int8_static_outlier_linear"
+    kept: Tensor
+    kept_weight: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        outliers: int,
+        bias: bool = True,
+        smooth: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, smooth, device, dtype)
+        whole_number("StaticOutlierLinear: outliers", outliers, 1, in_features)
+        self.outliers = outliers
+        self.register_buffer("kept", torch.arange(outliers, device=device))
+        weight = dequantize_weight(self.qweight[:, :outliers], self.scale)
+        self.register_buffer("kept_weight", weight.to(dtype or torch.get_default_dtype()))
+        self.qweight[:, :outliers] = 0
+
+    @classmethod
+    def keeping(cls, weight: Tensor, bias: Tensor | None, own: Range) -> StaticOutlierLinear:
+        """The layer closest to weight [out, in] that keeps the outliers of a range."""
+        assert own.kept is not None
+        (out, width), (count,) = weight.shape, own.kept.shape
+        smooth = own.multiplier is not None
+        layer = cls(width, out, count, bias is not None, smooth, device="meta")
+        rest = weight.detach().index_fill(1, own.kept, 0)
+        layer._hold(rest, bias, own.low, own.high, own.multiplier)
+        layer.kept, layer.kept_weight = own.kept, weight.detach()[:, own.kept]
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        kept = input.index_select(-1, self.kept)
+        return super().forward(input) + F.linear(kept, self.kept_weight.to(kept.dtype))
+
+    def dense_weight(self) -> Tensor:
+        """W, [out_features, in_features]: integers times their scales, and the columns kept."""
+        weight = super().dense_weight()
+        return weight.index_copy(1, self.kept, self.kept_weight.to(weight.dtype))
 
 
 def _few_bits(step: float) -> float:
@@ -152,20 +230,27 @@ def smoothing(sample: Sample, alpha: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Range:
-    """By what inputs are multiplied, and between what that is clipped."""
+    """By what inputs are multiplied, between what that is clipped, and which channels are not."""
 
     low: float
     high: float
     multiplier: Tensor | None = None
+    kept: Tensor | None = None
 
     @classmethod
-    def of(cls, sample: Sample, observer: Observer, alpha: float | None) -> Range:
+    def of(
+        cls, sample: Sample, observer: Observer, alpha: float | None, kept: Tensor | None = None
+    ) -> Range:
+        """
+        Args:
+            sample: of inputs without the channels that are kept.
+        """
         low, high, rows, times = sample.low, sample.high, sample.rows, None
         if alpha is not None:
             times = smoothing(sample, alpha)
             low, high, rows = low * times, high * times, rows * times
         ends = observed_range(observer, rows.flatten(), float(low.min()), float(high.max()))
-        return cls(*ends, times)
+        return cls(*ends, times, kept)
 
     def lost(self, rows: Tensor, weight: Tensor) -> float:
         """‖W x − Ŵ x̂‖² over some rows, in float32."""
@@ -182,23 +267,42 @@ class Range:
 _ranges: WeakKeyDictionary[Sample, dict[tuple[object, ...], Range]] = WeakKeyDictionary()
 
 
-def range_of(sample: Sample, observer: Observer, smooth: Smooth) -> Range:
+def range_of(sample: Sample, observer: Observer, smooth: Smooth, outliers: int = 0) -> Range:
     """One range for all layers that read these inputs, so that one quantization serves them.
 
     With "auto", of several α the one with which their outputs on the sample are closest.
     """
     known = _ranges.setdefault(sample, {})
-    key = observer, smooth
+    key = observer, smooth, outliers
     if key not in known:
-        alphas = _ALPHAS if smooth == "auto" else (smooth,)
-        found = [Range.of(sample, observer, alpha) for alpha in alphas]
-        rows = sample.rows[:_COMPARED]
-
-        def lost(one: Range) -> float:
-            return sum(one.lost(rows, weight) for weight in sample.readers)
-
-        known[key] = found[0] if len(found) == 1 else min(found, key=lost)
+        known[key] = _searched(sample, observer, smooth, outliers)
     return known[key]
+
+
+def _searched(sample: Sample, observer: Observer, smooth: Smooth, outliers: int) -> Range:
+    kept = None
+    if outliers:
+        kept = torch.maximum(sample.low.abs(), sample.high.abs()).topk(outliers).indices.sort()[0]
+        sample = _without(sample, kept)
+    alphas = _ALPHAS if smooth == "auto" else (smooth,)
+    found = [Range.of(sample, observer, alpha, kept) for alpha in alphas]
+    rows = sample.rows[:_COMPARED]
+
+    def lost(one: Range) -> float:
+        return sum(one.lost(rows, weight) for weight in sample.readers)
+
+    return found[0] if len(found) == 1 else min(found, key=lost)
+
+
+def _without(sample: Sample, kept: Tensor) -> Sample:
+    """The same inputs and weights with zeros in some channels."""
+    return Sample(
+        sample.low.index_fill(0, kept, 0),
+        sample.high.index_fill(0, kept, 0),
+        sample.rows.index_fill(1, kept, 0),
+        sample.held.index_fill(1, kept, 0),
+        tuple(w.index_fill(1, kept, 0) for w in sample.readers),
+    )
 
 
 def _corrected(
@@ -210,7 +314,7 @@ def _corrected(
     Correction", sec. 4.2, with data.
     """
     with torch.no_grad():
-        want = nn.functional.linear(rows, weight.to(rows.dtype), bias.to(rows.dtype))
+        want = F.linear(rows, weight.to(rows.dtype), bias.to(rows.dtype))
         off = (want - layer(rows).to(rows.dtype)).mean(0)
     return nn.Parameter((bias.detach().float() + off).to(bias.dtype), bias.requires_grad)
 
@@ -220,8 +324,13 @@ def _linear(site: Site, quantize: Quantize) -> StaticQuantizedLinear | Skip:
     if sample is None:
         return Skip("scheme {} needs calibration batches that reach it", quantize.scheme)
     weight, bias = site.weight, site.bias
-    own = range_of(sample, quantize.observer, quantize.smooth)
-    layer = StaticQuantizedLinear.from_weight(weight, bias, own.low, own.high, own.multiplier)
+    count = quantize.outliers
+    if not isinstance(count, int):
+        count = math.ceil(count * site.in_features)
+    if count >= site.in_features:
+        return Skip("outliers={} are all of its {} channels", count, site.in_features)
+    own = range_of(sample, quantize.observer, quantize.smooth, count)
+    layer = StaticQuantizedLinear.of(weight, bias, own)
     # where the user's code calls a function, the bias is that code's own and stays
     if quantize.bias_correction and bias is not None and site.module is not None:
         layer.bias = _corrected(layer, weight, bias, sample.rows)
@@ -235,7 +344,7 @@ register(
         dtype=torch.int8,
         storage=torch.int8,
         layers={LINEAR: _linear, EMBEDDING: int8_embedding},
-        options=("observer", "smooth", "bias_correction", "embeddings"),
+        options=("observer", "smooth", "bias_correction", "outliers", "embeddings"),
         needs_calibration=True,
     )
 )

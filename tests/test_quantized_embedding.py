@@ -315,20 +315,22 @@ def test_a_tied_head_takes_gradients_through() -> None:
     assert_close(got, made.head.dense_weight().sum(0).expand_as(x))
 
 
-def test_an_embedding_alone_is_left_with_the_reason_where_its_head_stays() -> None:
+def test_half_of_a_tie_is_left_with_the_reason() -> None:
     made = rewrite(tied(), [Quantize(embeddings=True, where="embed")], IDS)
     assert made.head.weight is made.embed.weight
     assert type(made.head) is nn.Linear
-    (look,) = [d for d in made.report.skipped if d.site == "embed"]
-    assert "tied to head.weight: rewritten together or not at all" in look.reason
-
-
-def test_a_tied_head_with_a_bias_gets_integers_of_its_own() -> None:
-    made = rewrite(tied(bias=True), [ROWS], IDS)
-    assert type(made.embed) is nn.Embedding
-    reasons = {d.site: d.reason for d in made.report.decisions}
+    reasons = {d.site: d.reason for d in made.report.skipped}
     assert "rewritten together or not at all" in reasons["embed"]
-    assert "embed.weight keeps the weight that it was tied to" in reasons["head"]
+
+
+@pytest.mark.parametrize(("bias", "rewriting"), [(False, Quantize()), (True, ROWS)])
+def test_a_head_that_no_layer_shares_with_the_embedding_is_cut_off(
+    bias: bool, rewriting: Quantize
+) -> None:
+    made = rewrite(tied(bias=bias), [rewriting], IDS)
+    assert type(made.embed) is nn.Embedding
+    (head,) = (d for d in made.report.decisions if d.site == "head" and d.changed)
+    assert "embed.weight keeps the weight that it was tied to: the tie is cut" in head.reason
 
 
 class ByHand(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import assert_equal, sqnr
+from closeness import assert_equal, assert_reordered, sqnr
 from torch import Tensor, nn
 
 from rewriter import CalibrationError, OptionError, backend, explain, load, rewrite
@@ -107,6 +107,43 @@ def test_bias_correction_takes_the_mean_error() -> None:
     assert errors[1] < 0.1 * errors[0]
     functional = made(bias_correction=True)
     assert_equal(functional[1].bias, functional[0].bias)  # that code's own
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_outliers_stay_in_float(smooth: float | None, tmp_path: Any) -> None:
+    model, data = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16)).eval(), batches()
+    for batch in data:
+        batch[..., 3] *= 60
+        batch[..., 20] *= 30
+    reports = []
+    for outliers in (0, 2, 0.05):
+        options = Quantize("int8-static", smooth=smooth, outliers=outliers)
+        static = rewrite(model, [options], data[0], calibration=data)
+        reports.append(static.report.replaced[0].output_error)
+    assert reports[1] == reports[2]
+    assert reports[1] < 0.5 * reports[0]
+    layer: Any = static[0]
+    assert layer.kept.tolist() == [3, 20]
+    assert not layer.qweight[:, [3, 20]].any()
+    assert_equal(layer.kept_weight, model[0].weight[:, [3, 20]].detach())
+    assert sqnr(layer.dense_weight(), model[0].weight) > 38
+    assert static[2].outliers == 1
+    with torch.no_grad():
+        want = static(data[0])
+        assert sqnr(want, model(data[0])) > 35
+        static.save(tmp_path)
+        assert_equal(load(tmp_path, copy.deepcopy(model))(data[0]), want)
+        assert sqnr(torch.export.export(static, (data[0],)).module()(data[0]), want) > 80
+        assert sqnr(torch.compile(static, backend="aot_eager")(data[0]), want) > 80
+    x = data[0].clone().requires_grad_()
+    (dx,) = torch.autograd.grad(static[0](x).sum(), x)
+    assert_reordered(dx, layer.dense_weight().sum(0).expand_as(x))
+
+
+def test_all_channels_are_no_outliers() -> None:
+    data, model = batches(), nn.Sequential(nn.Linear(32, 16))
+    report = explain(model, [Quantize("int8-static", outliers=32)], data[0], calibration=data)
+    assert report.skipped[0].reason == "outliers=32 are all of its 32 channels"
 
 
 def test_it_is_saved_copied_compiled_exported_and_trains(tmp_path: Any) -> None:
@@ -302,6 +339,8 @@ def test_other_sites_and_impossible_options() -> None:
         ({"observer": "max"}, "observer='max' is unknown; did you mean 'minmax'"),
         ({"smooth": 1.5}, "smooth must be None, 'auto' or from 0 to 1, not 1.5"),
         ({"smooth": True}, "smooth must be None, 'auto' or from 0 to 1, not True"),
+        ({"outliers": -1}, "outliers must be a number of channels, or a share of them .*, not -1"),
+        ({"outliers": 1.5}, "outliers must be .* between 0 and 1, not 1.5"),
         ({"bias_correction": 1}, "bias_correction must be True or False, not 1"),
         ({"activation": "per_tensor"}, "does not read activation; it reads observer, smooth, bias"),
     ):

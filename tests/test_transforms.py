@@ -26,6 +26,7 @@ from rewriter.passes import (
     Quantize,
     QuantizedLinear,
     QuantizedMonarch,
+    StaticOutlierLinear,
     StaticQuantizedLinear,
     TopKLinear,
 )
@@ -49,6 +50,7 @@ SMOOTH: dict[str, Make] = {
 }
 ROUNDED: dict[str, Make] = {
     "int8": lambda bias: QuantizedLinear(12, 10, bias=bias),
+    "int8 static, outliers": lambda bias: StaticOutlierLinear(12, 10, 2, bias=bias),
     "int8 static": lambda bias: StaticQuantizedLinear(12, 10, bias=bias),
     "int8 static, smooth": lambda bias: StaticQuantizedLinear(12, 10, bias=bias, smooth=True),
     "int8 weights": lambda bias: Int8WeightLinear(12, 10, bias=bias),

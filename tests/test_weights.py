@@ -26,6 +26,7 @@ from rewriter.passes import (
     Quantize,
     QuantizedLinear,
     QuantizedMonarch,
+    StaticOutlierLinear,
     StaticQuantizedLinear,
     TopKLinear,
 )
@@ -36,6 +37,7 @@ COMPUTED: dict[str, Callable[[], Layer]] = {
     "residual": lambda: MonarchResidualLinear(8, 8),
     "int8": lambda: QuantizedLinear(8, 8),
     "int8 static": lambda: StaticQuantizedLinear(8, 8, smooth=True),
+    "int8 static, outliers": lambda: StaticOutlierLinear(8, 8, 2),
     "int8 weights": lambda: Int8WeightLinear(8, 8),
     "int4 weights": lambda: Int4Linear(8, 8, symmetric=False),
     "int8 monarch": lambda: QuantizedMonarch(8, 8),

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from rewriter import Pass, rewrite
 from rewriter.passes import (
+    QAT,
     Densify,
     Monarch,
     MonarchChain,
@@ -52,6 +53,8 @@ RECIPES = (
     Recipe("Quadratic", (Quadratic(),)),
     Recipe("TopK", (TopK(k=12),)),
     Recipe("Quantize", (Quantize("int8-dynamic"),)),
+    Recipe("QAT", (QAT("int8-dynamic"),)),
+    Recipe("Quantize, static", (Quantize("int8-static"),)),
     Recipe("int8, embeddings", (Quantize("int8-dynamic", embeddings=True),)),
     Recipe("bf16", (Quantize("bf16"),)),
     Recipe("fp8-weight", (Quantize("fp8-weight"),)),
@@ -139,13 +142,19 @@ INPUTS: Mapping[Callable[[], nn.Module], Callable[[], Any]] = {
 }
 
 
+def calibrated(recipe: Recipe, example: Any) -> dict[str, Any]:
+    """The option of `rewrite` for passes that cannot do without."""
+    needed = any(p.needs_calibration for p in recipe.passes)
+    return {"calibration": [example]} if needed else {}
+
+
 def rewritten(recipe: Recipe, model: nn.Module, example: Any, **options: Any) -> nn.Module:
     """The rewritten model, in eval mode.
 
     Raises:
         Refused: nothing was rewritten; the reason is the report's.
     """
-    made = rewrite(model, list(recipe.passes), example, **options)
+    made = rewrite(model, list(recipe.passes), example, **calibrated(recipe, example), **options)
     if not made.report.replaced:
         raise Refused(made.report.skipped[0].reason if made.report.skipped else "no site matches")
     return made.eval()
