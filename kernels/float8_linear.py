@@ -163,9 +163,9 @@ def _table(
 ) -> Tensor:
     """For ONNX, which views no bits as another type: a table of the 256 numbers; x as it is rounded
     by its own powers of two."""
-    every = torch.arange(256, dtype=torch.uint8)
-    numbers = every.view(_E4M3).to(torch.float32).nan_to_num()
-    weight = numbers[qweight.to(torch.int64)] * scale.to(torch.float32).unsqueeze(-1)
+    weight = torch.tensor([_number(bits) for bits in range(256)])[
+        qweight.to(torch.int64)
+    ] * scale.to(torch.float32).unsqueeze(-1)
     wide = x.to(torch.float32)
     if activation != "none":
         s = _step(wide, activation)
@@ -174,6 +174,13 @@ def _table(
         wide = (whole / unit).round() * unit * s
     y = wide @ weight.t()
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _number(bits: int) -> float:
+    """Of one e4m3 by its bits; what would be NaN, which no weight has, is 480."""
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    size = mantissa / 8 * 2.0**-6 if not exponent else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    return -size if bits > 127 else size
 
 
 @functools.cache
