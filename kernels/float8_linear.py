@@ -168,11 +168,9 @@ def _table(
     bias: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """For ONNX, which views no bits as another type: a table of the 256 numbers; x as it is rounded
+    """For ONNX, which views no bits as another type: the weight by arithmetic; x as it is rounded
     by its own powers of two."""
-    every = torch.arange(256, dtype=torch.uint8)
-    numbers = every.view(_E4M3).to(torch.float32).nan_to_num()
-    weight = numbers[qweight.to(torch.int64)] * scale.to(torch.float32).unsqueeze(-1)
+    weight = _by_arithmetic(qweight) * scale.to(torch.float32).unsqueeze(-1)
     wide = x.to(torch.float32)
     if activation != "none":
         s = _step(wide, activation)
@@ -181,6 +179,17 @@ def _table(
         wide = (whole / unit).round() * unit * s
     y = wide @ weight.t()
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _by_arithmetic(bits: Tensor) -> Tensor:
+    """The numbers of e4m3, in float32: a weight holds no NaN."""
+    whole = bits.to(torch.float32)
+    size = torch.where(whole > 127, whole - 128, whole)
+    exponent = (size / 8).floor()
+    mantissa = size / 8 - exponent
+    value = (1 + mantissa) * (exponent - 7).exp2()
+    value = torch.where(exponent == 0, mantissa * 2.0**-6, value)
+    return torch.where(whole > 127, -value, value)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from rewriter.passes.qat import QAT
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
 from rewriter.passes.quantized_conv import QuantizedConv1d, QuantizedConv2d
-from rewriter.passes.quantized_embedding import QuantizedEmbedding
+from rewriter.passes.quantized_embedding import Int4Embedding, QuantizedEmbedding
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear
@@ -22,6 +22,7 @@ __all__ = [
     "BFloat16Linear",
     "Densify",
     "Float8Linear",
+    "Int4Embedding",
     "Int4Linear",
     "Int8WeightLinear",
     "Monarch",

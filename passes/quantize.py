@@ -37,7 +37,7 @@ from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import Blocks, MonarchLinear
 from rewriter.passes.quantized_conv import CONVOLUTIONS
-from rewriter.passes.quantized_embedding import QuantizedEmbedding
+from rewriter.passes.quantized_embedding import Int4Embedding, QuantizedEmbedding
 from rewriter.passes.trained import Levels, TrainedLinear, trained
 from rewriter.sites import CONV, EMBEDDING, LINEAR, Kind, Site, kind_name
 
@@ -47,6 +47,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedMonarch",
     "Scheme",
+    "int4_embedding",
     "int8_conv",
     "int8_embedding",
     "register",
@@ -527,11 +528,28 @@ def _monarch(site: Site, quantize: Quantize) -> Layer:
 
 def int8_embedding(site: Site, quantize: Quantize) -> Layer | Skip:
     """What schemes of int8 weights put in an embedding's place."""
+    table = _plain_table(site)
+    if isinstance(table, Skip):
+        return table
+    floats = SCHEMES[quantize.scheme].dtype.is_floating_point
+    return QuantizedEmbedding.from_embedding(table, "none" if floats else quantize.activation)
+
+
+def int4_embedding(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of 4-bit weights in groups put in an embedding's place."""
+    table = _plain_table(site)
+    if isinstance(table, Skip):
+        return table
+    dynamic = not SCHEMES[quantize.scheme].dtype.is_floating_point
+    return Int4Embedding.from_embedding(table, quantize.group_size, quantize.symmetric, dynamic)
+
+
+def _plain_table(site: Site) -> nn.Embedding | Skip:
     table = site.module
     assert isinstance(table, nn.Embedding)
     if table.max_norm is not None:
         return Skip("max_norm={} rescales its rows while it looks them up", table.max_norm)
-    return QuantizedEmbedding.from_embedding(table, quantize.activation)
+    return table
 
 
 def int8_conv(site: Site, quantize: Quantize) -> Layer | Skip:

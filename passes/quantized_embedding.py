@@ -1,6 +1,8 @@
-"""An embedding whose rows are stored in int8, and the head that is tied to one."""
+"""Embeddings whose rows are stored in 8 or in 4 bits, and the heads that are tied to them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,18 +10,67 @@ from torch import Tensor, nn
 
 from rewriter.errors import OptionError, one_of
 from rewriter.kernels.int8_linear import ACTIVATIONS, int8_linear, quantize_weight
+from rewriter.kernels.weight_only import (
+    GROUP_SIZES,
+    dequantize_packed,
+    int4_dynamic_linear,
+    int4_linear,
+    int8_weight_linear,
+    pack,
+    quantize_groups,
+)
 from rewriter.layer import ComputedWeight
 from rewriter.sites import LINEAR
 
-__all__ = ["QuantizedEmbedding"]
+__all__ = ["Int4Embedding", "QuantizedEmbedding"]
+
+HEADS = ("none", *ACTIVATIONS)
+"""What is done to the input of a tied head."""
 
 
-class QuantizedEmbedding(ComputedWeight, nn.Embedding):
+class _Rows(ComputedWeight, nn.Embedding):
+    """An embedding whose rows are buffers, in fewer bits: they do not train.
+
+    What an `nn.Embedding` does to the gradient of its weight (`padding_idx`, `scale_grad_by_freq`,
+    `sparse`) is kept for the day that a write to `weight` makes it an `nn.Embedding` again.
+    """
+
+    plain = nn.Embedding
+    serves = (LINEAR,)
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        scale_grad_by_freq: bool,
+        sparse: bool,
+    ) -> None:
+        super().__init__()
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise OptionError(
+                f"{type(self).__name__}: padding_idx={padding_idx} is none of {num_embeddings} rows"
+            )
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.max_norm, self.norm_type = None, 2.0
+        self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, sparse
+
+    def dense_shape(self) -> tuple[int, ...]:
+        return self.num_embeddings, self.embedding_dim
+
+
+def _options(embedding: nn.Embedding) -> dict[str, Any]:
+    names = "num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "sparse"
+    return {name: getattr(embedding, name) for name in names}
+
+
+def _drawn(rows: int, width: int, device: Any, dtype: Any) -> Tensor:
+    return torch.empty(rows, width, device=device, dtype=dtype).normal_()
+
+
+class QuantizedEmbedding(_Rows):
     """y[t] = qweight[x[t]]·amax[x[t]]/127: an embedding stored in one byte a number.
-
-    The rows are buffers: they do not train. What an `nn.Embedding` does to the gradient of its
-    weight (`padding_idx`, `scale_grad_by_freq`, `sparse`) is kept for the day that a write to
-    `weight` makes it an `nn.Embedding` again.
 
     Where the weight is tied to a head, the layer is that head too: called with floating point
     numbers, it computes y = q(x) @ (qweight·amax[:, None]/127)ᵀ as `QuantizedLinear` does.
@@ -27,8 +78,9 @@ class QuantizedEmbedding(ComputedWeight, nn.Embedding):
     Args:
         num_embeddings: rows.
         embedding_dim: numbers in a row.
-        padding_idx, scale_grad_by_freq, sparse: as of `nn.Embedding`.
-        activation: of the head; as of `QuantizedLinear`.
+        padding_idx, scale_grad_by_freq, sparse: as of `nn.Embedding`, where rows train.
+        activation: of the head: "none" leaves its input as it is, the others are as of
+            `QuantizedLinear`.
         device: of all tensors.
         dtype: of the rows before quantization, and of the result.
 
@@ -38,12 +90,10 @@ class QuantizedEmbedding(ComputedWeight, nn.Embedding):
             which a step of 1/127 of it would not be.
 
     Raises:
-        OptionError: unknown `activation`.
+        OptionError: unknown `activation`, or a `padding_idx` beyond the rows.
     """
 
     op = "int8_embedding"
-    plain = nn.Embedding
-    serves = (LINEAR,)
     qweight: Tensor
     amax: Tensor
 
@@ -58,33 +108,17 @@ class QuantizedEmbedding(ComputedWeight, nn.Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        one_of("QuantizedEmbedding: activation", activation, ACTIVATIONS)
-        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise OptionError(
-                f"QuantizedEmbedding: padding_idx={padding_idx} is none of {num_embeddings} rows"
-            )
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
-        self.max_norm, self.norm_type = None, 2.0
-        self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, sparse
+        super().__init__(num_embeddings, embedding_dim, padding_idx, scale_grad_by_freq, sparse)
+        one_of("QuantizedEmbedding: activation", activation, HEADS)
         self.activation = activation
-        self._hold(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype).normal_())
+        self._hold(_drawn(num_embeddings, embedding_dim, device, dtype))
 
     @classmethod
     def from_embedding(
         cls, embedding: nn.Embedding, activation: str = "per_token"
     ) -> QuantizedEmbedding:
         """The layer closest to an embedding without a `max_norm`."""
-        layer = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            embedding.padding_idx,
-            embedding.scale_grad_by_freq,
-            embedding.sparse,
-            activation,
-            device="meta",
-        )
+        layer = cls(**_options(embedding), activation=activation, device="meta")
         layer._hold(embedding.weight.detach())
         return layer
 
@@ -95,6 +129,8 @@ class QuantizedEmbedding(ComputedWeight, nn.Embedding):
         self.register_buffer("amax", amax)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_floating_point() and self.activation == "none":
+            return int8_weight_linear(input, self.qweight, _step(self.amax))
         if input.is_floating_point():
             return int8_linear(input, self.qweight, _step(self.amax), None, self.activation)
         step = _step(F.embedding(input, self.amax.unsqueeze(1)))
@@ -105,10 +141,99 @@ class QuantizedEmbedding(ComputedWeight, nn.Embedding):
         step = _step(self.amax.unsqueeze(1))
         return (self.qweight.to(step.dtype) * step).to(self.amax.dtype)
 
-    def dense_shape(self) -> tuple[int, ...]:
-        return self.num_embeddings, self.embedding_dim
-
 
 def _step(amax: Tensor) -> Tensor:
     """In float32 or wider, as `quantize_weight` has it."""
     return amax.to(torch.promote_types(amax.dtype, torch.float32)) / 127
+
+
+class Int4Embedding(_Rows):
+    """An embedding stored as groups of 4-bit integers, two in a byte, as `Int4Linear` has them.
+
+    Where the weight is tied to a head, the layer is that head too: called with floating point
+    numbers, it multiplies them as `Int4Linear` does.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: numbers in a row.
+        padding_idx, scale_grad_by_freq, sparse: as of `nn.Embedding`, where rows train.
+        group_size, symmetric, dynamic: as of `Int4Linear`; `dynamic` is of the head.
+        device: of all tensors.
+        dtype: of the rows before quantization, and of the result.
+
+    Attributes:
+        qweight: [num_embeddings, groups·group_size/2] uint8.
+        scale: [num_embeddings, groups] bfloat16, or float64 for rows in float64.
+        zero: as scale, or None.
+        like: [0], of the result's dtype.
+
+    Raises:
+        OptionError: unknown `group_size`, or a `padding_idx` beyond the rows.
+    """
+
+    op = "int4_embedding"
+    packed = {"qweight": 2}
+    qweight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    like: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        group_size: int = 64,
+        symmetric: bool = True,
+        dynamic: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, scale_grad_by_freq, sparse)
+        one_of("Int4Embedding: group_size", group_size, GROUP_SIZES)
+        self.group_size, self.symmetric, self.dynamic = group_size, symmetric, dynamic
+        self._hold(_drawn(num_embeddings, embedding_dim, device, dtype))
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        group_size: int = 64,
+        symmetric: bool = True,
+        dynamic: bool = False,
+    ) -> Int4Embedding:
+        """The layer closest to an embedding without a `max_norm`, level by level."""
+        layer = cls(
+            **_options(embedding),
+            group_size=group_size,
+            symmetric=symmetric,
+            dynamic=dynamic,
+            device="meta",
+        )
+        layer._hold(embedding.weight.detach())
+        return layer
+
+    def _hold(self, weight: Tensor) -> None:
+        q, scale, zero = quantize_groups(weight, 4, self.group_size, self.symmetric)
+        self.register_buffer("qweight", pack(q))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.register_buffer("like", weight.new_empty(0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.is_floating_point():
+            run = int4_dynamic_linear if self.dynamic else int4_linear
+            return run(input, self.qweight, self.scale, self.zero)
+        ids = input.reshape(-1)
+        zero = None if self.zero is None else F.embedding(ids, self.zero)
+        rows = self._numbers(F.embedding(ids, self.qweight), F.embedding(ids, self.scale), zero)
+        return rows.reshape(*input.shape, self.embedding_dim)
+
+    def _numbers(self, qweight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return dequantize_packed(qweight, scale, zero, self.embedding_dim).to(self.like.dtype)
+
+    def dense_weight(self) -> Tensor:
+        """W, [num_embeddings, embedding_dim]."""
+        return self._numbers(self.qweight, self.scale, self.zero)

@@ -16,8 +16,8 @@ from rewriter.kernels.int8_linear import PACKED, dequantize_weight, quantize_wei
 from rewriter.kernels.int8_static import int8_static_linear, kernel_name
 from rewriter.modules.moments import Sample
 from rewriter.modules.observers import Observer, observed_range
-from rewriter.passes.quantize import Quantize, Scheme, Smooth, register
-from rewriter.sites import LINEAR, Site
+from rewriter.passes.quantize import Quantize, Scheme, Smooth, int8_embedding, register
+from rewriter.sites import EMBEDDING, LINEAR, Site
 
 __all__ = ["StaticOutlierLinear", "StaticQuantizedLinear"]
 
@@ -343,8 +343,8 @@ register(
         bits=8,
         dtype=torch.int8,
         storage=torch.int8,
-        layers={LINEAR: _linear},
-        options=("observer", "smooth", "bias_correction", "outliers"),
+        layers={LINEAR: _linear, EMBEDDING: int8_embedding},
+        options=("observer", "smooth", "bias_correction", "outliers", "embeddings"),
         needs_calibration=True,
     )
 )

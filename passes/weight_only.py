@@ -20,9 +20,15 @@ from rewriter.kernels.weight_only import (
     pack,
     quantize_groups,
 )
-from rewriter.passes.quantize import Quantize, Scheme, register
+from rewriter.passes.quantize import (
+    Quantize,
+    Scheme,
+    int4_embedding,
+    int8_embedding,
+    register,
+)
 from rewriter.passes.trained import Levels, TrainedLinear, trained
-from rewriter.sites import LINEAR, Site
+from rewriter.sites import EMBEDDING, LINEAR, Site
 
 __all__ = ["Int4Linear", "Int8WeightLinear"]
 
@@ -252,7 +258,12 @@ register(
         bits=8,
         dtype=torch.float32,
         storage=torch.int8,
-        layers={LINEAR: _int8, TrainedLinear: trained(_int8_of_trained)},
+        layers={
+            LINEAR: _int8,
+            TrainedLinear: trained(_int8_of_trained),
+            EMBEDDING: int8_embedding,
+        },
+        options=("embeddings",),
     )
 )
 for _name, _dtype in (("int4-weight", torch.float32), ("int4-dynamic", torch.int8)):
@@ -262,9 +273,13 @@ for _name, _dtype in (("int4-weight", torch.float32), ("int4-dynamic", torch.int
             bits=4,
             dtype=_dtype,
             storage=torch.uint8,
-            layers={LINEAR: _int4, TrainedLinear: trained(_int4_of_trained)},
+            layers={
+                LINEAR: _int4,
+                TrainedLinear: trained(_int4_of_trained),
+                EMBEDDING: int4_embedding,
+            },
             per_element=2,
-            options=("group_size", "symmetric", "method"),
+            options=("group_size", "symmetric", "method", "embeddings"),
             calibrates=_always,
         )
     )

@@ -510,6 +510,15 @@ def test_lowering(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_int8_convolutions(tmp_path: pathlib.Path) -> None:
+    run("benchmarks/conv_int8.py", "--quick", "--out", str(tmp_path))
+    (row,) = tables(tmp_path, "conv_int8")["Times"]
+    assert row["cosine of the outputs"] > 0.99
+    assert row["int8 ms"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_int4_error(tmp_path: pathlib.Path) -> None:
     run("benchmarks/int4_error.py", "--quick", "--out", str(tmp_path))

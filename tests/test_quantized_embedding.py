@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_equal, sqnr
+from closeness import assert_equal, assert_reordered, sqnr
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from rewriter import OptionError, RewriteWarning, load, rewrite
-from rewriter.passes import Monarch, Quantize, QuantizedEmbedding, QuantizedLinear
+from rewriter.passes import Int4Embedding, Monarch, Quantize, QuantizedEmbedding, QuantizedLinear
 from rewriter.passes.quantize import SCHEMES
 from rewriter.sites import EMBEDDING, Site
 
@@ -147,6 +147,38 @@ def test_meta() -> None:
     assert all(t.is_meta for t in out.layer.state_dict().values())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_rows_of_4_bits(dtype: torch.dtype, symmetric: bool) -> None:
+    torch.manual_seed(0)
+    dense = nn.Embedding(20, 40, padding_idx=3, dtype=dtype)  # no multiple of the group
+    out = propose(
+        dense, Quantize("int4-weight", embeddings=True, group_size=32, symmetric=symmetric)
+    )
+    layer = out.layer
+    assert isinstance(layer, Int4Embedding)
+    assert layer.qweight.shape == (20, 32)
+    got = layer(IDS)
+    assert got.dtype == dtype
+    assert sqnr(got, dense(IDS)) > 18
+    assert_equal(got, layer.dense_weight()[IDS])
+    again = type(layer)(**layer.config(), dtype=dtype)
+    again.load_state_dict(layer.state_dict())
+    for other in (again, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_equal(other(IDS), got)
+    assert copy.deepcopy(layer).half()(IDS).dtype == torch.float16
+    exported = torch.export.export(layer.eval(), (IDS,))
+    assert_equal(exported.module()(IDS), got)
+
+
+def test_a_table_of_4_bits_that_is_written_to_is_dense() -> None:
+    layer = propose(nn.Embedding(20, 8), Quantize("int4-weight", embeddings=True)).layer
+    want = layer.dense_weight() + 1
+    with pytest.warns(RewriteWarning, match="it is an nn.Embedding now"):
+        layer.weight.data += 1
+    assert_equal(layer(IDS), F.embedding(IDS, want))
+
+
 # the pass
 
 
@@ -172,6 +204,8 @@ def test_option_errors() -> None:
         Quantize(embeddings=1)
     with pytest.raises(OptionError, match="QuantizedEmbedding: activation"):
         QuantizedEmbedding(4, 2, activation="x")
+    with pytest.raises(OptionError, match="Int4Embedding: group_size"):
+        Int4Embedding(4, 2, group_size=5)
     with pytest.raises(OptionError, match="padding_idx=4 is none of 4 rows"):
         QuantizedEmbedding(4, 2, padding_idx=4)
     assert str(Quantize.parse("int8-dynamic,embeddings=true")) == str(ROWS)
@@ -234,6 +268,34 @@ def test_a_tied_head_and_its_embedding_are_one_quantized_tensor(tmp_path: Any) -
     assert (
         sum(f.stat().st_size for f in tmp_path.glob("*.safetensors")) < 2 * (20 * 8 + 8 * 8) + 800
     )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "floor"), [("int8-weight", 38), ("int4-weight", 14), ("int4-dynamic", 14)]
+)
+def test_other_schemes_share_their_integers_too(scheme: str, floor: float, tmp_path: Any) -> None:
+    model = tied()
+    made = rewrite(model, [Quantize(scheme, embeddings=True)], IDS)
+    assert made.head is made.embed
+    x = torch.randn(5, 8)
+    alone = Quantize(scheme).propose(Site.of(nn.Linear(8, 20, bias=False))).layer
+    alone = type(alone).from_weight(model.head.weight, None, *_of_head(alone))
+    assert_reordered(made.head(x), alone(x))
+    assert sqnr(made(IDS), model(IDS)) > floor
+    made.save(tmp_path)
+    assert_equal(load(tmp_path, tied())(IDS), made(IDS))
+
+
+def _of_head(layer: Any) -> tuple[Any, ...]:
+    names = ("group_size", "symmetric", "dynamic")
+    return tuple(getattr(layer, n) for n in names if hasattr(layer, n))
+
+
+def test_static_int8_takes_embeddings_too() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4)).eval()
+    rewriting = Quantize("int8-static", embeddings=True)
+    made = rewrite(model, [rewriting], IDS, calibration=[IDS, IDS])
+    assert [type(m).__name__ for m in made] == ["QuantizedEmbedding", "StaticQuantizedLinear"]
 
 
 @pytest.mark.parametrize("left_out", ["", "embed.weight", "head.weight"])
@@ -305,7 +367,9 @@ def test_an_embedding_that_code_reads_as_a_head_stays() -> None:
 
 
 @pytest.mark.slow
-def test_minilm_in_int8_with_its_embeddings_takes_27_percent_on_disk(tmp_path: Any) -> None:
+def test_minilm_with_its_embeddings_takes_27_percent_on_disk_and_16_in_4_bits(
+    tmp_path: Any,
+) -> None:
     path = pathlib.Path(__file__).parents[1] / "examples/_data.py"
     spec = importlib.util.spec_from_file_location("data_of_examples", path)
     data: Any = importlib.util.module_from_spec(spec)
@@ -321,3 +385,6 @@ def test_minilm_in_int8_with_its_embeddings_takes_27_percent_on_disk(tmp_path: A
     with torch.no_grad():
         got, want = made(**given)[0], model(**given)[0]
     assert F.cosine_similarity(got.mean(1), want.mean(1)) > 0.995
+    small = rewrite(model, [Quantize("int4-weight", embeddings=True)], given)
+    small.save(tmp_path / "4")
+    assert sum(f.stat().st_size for f in (tmp_path / "4").iterdir()) <= 0.16 * dense
