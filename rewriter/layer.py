@@ -97,12 +97,23 @@ class Layer(StandsForWeight):
         raise unscriptable(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """A parameter under the name of a property is that property's to take or to refuse."""
+        """A parameter under the name of a property is that property's to take or to refuse.
+
+        Raises:
+            OptionError: it is a part of a parameter (`ColwiseParallel`, `RowwiseParallel`).
+        """
+        if hasattr(param, "full_tensor"):
+            raise _in_one_piece(self)
         own = getattr(type(self), name, None)
         if isinstance(own, property):
             own.__set__(self, param)
         else:
             super().register_parameter(name, param)
+
+    @property
+    def _distribute_module_applied(self) -> _InOnePiece:
+        """What `torch.distributed.tensor.distribute_module` asks of a module before it cuts it."""
+        return _InOnePiece(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As pickle calls it."""
@@ -206,22 +217,11 @@ class ComputedWeight(Layer):
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of any module; the parameter "weight" makes this the plain layer.
-
-        Raises:
-            OptionError: it is a part of a parameter (`ColwiseParallel`, `RowwiseParallel`).
-        """
-        if hasattr(param, "full_tensor"):
-            raise _in_one_piece(self)
+        """As of any layer; the parameter "weight" makes this the plain layer."""
         if name == "weight" and param is not None:
             self._become_dense(param)
         else:
             super().register_parameter(name, param)
-
-    @property
-    def _distribute_module_applied(self) -> _InOnePiece:
-        """What `torch.distributed.tensor.distribute_module` asks of a module before it cuts it."""
-        return _InOnePiece(self)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew.

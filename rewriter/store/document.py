@@ -261,9 +261,9 @@ def check_config(entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
     """Checks what a layer is built from, before it is.
 
     A layer has a weight for each of its features at least, and what it counts are parts of its
-    weights: no figure is above the number of weights that the file holds for it. The constructor
-    of a class that the caller hands in may count other things (a seed): there that goes for its
-    features.
+    weights: no figure is above the number of weights that the file holds for it, but for one of a
+    few that its constructor names (`Literal`). The constructor of a class that the caller hands in
+    may count other things (a seed): there that goes for its features.
 
     Args:
         entry: the layer.
@@ -277,15 +277,18 @@ def check_config(entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
     held = [math.prod(s) * packed.get(n, 1) for n, s in shapes.items()]
     sides = [side for shape in shapes.values() for side in shape]
     most = max([sum(held), *sides], default=0)
+    hints = _hints(entry.cls)
+    named = {n for n, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
     figures = entry.config if ours else {n: entry.config.get(n) for n in _FEATURES}
     for name, value in figures.items():
+        if name in named:
+            continue
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not isinstance(value, bool) and number > most:
                 raise StoreError(
                     f"{entry.name}: cannot build {class_name(entry.cls)}: {name}={_short(value)} "
                     f"is more than the {most} weights that the file holds for it"
                 )
-    hints = _hints(entry.cls)
     for name, value in entry.config.items():
         if not fits(value, hints.get(name, Any)):
             raise StoreError(
