@@ -381,10 +381,11 @@ class Quantize(Pass):
         embeddings: whether embeddings are stored in fewer bits, too: most of a small model's bytes,
             but no time, and their rows do not train any more. A head that is tied to one is
             quantized with it, both by one tensor, or both stay.
+        untie: whether the head of a language model that shares the weight of an embedding gets
+            integers of its own, while the embedding keeps the weight; else it stays as it is, with
+            the reason in the report. Checkpoints of the original for `load_original` must then hold
+            the head's weight, too.
         where: which sites; a name pattern, a predicate, or None for all.
-
-    The head of a language model that shares the weight of an embedding gets integers of its own,
-    and the embedding keeps the weight: the report says so.
 
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
     inf, or of a kind that the scheme has no layer for.
@@ -415,6 +416,7 @@ class Quantize(Pass):
     method: Method = "round"
     embeddings: bool = False
     convolutions: bool = False
+    untie: bool = False
 
     def __post_init__(self) -> None:
         one_of("Quantize: scheme", self.scheme, SCHEMES)
@@ -427,6 +429,7 @@ class Quantize(Pass):
         one_of("Quantize: method", self.method, METHODS)
         for option in _OF_KINDS.values():
             of_type("Quantize", option, getattr(self, option), bool, "True or False")
+        of_type("Quantize", "untie", self.untie, bool, "True or False")
         scheme = SCHEMES[self.scheme]
         for option, default in OPTIONS.items():
             if option not in scheme.options and getattr(self, option) != default:
@@ -472,7 +475,7 @@ class Quantize(Pass):
         elif site.moments is not None:
             output_error = site.moments.output_error(weight, made)
         error = relative_error(weight, made)
-        return Replacement(layer, error, note, output_error, cuts_ties=True)
+        return Replacement(layer, error, note, output_error, cuts_ties=self.untie)
 
 
 def _check_outliers(outliers: object) -> None:
@@ -496,7 +499,8 @@ def _check_smooth(smooth: object) -> None:
 _OF_KINDS: Mapping[Kind, str] = {EMBEDDING: "embeddings", CONV: "convolutions"}
 """Kinds of sites that are taken where an option says so."""
 
-OPTIONS = {f.name: f.default for f in fields(Quantize) if f.name not in ("scheme", "where")}
+_OF_ALL = ("scheme", "where", "untie")
+OPTIONS = {f.name: f.default for f in fields(Quantize) if f.name not in _OF_ALL}
 """What a scheme may read, with the value that it has where the user gives none."""
 
 

@@ -117,7 +117,7 @@ class StaticQuantizedLinear(LinearLayer):
         moved = weight if multiplier is None else weight / multiplier
         self.qweight, self.scale = quantize_weight(moved)
         low, high = min(low, 0.0), max(high, 0.0)
-        step = _few_bits((high - low + _EPS) / 255)
+        step = _few_bits((high - low + _EPS) / 255) if low < high else 1.0
         self.step = self.scale.new_full((1,), step)
         zero = min(round(-low / step), 255)
         self.zero = torch.full((1,), zero, dtype=torch.uint8, device=weight.device)

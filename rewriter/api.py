@@ -86,7 +86,8 @@ def rewrite(
         calibration: batches like `example_inputs` (a list, a DataLoader, or one batch) whose
             activations passes may fit their layers to; Monarch then minimises the error of a
             layer's outputs instead of its weights'. Every fourth batch is held out: on it the
-            report's output errors are measured. Padding by a 2-D `attention_mask` is left out.
+            report's output errors are measured. `Quantize("int8-static")` cannot do without: its
+            ranges are those of the batches. Padding by a 2-D `attention_mask` is left out.
         memory_budget: of a training step: bytes, "512MB", a fraction of what keeping everything
             takes, or a `rewriter.MemoryBudget`. The result then trains by a plan that keeps,
             recomputes, derives or packs what the backward needs, so that the peak of activations,

@@ -190,6 +190,16 @@ def test_a_cast_moves_no_range(dtype: torch.dtype) -> None:
     assert (x.grad != 0).all()  # what the batches hold is not clipped
 
 
+def test_inputs_that_are_all_zeros_give_a_range_that_any_dtype_has() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 16)).eval(), torch.zeros(4, 32)
+    for smooth in ("auto", 0.5):
+        static = rewrite(model, [Quantize("int8-static", smooth=smooth)], x, calibration=[x])
+        for dtype in (torch.float32, torch.float16):
+            with torch.no_grad():
+                y = copy.deepcopy(static[0]).to(dtype)(x.to(dtype))
+            assert_equal(y, static[0].bias.detach().to(dtype).expand(4, 16))
+
+
 def test_calibration_of_one_batch_and_on_a_wide_dtype() -> None:
     for dtype, floor in ((torch.float64, 30), (torch.bfloat16, 25)):
         model, x = nn.Sequential(nn.Linear(32, 16)).to(dtype).eval(), batches(1)[0].to(dtype)
