@@ -12,7 +12,7 @@ from closeness import assert_equal, assert_reordered, sqnr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewriter import rewrite
+from rewriter import load, rewrite, save
 from rewriter.base import Layer, Phase, Skip
 from rewriter.errors import OptionError
 from rewriter.kernels.straight_through import (
@@ -253,6 +253,18 @@ def test_zero_and_constant_rows_train() -> None:
         layer(X).sum().backward()
         assert layer(X)[:, 0].sub(layer.bias[0]).abs().max() < 1e-4
         assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_layers_narrower_than_a_group_are_saved(tmp_path: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 3)), torch.randn(2, 16)
+    made = rewrite(model, [QAT("int4-weight")], x)
+    save(made, tmp_path / "made")
+    assert_equal(load(tmp_path / "made", model)(x), made(x))
+
+
+def test_tensor_parallel_is_refused() -> None:
+    with pytest.raises(OptionError, match="TrainedLinear cannot be split as a dense layer is"):
+        bool(TrainedLinear(4, 4)._distribute_module_applied)
 
 
 # convolutions
