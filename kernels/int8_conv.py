@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from rewriter.kernels.linear_act import act_
 
 __all__ = [
     "RANGES",
+    "as_images",
     "available_kernels",
     "convolve",
     "int8_conv",
@@ -162,6 +163,26 @@ def convolve(
     Raises:
         RuntimeError: x has another number of dimensions.
     """
+    given, geometry, back = as_images(x, spatial, around, stride, dilation, groups)
+    if then is None:
+        return back(int8_conv(given, qweight, scale, bias, *geometry, activation))
+    return back(int8_conv_act(given, qweight, scale, bias, *geometry, activation, then))
+
+
+Geometry = tuple[list[int], list[int], list[int], int]
+"""stride, padding, dilation and groups of a convolution of two dimensions."""
+
+
+def as_images(
+    x: Tensor,
+    spatial: int,
+    around: Sequence[tuple[int, int]],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Geometry, Callable[[Tensor], Tensor]]:
+    """x as a batch of images, padded where its two sides differ; the convolution of images; and
+    what gives its result the form of x. Arguments as of `convolve`."""
     batched = x.dim() == spatial + 2
     if not batched and x.dim() != spatial + 1:
         dims = spatial + 1
@@ -174,13 +195,13 @@ def convolve(
         given = F.pad(given, [n - min(p) for p in reversed(around) for n in p])
     line = [1] * (2 - spatial)  # a row is an image of height 1
     given = given.unsqueeze(-2) if line else given
-    options = [*line, *stride], [*[0] * len(line), *both], [*line, *dilation], groups, activation
-    if then is None:
-        y = int8_conv(given, qweight, scale, bias, *options)
-    else:
-        y = int8_conv_act(given, qweight, scale, bias, *options, then)
-    y = y.squeeze(-2) if line else y
-    return y if batched else y.squeeze(0)
+    geometry = [*line, *stride], [*[0] * len(line), *both], [*line, *dilation], groups
+
+    def back(y: Tensor) -> Tensor:
+        y = y.squeeze(-2) if line else y
+        return y if batched else y.squeeze(0)
+
+    return given, geometry, back
 
 
 def int8_conv_reference(

@@ -1,6 +1,7 @@
-"""A product of rounded weights that trains the weights themselves.
+"""A product, or a convolution, of rounded weights that trains the weights themselves.
 
     straight_through(y, x, weight) = y,   ∂/∂y = g,   ∂/∂weight = gᵀ x
+    straight_through_conv: the same, ∂/∂weight that of conv(x, weight)
 
 y is what a kernel gave for x and for integers that were rounded from `weight`; its own gradient
 reaches x and bias, and ends at the integers. This op hands the rest on: rounding counts as the
@@ -12,18 +13,24 @@ Conditional Computation" (the straight-through estimator).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import ops
 from rewriter.kernels.common import outer, register_gradient, register_vmap
 
-__all__ = ["straight_through"]
+__all__ = ["straight_through", "straight_through_conv"]
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define("straight_through(Tensor y, Tensor x, Tensor weight) -> Tensor")
+_LIB.define(
+    "straight_through_conv(Tensor y, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, SymInt groups) -> Tensor"
+)
 
 
 def straight_through(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -41,6 +48,32 @@ def straight_through(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         ValueError: the shapes are not those of a product.
     """
     found: Tensor = torch.ops.rewriter.straight_through.default(y, x, weight)
+    return found
+
+
+def straight_through_conv(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """y as it is, whose gradient also gives weight that of a convolution.
+
+    Args:
+        y: [N, out_channels, H', W'].
+        x: [N, in_channels, H, W], which gets no gradient here.
+        weight: [out_channels, in_channels/groups, kH, kW]; its values are not read.
+        stride, padding, dilation, groups: of the convolution that gave y.
+
+    Returns:
+        A copy of y.
+    """
+    found: Tensor = torch.ops.rewriter.straight_through_conv.default(
+        y, x, weight, stride, padding, dilation, groups
+    )
     return found
 
 
@@ -75,11 +108,58 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
     return grad, None, outer(grad, x.to(grad.dtype)).to(ctx.dtype) if wanted else None
 
 
+def _conv_forward(y: Tensor, x: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
+    return y.clone()
+
+
+def _conv_reference(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The same function in plain torch, with the derivative of the convolution in weight."""
+    slope = (weight - weight.detach()).to(y.dtype)  # zero
+    given = x.detach().to(y.dtype)
+    return y + F.conv2d(given, slope, None, stride, padding, dilation, groups)
+
+
+def _conv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, weight, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x, weight), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.geometry
+    found = None
+    if ctx.needs_input_grad[2]:
+        _, found, _ = torch.ops.aten.convolution_backward(
+            grad, x.to(grad.dtype), weight.to(grad.dtype), None, stride, padding, dilation, False,
+            [0, 0], groups, [False, True, False],
+        )  # fmt: skip
+        found = found.to(weight.dtype)
+    return grad, None, found, None, None, None, None
+
+
+_LIB.impl("straight_through_conv", _conv_forward, "CompositeExplicitAutograd")
+register_gradient(
+    _LIB, "straight_through_conv", _conv_reference, _conv_setup_context, _conv_backward
+)
+register_vmap(_LIB, "straight_through_conv", _conv_reference)
+torch.library.register_fake("rewriter::straight_through_conv", _conv_forward, lib=_LIB)
+
 _LIB.impl("straight_through", _forward, "CompositeExplicitAutograd")
 register_gradient(_LIB, "straight_through", _reference, _setup_context, _backward)
 register_vmap(_LIB, "straight_through", _reference)
 torch.library.register_fake("rewriter::straight_through", _forward, lib=_LIB)
 
-RECORD = ops.register(
-    ops.Record("rewriter::straight_through", kind="pointwise", unit="vector", reference=_reference)
+RECORD, CONV_RECORD = (
+    ops.register(ops.Record(f"rewriter::{name}", kind="pointwise", unit="vector", reference=plain))
+    for name, plain in (
+        ("straight_through", _reference),
+        ("straight_through_conv", _conv_reference),
+    )
 )

@@ -15,6 +15,7 @@ from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear
 from rewriter.passes.topk import TopK, TopKLinear
 from rewriter.passes.trained import TrainedLinear
+from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
 from rewriter.passes.weight_only import Int4Linear, Int8WeightLinear
 
 __all__ = [
@@ -45,5 +46,7 @@ __all__ = [
     "StaticQuantizedLinear",
     "TopK",
     "TopKLinear",
+    "TrainedConv1d",
+    "TrainedConv2d",
     "TrainedLinear",
 ]

@@ -38,7 +38,8 @@ from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import Blocks, MonarchLinear
 from rewriter.passes.quantized_conv import CONVOLUTIONS
 from rewriter.passes.quantized_embedding import Int4Embedding, QuantizedEmbedding
-from rewriter.passes.trained import Levels, TrainedLinear, trained
+from rewriter.passes.trained import TrainedLinear, trained
+from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
 from rewriter.sites import CONV, EMBEDDING, LINEAR, Kind, Site, kind_name
 
 __all__ = [
@@ -394,7 +395,15 @@ class Quantize(Pass):
         OptionError: an option is impossible, or one that the scheme does not read.
     """
 
-    matches: ClassVar[tuple[Kind, ...]] = (LINEAR, MonarchLinear, TrainedLinear, EMBEDDING, CONV)
+    matches: ClassVar[tuple[Kind, ...]] = (
+        LINEAR,
+        MonarchLinear,
+        TrainedLinear,
+        TrainedConv1d,
+        TrainedConv2d,
+        EMBEDDING,
+        CONV,
+    )
     phase: ClassVar[Phase] = Phase.PRECISION
 
     scheme: str = "int8-dynamic"
@@ -514,8 +523,8 @@ def _linear(site: Site, quantize: Quantize) -> Layer:
     return QuantizedLinear.from_weight(site.weight, site.bias, quantize.activation)
 
 
-def _of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
-    qweight, scale, _ = levels
+def _of_trained(layer: TrainedLinear) -> Layer:
+    qweight, scale, _ = layer.levels()
     activation: Any = layer.activation
     return QuantizedLinear.from_quantized(qweight, scale, layer.bias, activation)
 
@@ -552,21 +561,38 @@ def _plain_table(site: Site) -> nn.Embedding | Skip:
     return table
 
 
-def int8_conv(site: Site, quantize: Quantize) -> Layer | Skip:
-    """What schemes of int8 weights and activations put in a convolution's place."""
+def convolution(site: Site) -> nn.Conv1d | nn.Conv2d | Skip:
+    """The convolution at a site, where an int8 kernel computes its kind."""
     conv = site.module
     if isinstance(conv, _TRANSPOSED):
         return Skip("it is transposed: no int8 kernel computes one")
-    cls = CONVOLUTIONS.get(site.weight.dim() - 2)
-    if cls is None:
+    if site.weight.dim() - 2 not in CONVOLUTIONS:
         return Skip(
             "it has {} dimensions: no int8 kernel takes more than two", site.weight.dim() - 2
         )
     assert isinstance(conv, nn.Conv1d | nn.Conv2d)
     if conv.padding_mode != "zeros":
         return Skip("padding_mode={!r}: int8 kernels pad with zeros", conv.padding_mode)
-    activation = "per_sample" if quantize.activation == "per_token" else "per_tensor"
-    layer: Layer = cls.from_conv(conv, activation)
+    return conv
+
+
+def range_of_convolution(activation: str) -> str:
+    """What a convolution calls it: it has no tokens."""
+    return "per_sample" if activation == "per_token" else activation
+
+
+def int8_conv(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of int8 weights and activations put in a convolution's place."""
+    conv = convolution(site)
+    if isinstance(conv, Skip):
+        return conv
+    cls = CONVOLUTIONS[conv.weight.dim() - 2]
+    layer: Layer = cls.from_conv(conv, range_of_convolution(quantize.activation))
+    return layer
+
+
+def _conv_of_trained(conv: TrainedConv1d | TrainedConv2d) -> Layer:
+    layer: Layer = CONVOLUTIONS[conv.weight.dim() - 2].from_conv(conv, conv.activation)
     return layer
 
 
@@ -583,6 +609,8 @@ register(
             LINEAR: _linear,
             MonarchLinear: _monarch,
             TrainedLinear: trained(_of_trained),
+            TrainedConv1d: trained(_conv_of_trained),
+            TrainedConv2d: trained(_conv_of_trained),
             EMBEDDING: int8_embedding,
             CONV: int8_conv,
         },

@@ -31,7 +31,7 @@ from rewriter.kernels.weight_only import (
 )
 from rewriter.sites import Site
 
-__all__ = ["TRAINED", "Levels", "TrainedLinear", "check_options", "trained"]
+__all__ = ["TRAINED", "TrainedLinear", "check_options", "trained"]
 
 Levels = tuple[Tensor, Tensor, Tensor | None]
 """Integers, scale and zero, as a scheme's layer holds them."""
@@ -123,14 +123,9 @@ class TrainedLinear(Layer, nn.Linear):
             return dequantize_weight(levels, scale)
         return dequantize_groups(levels, scale, zero)[:, : self.in_features]
 
-    def differs(self, options: Mapping[str, Any]) -> Skip | None:
-        """Why a `Quantize` of such options would give other outputs; None where it would not."""
-        reads = ("scheme", *TRAINED[self.scheme].options)
-        own = {name: getattr(self, name) for name in reads}
-        if own == {name: options[name] for name in reads}:
-            return None
-        wanted = ", ".join(f"{name}={value!r}" for name, value in own.items())
-        return Skip("it was trained for Quantize({}), and other options give other outputs", wanted)
+    def trained_for(self) -> Mapping[str, Any]:
+        """The options of the `Quantize` that gives a layer of equal outputs."""
+        return {n: getattr(self, n) for n in ("scheme", *TRAINED[self.scheme].options)}
 
     # steps that are learned
 
@@ -260,14 +255,15 @@ def check_options(
         )
 
 
-def trained(
-    make: Callable[[Levels, TrainedLinear], Layer],
-) -> Callable[[Site, Pass], Layer | Skip]:
-    """What a scheme makes of a `TrainedLinear`, given what it makes of its levels."""
+def trained(make: Callable[[Any], Layer]) -> Callable[[Site, Pass], Layer | Skip]:
+    """What a scheme puts in the place of a layer that trained for it, given how it makes that."""
 
     def maker(site: Site, quantize: Pass) -> Layer | Skip:
-        layer = site.module
-        assert isinstance(layer, TrainedLinear), site.fqn
-        return layer.differs(quantize.spec() or {}) or make(layer.levels(), layer)
+        layer: Any = site.module
+        own, given = layer.trained_for(), quantize.spec() or {}
+        if own == {name: given[name] for name in own}:
+            return make(layer)
+        wanted = ", ".join(f"{name}={value!r}" for name, value in own.items())
+        return Skip("it was trained for Quantize({}), and other options give other outputs", wanted)
 
     return maker

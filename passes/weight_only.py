@@ -27,7 +27,7 @@ from rewriter.passes.quantize import (
     int8_embedding,
     register,
 )
-from rewriter.passes.trained import Levels, TrainedLinear, trained
+from rewriter.passes.trained import TrainedLinear, trained
 from rewriter.sites import EMBEDDING, LINEAR, Site
 
 __all__ = ["Int4Linear", "Int8WeightLinear"]
@@ -238,13 +238,14 @@ def _int4(site: Site, quantize: Quantize) -> Layer:
     return Int4Linear.from_quantized(*levels, site.bias, weight.shape[1], dynamic)
 
 
-def _int8_of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
-    return Int8WeightLinear.from_quantized(levels[0], levels[1], layer.bias)
+def _int8_of_trained(layer: TrainedLinear) -> Layer:
+    qweight, scale, _ = layer.levels()
+    return Int8WeightLinear.from_quantized(qweight, scale, layer.bias)
 
 
-def _int4_of_trained(levels: Levels, layer: TrainedLinear) -> Layer:
+def _int4_of_trained(layer: TrainedLinear) -> Layer:
     dynamic = layer.scheme == "int4-dynamic"
-    return Int4Linear.from_quantized(*levels, layer.bias, layer.in_features, dynamic)
+    return Int4Linear.from_quantized(*layer.levels(), layer.bias, layer.in_features, dynamic)
 
 
 def _always(quantize: Quantize) -> bool:

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewriter import load, rewrite, save
-from rewriter.base import Phase, Skip
+from rewriter.base import Layer, Phase, Skip
 from rewriter.errors import OptionError
-from rewriter.kernels.straight_through import RECORD, straight_through
-from rewriter.passes import QAT, Quantize, TrainedLinear
+from rewriter.kernels.straight_through import (
+    CONV_RECORD,
+    RECORD,
+    straight_through,
+    straight_through_conv,
+)
+from rewriter.passes import QAT, Quantize, TrainedConv1d, TrainedConv2d, TrainedLinear
 from rewriter.passes.trained import TRAINED
-from rewriter.sites import LINEAR, Site
+from rewriter.sites import CONV, LINEAR, Site
 
 OPTIONS: list[dict[str, Any]] = [
     {"scheme": "int8-dynamic"},
@@ -150,7 +155,8 @@ def test_a_learned_step_gets_the_gradient_of_the_paper(options: dict[str, Any]) 
 
 
 def test_options() -> None:
-    assert QAT.matches == (LINEAR,)
+    assert QAT.matches == (LINEAR, CONV)
+    assert QAT().kinds == (LINEAR,)
     assert QAT.phase is Phase.PRECISION
     assert QAT.parse("int4-weight, group_size=32, learned_step=true") == QAT(
         "int4-weight", group_size=32, learned_step=True
@@ -163,8 +169,14 @@ def test_options() -> None:
         QAT("int8-weight", group_size=32)
     with pytest.raises(OptionError, match="learned_step=True trains steps, and no zeros"):
         QAT("int4-weight", symmetric=False, learned_step=True)
+    with pytest.raises(OptionError, match="train for 'int8-dynamic' alone, not for 'int4-weight'"):
+        QAT("int4-weight", convolutions=True)
     with pytest.raises(OptionError, match="TrainedLinear: group_size"):
         TrainedLinear(4, 4, group_size=3)
+    with pytest.raises(OptionError, match="TrainedConv2d: activation='per_token'"):
+        TrainedConv2d(4, 4, 3, activation="per_token")
+    with pytest.raises(OptionError, match="TrainedConv2d: .*divisible by groups"):
+        TrainedConv2d(4, 4, 3, groups=3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -243,6 +255,96 @@ def test_zero_and_constant_rows_train() -> None:
         assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+def test_layers_narrower_than_a_group_are_saved(tmp_path: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 3)), torch.randn(2, 16)
+    made = rewrite(model, [QAT("int4-weight")], x)
+    save(made, tmp_path / "made")
+    assert_equal(load(tmp_path / "made", model)(x), made(x))
+
+
+def test_tensor_parallel_is_refused() -> None:
+    with pytest.raises(OptionError, match="TrainedLinear cannot be split as a dense layer is"):
+        bool(TrainedLinear(4, 4)._distribute_module_applied)
+
+
+# convolutions
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, (3, 2), padding="same", groups=4), nn.Hardswish(), nn.Conv2d(8, 12, 1),
+        )  # fmt: skip
+        self.line, self.head = nn.Conv1d(12, 6, 3, dilation=2), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.line(self.body(x).flatten(2)).amax(2))
+
+
+@pytest.mark.parametrize("activation", ["per_token", "per_tensor"])
+def test_convolutions_train_and_become_integers(activation: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Images(), torch.randn(6, 3, 12, 10)
+    made = rewrite(model, [QAT(activation=activation, convolutions=True)], x).train()
+    kinds = [type(m) for m in made.modules() if isinstance(m, Layer)]
+    assert kinds == [TrainedConv2d, TrainedConv2d, TrainedLinear, TrainedConv1d, TrainedLinear]
+    optimizer = torch.optim.Adam(made.parameters(), 1e-2)
+    losses = []
+    for _ in range(12):
+        loss = F.cross_entropy(made(x), torch.arange(6) % 4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    made.eval()
+    quantize = Quantize(activation=activation)
+    integers = rewrite(made, [quantize], x, lower=False)
+    assert [d.error for d in integers.report.steps[1].decisions] == [0.0] * 5
+    assert not any("trained" in m.op for m in integers.modules() if isinstance(m, Layer))
+    for mode in (True, False):
+        both = [copy.deepcopy(m).train(mode)(x) for m in (integers, made)]
+        assert_equal(*both)
+
+
+@pytest.mark.parametrize(
+    ("conv", "x"),
+    [
+        (nn.Conv2d(4, 6, (2, 3), (2, 1), padding="valid", groups=2), torch.randn(3, 4, 8, 9)),
+        (nn.Conv1d(4, 6, 4, padding="same", dilation=2, bias=False), torch.randn(4, 20)),
+    ],
+    ids=["2d", "1d"],
+)
+def test_a_trained_convolution_is_one_of_torchs(conv: Any, x: Tensor) -> None:
+    cls = TrainedConv2d if isinstance(conv, nn.Conv2d) else TrainedConv1d
+    layer = cls.from_conv(conv)
+    assert layer.weight is conv.weight
+    assert layer.state_dict().keys() == conv.state_dict().keys()
+    y, want = layer(x), conv(x)
+    assert sqnr(y, want) > 35
+    g = torch.randn_like(y)
+    (got,), (plain,) = (torch.autograd.grad(v, conv.weight, g) for v in (y, want))
+    assert_reordered(got, plain)
+    built = cls(**layer.config(), device="meta").to_empty(device="cpu")
+    built.load_state_dict(layer.state_dict())
+    assert_equal(built(x), y)
+    assert_equal(pickle.loads(pickle.dumps(layer))(x), y)
+    assert_equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), y)
+    answer = Quantize(activation="per_tensor").propose(Site.of(layer))
+    assert "trained for Quantize(scheme='int8-dynamic', activation='per_token')" in answer.reason
+
+
+def test_convolutions_that_int8_has_no_kernel_for_are_skipped() -> None:
+    for conv, reason in (
+        (nn.ConvTranspose2d(4, 4, 3), "transposed"),
+        (nn.Conv3d(4, 4, 3), "3 dimensions"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
+    ):
+        assert reason in QAT(convolutions=True).propose(Site.of(conv)).reason
+
+
 # the op
 
 
@@ -267,13 +369,21 @@ def test_the_op_hands_the_gradient_on() -> None:
         straight_through(y, x[..., :4], weight)
 
 
-def test_layers_narrower_than_a_group_are_saved(tmp_path: Any) -> None:
-    model, x = nn.Sequential(nn.Linear(16, 3)), torch.randn(2, 16)
-    made = rewrite(model, [QAT("int4-weight")], x)
-    save(made, tmp_path / "made")
-    assert_equal(load(tmp_path / "made", model)(x), made(x))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_op_hands_on_the_gradient_of_a_convolution(groups: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 4 // groups, 3, 2, requires_grad=True)
+    x, geometry = torch.randn(2, 4, 7, 8), ([2, 1], [1, 0], [1, 2], groups)
+    want = F.conv2d(x, weight, None, *geometry)
+    y, g = want.detach().clone().requires_grad_(), torch.randn_like(want)
+    found = straight_through_conv(y, x, weight, *geometry)
+    assert_equal(found, y)
+    found.backward(g)
+    assert_equal(y.grad, g)
+    assert_reordered(weight.grad, torch.autograd.grad(want, weight, g)[0])
+    torch.library.opcheck(CONV_RECORD.op.default, (y, x, weight, *geometry))
 
+    def loss(weight: Tensor) -> Tensor:
+        return (straight_through_conv(y, x, weight, *geometry) * g).sum()
 
-def test_tensor_parallel_is_refused() -> None:
-    with pytest.raises(OptionError, match="TrainedLinear cannot be split as a dense layer is"):
-        bool(TrainedLinear(4, 4)._distribute_module_applied)
+    assert_reordered(torch.func.grad(loss)(weight), weight.grad)

@@ -21,6 +21,7 @@ from rewriter.passes.quantize import (
     register,
 )
 from rewriter.passes.trained import TrainedLinear
+from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
 from rewriter.sites import CONV, EMBEDDING, LINEAR, Site
 
 LAYERS = [
@@ -71,8 +72,9 @@ def test_monarch_close_to_float(activation):
 
 
 def test_site_kinds_and_phase():
-    assert Quantize.matches == (LINEAR, MonarchLinear, TrainedLinear, EMBEDDING, CONV)
-    assert Quantize().kinds == (LINEAR, MonarchLinear, TrainedLinear)
+    trained = TrainedLinear, TrainedConv1d, TrainedConv2d
+    assert Quantize.matches == (LINEAR, MonarchLinear, *trained, EMBEDDING, CONV)
+    assert Quantize().kinds == (LINEAR, MonarchLinear, *trained)
     assert Quantize.phase is Phase.PRECISION
     assert Quantize("int8-dynamic", "per_tensor").activation == "per_tensor"
 
