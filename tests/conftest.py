@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import pathlib
 import textwrap
@@ -28,6 +29,15 @@ def no_timing() -> Iterator[None]:
         patch.setattr(Engine, "_lowering_pays", lambda _: True)
         patch.setattr(attention, "pick", lambda *_: "native")
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rare_collections() -> None:
+    """The garbage collector went over all of torch and of the tests again and again, a tenth of the
+    time: what is there by now stays, and the rest is looked at less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
