@@ -29,10 +29,11 @@ from rewriter.kernels.native import library, parallel, why_not
 __all__ = ["attention", "attention_reference", "native", "pick", "refusal", "unavailable"]
 
 _SOURCE = Path(__file__).with_name("attention_cpu.cpp")
-_VERSION = "attention 1"
+_VERSION = "attention 2"
 _LEAD = 0.05
-_MOST = 512, 64
-"""Longer sequences and more heads are taken to run as these do: to measure them takes long."""
+_MOST = 512, 128
+"""Longer sequences, and more heads in all of a batch, are taken to run as these do: to measure them
+takes long."""
 
 _POINTERS = "q k v mask y parallel"
 _SIZES = (
@@ -193,25 +194,28 @@ def native(
 
 
 def pick(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> str:
-    """The fastest kernel on the CPU for such operands; measured when first asked for, with
-    sequences and heads rounded up to powers of two."""
+    """The fastest kernel on the CPU for such operands; measured when first asked for, with batch
+    and sequences rounded up to powers of two."""
     (b, h, rows, depth), (_, shared, keys, _) = query.shape, key.shape
     longest, most = _MOST
     rows, keys = rows_bucket(rows, longest), rows_bucket(keys, longest)
-    heads = rows_bucket(b * h, most)
+    b = min(rows_bucket(b), max(most // h, 1))
     kind = "causal" if causal else "" if mask is None else str(mask.dtype)
-    key_ = f"{heads}x{h // shared} {rows}x{keys}x{depth} {kind} {torch.get_num_threads()}"
+    key_ = f"{b}x{h}x{shared} {rows}x{keys}x{depth} {kind} {torch.get_num_threads()}"
 
     def candidates() -> dict[str, Callable[[], object]]:
-        # as a joined product of queries, keys and values leaves them
+        # as a joined product of queries, keys and values leaves them: how far rows lie apart
+        # decides which of them meet in one line of the cache
         q, k, v = (
-            torch.linspace(-1, 1, n * heads * depth).view(1, n, heads, depth).transpose(1, 2)
-            for n in (rows, keys, keys)
+            torch.linspace(-1, 1, b * n * 3 * h * depth).view(b, n, 3 * h, depth)[:, :, :heads]
+            for n, heads in ((rows, h), (keys, shared), (keys, shared))
         )
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         own = None if mask is None else torch.ones(1, 1, rows, keys).to(mask.dtype)
+        options = {"is_causal": causal, "enable_gqa": shared != h}
 
         def of_torch() -> Tensor:
-            y = F.scaled_dot_product_attention(q, k, v, own, is_causal=causal)
+            y = F.scaled_dot_product_attention(q, k, v, own, **options)
             return y.transpose(1, 2).contiguous()
 
         return {

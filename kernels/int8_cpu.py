@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rewriter.kernels.native import library, parallel, why_not
 
-__all__ = ["THEN", "Norm", "isa", "linear", "pack", "refusal"]
+__all__ = ["THEN", "Linear", "Norm", "isa", "pack", "refusal"]
 
 THEN = ("", "relu", "gelu", "silu")
 """What may follow the product, by the number that C++ knows it as."""
@@ -85,70 +85,80 @@ def pack(qweight: Tensor) -> Tensor:
     return packed
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None,
-    then: str = "",
-    add: Tensor | None = None,
-    norm: Norm | None = None,
-    one_range: bool = False,
-    given: tuple[float, int] | None = None,
-    multiplier: Tensor | None = None,
-) -> tuple[Tensor, bool]:
+class Linear:
     """y = norm(then(q(x) @ (qweight·scale[:, None])ᵀ + bias) + add), each row of x quantized by
-    itself.
+    itself: for one weight, and what follows it, any number of times, also at the same time.
 
     Args:
-        x: [rows, in] float32, rows dense, on a CPU, rows·in·out > 0.
         packed: `pack` of qweight [out, in].
+        width: in.
         scale: [out] float32, contiguous.
         sums: [out] int32, contiguous: Σ_k qweight[n, k].
         bias: [out] float32, contiguous, or None.
         then: one of `THEN`.
-        add: [rows, out] float32, contiguous, or None.
         norm: over each row of the result, or None.
         one_range: for all of x, with 0 in it, in place of one for each row.
         given: s > 0 and the zero point of that one range, where they are known.
         multiplier: [in] float32, contiguous, by which x is multiplied before, where they are.
-
-    Returns:
-        y [rows, out]; and whether a row of x has no finite range of its own: its y is NaN, as it is
-        with a given range where a row of x is not finite.
     """
-    made, start = _library()
-    (rows, width), out = x.shape, scale.shape[0]
-    y = torch.empty(rows, out)
-    q = _scratch(made.int8_scratch(rows, width))
-    step, zero = given or (0.0, 0)
-    call = _Call(
-        x.data_ptr(),
-        packed.data_ptr(),
-        scale.data_ptr(),
-        sums.data_ptr(),
-        _address(bias),
-        _address(add),
-        None if norm is None else _address(norm.weight),
-        None if norm is None else _address(norm.bias),
-        y.data_ptr(),
-        q.data_ptr(),
-        start,
-        rows,
-        width,
-        out,
-        x.stride(0),
-        THEN.index(then),
-        one_range or given is not None,
-        norm is not None,
-        torch.get_num_threads(),
-        0.0 if norm is None else norm.eps,
-        _address(multiplier),
-        step,
-        zero,
-    )
-    return y, bool(made.int8_linear(ctypes.byref(call)))
+
+    def __init__(
+        self,
+        packed: Tensor,
+        width: int,
+        scale: Tensor,
+        sums: Tensor,
+        bias: Tensor | None,
+        then: str = "",
+        norm: Norm | None = None,
+        one_range: bool = False,
+        given: tuple[float, int] | None = None,
+        multiplier: Tensor | None = None,
+    ) -> None:
+        self._made, start = _library()
+        self.width, self.out = width, scale.shape[0]
+        self._held = packed, scale, sums, bias, norm, multiplier  # C++ knows their addresses alone
+        step, zero = given or (0.0, 0)
+        self._call = _Call(
+            weight=packed.data_ptr(),
+            scale=scale.data_ptr(),
+            sums=sums.data_ptr(),
+            bias=_address(bias),
+            norm_weight=None if norm is None else _address(norm.weight),
+            norm_bias=None if norm is None else _address(norm.bias),
+            parallel=start,
+            in_features=width,
+            out_features=self.out,
+            then=THEN.index(then),
+            one_range=one_range or given is not None,
+            norm=norm is not None,
+            eps=0.0 if norm is None else norm.eps,
+            multiplier=_address(multiplier),
+            step=step,
+            zero=zero,
+        )
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, bool]:
+        """
+        Args:
+            x: [*, in] float32, contiguous, or [rows, in] whose rows are dense; on a CPU, not empty.
+            add: [*, out] float32, contiguous, or None.
+
+        Returns:
+            y [*, out]; and whether a row of x has no finite range of its own: its y is NaN, as it
+            is with a given range where a row of x is not finite.
+        """
+        shape, width = x.shape, self.width
+        rows = x.numel() // width
+        y = torch.empty(*shape[:-1], self.out)
+        call = _Call.from_buffer_copy(self._call)  # another thread may be in one, too
+        call.x, call.y = x.data_ptr(), y.data_ptr()
+        call.q = _scratch(self._made.int8_scratch(rows, width)).data_ptr()
+        call.rows, call.threads = rows, torch.get_num_threads()
+        call.stride = x.stride(0) if len(shape) == 2 else width
+        if add is not None:
+            call.add = add.data_ptr()
+        return y, bool(self._made.int8_linear(ctypes.byref(call)))
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -49,9 +49,11 @@ from rewriter.kernels.linear_act import act_
 __all__ = [
     "ACTIVATIONS",
     "After",
+    "Bound",
     "NOTHING",
     "Quantized",
     "available_kernels",
+    "bound",
     "dequantize_weight",
     "fastest_of",
     "int8_linear",
@@ -590,12 +592,100 @@ def native(
     own = native_weight(packed, index or 0, qweight)
     sums = packed.row_sums if index is None else packed.row_sums[index]
     bias = None if bias is None else bias.contiguous()
-    one = activation == "per_tensor"
-    y, wide = int8_cpu.linear(x, own, scale.contiguous(), sums, bias, *after, one_range=one)
+    run = int8_cpu.Linear(
+        own, x.shape[1], scale.contiguous(), sums, bias, after.then, after.norm,
+        one_range=activation == "per_tensor",
+    )  # fmt: skip
+    y, wide = run(x, after.add)
     if wide:
         rows = ~(x.amax(-1) - x.amin(-1)).isfinite()
         y[rows] = after.of_rows(rows)(_plain(x[rows], qweight, scale, bias, "per_token"))
     return y
+
+
+def bound(
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    then: str = "",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float | None = None,
+) -> Callable[..., Tensor]:
+    """`int8_linear_then` of these operands as a function of x and what is added, for plain tensors
+    and without gradient: of few rows it takes half the time, as all that does not change from call
+    to call is made ready here. It reads them where they are now."""
+
+    def run(x: Tensor, add: Tensor | None = None) -> Tensor:
+        options = then, add, norm_weight, norm_bias, eps
+        return int8_linear_then(x, qweight, scale, bias, activation, *options)
+
+    def pick(tokens: int, in_features: int, out_features: int) -> str:
+        return pick_kernel(tokens, in_features, out_features, activation)
+
+    after = After.of(then, None, norm_weight, norm_bias, eps)
+    options = {"one_range": activation == "per_tensor"}
+    return Bound(run, pick, qweight, scale, bias, after, options)
+
+
+class Bound:
+    """A product, and what follows it, by the kernel "native" where that is the fastest and takes
+    the operands; else as `run` has it.
+
+    Args:
+        run: (x, add) → y.
+        pick: (tokens, in_features, out_features) → the fastest kernel.
+        qweight, scale, bias: of the product.
+        after: what follows it, without what is added.
+        options: further ones of `int8_cpu.Linear`.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Tensor],
+        pick: Callable[..., str],
+        qweight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        after: After,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.run, self.pick = run, pick
+        self.out, self.width = qweight.shape
+        self._native: dict[tuple[int, int], bool] = {}
+        self._linear: int8_cpu.Linear | None = None
+        floats = [t for t in (scale, bias, *(after.norm or ())) if isinstance(t, Tensor)]
+        fits = all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in floats)
+        if fits and qweight.is_cpu and qweight.numel() and "native" in available_kernels():
+            packed = packed_weight(qweight)
+            own = native_weight(packed, 0, qweight)
+            self._linear = int8_cpu.Linear(
+                own, self.width, scale, packed.row_sums, bias, after.then, after.norm, **options
+            )
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        if self._linear is not None and self._takes(x, add):
+            y, wide = self._linear(x, add)
+            if not wide:
+                return y
+        return self.run(x, add)
+
+    def _takes(self, x: Tensor, add: Tensor | None) -> bool:
+        if x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
+            return False
+        shape = x.shape
+        if add is not None:
+            same = add.shape == (*shape[:-1], self.out) and add.dtype is torch.float32
+            if not (same and add.is_contiguous()):
+                return False
+        if not shape or shape[-1] != self.width or not (rows := x.numel() // self.width):
+            return False
+        key = rows, torch.get_num_threads()
+        found = self._native.get(key)
+        if found is None:
+            found = self._native[key] = self.pick(rows, self.width, self.out) == "native"
+        return found
 
 
 def _plain(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from rewriter.kernels.common import (
 )
 
 __all__ = [
+    "bound",
     "int8_static_linear",
     "int8_static_linear_then",
     "int8_static_linear_reference",
@@ -116,6 +118,30 @@ def int8_static_linear_then(
         x, qweight, scale, bias, step, zero, multiplier, then, add, norm_weight, norm_bias, eps
     )
     return y
+
+
+def bound(
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    step: Tensor,
+    zero: Tensor,
+    multiplier: Tensor | None,
+    then: str = "",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float | None = None,
+) -> Callable[..., Tensor]:
+    """`int8_static_linear_then` of these operands, as `int8_linear.bound` says it."""
+    own = qweight, scale, bias, step, zero, multiplier
+
+    def run(x: Tensor, add: Tensor | None = None) -> Tensor:
+        return int8_static_linear_then(x, *own, then, add, norm_weight, norm_bias, eps)
+
+    after = int8.After.of(then, None, norm_weight, norm_bias, eps)
+    times = None if multiplier is None else multiplier.to(torch.float32).contiguous()
+    options = {"given": (float(step), int(zero)), "multiplier": times}
+    return int8.Bound(run, pick_kernel, qweight, scale, bias, after, options)
 
 
 def int8_static_linear_reference(
@@ -237,10 +263,11 @@ def _run(
         own, sums = int8.native_weight(packed, 0, qweight), packed.row_sums
         given = bias.contiguous() if bias is not None else None
         times = multiplier.contiguous() if multiplier is not None else None
-        found, _ = int8_cpu.linear(
-            x, own, scale.contiguous(), sums, given, *after, given=(step, zero), multiplier=times
-        )
-        return found
+        run = int8_cpu.Linear(
+            own, x.shape[1], scale.contiguous(), sums, given, after.then, after.norm,
+            given=(step, zero), multiplier=times,
+        )  # fmt: skip
+        return run(x, after.add)[0]
     q, spoiled = _quantize(x, step, zero, multiplier)
     y = int8.multiply(kernel, (q, step, zero), qweight, packed, None, scale, bias)
     return after(y.masked_fill_(spoiled[:, None], math.nan))

@@ -60,7 +60,9 @@ def problem(rows: int, k: int, n: int, seed: int = 0) -> tuple[Tensor, ...]:
 
 def ran(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, **more: Any) -> Tensor:
     sums = qweight.sum(-1, dtype=torch.int32)
-    y, spoiled = int8_cpu.linear(x, int8_cpu.pack(qweight), scale, sums, bias, **more)
+    add = more.pop("add", None)
+    run = int8_cpu.Linear(int8_cpu.pack(qweight), x.shape[1], scale, sums, bias, **more)
+    y, spoiled = run(x, add)
     assert not spoiled
     return y
 
@@ -144,7 +146,7 @@ def test_a_row_without_a_range_is_told_and_leaves_the_others(compiled: str, bad:
         want = ran(x, qweight, scale, bias)
         x[3, at] = bad
         sums = qweight.sum(-1, dtype=torch.int32)
-        y, spoiled = int8_cpu.linear(x, int8_cpu.pack(qweight), scale, sums, bias)
+        y, spoiled = int8_cpu.Linear(int8_cpu.pack(qweight), k, scale, sums, bias)(x)
         assert spoiled
         assert y[3].isnan().all()
         assert_equal(y[[0, 1, 2, 4]], want[[0, 1, 2, 4]])

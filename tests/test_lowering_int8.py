@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -250,3 +251,41 @@ def test_where_gradients_are_wanted_the_layers_run() -> None:
     for model, own in zip((lowered, plain), x, strict=True):
         model(own).sum().backward()
     assert_equal(x[0].grad, x[1].grad)
+
+
+INPUTS = {
+    "as measured": lambda: torch.randn(2, 5, 24),
+    "one row": lambda: torch.randn(24),
+    "no rows": lambda: torch.randn(0, 24),
+    "rows apart": lambda: torch.randn(2, 5, 48)[..., ::2],
+    "bfloat16": lambda: torch.randn(5, 24, dtype=torch.bfloat16),
+    "a row without a range": lambda: torch.randn(5, 24).index_fill(0, torch.tensor([3]), torch.inf),
+}
+
+
+@pytest.mark.parametrize("make", list(INPUTS.values()), ids=list(INPUTS))
+@pytest.mark.parametrize("scheme", ["per_token", "per_tensor", "static"])
+def test_what_a_model_runs_gives_the_bits_of_the_op(
+    scheme: str, make: Callable[[], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    qweight, scale = int8.quantize_weight(torch.randn(16, 24))
+    norm = torch.randn(16), torch.randn(16)
+    own: tuple[Any, ...] = (qweight, scale, torch.randn(16))
+    if scheme == "static":
+        rows, options = [integers.INT8_STATIC_ACT, integers.INT8_STATIC_ADD], ()
+        rows += [integers.INT8_STATIC_NORM, integers.INT8_STATIC_JOINED]
+        own += torch.tensor([0.03]), torch.tensor([120], dtype=torch.uint8), torch.rand(24)
+    else:
+        rows, options = [integers.INT8_ACT, integers.INT8_ADD], (scheme,)
+        rows += [integers.INT8_NORM, integers.INT8_JOINED]
+    x = make()
+    added = torch.randn(*x.shape[:-1], 16, dtype=x.dtype)
+    rests = (*own, *options, "gelu"), (*own, *options), (*own, *norm, *options, 1e-5)
+    for fused, rest in zip(rows, (*rests, (*own, *options, (7, 9))), strict=True):
+        assert fused.bind is not None
+        ready = fused.bind(*rest)
+        given = [()] if fused in (rows[0], rows[3]) else [(added,), (torch.randn(16),)]
+        for others in given:
+            want = fused.run(x, *others, *rest)
+            assert_equal(ready(x, *others), want, equal_nan=True)

@@ -88,12 +88,12 @@ def _slow_epilogue(place: Place, x: Tensor, *added: Tensor) -> str | None:
     return "the int8 kernel that is the fastest here has no epilogue"
 
 
-def _act(name: str, run: Callable[..., Tensor]) -> Fused:
-    return Fused(name, run, _tensors, _act_constants, _no_epilogue, _slow_epilogue)
+def _act(name: str, run: Callable[..., Tensor], bind: Callable[..., Any]) -> Fused:
+    return Fused(name, run, _tensors, _act_constants, _no_epilogue, _slow_epilogue, bind)
 
 
-INT8_ACT = _act("int8_linear_act", int8.int8_linear_then)
-INT8_STATIC_ACT = _act("int8_static_linear_act", static.int8_static_linear_then)
+INT8_ACT = _act("int8_linear_act", int8.int8_linear_then, int8.bound)
+INT8_STATIC_ACT = _act("int8_static_linear_act", static.int8_static_linear_then, static.bound)
 
 
 # the sum and the LayerNorm behind the product ----------------------------------------------------
@@ -157,6 +157,30 @@ def int8_static_linear_norm(
     return static.int8_static_linear_then(x, *own, "", added, norm_weight, norm_bias, eps)
 
 
+def _bound_norm(
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    eps: float,
+) -> Callable[..., Tensor]:
+    return int8.bound(qweight, scale, bias, activation, "", norm_weight, norm_bias, eps)
+
+
+def _bound_static_norm(
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    step: Tensor,
+    zero: Tensor,
+    multiplier: Tensor | None,
+    *norm: Any,
+) -> Callable[..., Tensor]:
+    return static.bound(qweight, scale, bias, step, zero, multiplier, "", *norm)
+
+
 def _drops(place: Place) -> str | None:
     """Why what stands between a product and the sum does not only hand its value on."""
     for node, module in zip(place.match.nodes, place.modules, strict=True):
@@ -183,18 +207,18 @@ def _no_norm(place: Place) -> str | None:
     return _drops(place)
 
 
-def _add(name: str, run: Callable[..., Tensor]) -> Fused:
-    return Fused(name, run, _tensors, _constants, _drops, _slow_epilogue)
+def _add(name: str, run: Callable[..., Tensor], bind: Callable[..., Any]) -> Fused:
+    return Fused(name, run, _tensors, _constants, _drops, _slow_epilogue, bind)
 
 
-def _norm(name: str, run: Callable[..., Tensor]) -> Fused:
-    return Fused(name, run, _norm_tensors, _norm_constants, _no_norm, _slow_epilogue)
+def _norm(name: str, run: Callable[..., Tensor], bind: Callable[..., Any]) -> Fused:
+    return Fused(name, run, _norm_tensors, _norm_constants, _no_norm, _slow_epilogue, bind)
 
 
-INT8_ADD = _add("int8_linear_add", int8_linear_add)
-INT8_NORM = _norm("int8_linear_norm", int8_linear_norm)
-INT8_STATIC_ADD = _add("int8_static_linear_add", int8_static_linear_add)
-INT8_STATIC_NORM = _norm("int8_static_linear_norm", int8_static_linear_norm)
+INT8_ADD = _add("int8_linear_add", int8_linear_add, int8.bound)
+INT8_NORM = _norm("int8_linear_norm", int8_linear_norm, _bound_norm)
+INT8_STATIC_ADD = _add("int8_static_linear_add", int8_static_linear_add, static.bound)
+INT8_STATIC_NORM = _norm("int8_static_linear_norm", int8_static_linear_norm, _bound_static_norm)
 
 
 # products that read one input --------------------------------------------------------------------
@@ -232,6 +256,29 @@ def joined_int8_static_linear(
     weights = qweight.split(list(sizes)), scale.split(list(sizes)), biases
     each = zip(*weights, step.split(1), zero.split(1), times, strict=True)
     return tuple(static.int8_static_linear(x, *own) for own in each)
+
+
+def _bound_joined(
+    qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, sizes: Sequence[int]
+) -> Callable[..., tuple[Tensor, ...]]:
+    product = int8.bound(qweight, scale, bias, activation)
+    return lambda x: _pieces(product(x), sizes)
+
+
+def _bound_static_joined(
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    step: Tensor,
+    zero: Tensor,
+    multiplier: Tensor | None,
+    sizes: Sequence[int],
+) -> Callable[..., tuple[Tensor, ...]]:
+    own = qweight, scale, bias, step, zero, multiplier
+    if len(step) > 1:
+        return lambda x: joined_int8_static_linear(x, *own, sizes)
+    product = static.bound(*own)
+    return lambda x: _pieces(product(x), sizes)
 
 
 def _pieces(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -323,10 +370,10 @@ def _slow_joined(place: Place, x: Tensor) -> str | None:
     return f"one product for {len(sizes)} is no faster here on {rows} rows"
 
 
-def _join(run: Callable[..., tuple[Tensor, ...]]) -> Fused:
+def _join(run: Callable[..., tuple[Tensor, ...]], bind: Callable[..., Any]) -> Fused:
     name = run.__name__
-    return Fused(name, run, _joined, _joined_constants, _not_joined, _slow_joined)
+    return Fused(name, run, _joined, _joined_constants, _not_joined, _slow_joined, bind)
 
 
-INT8_JOINED = _join(joined_int8_linear)
-INT8_STATIC_JOINED = _join(joined_int8_static_linear)
+INT8_JOINED = _join(joined_int8_linear, _bound_joined)
+INT8_STATIC_JOINED = _join(joined_int8_static_linear, _bound_static_joined)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,9 +26,7 @@ from rewriter.modules.structure import is_constant
 from rewriter.modules.tree import is_hook_dict
 from rewriter.modules.versions import Stamp, watch_steps
 
-__all__ = ["Lowered", "Verdicts", "derived", "is_plain_tensor", "with_inputs"]
-
-Tensors = Sequence["Tensor | None"]
+__all__ = ["Lowered", "Verdicts", "derived", "is_plain_tensor"]
 
 
 @dataclass
@@ -85,7 +83,7 @@ class Lowered:
         made = bound.fresh(self._lock)
         if made is None:
             return None
-        return made.program.results(root, [*leaves, *made.tensors], device)
+        return made.program.results(root, [*leaves, *made.ready], device)
 
     def drop(self) -> None:
         """Lets go of the derived tensors; the next call makes them again."""
@@ -142,8 +140,8 @@ class _Bound:
         return self.root is root and self.plain is program and self.layers.same()
 
     def fresh(self, lock: threading.Lock) -> _Made | None:
-        """The program and the derived tensors, as the weights are now; None where there is nothing
-        to derive, or it cannot be."""
+        """The program and what runs in its places, as the weights are now; None where there are no
+        places, or nothing can be derived."""
         if not self.applications:
             return None
         sources, made = self.layers.tensors(), self.made
@@ -153,28 +151,50 @@ class _Bound:
         if not all(is_plain_tensor(t) and not t.is_inference() for t in sources):
             return None
         with lock, torch.inference_mode(False), torch.no_grad():
-            stamp = Stamp(sources, keep=True)
             tensors = [derived(a) for a in self.applications]
-            if made is None:
-                counts = [len(own) for own in tensors]
-                graph, _ = with_inputs(self.plain.graph, self.applications, counts)
-                program = Program(graph, None)
-            else:
-                program = made.program
-            made = self.made = _Made(program, [t for own in tensors for t in own], stamp)
+            copied = self._copied(tensors)
+            stamp = Stamp(sources, keep=True, sampled=[id(t) in copied for t in sources])
+            ready = [a.ready(own) for a, own in zip(self.applications, tensors, strict=True)]
+            program = self._program() if made is None else made.program
+            made = self.made = _Made(program, ready, stamp)
         return made
+
+    def _copied(self, tensors: Sequence[Sequence[Tensor | None]]) -> set[int]:
+        """Ids of the sources of places that derive tensors of other memory than theirs."""
+        found: set[int] = set()
+        for application, own in zip(self.applications, tensors, strict=True):
+            layers = [self.root.get_submodule(name) for name in application.place.owners]
+            read = [t for m in layers for t in (*m.parameters(), *m.buffers())]
+            memory = {t.untyped_storage().data_ptr() for t in read}
+            if any(t is not None and not _lies_in(t, memory) for t in own):
+                found.update(map(id, read))
+        return found
+
+    def _program(self) -> Program:
+        """The lowered graph, whose last inputs are what runs in each place."""
+        names = (f"rewriter_place_{i}" for i in itertools.count())
+
+        def bring(found: Application, new: fx.Graph) -> fx.Node:
+            return new.placeholder(next(names))
+
+        return Program(lowered_graph(self.plain.graph, self.applications, bring)[0], None)
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A fused program, the derived tensors that it takes after its inputs, and their stamp."""
+    """A fused program, what runs in its places, which it takes after its inputs, and the stamp of
+    the tensors that this was made of."""
 
     program: Program
-    tensors: Tensors
+    ready: Sequence[Callable[..., Any]]
     stamp: Stamp
 
     def holds(self, sources: Sequence[Tensor]) -> bool:
         return self.stamp.holds(sources)
+
+
+def _lies_in(tensor: Tensor, memory: Collection[int]) -> bool:
+    return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in memory
 
 
 class _Layers:
@@ -186,31 +206,47 @@ class _Layers:
             owner, _, last = name.rpartition(".")
             siblings: Any = root.get_submodule(owner)._modules
             self.held.append((siblings, last, siblings[last]))
-        modules = {id(m): m for _, _, layer in self.held for m in layer.modules()}
-        self.shapes = [(m, type(m), list(m._modules.items())) for m in modules.values()]
-        self.states = [(vars(m), len(vars(m)), _state(m).items()) for m in modules.values()]
-        self.stores = [s for m in modules.values() for s in (m._parameters, m._buffers)]
+        self.modules = list(
+            {id(m): m for _, _, layer in self.held for m in layer.modules()}.values()
+        )
+        self.stores = [s for m in self.modules for s in (m._parameters, m._buffers)]
 
-    def same(self) -> bool:
-        for siblings, last, layer in self.held:
-            if siblings.get(last) is not layer:
-                return False
-        for module, kind, below in self.shapes:
-            if type(module) is not kind or list(module._modules.items()) != below:
-                return False
-        return all(len(now) == size and then <= now.items() for now, size, then in self.states)
+        self.same = self._compiled()
+
+    def _compiled(self) -> Callable[[], bool]:
+        """Whether all are as they are now, as one function that compares identities."""
+        names: dict[str, Any] = {}
+
+        def known(value: Any) -> str:
+            names[name := f"v{len(names)}"] = value
+            return name
+
+        tests = [f"{known(among)}[{last!r}] is {known(m)}" for among, last, m in self.held]
+        for module in self.modules:
+            own = known(vars(module))
+            tests.append(f"{known(module)}.__class__ is {known(type(module))}")
+            tests.append(f"len({own}) == {len(vars(module))}")
+            for key, value in vars(module).items():
+                if key == "_modules" or is_hook_dict(key):
+                    tests += _same_items(f"{own}[{key!r}]", value, known)
+                elif _is_plain(value):
+                    tests.append(f"{own}[{key!r}] is {known(value)}")
+        lines = [f"  if not ({test}): return False" for test in tests]
+        body = "\n".join(["def same():", " try:", *lines, "  return True"])
+        body += "\n except KeyError: return False\n"
+        exec(compile(body, "<rewriter layers>", "exec"), names)  # noqa: S102 (names in quotes)
+        return cast("Callable[[], bool]", names["same"])
 
     def tensors(self) -> list[Tensor]:
         return [t for store in self.stores for t in store.values() if t is not None]
 
 
-def _state(module: nn.Module) -> dict[str, Any]:
-    """A module's hooks and plain attributes, by name."""
-    return {
-        k: dict(v) if is_hook_dict(k) else v
-        for k, v in vars(module).items()
-        if is_hook_dict(k) or _is_plain(v)
-    }
+def _same_items(found: str, now: Mapping[Any, Any], known: Callable[[Any], str]) -> list[str]:
+    """That a dict has the entries that it has now."""
+    if not now:
+        return [f"not {found}"]
+    of_each = [f"{found}[{known(key)}] is {known(value)}" for key, value in now.items()]
+    return [f"len({found}) == {len(now)}", *of_each]
 
 
 def _is_plain(value: Any) -> bool:
@@ -231,17 +267,4 @@ def derived(found: Application) -> list[Tensor | None]:
     if wrong is not None:
         given = TypeError(f"derive gave a {type(wrong).__name__}, not a tensor")
         raise failure(found.rule, found.place, given)
-    return [t if t is None else t.detach() for t in tensors]
-
-
-def with_inputs(
-    graph: fx.Graph, applications: Sequence[Application], counts: Sequence[int]
-) -> tuple[fx.Graph, dict[Key, fx.Node]]:
-    """The lowered graph whose last inputs are the derived tensors, so many of each application."""
-    names = (f"rewriter_derived_{i}" for i in itertools.count())
-    wanted = {a.key: n for a, n in zip(applications, counts, strict=True)}
-
-    def bring(found: Application, new: fx.Graph) -> list[fx.Node | None]:
-        return [new.placeholder(next(names)) for _ in range(wanted[found.key])]
-
-    return lowered_graph(graph, applications, bring)
+    return [t.detach() if t is not None and t.requires_grad else t for t in tensors]

@@ -201,7 +201,7 @@ class _Checker(fx.Interpreter):
         return value
 
     def _fuse(self, found: Application) -> None:
-        place, op = found.place, found.rule.fused
+        place = found.place
         args, kwargs = inputs_of(place.match, self._value)
         if (why := spoken("slower", found.rule, place, *args, **kwargs)) is not None:
             self.declined.append(Refusal(found.rule, place, why, "declined"))
@@ -210,7 +210,7 @@ class _Checker(fx.Interpreter):
         stamp = Stamp(sources)
         tensors = derived(found)
         try:
-            results = op.run(*args, *tensors, *op.constants(place), **kwargs)
+            results = found.ready(tensors)(*args, **kwargs)
         except Exception as error:
             raise failure(found.rule, place, error) from error
         if not stamp.holds(sources) or not torch.equal(Stamp(sources).sums, stamp.sums):

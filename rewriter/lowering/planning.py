@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rewriter.errors import VerifyError
@@ -47,6 +47,13 @@ class Application:
     @property
     def key(self) -> Key:
         return str(self.rule.pattern), self.place.match.nodes[0].name
+
+    def ready(self, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
+        """What runs at the place: a function of what goes in, given what the rule derives."""
+        op, rest = self.rule.fused, (*tensors, *self.rule.fused.constants(self.place))
+        if op.bind is not None:
+            return op.bind(*rest)
+        return lambda *inputs, **named: op.run(*inputs, *rest, **named)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +182,9 @@ def failure(rule: Rule, place: Place, error: Exception) -> VerifyError:
     )
 
 
-Bring = Callable[[Application, fx.Graph], Sequence["fx.Node | None"]]
-"""Makes the nodes that hold an application's derived tensors."""
+Bring = Callable[[Application, fx.Graph], "Sequence[fx.Node | None] | fx.Node"]
+"""Makes the nodes that hold an application's derived tensors, or the one that holds what it runs
+(`Application.ready`)."""
 
 
 def lowered_graph(
@@ -210,16 +218,24 @@ def lowered_graph(
     return new, fused
 
 
+def called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of a function that is an input of the graph."""
+    return function(*args, **kwargs)
+
+
 def _call(
     graph: fx.Graph,
     found: Application,
-    tensors: Sequence[fx.Node | None],
+    given: Sequence[fx.Node | None] | fx.Node,
     env: dict[fx.Node, fx.Node],
 ) -> fx.Node:
     match, op = found.place.match, found.rule.fused
     args, kwargs = inputs_of(match, env.__getitem__)
-    arguments = (*args, *tensors, *op.constants(found.place))
-    call = graph.call_function(op.run, arguments, kwargs)
+    if isinstance(given, fx.Node):
+        call = graph.call_function(called, (given, *args), kwargs)
+    else:
+        arguments = (*args, *given, *op.constants(found.place))
+        call = graph.call_function(op.run, arguments, kwargs)
     call.meta = dict(match.nodes[-1].meta)
     if not isinstance(match.pattern, Fan):
         env[match.nodes[-1]] = call

@@ -81,6 +81,8 @@ class Fused:
         unless: why the op cannot stand at a place; None where it can.
         slower: why it would not be faster there, on such inputs; None where it is. They are what
             `run` is given first.
+        bind: what a model runs in place of `run`, where there is more to make ready than tensors:
+            `bind(*derive(place), *constants(place))` gives a function of (x, *added).
 
     Raises:
         OptionError: `run` has no name of its own, by which generated code could call it.
@@ -92,6 +94,7 @@ class Fused:
     constants: Callable[[Place], Sequence[Any]] = _none
     unless: Callable[[Place], str | None] = _nothing
     slower: Callable[..., str | None] = _nothing
+    bind: Callable[..., Callable[..., Any]] | None = None
 
     def __post_init__(self) -> None:
         if not str(getattr(self.run, "__name__", "")).isidentifier():

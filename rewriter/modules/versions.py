@@ -50,13 +50,22 @@ class Stamp:
     Args:
         tensors: plain ones.
         keep: keeps their memory alive, which makes `holds` quicker; else none of them.
+        sampled: of which of them values are compared, too; None for all. Where a tensor is read as
+            it is, and nothing was copied out of it, its values may change.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *, keep: bool = False) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        keep: bool = False,
+        sampled: Sequence[bool] | None = None,
+    ) -> None:
         self.memory = [StorageWeakRef(t.untyped_storage()) for t in tensors]
         self.addresses = [t.data_ptr() for t in tensors]
         self.versions = [t._version for t in tensors]
-        self.places = [_places(t) for t in tensors]
+        wanted = [True] * len(tensors) if sampled is None else sampled
+        self.places = [_places(t, own) for t, own in zip(tensors, wanted, strict=True)]
         views = _views(tensors, self.places)
         self.values = _together(views)
         self.sums = _sums(tensors)
@@ -98,11 +107,11 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().view(kind[tensor.element_size()])
 
 
-def _places(tensor: Tensor) -> tuple[int, int, int]:
+def _places(tensor: Tensor, sampled: bool = True) -> tuple[int, int, int]:
     """(how many values, steps from one to the next, of the first): of memory, from end to end."""
     size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     count = min(size, _SAMPLES) if tensor.numel() else 0
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" or not sampled:
         count = 0  # to look at values would wait for all that the device has to do
     return count, max((size - 1) // max(count - 1, 1), 1), int(tensor.storage_offset())
 
@@ -111,6 +120,8 @@ def _views(tensors: Sequence[Tensor], places: Sequence[tuple[int, int, int]]) ->
     """A few values of each, those of one dtype and device together."""
     found: dict[Any, list[Tensor]] = {}
     for tensor, (count, step, offset) in zip(tensors, places, strict=True):
+        if not count:
+            continue
         own = tensor.detach().as_strided((count,), (step,), offset)
         found.setdefault((tensor.dtype, tensor.device), []).append(own)
     return list(found.values())

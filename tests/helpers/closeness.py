@@ -23,9 +23,9 @@ ROUNDING = {
 """What sums of a few hundred terms lose to rounding, as a share of the largest value."""
 
 
-def assert_equal(got: Any, want: Any) -> None:
+def assert_equal(got: Any, want: Any, *, equal_nan: bool = False) -> None:
     """got = want bit for bit: tensors, and containers of them."""
-    assert_close(got, want, rtol=0, atol=0)
+    assert_close(got, want, rtol=0, atol=0, equal_nan=equal_nan)
 
 
 def assert_reordered(
