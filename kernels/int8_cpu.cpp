@@ -30,6 +30,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #include "threads.h"
 
@@ -280,17 +281,18 @@ INLINE vec below(vec x, vec a, vec b) {
 #endif
 }
 
-// x·Φ(x) with Φ(−|z|·√2) = ½·erfc(|z|): Numerical Recipes' erfcc (Chebyshev fit, 1.2e-7 relative).
+// x·Φ(x) = ½x·(1 + erf(z)) with z = x/√2, and erf as z·P(z²)/Q(z²) for |z| < 4 (the minimax fit of
+// Eigen and XLA, to 4e-7), beyond which it is ±1 in float32.
 INLINE vec gelu(vec x) {
-  const vec z = absolute(x) * all(0.70710678f), t = all(1) / fused(z, all(0.5f), all(1));
-  vec p = all(0.17087277f);
-  p = fused(p, t, all(-0.82215223f)), p = fused(p, t, all(1.48851587f));
-  p = fused(p, t, all(-1.13520398f)), p = fused(p, t, all(0.27886807f));
-  p = fused(p, t, all(-0.18628806f)), p = fused(p, t, all(0.09678418f));
-  p = fused(p, t, all(0.37409196f)), p = fused(p, t, all(1.00002368f));
-  p = fused(p, t, all(-1.26551223f));
-  const vec tail = t * exponential(fused(all(0) - z, z, p)) * all(0.5f);
-  return x * below(x, tail, all(1) - tail);
+  const vec z = most(least(x * all(0.70710678f), all(4)), all(-4)), u = z * z;
+  vec p = all(-2.72614225801306e-10f), q = all(-1.45660718464996e-05f);
+  p = fused(p, u, all(2.77068142495902e-08f)), q = fused(q, u, all(-2.13374055278905e-04f));
+  p = fused(p, u, all(-2.10102402082508e-06f)), q = fused(q, u, all(-1.68282697438203e-03f));
+  p = fused(p, u, all(-5.69250639462346e-05f)), q = fused(q, u, all(-7.37332916720468e-03f));
+  p = fused(p, u, all(-7.34990630326855e-04f)), q = fused(q, u, all(-1.42647390514189e-02f));
+  p = fused(p, u, all(-2.95459980854025e-03f)), p = fused(p, u, all(-1.60960333262415e-02f));
+  const vec half = x * all(0.5f);
+  return fused(half, z * p / q, half);
 }
 
 INLINE vec silu(vec x) {
@@ -453,6 +455,66 @@ Row range_of_all(const Call& c, float* inverse, float* half) {
   return range_by(s, __builtin_nearbyint(-low / s), inverse, half);
 }
 
+// A product's rows, quantized: their levels, and what each was quantized by.
+struct Rows {
+  Row* row;
+  level* q;
+  float inverse = 0, half = 0;
+
+  Rows(const Call& c, void* scratch, long count) {
+    row = (Row*)scratch;
+    q = (level*)((char*)scratch + up(count * sizeof(Row), 64));
+    if (!c.one_range) return;
+    const Row one = c.step > 0 ? range_by(c.step, (double)c.zero, &inverse, &half)
+                               : range_of_all(c, &inverse, &half);
+    for (long r = 0; r < count; r++) row[r] = one;
+  }
+
+  // Rows [r, r + count) of x as the rows from `to` on; whether one has no finite range of its own.
+  bool quantize(const Call& c, const float* x, long r, long count, long to) {
+    const long width = up(c.in, DOT);
+    bool bad = false;
+    for (const long end = r + count; r < end; r++, to++) {
+      const float* from = x + r * c.stride;
+      if (c.one_range) {
+        if (quantize_row_by(from, c.in, q + to * width, width, inverse, half, c.multiplier))
+          row[to].s = __builtin_nanf("");
+        continue;
+      }
+      quantize_row(from, c.in, q + to * width, width, &row[to].s, &row[to].lo);
+      bad |= !(row[to].s - row[to].s == 0);
+    }
+    return bad;
+  }
+};
+
+// Whether a thread has rows of its own, or else columns.
+bool by_rows(const Call& c) {
+  const long panels = (c.out + COLS - 1) / COLS;
+  return c.rows >= 4 * ROWS * c.threads || panels < 2 * c.threads;
+}
+
+// Memory of a thread, kept from call to call.
+struct Buffer {
+  void* held[2] = {};
+  long size[2] = {};
+  void* of(int which, long bytes) {
+    if (size[which] < bytes) {
+      free(held[which]);
+      size[which] = up(bytes, 64);
+      held[which] = aligned_alloc(64, size[which]);
+      if (!held[which]) std::abort();
+    }
+    return held[which];
+  }
+  ~Buffer() { free(held[0]), free(held[1]); }
+};
+
+Buffer& buffer() {
+  static thread_local Buffer own;
+  return own;
+}
+
 }  // namespace
 
 extern "C" {
@@ -478,43 +540,58 @@ int64_t int8_scratch(int64_t rows, int64_t in) {
 int64_t int8_linear(const Call* call) {
   const Call& c = *call;
   const long width = up(c.in, DOT), panels = (c.out + COLS - 1) / COLS;
-  Row* row = (Row*)c.q;
-  level* q = (level*)((char*)c.q + up(c.rows * sizeof(Row), 64));
+  Rows rows(c, c.q, c.rows);
   std::atomic<long> spoiled{0};
-  float inverse = 0, half = 0;
-  if (c.one_range) {
-    const Row one = c.step > 0 ? range_by(c.step, (double)c.zero, &inverse, &half)
-                               : range_of_all(c, &inverse, &half);
-    for (long r = 0; r < c.rows; r++) row[r] = one;
-  }
-  auto quantize = [&](long from, long to) {
-    for (long r = from; r < to; r++) {
-      if (c.one_range) {
-        if (quantize_row_by(c.x + r * c.stride, c.in, q + r * width, width, inverse, half,
-                            c.multiplier))
-          row[r].s = __builtin_nanf("");
-        continue;
-      }
-      quantize_row(c.x + r * c.stride, c.in, q + r * width, width, &row[r].s, &row[r].lo);
-      if (!(row[r].s - row[r].s == 0)) spoiled.store(1, std::memory_order_relaxed);
-    }
-  };
-  if (c.rows >= 4 * ROWS * c.threads || panels < 2 * c.threads) {  // a thread has its own rows
+  if (by_rows(c)) {  // a thread has its own rows
     const long size = least(BLOCK, up((c.rows + c.threads - 1) / c.threads, ROWS));
     for_each(c.parallel, c.threads, (c.rows + size - 1) / size, [&](long task) {
       const long r = task * size, count = least(size, c.rows - r);
-      quantize(r, r + count);
-      block(c, q + r * width, width, row + r, r, count, 0, panels);
+      if (rows.quantize(c, c.x, r, count, r)) spoiled.store(1, std::memory_order_relaxed);
+      block(c, rows.q + r * width, width, rows.row + r, r, count, 0, panels);
       if (c.norm) norm_rows(c, r, r + count);
     });
   } else {  // few rows: a thread has its own columns
-    quantize(0, c.rows);
+    spoiled.store(rows.quantize(c, c.x, 0, c.rows, 0));
     const long size = (panels + 4 * c.threads - 1) / (4 * c.threads);
     for_each(c.parallel, c.threads, (panels + size - 1) / size, [&](long task) {
-      block(c, q, width, row, 0, c.rows, task * size, least((task + 1) * size, panels));
+      block(c, rows.q, width, rows.row, 0, c.rows, task * size, least((task + 1) * size, panels));
     });
     if (c.norm) norm_rows(c, 0, c.rows);
   }
+  return spoiled.load();
+}
+
+// Two products, one after the other: the second one's x is the first one's y, which no one else
+// reads: of many rows a few at a time, in the cache.
+int64_t int8_two(const Call* one, const Call* two) {
+  Call a = *one, b = *two;
+  Buffer& own = buffer();
+  const bool all_of_x = (a.one_range && !(a.step > 0)) || (b.one_range && !(b.step > 0));
+  if (!by_rows(a) || all_of_x) {
+    a.y = (float*)own.of(0, a.rows * a.out * sizeof(float));
+    a.q = own.of(1, int8_scratch(a.rows, a.in)), b.x = a.y, b.stride = a.out;
+    const int64_t spoiled = int8_linear(&a);
+    b.q = own.of(1, int8_scratch(b.rows, b.in));
+    return spoiled | int8_linear(&b);
+  }
+  const long size = least(4 * ROWS, up((a.rows + a.threads - 1) / a.threads, ROWS));
+  std::atomic<long> spoiled{0};
+  for_each(a.parallel, a.threads, (a.rows + size - 1) / size, [&](long task) {
+    const long r = task * size, count = least(size, a.rows - r);
+    Buffer& mine = buffer();
+    Call c = a, d = b;
+    c.y = (float*)mine.of(0, size * c.out * sizeof(float)) - r * c.out;
+    d.x = c.y, d.stride = c.out;
+    bool bad = false;
+    for (const Call* of : {&c, &d}) {
+      const long width = up(of->in, DOT), panels = (of->out + COLS - 1) / COLS;
+      Rows rows(*of, mine.of(1, int8_scratch(size, of->in)), size);
+      bad |= rows.quantize(*of, of->x, r, count, 0);
+      block(*of, rows.q, width, rows.row, r, count, 0, panels);
+      if (of->norm) norm_rows(*of, r, r + count);
+    }
+    if (bad) spoiled.store(1, std::memory_order_relaxed);
+  });
   return spoiled.load();
 }
 }

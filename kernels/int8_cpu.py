@@ -23,6 +23,9 @@ __all__ = ["THEN", "Linear", "Norm", "isa", "pack", "refusal"]
 THEN = ("", "relu", "gelu", "silu")
 """What may follow the product, by the number that C++ knows it as."""
 
+_ALONE = 1 << 22
+"""Products of two numbers, below which one thread is done before a second one has woken up."""
+
 _SOURCE = Path(__file__).with_name("int8_cpu.cpp")
 _POINTERS = "x weight scale sums bias add norm_weight norm_bias y q parallel"
 _SIZES = "rows in_features out_features stride then one_range norm threads"
@@ -57,6 +60,7 @@ def _library() -> tuple[Any, int]:
     made.int8_pack.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_void_p]
     made.int8_pack.restype = None
     made.int8_linear.argtypes, made.int8_linear.restype = [ctypes.c_void_p], ctypes.c_int64
+    made.int8_two.argtypes, made.int8_two.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
     return made, parallel()
 
 
@@ -154,11 +158,39 @@ class Linear:
         call = _Call.from_buffer_copy(self._call)  # another thread may be in one, too
         call.x, call.y = x.data_ptr(), y.data_ptr()
         call.q = _scratch(self._made.int8_scratch(rows, width)).data_ptr()
-        call.rows, call.threads = rows, torch.get_num_threads()
+        alone = rows * width * self.out < _ALONE
+        call.rows, call.threads = rows, 1 if alone else torch.get_num_threads()
         call.stride = x.stride(0) if len(shape) == 2 else width
         if add is not None:
             call.add = add.data_ptr()
         return y, bool(self._made.int8_linear(ctypes.byref(call)))
+
+
+class Two:
+    """`second(first(x), add)`, where what lies between is in the cache alone.
+
+    Args:
+        first, second: of as many columns as the second's rows are wide.
+    """
+
+    def __init__(self, first: Linear, second: Linear) -> None:
+        self.first, self.second = first, second
+        self.out, self.width = second.out, first.width
+        self._made = first._made
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, bool]:
+        """As of a `Linear`, with x and y contiguous."""
+        rows = x.numel() // self.width
+        y = torch.empty(*x.shape[:-1], self.out)
+        one = _Call.from_buffer_copy(self.first._call)
+        two = _Call.from_buffer_copy(self.second._call)
+        one.x, one.stride, two.y = x.data_ptr(), self.width, y.data_ptr()
+        alone = rows * self.width * self.first.out < _ALONE
+        one.rows = two.rows = rows
+        one.threads = two.threads = 1 if alone else torch.get_num_threads()
+        if add is not None:
+            two.add = add.data_ptr()
+        return y, bool(self._made.int8_two(ctypes.byref(one), ctypes.byref(two)))
 
 
 def _address(tensor: Tensor | None) -> int | None:

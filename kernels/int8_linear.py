@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ __all__ = [
     "Quantized",
     "available_kernels",
     "bound",
+    "bound_pair",
     "dequantize_weight",
     "fastest_of",
     "int8_linear",
@@ -65,6 +66,7 @@ __all__ = [
     "has_kernels",
     "multiply",
     "native",
+    "native_linear",
     "native_weight",
     "onnx_product",
     "packed_weight",
@@ -612,7 +614,7 @@ def bound(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float | None = None,
-) -> Callable[..., Tensor]:
+) -> Bound:
     """`int8_linear_then` of these operands as a function of x and what is added, for plain tensors
     and without gradient: of few rows it takes half the time, as all that does not change from call
     to call is made ready here. It reads them where they are now."""
@@ -621,71 +623,92 @@ def bound(
         options = then, add, norm_weight, norm_bias, eps
         return int8_linear_then(x, qweight, scale, bias, activation, *options)
 
-    def pick(tokens: int, in_features: int, out_features: int) -> str:
-        return pick_kernel(tokens, in_features, out_features, activation)
+    def native(rows: int) -> bool:
+        out, width = qweight.shape
+        return pick_kernel(rows, width, out, activation) == "native"
 
     after = After.of(then, None, norm_weight, norm_bias, eps)
-    options = {"one_range": activation == "per_tensor"}
-    return Bound(run, pick, qweight, scale, bias, after, options)
+    return Bound(run, native_linear(qweight, scale, bias, after, activation), native)
+
+
+def native_linear(
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    after: After,
+    activation: str = "",
+    **options: Any,
+) -> int8_cpu.Linear | None:
+    """The product by the kernel "native"; None where that does not take these operands.
+
+    Args:
+        after: what follows it, without what is added.
+        options: further ones of `int8_cpu.Linear`.
+    """
+    floats = [t for t in (scale, bias, *(after.norm or ())) if isinstance(t, Tensor)]
+    fits = all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in floats)
+    if not (fits and qweight.is_cpu and qweight.numel() and "native" in available_kernels()):
+        return None
+    packed = packed_weight(qweight)
+    own, width = native_weight(packed, 0, qweight), qweight.shape[1]
+    one = activation == "per_tensor"
+    given = bias, after.then, after.norm, one
+    return int8_cpu.Linear(own, width, scale, packed.row_sums, *given, **options)
 
 
 class Bound:
-    """A product, and what follows it, by the kernel "native" where that is the fastest and takes
-    the operands; else as `run` has it.
+    """A product and what follows it, or two in a row, by the kernel "native" where that is the
+    fastest and takes the operands; else as `run` has it.
 
     Args:
         run: (x, add) → y.
-        pick: (tokens, in_features, out_features) → the fastest kernel.
-        qweight, scale, bias: of the product.
-        after: what follows it, without what is added.
-        options: further ones of `int8_cpu.Linear`.
+        kernel: the same; None where the operands are none that it takes.
+        native: (rows) → whether it is the fastest.
     """
 
     def __init__(
         self,
         run: Callable[..., Tensor],
-        pick: Callable[..., str],
-        qweight: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        after: After,
-        options: Mapping[str, Any],
+        kernel: int8_cpu.Linear | int8_cpu.Two | None,
+        native: Callable[[int], bool],
     ) -> None:
-        self.run, self.pick = run, pick
-        self.out, self.width = qweight.shape
-        self._native: dict[tuple[int, int], bool] = {}
-        self._linear: int8_cpu.Linear | None = None
-        floats = [t for t in (scale, bias, *(after.norm or ())) if isinstance(t, Tensor)]
-        fits = all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in floats)
-        if fits and qweight.is_cpu and qweight.numel() and "native" in available_kernels():
-            packed = packed_weight(qweight)
-            own = native_weight(packed, 0, qweight)
-            self._linear = int8_cpu.Linear(
-                own, self.width, scale, packed.row_sums, bias, after.then, after.norm, **options
-            )
+        self.run, self.kernel, self.native = run, kernel, native
+        self._known: dict[tuple[int, int], bool] = {}
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        if self._linear is not None and self._takes(x, add):
-            y, wide = self._linear(x, add)
+        if self.kernel is not None and self._takes(self.kernel, x, add):
+            y, wide = self.kernel(x, add)
             if not wide:
                 return y
         return self.run(x, add)
 
-    def _takes(self, x: Tensor, add: Tensor | None) -> bool:
+    def _takes(self, kernel: int8_cpu.Linear | int8_cpu.Two, x: Tensor, add: Tensor | None) -> bool:
         if x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
             return False
         shape = x.shape
         if add is not None:
-            same = add.shape == (*shape[:-1], self.out) and add.dtype is torch.float32
+            same = add.shape == (*shape[:-1], kernel.out) and add.dtype is torch.float32
             if not (same and add.is_contiguous()):
                 return False
-        if not shape or shape[-1] != self.width or not (rows := x.numel() // self.width):
+        if not shape or shape[-1] != kernel.width or not (rows := x.numel() // kernel.width):
             return False
         key = rows, torch.get_num_threads()
-        found = self._native.get(key)
+        found = self._known.get(key)
         if found is None:
-            found = self._native[key] = self.pick(rows, self.width, self.out) == "native"
+            found = self._known[key] = self.native(rows)
         return found
+
+
+def bound_pair(first: Bound, second: Bound) -> Bound:
+    """`second(first(x), add)`."""
+    kernel = None
+    if isinstance(first.kernel, int8_cpu.Linear) and isinstance(second.kernel, int8_cpu.Linear):
+        kernel = int8_cpu.Two(first.kernel, second.kernel)
+
+    def run(x: Tensor, add: Tensor | None = None) -> Tensor:
+        return second.run(first.run(x), add)
+
+    return Bound(run, kernel, lambda rows: first.native(rows) and second.native(rows))
 
 
 def _plain(

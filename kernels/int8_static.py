@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -131,17 +130,22 @@ def bound(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float | None = None,
-) -> Callable[..., Tensor]:
+) -> int8.Bound:
     """`int8_static_linear_then` of these operands, as `int8_linear.bound` says it."""
     own = qweight, scale, bias, step, zero, multiplier
 
     def run(x: Tensor, add: Tensor | None = None) -> Tensor:
         return int8_static_linear_then(x, *own, then, add, norm_weight, norm_bias, eps)
 
+    def native(rows: int) -> bool:
+        out, width = qweight.shape
+        return pick_kernel(rows, width, out) == "native"
+
     after = int8.After.of(then, None, norm_weight, norm_bias, eps)
     times = None if multiplier is None else multiplier.to(torch.float32).contiguous()
-    options = {"given": (float(step), int(zero)), "multiplier": times}
-    return int8.Bound(run, pick_kernel, qweight, scale, bias, after, options)
+    given = float(step), int(zero)
+    kernel = int8.native_linear(qweight, scale, bias, after, given=given, multiplier=times)
+    return int8.Bound(run, kernel, native)
 
 
 def int8_static_linear_reference(

@@ -164,3 +164,28 @@ def test_any_size_on_any_number_of_threads(seed: int, rows: int, k: int, n: int)
             assert_equal(ran(x, qweight, scale, bias), want)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("options", [{}, {"one_range": True}, {"given": (0.03, 120)}], ids=str)
+@pytest.mark.parametrize("rows", [1, 30, 201])
+def test_two_products_in_a_row_are_one_after_the_other(
+    compiled: str, rows: int, options: Any
+) -> None:
+    x, qweight, scale, bias = problem(rows, 70, 130)
+    _, other, times, _ = problem(1, 130, 37)
+    norm = int8_cpu.Norm(torch.rand(37), None, 1e-5)
+    first, second = (
+        int8_cpu.Linear(
+            int8_cpu.pack(q), q.shape[1], s, q.sum(-1, dtype=torch.int32), *behind, **options
+        )
+        for q, s, behind in ((qweight, scale, (bias, "gelu")), (other, times, (None, "", norm)))
+    )
+    add = torch.randn(rows, 37)
+    want = second(first(x)[0], add)
+    assert want[1] is False
+    found = int8_cpu.Two(first, second)(x, add)
+    assert_equal(found[0], want[0])
+    x[rows // 2, 3] = torch.nan
+    y, spoiled = int8_cpu.Two(first, second)(x, add)
+    assert spoiled is ("given" not in options)
+    assert y[rows // 2].isnan().all()

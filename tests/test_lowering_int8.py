@@ -106,8 +106,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_lowered_model_computes_the_same(options: Any, tmp_path: Any) -> None:
     lowered, plain = both(**options)
-    op = "int8_static_linear" if "scheme" in options else "int8_linear"
-    assert fused(lowered) == {"q": f"joined_{op}", "up": f"{op}_act", "down": f"{op}_add"}
+    assert fused(lowered) == {"q": "joined_int8_linear", "up": "int8_mlp_add"}
     for x in (X, X[:1], torch.randn(3, 7, 16)):
         with torch.no_grad():
             assert_reordered(lowered(x), plain(x))
@@ -121,16 +120,18 @@ def test_products_of_one_input_are_the_same_bits() -> None:
     layers = [int8.quantize_weight(torch.randn(n, 16)) for n in (16, 5, 24)]
     single = [int8.int8_linear(x, q, s) for q, s in layers]
     one, scale = (torch.cat(t) for t in zip(*layers, strict=True))
-    joined = integers.joined_int8_linear(x, one, scale, None, "per_token", (16, 5, 24))
+    joined = integers.joined_int8_linear(
+        x, one, scale, None, None, None, None, "per_token", (16, 5, 24)
+    )
     for a, b in zip(joined, single, strict=True):
         assert_equal(a.contiguous(), b)
 
 
 SUMS: dict[str, dict[str, str]] = {
-    "norm": {"a": "int8{}_linear_norm"},
-    "either side": {"a": "int8{}_linear_norm"},
-    "spreads": {"a": "int8{}_linear_add"},
-    "later": {"b": "int8{}_linear_add"},
+    "norm": {"a": "int8_linear_norm"},
+    "either side": {"a": "int8_linear_norm"},
+    "spreads": {"a": "int8_linear_add"},
+    "later": {"b": "int8_linear_add"},
     "scaled": {},
     "itself": {},
     "number": {},
@@ -151,8 +152,7 @@ def test_a_sum_behind_a_product_is_part_of_it_where_it_can_be(form: str, scheme:
     )
     steps = [s for s in lowered.report.steps if s.name == "lowering"]
     done = {d.site: d.kernel for s in steps for d in s.decisions if d.action == "lowered"}
-    wanted = {site: op.format("_static" * bool(given)) for site, op in SUMS[form].items()}
-    assert {s: k for s, k in done.items() if k.endswith(("_add", "_norm"))} == wanted
+    assert {s: k for s, k in done.items() if k.endswith(("_add", "_norm"))} == SUMS[form]
     for x in (X, X[:1], X[:, :1] if form != "spreads" else X):
         with torch.no_grad():
             assert_reordered(lowered(x.clone()), plain(x.clone()))
@@ -196,7 +196,7 @@ def test_a_changed_weight_is_noticed(options: Any) -> None:
 @pytest.mark.parametrize("smooth", [None, 0.5])
 def test_ranges_that_are_written_apart_are_each_ones_own(smooth: float | None) -> None:
     lowered, plain = both(scheme="int8-static", smooth=smooth)
-    assert fused(lowered)["q"] == "joined_int8_static_linear"
+    assert fused(lowered)["q"] == "joined_int8_linear"
     with torch.no_grad():
         for model in (lowered, plain):
             model.k.step.mul_(0.25)
@@ -271,21 +271,29 @@ def test_what_a_model_runs_gives_the_bits_of_the_op(
     torch.manual_seed(0)
     qweight, scale = int8.quantize_weight(torch.randn(16, 24))
     norm = torch.randn(16), torch.randn(16)
-    own: tuple[Any, ...] = (qweight, scale, torch.randn(16))
+    ranges: tuple[Any, ...] = (None, None, None)
     if scheme == "static":
-        rows, options = [integers.INT8_STATIC_ACT, integers.INT8_STATIC_ADD], ()
-        rows += [integers.INT8_STATIC_NORM, integers.INT8_STATIC_JOINED]
-        own += torch.tensor([0.03]), torch.tensor([120], dtype=torch.uint8), torch.rand(24)
-    else:
-        rows, options = [integers.INT8_ACT, integers.INT8_ADD], (scheme,)
-        rows += [integers.INT8_NORM, integers.INT8_JOINED]
+        ranges = torch.tensor([0.03]), torch.tensor([120], dtype=torch.uint8), torch.rand(24)
+    own, activation = (qweight, scale, torch.randn(16), *ranges), scheme.replace("static", "")
+    second = *int8.quantize_weight(torch.randn(8, 16)), None, None, None, None
+    square = *int8.quantize_weight(torch.randn(16, 16)), torch.randn(16), *ranges[:2], None
     x = make()
-    added = torch.randn(*x.shape[:-1], 16, dtype=x.dtype)
-    rests = (*own, *options, "gelu"), (*own, *options), (*own, *norm, *options, 1e-5)
-    for fused, rest in zip(rows, (*rests, (*own, *options, (7, 9))), strict=True):
+    for fused, width, rest in (
+        (integers.INT8_ACT, 0, (*own, None, None, activation, "gelu", None)),
+        (integers.INT8_ADD, 16, (*own, None, None, activation, "", None)),
+        (integers.INT8_NORM, 16, (*own, *norm, activation, "", 1e-5)),
+        (integers.INT8_MLP, 0, (*own, *second, None, None, activation, "per_token", "gelu", None)),
+        (
+            integers.INT8_MLP_ADD,
+            8,
+            (*own, *second, None, None, activation, "per_token", "silu", None),
+        ),
+        (integers.INT8_MLP_NORM, 16, (*own, *square, *norm, activation, activation, "relu", 1e-5)),
+        (integers.INT8_JOINED, 0, (*own, activation, (7, 9))),
+    ):
         assert fused.bind is not None
         ready = fused.bind(*rest)
-        given = [()] if fused in (rows[0], rows[3]) else [(added,), (torch.randn(16),)]
-        for others in given:
+        added = torch.randn(*x.shape[:-1], width, dtype=x.dtype)
+        for others in [(added,), (torch.randn(width),)] if width else [()]:
             want = fused.run(x, *others, *rest)
             assert_equal(ready(x, *others), want, equal_nan=True)

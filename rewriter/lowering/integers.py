@@ -1,10 +1,16 @@
-"""Fused ops of int8 layers: what follows the product, and products that read one input."""
+"""Fused ops of int8 layers: what follows the product, two products in a row, and products that read
+one input.
+
+Ranges of the input may be found at run time (`rewriter::int8_linear`) or be fixed beforehand
+(`rewriter::int8_static_linear`). Every function here takes the operands of both: qweight, scale,
+bias, step, zero, multiplier and activation, where step is None at run time, and activation is ""
+beside a range that is fixed.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,262 +28,210 @@ __all__ = [
     "INT8_ACT",
     "INT8_ADD",
     "INT8_JOINED",
+    "INT8_MLP",
+    "INT8_MLP_ADD",
+    "INT8_MLP_NORM",
     "INT8_NORM",
-    "INT8_STATIC_ACT",
-    "INT8_STATIC_ADD",
-    "INT8_STATIC_JOINED",
-    "INT8_STATIC_NORM",
 ]
 
 _LEAD = 0.03
 """By which share one product must beat the single ones."""
+_OPERANDS = "qweight scale bias step zero multiplier".split()
+
+Operands = Sequence[Any]
+"""qweight, scale, bias, step, zero, multiplier, activation."""
+After = Sequence[Any]
+"""The name of the activation behind a product or "", and weight, bias and ε of the LayerNorm or
+None."""
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """One kind of int8 layer, by what its op takes behind x, qweight, scale and bias: how the input
-    is quantized.
-
-    Args:
-        op: of one layer.
-        joined: of several that read one input.
-        tensors, constants: attributes of the layer, in the order of the op's arguments.
-    """
-
-    op: Callable[..., Tensor]
-    joined: Callable[..., tuple[Tensor, ...]]
-    tensors: tuple[str, ...] = ()
-    constants: tuple[str, ...] = ()
-
-    def range_of(self, layer: Any) -> tuple[Any, ...]:
-        return tuple(getattr(layer, name) for name in (*self.tensors, *self.constants))
+def _tensors(layer: Any) -> list[Tensor | None]:
+    return [getattr(layer, name, None) for name in _OPERANDS]
 
 
-def _kind(place: Place) -> _Kind:
-    return _KINDS[place.modules[0].op]
+def _activation(layer: Any) -> str:
+    return str(getattr(layer, "activation", ""))
 
 
-def _constants(place: Place) -> tuple[Any, ...]:
-    return tuple(getattr(place.modules[0], name) for name in _kind(place).constants)
+def _product(x: Tensor, operands: Operands, after: After, add: Tensor | None = None) -> Tensor:
+    """norm(then(product) + add), by the op of the operands' kind."""
+    qweight, scale, bias, step, zero, multiplier, activation = operands
+    then, *norm = after
+    behind: Any = then, add, *norm
+    if step is None:
+        return int8.int8_linear_then(x, qweight, scale, bias, activation, *behind)
+    return static.int8_static_linear_then(x, qweight, scale, bias, step, zero, multiplier, *behind)
 
 
-# the activation behind the product ---------------------------------------------------------------
+def _bound(operands: Operands, after: After) -> int8.Bound:
+    """`_product` of these operands, ready to run."""
+    qweight, scale, bias, step, zero, multiplier, activation = operands
+    behind: Any = tuple(after)
+    if step is None:
+        return int8.bound(qweight, scale, bias, activation, *behind)
+    return static.bound(qweight, scale, bias, step, zero, multiplier, *behind)
 
 
-def _tensors(place: Place) -> tuple[Tensor | None, ...]:
-    layer = place.modules[0]
-    own = tuple(getattr(layer, name) for name in _kind(place).tensors)
-    return (layer.qweight, layer.scale, layer.bias, *own)
+# what follows one product ------------------------------------------------------------------------
 
 
-def _act_constants(place: Place) -> tuple[Any, ...]:
-    return (*_constants(place), activation_name(place.match.nodes[1], place.root))
+def _epilogue(place: Place, first: int) -> tuple[str, Any]:
+    """The activation that follows a product behind which the node number `first` stands, by its
+    name or "", and the LayerNorm at the end or None."""
+    rest = [spelled(n, place.root) for n in place.match.nodes[first:]]
+    then = rest[0] if rest and rest[0] in THEN else ""
+    return then, place.modules[-1] if rest and rest[-1] == "layer_norm" else None
 
 
-def _no_epilogue(place: Place) -> str | None:
-    name = activation_name(place.match.nodes[1], place.root)
-    if name in THEN:
-        return None
-    return f"no int8 kernel has {name or 'this activation with its options'} as its epilogue"
+def _then_tensors(place: Place) -> list[Tensor | None]:
+    """Of the product, and weight and bias of the LayerNorm."""
+    norm = _epilogue(place, 1)[1]
+    return [*_tensors(place.modules[0]), *_norm_tensors(norm)]
 
 
-def _slow_epilogue(place: Place, x: Tensor, *added: Tensor) -> str | None:
-    layer, rows = place.modules[0], math.prod(x.shape[:-1])
-    if rows and int8.has_kernels(x) and layer.kernel(rows) == "native":
+def _norm_tensors(norm: Any) -> list[Tensor | None]:
+    return [None, None] if norm is None else [norm.weight, norm.bias]
+
+
+def _then_constants(place: Place) -> tuple[Any, ...]:
+    then, norm = _epilogue(place, 1)
+    return _activation(place.modules[0]), then, None if norm is None else norm.eps
+
+
+def int8_linear_act(x: Tensor, *given: Any) -> Tensor:
+    """then(product)."""
+    return _product(x, *_split(given))
+
+
+def int8_linear_add(x: Tensor, added: Tensor, *given: Any) -> Tensor:
+    """then(product) + added, or the LayerNorm of it."""
+    return _product(x, *_split(given), added)
+
+
+def _split(given: Sequence[Any]) -> tuple[Operands, After]:
+    """What `_then_tensors` and `_then_constants` gave, as operands and what follows."""
+    *own, weight, bias, activation, then, eps = given
+    return (*own, activation), (then, weight, bias, eps)
+
+
+def _bound_then(*given: Any) -> int8.Bound:
+    return _bound(*_split(given))
+
+
+def _unlike(place: Place) -> str | None:
+    """What of the nodes behind the first product no int8 kernel has as its epilogue."""
+    for node, module in zip(place.match.nodes[1:], place.modules[1:], strict=True):
+        kind, name = spelled(node, place.root), activation_name(node, place.root)
+        if kind == "dropout" and (module is None or module.training):
+            return f"{node.name} may drop values"
+        if kind == "layer_norm" and (why := _no_row_norm(place, module)):
+            return why
+        if kind not in _NO_ACTIVATION and name not in THEN:
+            kind = name or "this activation with its options"
+            return f"no int8 kernel has {kind} as its epilogue"
+    return None
+
+
+_NO_ACTIVATION = {"add", "dropout", "layer_norm", "int8_linear", "int8_static_linear"}
+
+
+def _no_row_norm(place: Place, norm: Any) -> str | None:
+    width = [len(m.scale) for m in place.modules if hasattr(m, "scale")][-1]
+    if norm is None:
+        return "the LayerNorm is a function: its weights are not a layer's"
+    if tuple(norm.normalized_shape) != (width,):
+        return f"the LayerNorm is over {list(norm.normalized_shape)}, not over a row"
+    return None
+
+
+def _slow(place: Place, x: Tensor, *added: Tensor) -> str | None:
+    rows, products = math.prod(x.shape[:-1]), [m for m in place.modules if hasattr(m, "qweight")]
+    if rows and int8.has_kernels(x) and all(p.kernel(rows) == "native" for p in products):
         return None
     return "the int8 kernel that is the fastest here has no epilogue"
 
 
-def _act(name: str, run: Callable[..., Tensor], bind: Callable[..., Any]) -> Fused:
-    return Fused(name, run, _tensors, _act_constants, _no_epilogue, _slow_epilogue, bind)
+def _then(name: str, run: Callable[..., Tensor]) -> Fused:
+    return Fused(name, run, _then_tensors, _then_constants, _unlike, _slow, _bound_then)
 
 
-INT8_ACT = _act("int8_linear_act", int8.int8_linear_then, int8.bound)
-INT8_STATIC_ACT = _act("int8_static_linear_act", static.int8_static_linear_then, static.bound)
+INT8_ACT = _then("int8_linear_act", int8_linear_act)
+INT8_ADD = _then("int8_linear_add", int8_linear_add)
+INT8_NORM = _then("int8_linear_norm", int8_linear_add)
 
 
-# the sum and the LayerNorm behind the product ----------------------------------------------------
+# two products in a row ---------------------------------------------------------------------------
 
 
-def int8_linear_add(
-    x: Tensor, added: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
-    """int8_linear(x) + added."""
-    return int8.int8_linear_then(x, qweight, scale, bias, activation, add=added)
+def _mlp_tensors(place: Place) -> list[Tensor | None]:
+    first, _, second = place.modules[:3]
+    return [*_tensors(first), *_tensors(second), *_norm_tensors(_epilogue(place, 3)[1])]
 
 
-def int8_static_linear_add(
-    x: Tensor,
-    added: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    step: Tensor,
-    zero: Tensor,
-    multiplier: Tensor | None,
-) -> Tensor:
-    """int8_static_linear(x) + added."""
-    return static.int8_static_linear_then(
-        x, qweight, scale, bias, step, zero, multiplier, add=added
-    )
+def _mlp_constants(place: Place) -> tuple[Any, ...]:
+    first, _, second = place.modules[:3]
+    norm = _epilogue(place, 3)[1]
+    eps = None if norm is None else norm.eps
+    return _activation(first), _activation(second), _epilogue(place, 1)[0], eps
 
 
-def int8_linear_norm(
-    x: Tensor,
-    added: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    activation: str,
-    eps: float,
-) -> Tensor:
-    """layer_norm(int8_linear(x) + added)."""
-    return int8.int8_linear_then(
-        x, qweight, scale, bias, activation, "", added, norm_weight, norm_bias, eps
-    )
+def _split_mlp(given: Sequence[Any]) -> tuple[Operands, After, Operands, After]:
+    *tensors, one, two, then, eps = given
+    first, second, (weight, bias) = tensors[:6], tensors[6:12], tensors[12:]
+    return (*first, one), (then, None, None, None), (*second, two), ("", weight, bias, eps)
 
 
-def int8_static_linear_norm(
-    x: Tensor,
-    added: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    step: Tensor,
-    zero: Tensor,
-    multiplier: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """layer_norm(int8_static_linear(x) + added)."""
-    own = qweight, scale, bias, step, zero, multiplier
-    return static.int8_static_linear_then(x, *own, "", added, norm_weight, norm_bias, eps)
+def int8_mlp(x: Tensor, *given: Any) -> Tensor:
+    """second(then(first(x)))."""
+    first, then, second, after = _split_mlp(given)
+    return _product(_product(x, first, then), second, after)
 
 
-def _bound_norm(
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    activation: str,
-    eps: float,
-) -> Callable[..., Tensor]:
-    return int8.bound(qweight, scale, bias, activation, "", norm_weight, norm_bias, eps)
+def int8_mlp_add(x: Tensor, added: Tensor, *given: Any) -> Tensor:
+    """second(then(first(x))) + added, or the LayerNorm of it."""
+    first, then, second, after = _split_mlp(given)
+    return _product(_product(x, first, then), second, after, added)
 
 
-def _bound_static_norm(
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    step: Tensor,
-    zero: Tensor,
-    multiplier: Tensor | None,
-    *norm: Any,
-) -> Callable[..., Tensor]:
-    return static.bound(qweight, scale, bias, step, zero, multiplier, "", *norm)
+def _bound_mlp(*given: Any) -> int8.Bound:
+    first, then, second, after = _split_mlp(given)
+    return int8.bound_pair(_bound(first, then), _bound(second, after))
 
 
-def _drops(place: Place) -> str | None:
-    """Why what stands between a product and the sum does not only hand its value on."""
-    for node, module in zip(place.match.nodes, place.modules, strict=True):
-        if spelled(node, place.root) == "dropout" and (module is None or module.training):
-            return f"{node.name} may drop values"
-    return None
+def _mlp(name: str, run: Callable[..., Tensor]) -> Fused:
+    return Fused(name, run, _mlp_tensors, _mlp_constants, _unlike, _slow, _bound_mlp)
 
 
-def _norm_tensors(place: Place) -> tuple[Tensor | None, ...]:
-    norm = place.modules[-1]
-    return *_tensors(place), norm.weight, norm.bias
-
-
-def _norm_constants(place: Place) -> tuple[Any, ...]:
-    return *_constants(place), place.modules[-1].eps
-
-
-def _no_norm(place: Place) -> str | None:
-    layer, norm = place.modules[0], place.modules[-1]
-    if norm is None:
-        return "the LayerNorm is a function: its weights are not a layer's"
-    if tuple(norm.normalized_shape) != (len(layer.scale),):
-        return f"the LayerNorm is over {list(norm.normalized_shape)}, not over a row"
-    return _drops(place)
-
-
-def _add(name: str, run: Callable[..., Tensor], bind: Callable[..., Any]) -> Fused:
-    return Fused(name, run, _tensors, _constants, _drops, _slow_epilogue, bind)
-
-
-def _norm(name: str, run: Callable[..., Tensor], bind: Callable[..., Any]) -> Fused:
-    return Fused(name, run, _norm_tensors, _norm_constants, _no_norm, _slow_epilogue, bind)
-
-
-INT8_ADD = _add("int8_linear_add", int8_linear_add, int8.bound)
-INT8_NORM = _norm("int8_linear_norm", int8_linear_norm, _bound_norm)
-INT8_STATIC_ADD = _add("int8_static_linear_add", int8_static_linear_add, static.bound)
-INT8_STATIC_NORM = _norm("int8_static_linear_norm", int8_static_linear_norm, _bound_static_norm)
+INT8_MLP = _mlp("int8_mlp", int8_mlp)
+INT8_MLP_ADD = _mlp("int8_mlp_add", int8_mlp_add)
+INT8_MLP_NORM = _mlp("int8_mlp_norm", int8_mlp_add)
 
 
 # products that read one input --------------------------------------------------------------------
 
 
-def joined_int8_linear(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    sizes: Sequence[int],
-) -> tuple[Tensor, ...]:
-    """The input quantized once, one product with [W₁ W₂ …], cut into the single results."""
-    return _pieces(int8.int8_linear(x, qweight, scale, bias, activation), sizes)
-
-
-def joined_int8_static_linear(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    step: Tensor,
-    zero: Tensor,
-    multiplier: Tensor | None,
-    sizes: Sequence[int],
-) -> tuple[Tensor, ...]:
-    """As `joined_int8_linear`. Where somebody has written other ranges into the layers since, step
-    and zero are [layers], multiplier [layers, in]: each by itself then."""
+def joined_int8_linear(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    """The input quantized once, one product with [W₁ W₂ …], cut into the single results. Where
+    somebody has written other ranges into the layers since, step and zero are [layers], multiplier
+    [layers, in]: each by itself then."""
+    qweight, scale, bias, step, zero, multiplier, activation, sizes = given
+    if step is None:
+        return _pieces(int8.int8_linear(x, qweight, scale, bias, activation), sizes)
     if len(step) == 1:
-        y = static.int8_static_linear(x, qweight, scale, bias, step, zero, multiplier)
-        return _pieces(y, sizes)
+        own = qweight, scale, bias, step, zero, multiplier
+        return _pieces(static.int8_static_linear(x, *own), sizes)
     biases = [None] * len(sizes) if bias is None else bias.split(list(sizes))
     times = [None] * len(sizes) if multiplier is None else multiplier.unbind()
     weights = qweight.split(list(sizes)), scale.split(list(sizes)), biases
     each = zip(*weights, step.split(1), zero.split(1), times, strict=True)
-    return tuple(static.int8_static_linear(x, *own) for own in each)
+    return tuple(static.int8_static_linear(x, *one) for one in each)
 
 
-def _bound_joined(
-    qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, sizes: Sequence[int]
-) -> Callable[..., tuple[Tensor, ...]]:
-    product = int8.bound(qweight, scale, bias, activation)
-    return lambda x: _pieces(product(x), sizes)
-
-
-def _bound_static_joined(
-    qweight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    step: Tensor,
-    zero: Tensor,
-    multiplier: Tensor | None,
-    sizes: Sequence[int],
-) -> Callable[..., tuple[Tensor, ...]]:
-    own = qweight, scale, bias, step, zero, multiplier
-    if len(step) > 1:
-        return lambda x: joined_int8_static_linear(x, *own, sizes)
-    product = static.bound(*own)
+def _bound_joined(*given: Any) -> Callable[..., tuple[Tensor, ...]]:
+    *own, activation, sizes = given
+    if own[3] is not None and len(own[3]) > 1:
+        return lambda x: joined_int8_linear(x, *given)
+    product = _bound((*own, activation), ("", None, None, None))
     return lambda x: _pieces(product(x), sizes)
 
 
@@ -286,27 +240,13 @@ def _pieces(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(torch.unsafe_split_with_sizes(y, list(sizes), -1))
 
 
-_KINDS = {
-    "int8_linear": _Kind(int8.int8_linear, joined_int8_linear, constants=("activation",)),
-    "int8_static_linear": _Kind(
-        static.int8_static_linear, joined_int8_static_linear, ("step", "zero", "multiplier")
-    ),
-}
-"""By the layer's name of its op."""
-
-
-def _joined(place: Place) -> tuple[Tensor | None, ...]:
-    scales = [m.scale for m in place.modules]
-    qweight = torch.cat([m.qweight for m in place.modules])
-    return qweight, torch.cat(scales), joined_bias(place, scales), *_ranges(place)
-
-
-def _ranges(place: Place) -> list[Tensor | None]:
-    """The tensors by which all layers quantize, or where they differ those of each."""
-    layers, found = place.modules, []
+def _joined(place: Place) -> list[Tensor | None]:
+    layers = place.modules
+    found: list[Tensor | None] = []
+    scales = [m.scale for m in layers]
     alike = _quantize_alike(place)
-    for name in _kind(place).tensors:
-        own = [getattr(layer, name) for layer in layers]
+    for name in _OPERANDS[3:]:  # those of all layers, or where they differ those of each
+        own: list[Any] = [getattr(layer, name, None) for layer in layers]
         if alike or all(t is None for t in own):
             found.append(own[0])
         elif name == "multiplier":
@@ -314,11 +254,20 @@ def _ranges(place: Place) -> list[Tensor | None]:
             found.append(torch.stack([one if t is None else t for t in own]))
         else:
             found.append(torch.cat(own))
-    return found
+    qweight = torch.cat([m.qweight for m in layers])
+    return [qweight, torch.cat(scales), joined_bias(place, scales), *found]
+
+
+def _joined_constants(place: Place) -> tuple[Any, ...]:
+    return _activation(place.modules[0]), tuple(len(m.scale) for m in place.modules)
+
+
+def _range(layer: Any) -> tuple[Any, ...]:
+    return *_tensors(layer)[3:], _activation(layer)
 
 
 def _quantize_alike(place: Place) -> bool:
-    first, *others = [_kind(place).range_of(layer) for layer in place.modules]
+    first, *others = map(_range, place.modules)
     return all(_same(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
@@ -326,10 +275,6 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)
-
-
-def _joined_constants(place: Place) -> tuple[Any, ...]:
-    return *_constants(place), tuple(len(m.scale) for m in place.modules)
 
 
 def _not_joined(place: Place) -> str | None:
@@ -341,39 +286,45 @@ def _not_joined(place: Place) -> str | None:
 
 
 def _slow_joined(place: Place, x: Tensor) -> str | None:
-    layers, kind = place.modules, _kind(place)
-    width, sizes = layers[0].qweight.shape[1], _joined_constants(place)[-1]
+    layers, (activation, sizes) = place.modules, _joined_constants(place)
+    width = layers[0].qweight.shape[1]
     rows = rows_bucket(x.numel() // max(width, 1))
     if x.device.type != "cpu" or not x.numel():
         return "what it would save is measured on a CPU alone"
-    own = kind.range_of(layers[0])
-    run: Callable[..., object] = kind.joined
+    ranges = _tensors(layers[0])[3:]
 
     def candidates() -> dict[str, Callable[[], object]]:
         given = torch.linspace(-1, 1, rows * width).view(rows, width).to(x.dtype)
         parts = [torch.ones(n, width, dtype=torch.int8) for n in sizes]
         scales = [torch.ones(n) for n in sizes]
-        single = list(zip(parts, scales, strict=True))
-        one, scale = torch.cat(parts), torch.cat(scales)
+        nothing: After = ("", None, None, None)
+        single = [
+            _bound((w, s, None, *ranges, activation), nothing)
+            for w, s in zip(parts, scales, strict=True)
+        ]
+        one = torch.cat(parts), torch.cat(scales), None
+        joined = _bound_joined(*one, *ranges, activation, sizes)
         calls: dict[str, Callable[[], object]] = {
-            "single": lambda: [kind.op(given, w, s, None, *own) for w, s in single],
-            "joined": lambda: run(given, one, scale, None, *own, sizes),
+            "single": lambda: [product(given) for product in single],
+            "joined": lambda: joined(given),
         }
         for call in calls.values():  # their own choices first: none is made inside of another
             call()
         return calls
 
-    said = " ".join(str(v is not None) if isinstance(v, Tensor | None) else str(v) for v in own)
+    said = " ".join([activation, *(str(t is not None) for t in ranges)])
     key = f"{x.dtype} {rows}x{width}x{sizes} {said} {torch.get_num_threads()}"
-    if fastest(key, f"{run.__name__} 1", candidates, _LEAD) == "joined":
+    if fastest(key, "joined_int8_linear 2", candidates, _LEAD) == "joined":
         return None
     return f"one product for {len(sizes)} is no faster here on {rows} rows"
 
 
-def _join(run: Callable[..., tuple[Tensor, ...]], bind: Callable[..., Any]) -> Fused:
-    name = run.__name__
-    return Fused(name, run, _joined, _joined_constants, _not_joined, _slow_joined, bind)
-
-
-INT8_JOINED = _join(joined_int8_linear, _bound_joined)
-INT8_STATIC_JOINED = _join(joined_int8_static_linear, _bound_static_joined)
+INT8_JOINED = Fused(
+    "joined_int8_linear",
+    joined_int8_linear,
+    _joined,
+    _joined_constants,
+    _not_joined,
+    _slow_joined,
+    _bound_joined,
+)

@@ -8,11 +8,10 @@ from rewriter.lowering.integers import (
     INT8_ACT,
     INT8_ADD,
     INT8_JOINED,
+    INT8_MLP,
+    INT8_MLP_ADD,
+    INT8_MLP_NORM,
     INT8_NORM,
-    INT8_STATIC_ACT,
-    INT8_STATIC_ADD,
-    INT8_STATIC_JOINED,
-    INT8_STATIC_NORM,
 )
 from rewriter.lowering.rules import Rule
 from rewriter.modules.patterns import (
@@ -31,6 +30,7 @@ from rewriter.modules.patterns import (
 __all__ = ["DEFAULT_RULES"]
 
 int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
+int8 = int8_linear | int8_static_linear
 int8_conv, pointwise_int8 = op("int8_conv"), op("pointwise_int8_linear")
 
 DEFAULT_RULES = (
@@ -54,21 +54,22 @@ DEFAULT_RULES = (
     # the same of a 1×1 convolution, which is a linear layer over channels
     Rule(pointwise_int8 >> batch_norm >> activation, INT8_POINTWISE),
     Rule(pointwise_int8 >> batch_norm, INT8_POINTWISE),
-    # LayerNorm(s·(q(x)·Qᵀ)·scale + … + r) of an int8 layer, row by row while that is in the cache
-    Rule(int8_linear >> dropout >> add >> layer_norm, INT8_NORM),
-    Rule(int8_linear >> add >> layer_norm, INT8_NORM),
+    # LayerNorm(W₂·act(W₁·x) + r) of two int8 layers, rows at a time while they are in the cache
+    Rule(int8 >> activation >> int8 >> dropout >> add >> layer_norm, INT8_MLP_NORM),
+    Rule(int8 >> activation >> int8 >> add >> layer_norm, INT8_MLP_NORM),
+    # the same without the norm, and without the sum
+    Rule(int8 >> activation >> int8 >> dropout >> add, INT8_MLP_ADD),
+    Rule(int8 >> activation >> int8 >> add, INT8_MLP_ADD),
+    Rule(int8 >> activation >> int8, INT8_MLP),
+    # LayerNorm(s·(q(x)·Qᵀ)·scale + … + r) of one
+    Rule(int8 >> dropout >> add >> layer_norm, INT8_NORM),
+    Rule(int8 >> add >> layer_norm, INT8_NORM),
     # the same without the norm: s·(q(x)·Qᵀ)·scale + … + r
-    Rule(int8_linear >> dropout >> add, INT8_ADD),
-    Rule(int8_linear >> add, INT8_ADD),
+    Rule(int8 >> dropout >> add, INT8_ADD),
+    Rule(int8 >> add, INT8_ADD),
     # act(s·(q(x)·Qᵀ)·scale + …), and one q(x) for all its readers
-    Rule(int8_linear >> activation, INT8_ACT),
+    Rule(int8 >> activation, INT8_ACT),
     Rule(fan(int8_linear), INT8_JOINED),
-    # all of these with one range that is fixed, and the same one for all readers
-    Rule(int8_static_linear >> dropout >> add >> layer_norm, INT8_STATIC_NORM),
-    Rule(int8_static_linear >> add >> layer_norm, INT8_STATIC_NORM),
-    Rule(int8_static_linear >> dropout >> add, INT8_STATIC_ADD),
-    Rule(int8_static_linear >> add, INT8_STATIC_ADD),
-    Rule(int8_static_linear >> activation, INT8_STATIC_ACT),
-    Rule(fan(int8_static_linear), INT8_STATIC_JOINED),
+    Rule(fan(int8_static_linear), INT8_JOINED),
 )
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
