@@ -187,5 +187,5 @@ def test_two_products_in_a_row_are_one_after_the_other(
     assert_equal(found[0], want[0])
     x[rows // 2, 3] = torch.nan
     y, spoiled = int8_cpu.Two(first, second)(x, add)
-    assert spoiled is ("given" not in options)
+    assert spoiled is (not options)
     assert y[rows // 2].isnan().all()

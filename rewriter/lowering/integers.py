@@ -199,7 +199,8 @@ def _bound_mlp(*given: Any) -> int8.Bound:
 
 
 def _mlp(name: str, run: Callable[..., Tensor]) -> Fused:
-    return Fused(name, run, _mlp_tensors, _mlp_constants, _unlike, _slow, _bound_mlp)
+    own = _mlp_tensors, _mlp_constants, _unlike, _slow, _bound_mlp
+    return Fused(name, run, *own, quantizes=True)
 
 
 INT8_MLP = _mlp("int8_mlp", int8_mlp)

@@ -83,6 +83,8 @@ class Fused:
             `run` is given first.
         bind: what a model runs in place of `run`, where there is more to make ready than tensors:
             `bind(*derive(place), *constants(place))` gives a function of (x, *added).
+        quantizes: whether it quantizes a value in between, where what rounds up to one level or
+            down to the next may depend on the last bit: results differ by more than rounding then.
 
     Raises:
         OptionError: `run` has no name of its own, by which generated code could call it.
@@ -95,6 +97,7 @@ class Fused:
     unless: Callable[[Place], str | None] = _nothing
     slower: Callable[..., str | None] = _nothing
     bind: Callable[..., Callable[..., Any]] | None = None
+    quantizes: bool = False
 
     def __post_init__(self) -> None:
         if not str(getattr(self.run, "__name__", "")).isidentifier():
