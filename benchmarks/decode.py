@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewriter import rewrite
-from rewriter.passes import Quantize
+from rewriter.passes import Int4Linear, Int8WeightLinear, Quantize
 
 SCHEMES: Mapping[str, Quantize] = {
-    "int8-weight": Quantize("int8-weight"),
-    "int4-weight": Quantize("int4-weight", group_size=32),
-    "int4-dynamic": Quantize("int4-dynamic", group_size=32),
+    "int8-weight": Quantize("int8-weight", untie=True),
+    "int4-weight": Quantize("int4-weight", group_size=32, untie=True),
+    "int4-dynamic": Quantize("int4-dynamic", group_size=32, untie=True),
 }
 PROMPT = "The capital of France is a city that"
 CONTEXT = 512
@@ -106,6 +106,11 @@ def linear_layers(model: nn.Module, rounds: int) -> float:
     return statistics.median(times)
 
 
+def packed(model: nn.Module) -> int:
+    """How many linear layers have weights of fewer bits."""
+    return sum(isinstance(m, Int8WeightLinear | Int4Linear) for m in model.modules())
+
+
 def stored(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each once."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
@@ -169,6 +174,7 @@ def main() -> None:
             {
                 "weights": name,
                 "MB": round(stored(own) / 1e6, 1),
+                "packed layers": packed(own),
                 "linear layers, ms per token": round(1e3 * linear_layers(own, rounds), 2),
                 "whole token, ms": round(
                     1e3 * statistics.median(times[f"{name}, eager"]) / count, 2

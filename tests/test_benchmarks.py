@@ -559,6 +559,7 @@ def test_decode(tmp_path: pathlib.Path) -> None:
         assert eager["tokens per s"] > 0
     dense, four = found["Weights"]
     assert dense["MB"] > four["MB"]
+    assert (dense["packed layers"], four["packed layers"]) == (0, 15)  # with the head
     assert abs(four["above fp32, %"]) < 4
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations
 
 from rewriter import CaptureError, RewriteWarning, SignatureError, explain, rewrite
 from rewriter.capture import capture, exporting
+from rewriter.capture.program import Program
 from rewriter.passes import Monarch
 
 X = torch.arange(32.0).view(4, 8) / 16 - 1
@@ -669,3 +670,24 @@ def test_what_a_forward_asks_of_gradients_and_tracers_is_fixed_by_no_graph(
             with torch.set_grad_enabled(grad):
                 wanted, found = model.train(training)(x), optimized.train(training)(x)
             assert_equal(found.detach(), wanted.detach())
+
+
+def test_a_graph_is_made_code_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    plain = Program._compile
+
+    def counted(self: Program, device: str) -> Any:
+        made.append(self.graph)
+        return plain(self, device)
+
+    monkeypatch.setattr(Program, "_compile", counted)
+    captured = capture(build(lambda self, x: self.out(self.fc(x))), X)
+    (region,) = captured.regions
+    assert sorted(map(id, made)) == sorted(map(id, region.graphs.values()))
+    first = region.program(False)
+    assert region.program(False) is first
+    call = next(n for n in region.graphs[False].nodes if n.target == "out")
+    call.target = "fc"
+    changed = region.program(False)
+    assert changed is not first
+    assert_equal(changed(captured.root, [X], ""), captured.root.fc(captured.root.fc(X)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import random
 import sys
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from rewriter import RewriteWarning, rewrite
 from rewriter.modules import isolation
+from rewriter.modules.garbage import rare_collections
 from rewriter.modules.running import quiet_run
 
 
@@ -139,3 +142,21 @@ def test_a_model_that_draws_is_named_so_beside_other_threads() -> None:
         ended.set()
         other.join()
     assert "draws from Python's or NumPy's random numbers" in island.reason
+
+
+@pytest.mark.parametrize("given", [(700, 10, 10), (0, 10, 10), (90_000, 90, 900)])
+def test_the_garbage_collector_works_rarely_until_the_last_asks_no_more(
+    given: tuple[int, int, int],
+) -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(*given)
+    try:
+        with contextlib.suppress(KeyError), rare_collections():
+            with rare_collections():
+                inside = gc.get_threshold()
+            assert gc.get_threshold() == inside  # as another thread's rewrite may go on
+            raise KeyError
+        assert gc.get_threshold() == given
+    finally:
+        gc.set_threshold(*before)
+    assert inside[0] == (0 if not given[0] else max(given[0], 50_000))

@@ -26,7 +26,7 @@ from rewriter.capture.exporting import (
     export_region,
 )
 from rewriter.capture.guards import Watch
-from rewriter.capture.hosted import Form, Program, State, host, unhost
+from rewriter.capture.hosted import Form, State, host, unhost
 from rewriter.capture.reads import recording
 from rewriter.capture.settling import Setting, set_again, settings, traced_alike
 from rewriter.capture.signature import Call
@@ -151,9 +151,7 @@ class Capture:
 
 def form_of(module: nn.Module, region: Region) -> Form:
     """A region as the form of a call of `module`, with its graphs as they are now."""
-    programs = {
-        mode: Program(graph, region.outputs[mode]).ready() for mode, graph in region.graphs.items()
-    }
+    programs = {mode: region.program(mode).ready() for mode in region.graphs}
     watch = Watch(module, region.graphs.values(), region.reads)
     return Form(region.signature, programs, watch)
 

@@ -18,6 +18,7 @@ from rewriter.engine.looking import sites_of
 from rewriter.errors import CallError, CaptureError, OptionError, RewriteError
 from rewriter.layer import Layer
 from rewriter.lowering import lowered_again
+from rewriter.modules.garbage import rare_collections
 from rewriter.modules.running import first_line
 from rewriter.modules.tensors import CONSTANT
 from rewriter.modules.tree import hooked, is_hook_dict, own_class
@@ -42,7 +43,7 @@ def capture_form(module: nn.Module, state: State, args: Any, kwargs: Any) -> For
         return f"{inner} is sharded by itself, and its hooks gather it where a graph would not"
     call = Arguments(args, kwargs, torch.is_grad_enabled())
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), rare_collections():
             twin, originals = _twin(module)
             layers = _originals_back(twin, state)
             captured = capture(twin, call, whole=True)
