@@ -148,7 +148,8 @@ def pack(q: Tensor) -> Tensor:
     """q [out, width] in −8 … 7, width a multiple of 32 → [out, width/2] uint8; see the module."""
     # in int32: what is shifted of 8 bits has no sign in torch and one in what ONNX is given
     low, high = (q.to(torch.int32) + 8).unflatten(1, (-1, 2, _HALF)).unbind(2)
-    return (low | high << 4).flatten(1).to(torch.uint8)
+    packed: Tensor = (low | high << 4).flatten(1).to(torch.uint8)
+    return packed
 
 
 def unpack(packed: Tensor) -> Tensor:
