@@ -1,4 +1,5 @@
-"""Fashion-MNIST: what few bits cost an MLP, rounded after its training or trained with rounding."""
+"""Fashion-MNIST: what few bits cost an MLP and a CNN, rounded after their training or trained with
+rounding."""
 
 from __future__ import annotations
 
@@ -12,13 +13,9 @@ example = load_script("examples/qat.py")
 data = load_script("examples/_data.py")
 
 
-def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--data", type=Path, default=data.FASHION)
-    args = parse(parser)
-    images = data.fashion_mnist(args.data)
-    plan, seeds = (example.QUICK, (0,)) if args.quick else (example.Plan(), (0, 1, 2))
-    runs = [example.compare(images, plan, seed) for seed in seeds]
+def table(images: Any, plan: Any, seeds: tuple[int, ...], kind: Any) -> list[dict[str, Any]]:
+    """A row for float32 and for each scheme: means over the seeds."""
+    runs = [example.compare(images, plan, seed, kind=kind) for seed in seeds]
     rows: list[dict[str, Any]] = []
     for same in zip(*runs, strict=True):
         after, trained = ([100 * row[key] for row in same] for key in ("rounded after", "trained"))
@@ -34,10 +31,24 @@ def main() -> None:
                 "outputs that integers change": max(row["bits differ"] for row in same),
             }
         )
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--data", type=Path, default=data.FASHION)
+    args = parse(parser)
+    images = data.fashion_mnist(args.data)
+    plan, seeds = (example.QUICK, (0,)) if args.quick else (example.Plan(), (0, 1, 2))
     write_results(
         "qat",
         "Training with rounding",
-        {f"MLP 784-{plan.width}-{plan.width}-10, {len(seeds)} seeds": rows},
+        {
+            f"{kind.__name__}, width {plan.width}, {len(seeds)} seeds": table(
+                images, plan, seeds, kind
+            )
+            for kind in example.MODELS
+        },
         command=command(),
         notes=f"Accuracy on the 10,000 test images, mean of the seeds. {plan.steps} steps of "
         f"{plan.batch} images; the last {plan.rounded:.0%} of them with the scheme's rounding or, "

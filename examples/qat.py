@@ -1,4 +1,4 @@
-"""Trains an MLP on Fashion-MNIST for weights and activations of few bits.
+"""Trains an MLP and a CNN on Fashion-MNIST for weights and activations of few bits.
 
     python examples/qat.py            # minutes
     python examples/qat.py --quick    # seconds
@@ -28,17 +28,11 @@ from rewriter import remap_optimizer, rewrite
 from rewriter.passes import QAT, Quantize
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
-SCHEMES: Mapping[str, QAT] = {
-    "int8-dynamic": QAT("int8-dynamic"),
-    "int4-weight": QAT("int4-weight"),
-    "int4-weight, learned steps": QAT("int4-weight", learned_step=True),
-    "int4-dynamic": QAT("int4-dynamic"),
-}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the model and of its training."""
+    """Sizes of the models and of their training."""
 
     width: int = 512
     batch: int = 128
@@ -64,11 +58,44 @@ class MLP(nn.Module):
         return self.out(self.drop(self.two(x).relu()))
 
 
+class CNN(nn.Module):
+    """Two convolutions of 3×3, each halved by a maximum, then width/4 → 10."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(1, width // 32, 3, padding=1)
+        self.two = nn.Conv2d(width // 32, width // 16, 3, padding=1)
+        self.three, self.drop = nn.Linear(49 * width // 16, width // 4), nn.Dropout(0.2)
+        self.out = nn.Linear(width // 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.one(x.unflatten(1, (1, 28, 28))).relu(), 2)
+        x = F.max_pool2d(self.two(x).relu(), 2).flatten(1)
+        return self.out(self.drop(self.three(self.drop(x)).relu()))
+
+
+MODELS: Mapping[type[MLP | CNN], Mapping[str, QAT]] = {
+    MLP: {
+        "int8-dynamic": QAT("int8-dynamic"),
+        "int4-weight": QAT("int4-weight"),
+        "int4-weight, learned steps": QAT("int4-weight", learned_step=True),
+        "int4-dynamic": QAT("int4-dynamic"),
+    },
+    CNN: {"int8-dynamic, convolutions": QAT("int8-dynamic", convolutions=True)},
+}
+"""Model → what it is trained for."""
+
+
 @torch.no_grad()
+def outputs(model: nn.Module, data: Data) -> Tensor:
+    """Of the test images, in eval mode."""
+    model.eval()
+    return torch.cat([model(images) for images in data[2].split(1000)])
+
+
 def accuracy(model: nn.Module, data: Data) -> float:
     """Share of the test images in their class."""
-    model.eval()
-    return float((model(data[2]).argmax(1) == data[3]).float().mean())
+    return float((outputs(model, data).argmax(1) == data[3]).float().mean())
 
 
 class Training:
@@ -115,12 +142,12 @@ def compare(
     data: Data,
     plan: Plan,
     seed: int,
-    schemes: Mapping[str, QAT] = SCHEMES,
+    kind: type[MLP | CNN] = MLP,
     say: Callable[[str], object] = print,
 ) -> list[dict[str, object]]:
     """One row for float32 and for each scheme: accuracies on the test images."""
     torch.manual_seed(seed)
-    common = Training(MLP(plan.width), data, plan, seed)
+    common = Training(kind(plan.width), data, plan, seed)
     middle = round(plan.steps * (1 - plan.rounded))
     common.run(0, middle)
     dense = Training(copy.deepcopy(common.model), data, plan, seed)
@@ -130,14 +157,13 @@ def compare(
     rows: list[dict[str, object]] = [
         {"scheme": "float32", "rounded after": base, "trained": base, "bits differ": 0.0}
     ]
-    for name, qat in schemes.items():
+    for name, qat in MODELS[kind].items():
         after = accuracy(rewritten(dense.model, integers(qat), data), data)
         training = common.rounding(qat)
         training.run(middle, plan.steps)
         trained = accuracy(training.model, data)
         final = rewritten(training.model, integers(qat), data).eval()
-        with torch.no_grad():
-            differ = float((final(data[2]) != training.model(data[2])).float().mean())
+        differ = float((outputs(final, data) != outputs(training.model, data)).float().mean())
         rows.append(
             {"scheme": name, "rounded after": after, "trained": trained, "bits differ": differ}
         )
@@ -155,13 +181,15 @@ def main() -> None:
     except FileNotFoundError as missing:
         print(f"skipped: {missing}")
         return
-    rows = compare(data, QUICK if args.quick else Plan(), seed=0)
-    print(f"\n{'':28}rounded after training   trained with rounding   outputs that differ")
-    for row in rows:
-        print(
-            f"{row['scheme']:28}{row['rounded after']:22.2%}{row['trained']:24.2%}"
-            f"{row['bits differ']:22.2%}"
-        )
+    for kind in MODELS:
+        rows = compare(data, QUICK if args.quick else Plan(), seed=0, kind=kind)
+        head = "rounded after training   trained with rounding   outputs that differ"
+        print(f"\n{kind.__name__:28}{head}")
+        for row in rows:
+            print(
+                f"{row['scheme']:28}{row['rounded after']:22.2%}{row['trained']:24.2%}"
+                f"{row['bits differ']:22.2%}"
+            )
 
 
 if __name__ == "__main__":

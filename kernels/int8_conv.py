@@ -503,6 +503,19 @@ def _flops(x: Any, qweight: Any, *args: Any, out_shape: Any = None, **kwargs: An
     return found
 
 
+def _onnx(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str = "per_sample",
+) -> Tensor:  # fmt: skip
+    """The formula in float32: ONNX Runtime has no convolution in float64, and none of bytes whose
+    zero is another for each sample. Sums over more than `_EXACT` taps are rounded."""
+    given = tuple(stride), tuple(padding), tuple(dilation), groups
+    q, s = _quantized(x.to(torch.float32), activation)
+    y = F.conv2d(q, qweight.to(torch.float32), None, *given)
+    y = y * s * scale.to(torch.float32).view(-1, 1, 1)
+    return (y if bias is None else y + bias.view(-1, 1, 1)).to(x.dtype)
+
+
 RECORD = ops.register(
     ops.Record(
         "rewriter::int8_conv",
@@ -514,5 +527,6 @@ RECORD = ops.register(
         dtype="int8",
         kernels=lambda: {"onednn": _refusal(), "torch": None},
         companions=(ops.Companion("rewriter::int8_conv_act"),),
+        onnx=_onnx,
     )
 )

@@ -146,16 +146,18 @@ def dequantize_groups(q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 def pack(q: Tensor) -> Tensor:
     """q [out, width] in −8 … 7, width a multiple of 32 → [out, width/2] uint8; see the module."""
-    low, high = (q + 8).to(torch.uint8).unflatten(1, (-1, 2, _HALF)).unbind(2)
-    packed: Tensor = (low | high << 4).flatten(1)
+    # in int32: what is shifted of 8 bits has no sign in torch and one in what ONNX is given
+    low, high = (q.to(torch.int32) + 8).unflatten(1, (-1, 2, _HALF)).unbind(2)
+    packed: Tensor = (low | high << 4).flatten(1).to(torch.uint8)
     return packed
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The q int8 of which `pack` gives packed."""
     halves = packed.unflatten(1, (-1, 1, _HALF))
-    levels: Tensor = torch.cat([halves & 15, halves >> 4], 2).flatten(1)
-    return levels.to(torch.int8) - 8
+    # int8 each, not together: see `pack`
+    both = [(halves & 15).to(torch.int8), (halves >> 4).to(torch.int8)]
+    return torch.cat(both, 2).flatten(1) - 8
 
 
 def dequantize_packed(packed: Tensor, scale: Tensor, zero: Tensor | None, width: int) -> Tensor:

@@ -536,9 +536,9 @@ def test_qat(tmp_path: pathlib.Path) -> None:
         assert "dataset-fashion-mnist" in printed
         pytest.skip(printed)
     run("benchmarks/qat.py", "--quick", "--out", str(tmp_path))
-    ((_, rows),) = tables(tmp_path, "qat").items()
-    assert len(rows) == 5
-    for row in rows:
+    mlp, cnn = tables(tmp_path, "qat").values()
+    assert (len(mlp), len(cnn)) == (5, 2)
+    for row in mlp + cnn:
         assert row["outputs that integers change"] == 0
         assert row["points below float32"] < 1
 

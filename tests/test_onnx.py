@@ -109,6 +109,39 @@ def test_a_rewritten_model_goes_through_torchs_own_exporter(tmp_path: pathlib.Pa
 
 
 @pytest.mark.clients
+@pytest.mark.parametrize("activation", ["per_token", "per_tensor"])
+def test_int8_convolutions_run_at_all_sizes(activation: Any, tmp_path: pathlib.Path) -> None:
+    """ONNX Runtime has no convolution in float64, as the reference is."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, bias=False)
+    ).eval()
+    passes = [Quantize("int8-dynamic", activation=activation, convolutions=True)]
+    path, x = tmp_path / "m.onnx", torch.randn(3, 4, 12, 12)
+    made = rewriter.export(plain, passes, x, format="onnx", package=path)
+    assert len(made.report.replaced) == 2
+    rewritten = rewrite(plain, passes, x)
+    for images in (x, torch.randn(2, 4, 12, 12)):
+        with torch.no_grad():
+            assert sqnr(in_runtime(path, images), rewritten(images)) > 60
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("scheme", ["int8-weight", "int4-weight"])
+def test_embeddings_of_few_bits_are_unpacked_there(scheme: str, tmp_path: pathlib.Path) -> None:
+    """Also where what is unpacked depends on the call, and is no constant."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Embedding(50, 40), nn.Linear(40, 12)).eval()
+    passes, ids = [Quantize(scheme, embeddings=True)], torch.randint(0, 50, (3, 5))
+    path = tmp_path / "m.onnx"
+    rewriter.export(plain, passes, ids, format="onnx", package=path)
+    rewritten = rewrite(plain, passes, ids)
+    for rows in (ids, torch.randint(0, 50, (2, 9))):
+        with torch.no_grad():
+            assert sqnr(in_runtime(path, rows), rewritten(rows)) > 60
+
+
+@pytest.mark.clients
 def test_what_onnx_cannot_express_is_named(tmp_path: pathlib.Path) -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

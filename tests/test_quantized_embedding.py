@@ -388,3 +388,7 @@ def test_minilm_with_its_embeddings_takes_27_percent_on_disk_and_16_in_4_bits(
     small = rewrite(model, [Quantize("int4-weight", embeddings=True)], given)
     small.save(tmp_path / "4")
     assert sum(f.stat().st_size for f in (tmp_path / "4").iterdir()) <= 0.16 * dense
+    tokenizer = data.load_minilm()[1]
+    for score, whole in ((data.wordsim, data.WORDSIM_DENSE), (data.simlex, data.SIMLEX_DENSE)):
+        assert score(made, tokenizer) == pytest.approx(whole, abs=0.005)
+        assert score(small, tokenizer) > whole - 0.03

@@ -1,4 +1,5 @@
-"""Runs the table and writes docs/interop.md; `--only TEXT` prints the clients named like that."""
+"""Runs the table and writes docs/interop.md; `--only TEXT` prints the clients named like that,
+`--columns TEXT` the columns."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import pathlib
 import torch
 
 from interop import clients, group
+from interop.recipes import RECIPES
 from interop.table import markdown, run
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "interop.md"
@@ -16,12 +18,14 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "interop.md"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="interop", description=__doc__)
     parser.add_argument("--only", default="", help="clients whose name holds this; prints them")
+    parser.add_argument("--columns", default="", help="passes whose name holds this; prints them")
     parser.add_argument("--out", type=pathlib.Path, default=PAGE, help="where to write the page")
     given = parser.parse_args()
     torch.set_num_threads(1)
     names = [n for n in [*clients.CLIENTS, *group.CLIENTS] if given.only.lower() in n.lower()]
-    page = markdown(run(names, said=True))
-    if given.only:
+    columns = [r for r in RECIPES if given.columns.lower() in r.name.lower()]
+    page = markdown(run(names, columns, said=True), columns)
+    if given.only or given.columns:
         print(page)
     else:
         given.out.write_text(page)

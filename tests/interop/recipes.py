@@ -45,6 +45,20 @@ class Recipe:
     name: str
     passes: tuple[Pass, ...]
 
+    @property
+    def part(self) -> str:
+        """The table of the page that it is a column of."""
+        last = self.passes[-1]
+        if not isinstance(last, Quantize | QAT):
+            return "Structure and sparsity"
+        return "Eight bits" if last.scheme.startswith("int8") else "Four bits and floats"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which products are computed, or from which they are rounded once."""
+        shorter = any(isinstance(p, Quantize) and p.scheme == "bf16" for p in self.passes)
+        return torch.bfloat16 if shorter else torch.float32
+
 
 RECIPES = (
     Recipe("Monarch", (Monarch(nblocks=4),)),
@@ -52,17 +66,23 @@ RECIPES = (
     Recipe("MonarchResidual", (MonarchResidual(nblocks=4),)),
     Recipe("Quadratic", (Quadratic(),)),
     Recipe("TopK", (TopK(k=12),)),
-    Recipe("Quantize", (Quantize("int8-dynamic"),)),
-    Recipe("QAT", (QAT("int8-dynamic"),)),
-    Recipe("Quantize, static", (Quantize("int8-static"),)),
-    Recipe("int8, embeddings", (Quantize("int8-dynamic", embeddings=True),)),
-    Recipe("bf16", (Quantize("bf16"),)),
-    Recipe("fp8-weight", (Quantize("fp8-weight"),)),
-    Recipe("fp8-dynamic", (Quantize("fp8-dynamic"),)),
     Recipe("RemoveBlocks", (RemoveBlocks(where="*layer*.1"),)),
     Recipe("ResizeMLP", (ResizeMLP(keep=0.5),)),
     Recipe("Monarch, Densify", (Monarch(nblocks=4), Densify())),
-    Recipe("Monarch, Quantize", (Monarch(nblocks=4), Quantize("int8-dynamic"))),
+    Recipe("int8-dynamic", (Quantize("int8-dynamic"),)),
+    Recipe("int8-dynamic, embeddings", (Quantize("int8-dynamic", embeddings=True),)),
+    Recipe("int8-dynamic, convolutions", (Quantize("int8-dynamic", convolutions=True),)),
+    Recipe("Monarch, int8-dynamic", (Monarch(nblocks=4), Quantize("int8-dynamic"))),
+    Recipe("int8-static", (Quantize("int8-static"),)),
+    Recipe("int8-weight", (Quantize("int8-weight"),)),
+    Recipe("QAT, int8-dynamic", (QAT("int8-dynamic"),)),
+    Recipe("QAT, convolutions", (QAT("int8-dynamic", convolutions=True),)),
+    Recipe("int4-weight", (Quantize("int4-weight", group_size=32),)),
+    Recipe("int4-weight, embeddings", (Quantize("int4-weight", group_size=32, embeddings=True),)),
+    Recipe("int4-dynamic", (Quantize("int4-dynamic", group_size=32),)),
+    Recipe("bf16", (Quantize("bf16"),)),
+    Recipe("fp8-weight", (Quantize("fp8-weight"),)),
+    Recipe("fp8-dynamic", (Quantize("fp8-dynamic"),)),
 )
 
 
@@ -77,15 +97,28 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(x)))
 
 
+class Mixing(nn.Module):
+    """x + conv(x), with x [batch, positions, channels] mixed along its positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
 class Net(nn.Module):
-    """Two residual blocks and a head: the least model that every pass rewrites."""
+    """A convolution, two residual blocks and a head: the least model that every pass rewrites."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
+        self.mixing = Mixing(width // 2)
         self.layers = nn.ModuleList(Block(width) for _ in range(2))
         self.head = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.mixing(x.unflatten(-1, (2, -1))).flatten(-2)
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
@@ -103,11 +136,14 @@ _SIZES: Mapping[str, Any] = {
 
 
 def bert() -> nn.Module:
-    """An encoder with a classifier; no dropout, so that two runs of a training step are alike."""
+    """An encoder with a classifier, and a convolution in the place of a dropout; no dropout, so
+    that two runs of a training step are alike."""
     torch.manual_seed(0)
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = transformers.BertConfig(**_SIZES, **still, num_labels=3)
-    return transformers.BertForSequenceClassification(config).eval()
+    model = transformers.BertForSequenceClassification(config)
+    model.bert.embeddings.dropout = Mixing(config.hidden_size)
+    return model.eval()
 
 
 def llama(tied: bool = False) -> nn.Module:

@@ -48,7 +48,8 @@ def run(names: Iterable[str], recipes: Sequence[Recipe] = RECIPES, said: bool = 
 
 
 def markdown(table: Table, recipes: Sequence[Recipe] = RECIPES) -> str:
-    """The page: one row per client, one column per recipe, and the reasons below."""
+    """The page: for each part a table of one row per client, one column per recipe; the reasons
+    below."""
     notes: dict[str, int] = {}
 
     def cell(found: Outcome) -> str:
@@ -56,14 +57,17 @@ def markdown(table: Table, recipes: Sequence[Recipe] = RECIPES) -> str:
             return found.status
         return f"{found.status}[^{notes.setdefault(found.reason, len(notes) + 1)}]"
 
-    rows = [
-        ["", *(r.name for r in recipes)],
-        ["---"] * (len(recipes) + 1),
-        *([name, *map(cell, cells)] for name, cells in table.items()),
-    ]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = []
+    for part in dict.fromkeys(r.part for r in recipes):
+        columns = [i for i, r in enumerate(recipes) if r.part == part]
+        rows = [
+            ["", *(recipes[i].name for i in columns)],
+            ["---"] * (len(columns) + 1),
+            *([name, *(cell(cells[i]) for i in columns)] for name, cells in table.items()),
+        ]
+        lines += [f"## {part}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     foot = [f"[^{number}]: {_plain(reason)}" for reason, number in notes.items()]
-    return "\n".join([HEAD, *lines, "", *foot]).rstrip() + "\n"
+    return "\n".join([HEAD, *lines, *foot]).rstrip() + "\n"
 
 
 def _plain(text: str) -> str:
