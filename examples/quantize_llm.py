@@ -57,7 +57,7 @@ def main() -> None:
         model, tokenizer = load_smollm2()
         decode = tokenizer.decode
         prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    four_bits = Quantize("int4-weight", group_size=32, untie=True)
+    four_bits = Quantize("int4-weight", group_size=32, symmetric=False, untie=True)
     small = rewrite(model, [four_bits], {"input_ids": prompt})
     print(str(small.report).partition("Step by step")[0])
     head = next(d for d in small.report.decisions if d.site == "lm_head")

@@ -256,6 +256,7 @@ def test_a_transposed_base_merges_the_right_way_round() -> None:
 # a language model in 4 bits -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_adapters_train_on_a_llama_in_four_bits_and_go_into_its_bits(
     tmp_path: pathlib.Path,
 ) -> None:
