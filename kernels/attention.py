@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.native import library, parallel, why_not
 
-__all__ = ["attention", "attention_reference", "native", "pick", "refusal", "unavailable"]
+__all__ = ["attention", "attention_reference", "bound", "native", "pick", "refusal", "unavailable"]
 
 _SOURCE = Path(__file__).with_name("attention_cpu.cpp")
 _VERSION = "attention 2"
@@ -128,21 +128,46 @@ def attention(
     Returns:
         [batch, heads, S, D], which lies as [batch, S, heads, D].
     """
-    if not isinstance(query, FakeTensor):  # priced: as torch's
-        why = refusal(query, key, value, attn_mask, is_causal, dropout_p)
-        same = enable_gqa or query.shape[1:2] == key.shape[1:2]
-        if why is None and same and pick(query, key, attn_mask, is_causal) == "native":
+    options: Any = {"scale": scale, "enable_gqa": enable_gqa}
+    if isinstance(query, FakeTensor):  # priced: as torch's
+        run: Callable[..., Tensor] = F.scaled_dot_product_attention
+    else:
+        run = bound()
+    return run(query, key, value, attn_mask, dropout_p, is_causal, **options)
+
+
+def bound() -> Callable[..., Tensor]:
+    """`attention` that remembers of which operands it has found out who computes them: for plain
+    tensors."""
+    known: dict[Any, bool] = {}
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        operands = query, key, value, attn_mask
+        looks = [None if t is None else (t.shape, t.dtype, t.is_cpu) for t in operands]
+        call = *looks, dropout_p, is_causal, enable_gqa, torch.get_num_threads()
+        ours = known.get(call)
+        if ours is None:
+            why = refusal(query, key, value, attn_mask, is_causal, dropout_p)
+            same = enable_gqa or query.shape[1:2] == key.shape[1:2]
+            ours = why is None and same
+            ours = ours and pick(query, key, attn_mask, is_causal) == "native"
+            known[call] = ours
+        if ours:
             return native(query, key, value, attn_mask, is_causal, scale)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-    )
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    return run
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -311,5 +311,10 @@ def _no_tensors(place: Place) -> tuple[()]:
 
 
 ATTENTION = Fused(
-    "attention", attention.attention, _no_tensors, unless=_unknown_options, slower=_slow_attention
+    "attention",
+    attention.attention,
+    _no_tensors,
+    unless=_unknown_options,
+    slower=_slow_attention,
+    bind=attention.bound,
 )
