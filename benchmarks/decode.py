@@ -12,8 +12,8 @@ with nothing in between: what is left is Python, attention, norms and the cache.
 The file that the weights come from holds the layers in 4 bits, in blocks of 32 with a minimum
 (Q4_1), and the embedding, which is the head, in 8. Groups of 32 with zeros give such layers back
 (a weight is off by 0.2 %), so perplexity with them says what the head loses and nothing about the
-layers. On another grid, without zeros or in groups of 64, the layers are rounded a second time,
-and what rounding costs there, and how much of it GPTQ takes back, shows in the row without zeros.
+layers. The row without zeros, on another grid, says that: on 6 windows 36 % above fp32 where all
+are rounded, 9 % with GPTQ and the head left out. All that has 4 bits has GPTQ here.
 
 `--quick` takes a small Llama with random weights.
 """
@@ -37,13 +37,12 @@ from torch.nn import functional as F
 from rewriter import rewrite
 from rewriter.passes import Int4Linear, Int8WeightLinear, Quantize
 
+_FOUR: Mapping[str, Any] = {"group_size": 32, "method": "gptq", "untie": True}
 SCHEMES: Mapping[str, Quantize] = {
     "int8-weight": Quantize("int8-weight", untie=True),
-    "int4-weight": Quantize("int4-weight", group_size=32, symmetric=False, untie=True),
-    "int4-weight, no zeros, gptq": Quantize(
-        "int4-weight", group_size=32, method="gptq", untie=True
-    ),
-    "int4-dynamic": Quantize("int4-dynamic", group_size=32, symmetric=False, untie=True),
+    "int4-weight": Quantize("int4-weight", symmetric=False, **_FOUR),
+    "int4-weight, no zeros": Quantize("int4-weight", **_FOUR),
+    "int4-dynamic": Quantize("int4-dynamic", symmetric=False, **_FOUR),
 }
 CALIBRATION = 16
 """Windows of text for GPTQ, behind those on which perplexity is measured."""
