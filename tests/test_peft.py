@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_reordered
+from closeness import assert_equal, assert_reordered
 from torch import nn
 
-from rewriter import OptionError, Pass, RewriteWarning, rewrite
+from rewriter import OptionError, Pass, RewriteWarning, load, rewrite
 from rewriter.passes import (
+    Int4Linear,
     Monarch,
     MonarchChain,
     MonarchResidual,
@@ -42,6 +43,7 @@ LINEAR_RECIPES: dict[str, list[Pass]] = {
     "residual": [MonarchResidual(nblocks=2)],
     "int8": [Quantize("int8-dynamic")],
     "int8 monarch": [Monarch(nblocks=2), Quantize("int8-dynamic")],
+    "int4": [Quantize("int4-weight", group_size=32)],
 }
 
 
@@ -249,6 +251,64 @@ def test_a_transposed_base_merges_the_right_way_round() -> None:
     after = optimized(input=x)
     merged = quietly(optimized.merge_and_unload)
     assert_reordered(merged(x), after)
+
+
+# a language model in 4 bits -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_adapters_train_on_a_llama_in_four_bits_and_go_into_its_bits(
+    tmp_path: pathlib.Path,
+) -> None:
+    """Merged by dequantize, add, requantize: the second rewrite reports what it costs."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    tokens = torch.randint(2, 64, (4, 12))
+    call, four_bits = {"input_ids": tokens, "labels": tokens}, LINEAR_RECIPES["int4"]
+    base = rewrite(transformers.LlamaForCausalLM(config).eval(), four_bits, call)
+    with torch.no_grad():
+        before = base(**call).logits
+    targets = ["q_proj", "v_proj", "down_proj"]
+    adapter = peft.LoraConfig(r=4, target_modules=targets)
+    model = quietly(lambda: peft.get_peft_model(base, adapter))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.02)
+    losses = []
+    for _ in range(12):
+        loss = quietly(lambda: model.train()(**call).loss)
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    model.eval()
+    with torch.no_grad():
+        after = model(**call).logits
+    with pytest.warns(RewriteWarning, match="it is an nn.Linear now"):
+        merged = model.merge_and_unload()
+    dense = {
+        n: m.weight.detach().clone() for n, m in merged.named_modules() if type(m) is nn.Linear
+    }
+    dense.pop("lm_head")  # tied, and never in 4 bits
+    assert {n.rpartition(".")[2] for n in dense} == set(targets)
+
+    packed = rewrite(merged, four_bits, call)
+    assert {d.site for d in packed.report.replaced} == dense.keys()
+    for decision in packed.report.replaced:
+        made, weight = packed.get_submodule(decision.site), dense[decision.site]
+        assert type(made) is Int4Linear
+        lost = (made.dense_weight() - weight).norm() / weight.norm()
+        assert decision.error == pytest.approx(float(lost), rel=1e-4)
+        assert 0 < decision.error < 0.15
+    with torch.no_grad():
+        got = packed(**call).logits
+        assert (got - after).norm() < 0.5 * (before - after).norm()
+    packed.save(tmp_path / "saved")
+    again = load(tmp_path / "saved", transformers.LlamaForCausalLM(config).eval())
+    with torch.no_grad():
+        assert_equal(again(**call).logits, got)
 
 
 # layers that are not linear -----------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """LoRA on layers that are not linear (TopK, Quadratic): `config = register(LoraConfig(…))`.
 
 Layers with a matrix (Monarch, int8 and the like) are `nn.Linear` and need none of this: every
-method of PEFT takes them as they are.
+method of PEFT takes them as they are. `merge_and_unload()` makes those that were adapted dense; the
+same passes on what it returns put them into their form again, and report what that costs.
 """
 
 from __future__ import annotations
