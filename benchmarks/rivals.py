@@ -39,6 +39,9 @@ from rewriter.passes import Quantize
 
 data = load_script("examples/_data.py")
 SIZES = ((8, 128), (1, 16))
+POINTS = tuple((rows, length) for rows in (1, 4, 8, 32) for length in (16, 64, 128))
+"""Batches and lengths at which int8 is to be faster than fp32."""
+OURS = ("this package, int8-dynamic", "this package, int8-static")
 PAUSE = 0.004  # seconds; longer than any pool here spins
 EAGER = "eager fp32"
 Call = Callable[[Batch], Tensor]
@@ -273,6 +276,7 @@ def main() -> None:
                 {"what": name, "ms": round(1e3 * quartiles(own)[1], 2), **speed(times, name)}
                 for name, own in times.items()
             ]
+        tables["This package, over eager fp32"] = points(calls, tokenizer, args.quick)
         if not args.quick and not args.no_quality:
             tables["Quality"] = [
                 quality(n, c, calls[EAGER], held, tokenizer) for n, c in calls.items()
@@ -294,6 +298,19 @@ def main() -> None:
         + ".",
         out=args.out,
     )
+
+
+def points(calls: Mapping[str, Call], tokenizer: Any, quick: bool) -> list[dict[str, Any]]:
+    """Speeds of this package over fp32 by batch and length."""
+    own = {name: calls[name] for name in (EAGER, *OURS) if name in calls}
+    rows = []
+    for batch, length in POINTS[:1] if quick else POINTS:
+        times = turns(own, texts(tokenizer, batch, length, 0), 3 if quick else 30)
+        row: dict[str, Any] = {"batch × tokens": f"{batch} × {length}"}
+        row["fp32, ms"] = round(1e3 * quartiles(times[EAGER])[1], 2)
+        row.update((name, speed(times, name)["speed"]) for name in own if name != EAGER)
+        rows.append(row)
+    return rows
 
 
 VERSIONS = ("openvino", "nncf", "onnxruntime", "torchao")
