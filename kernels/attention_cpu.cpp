@@ -141,9 +141,9 @@ void add_mask(const Call& c, float* s, long b, long h, long row) {
     if (c.truths) {
       const uint8_t* m = (const uint8_t*)c.mask + at;
       if (c.mask_column == 1)
-        for (long t = 0; t < c.keys; t++) s[t] = m[t] ? s[t] : NEVER;
+        for (long t = 0; t < c.keys; t++) s[t] += m[t] ? 0 : NEVER;  // NaN stays
       else
-        for (long t = 0; t < c.keys; t++) s[t] = m[t * c.mask_column] ? s[t] : NEVER;
+        for (long t = 0; t < c.keys; t++) s[t] += m[t * c.mask_column] ? 0 : NEVER;
     } else {
       const float* m = (const float*)c.mask + at;
       if (c.mask_column == 1)

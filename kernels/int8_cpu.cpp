@@ -410,7 +410,10 @@ void norm_rows(const Call& c, long from, long to) {
     }
     float squares = sum_of(a + b);
     for (; i < n; i++) squares += (y[i] - mean) * (y[i] - mean);
-    const vec times = all((float)(1 / __builtin_sqrt(squares / n + c.eps)));
+    // a variance beyond float32 has no root: NaN, not a row of zeros
+    const bool finite = squares - squares == 0;
+    const vec times =
+        all(finite ? (float)(1 / __builtin_sqrt(squares / n + c.eps)) : __builtin_nanf(""));
     for (i = 0; i < n; i += V) {
       const some part = first(n - i);
       vec v = (load(y + i, part) - off) * times;
@@ -565,7 +568,8 @@ int64_t int8_linear(const Call* call) {
 // reads: of many rows a few at a time, in the cache.
 int64_t int8_two(const Call* one, const Call* two) {
   Call a = *one, b = *two;
-  Buffer& own = buffer();
+  Buffer once;  // of much memory, which no thread keeps
+  Buffer& own = a.rows * a.out < (1 << 22) ? buffer() : once;
   const bool all_of_x = (a.one_range && !(a.step > 0)) || (b.one_range && !(b.step > 0));
   if (!by_rows(a) || all_of_x) {
     a.y = (float*)own.of(0, a.rows * a.out * sizeof(float));

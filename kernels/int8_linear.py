@@ -340,7 +340,7 @@ def _refusal(kernel: str) -> str | None:
 class _Packed:
     """What kernels derive from one weight, made when first asked for."""
 
-    def __init__(self, qweight: Tensor, stamp: tuple[int, int] | None) -> None:
+    def __init__(self, qweight: Tensor, stamp: tuple[Any, ...] | None) -> None:
         self.stamp = stamp
         self.row_sums = qweight.sum(-1, dtype=torch.int32)
         self.onednn: dict[tuple[int, int], Tensor] = {}
@@ -354,11 +354,16 @@ def packed_weight(qweight: Tensor) -> _Packed:
     # A tensor made under inference_mode counts no versions: nothing derived from it is kept.
     if qweight.is_inference():
         return _Packed(qweight, None)
-    stamp = (qweight._version, qweight.data_ptr())
+    stamp = (qweight._version, qweight.data_ptr(), qweight.shape, qweight.stride())
     packed: _Packed | None = _CACHE.get(qweight)  # type: ignore[no-untyped-call,unused-ignore]
     if packed is None or packed.stamp != stamp:
         packed = _CACHE[qweight] = _Packed(qweight, stamp)
     return packed
+
+
+def forget(qweight: Tensor) -> None:
+    """Packs a weight anew when it is asked for next."""
+    _CACHE.pop(qweight, None)  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def _onednn_weight(packed: _Packed, index: int, qweight: Tensor, width: int) -> Tensor:
@@ -650,6 +655,9 @@ def native_linear(
     if not (fits and qweight.is_cpu and qweight.numel() and "native" in available_kernels()):
         return None
     packed = packed_weight(qweight)
+    if not torch.equal(packed.row_sums, qweight.sum(-1, dtype=torch.int32)):
+        forget(qweight)  # it was written in a way that torch does not count
+        packed = packed_weight(qweight)
     own, width = native_weight(packed, 0, qweight), qweight.shape[1]
     one = activation == "per_tensor"
     given = bias, after.then, after.norm, one

@@ -144,7 +144,9 @@ def bound(
     after = int8.After.of(then, None, norm_weight, norm_bias, eps)
     times = None if multiplier is None else multiplier.to(torch.float32).contiguous()
     given = float(step), int(zero)
-    kernel = int8.native_linear(qweight, scale, bias, after, given=given, multiplier=times)
+    kernel = None
+    if given[0] > 0:  # what else it is, `run` says
+        kernel = int8.native_linear(qweight, scale, bias, after, given=given, multiplier=times)
     return int8.Bound(run, kernel, native)
 
 

@@ -200,3 +200,15 @@ def test_why_the_kernel_does_not_take_an_operand() -> None:
     assert why(q, k[:, :2], v) == "its operands differ in batch, or heads"
     assert "no multiple of" in why(q[..., :20], k[..., :20], v[..., :20])
     assert why(q[:, :, :0], k, v) == "it is empty"
+
+
+def test_what_is_masked_and_no_number_spoils_its_query_as_in_torch(compiled: str) -> None:
+    q, k, v = operands(1, 2, 6, 9, 32)
+    mask = torch.ones(6, 9, dtype=torch.bool)
+    mask[:, 5] = False
+    for bad in (torch.nan, torch.inf):
+        spoiled = k.clone()
+        spoiled[0, 1, 5, 3] = bad
+        want = F.scaled_dot_product_attention(q, spoiled, v, mask)
+        found = attention.native(q, spoiled, v, mask)
+        assert_equal(found.isnan(), want.isnan())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -297,3 +298,44 @@ def test_what_a_model_runs_gives_the_bits_of_the_op(
         for others in [(added,), (torch.randn(width),)] if width else [()]:
             want = fused.run(x, *others, *rest)
             assert_equal(ready(x, *others), want, equal_nan=True)
+
+
+WRITES: dict[str, Callable[[Any], None]] = {
+    "levels": lambda layer: layer.qweight.data.neg_(),
+    "levels that lie otherwise": lambda layer: setattr(layer, "qweight", layer.qweight.mT),
+    "the same by .data": lambda layer: setattr(layer.qweight, "data", layer.qweight.data.mT),
+    "step": lambda layer: layer.step.data.mul_(4),
+    "zero": lambda layer: layer.zero.data.add_(20),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("write", list(WRITES.values()), ids=list(WRITES))
+def test_writes_that_torch_does_not_count_are_seen(write: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)).eval()
+    lowered = rewrite(model, [Quantize("int8-static")], X, calibration=[X])
+    assert fused(lowered) == {"0": "int8_mlp"}
+    with torch.no_grad():
+        before = lowered(X)
+        write(lowered[0])
+        assert not torch.equal(lowered(X), before)
+        assert_equal(lowered(X), copy.deepcopy(lowered)(X))
+
+
+@needs_kernel
+@pytest.mark.parametrize("step", [0.0, -1.0, float("nan")])
+def test_a_step_that_is_none_is_an_error_of_the_lowered_model_too(step: float) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    lowered = rewrite(model, [Quantize("int8-static")], X, calibration=[X])
+    lowered[0].step.fill_(step)
+    with torch.no_grad(), pytest.raises(ValueError, match="step must be above 0"):
+        lowered(X)
+
+
+@needs_kernel
+def test_a_variance_beyond_float32_is_nan() -> None:
+    lowered = rewrite(Block("norm").eval(), [Quantize()], X)
+    assert fused(lowered) == {"a": "int8_linear_norm"}
+    with torch.no_grad():
+        assert lowered(X * 1e20).isnan().all()

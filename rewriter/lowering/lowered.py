@@ -160,7 +160,8 @@ class _Bound:
         return made
 
     def _copied(self, tensors: Sequence[Sequence[Tensor | None]]) -> set[int]:
-        """Ids of the sources of places that derive tensors of other memory than theirs."""
+        """Ids of the sources of places that derive tensors of other memory than theirs; of what is
+        bound, those that are packed or read once: levels, and single numbers."""
         found: set[int] = set()
         for application, own in zip(self.applications, tensors, strict=True):
             layers = [self.root.get_submodule(name) for name in application.place.owners]
@@ -168,6 +169,8 @@ class _Bound:
             memory = {t.untyped_storage().data_ptr() for t in read}
             if any(t is not None and not _lies_in(t, memory) for t in own):
                 found.update(map(id, read))
+            elif application.rule.fused.bind is not None:
+                found.update(id(t) for t in read if not t.is_floating_point() or t.numel() == 1)
         return found
 
     def _program(self) -> Program:

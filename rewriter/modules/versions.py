@@ -1,11 +1,11 @@
 """Whether tensors are as they were when something was derived from them.
 
-At every call the tensors are compared with what they were then: by their memory, by torch's version
-counter, which every write in place raises, and by a few of their values. The values (on the CPU)
-are for writes that torch does not count: by fused optimizers, through `tensor.data`, through
-another tensor over the same memory, of batch norm into its statistics. After a step of any
-optimizer all values are compared, by their sum. What remains unseen is a write that torch does not
-count, that no optimizer made, and that leaves the sampled values alone.
+At every call the tensors are compared with what they were then: by their memory, sizes and strides,
+by torch's version counter, which every write in place raises, and by a few of their values. The
+values (on the CPU) are for writes that torch does not count: by fused optimizers, through
+`tensor.data`, through another tensor over the same memory, of batch norm into its statistics. After
+a step of any optimizer all values are compared, by their sum. What remains unseen is a write that
+torch does not count, that no optimizer made, and that leaves the sampled values alone.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Stamp:
         self.memory = [StorageWeakRef(t.untyped_storage()) for t in tensors]
         self.addresses = [t.data_ptr() for t in tensors]
         self.versions = [t._version for t in tensors]
+        self.looks = _looks(tensors)
         wanted = [True] * len(tensors) if sampled is None else sampled
         self.places = [_places(t, own) for t, own in zip(tensors, wanted, strict=True)]
         views = _views(tensors, self.places)
@@ -81,7 +82,7 @@ class Stamp:
         """Whether these are the same, as they were."""
         if [t._version for t in tensors] != self.versions:
             return False
-        if [t.data_ptr() for t in tensors] != self.addresses:
+        if [t.data_ptr() for t in tensors] != self.addresses or _looks(tensors) != self.looks:
             return False
         # what is kept keeps its address; the weak reference keeps the storage's own from being used
         # again
@@ -99,6 +100,11 @@ class Stamp:
                 return False
             self.steps = steps
         return True
+
+
+def _looks(tensors: Sequence[Tensor]) -> list[Any]:
+    """Sizes and strides; of a vector its size, as none is read backwards."""
+    return [(t.shape, t.stride()) if t.ndim > 1 else t.numel() for t in tensors]
 
 
 def _bits(tensor: Tensor) -> Tensor:
