@@ -408,6 +408,8 @@ def _account(
             rows.append(decision)
     notes = [f"{fmt.size(held)} of derived weights are kept beside the model"] if held else []
     notes.append(_saved(before, new.total))
+    if priced:
+        notes.append("fused ops run where no gradient is wanted, as under torch.no_grad()")
     return Step("lowering", before, new.total, rows, None, True, 0.0, notes)
 
 
