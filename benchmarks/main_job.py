@@ -119,7 +119,8 @@ def flops(made: dict[str, nn.Module], batch: Batch) -> list[dict[str, Any]]:
     """FLOPs of the ledger against torch's counter, original and rewritten."""
     rows = []
     for name, optimized in made.items():
-        found = capture(optimized, batch)
+        # of a copy: what is captured again runs that graph, without what it was lowered to
+        found = capture(copy.deepcopy(optimized), batch)
         (region,) = found.regions
         cost = propagate(found.root, region.graphs[False], region.leaves or [], training=False)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
