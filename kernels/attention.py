@@ -128,12 +128,10 @@ def attention(
     Returns:
         [batch, heads, S, D], which lies as [batch, S, heads, D].
     """
-    options: Any = {"scale": scale, "enable_gqa": enable_gqa}
-    if isinstance(query, FakeTensor):  # priced: as torch's
-        run: Callable[..., Tensor] = F.scaled_dot_product_attention
-    else:
-        run = bound()
-    return run(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    mask, causal, gqa = attn_mask, is_causal, enable_gqa
+    ours = not isinstance(query, FakeTensor)  # priced: as torch's
+    ours = ours and _is_native(query, key, value, mask, dropout_p, causal, gqa)
+    return _computed(ours, query, key, value, mask, dropout_p, causal, scale, gqa)
 
 
 def bound() -> Callable[..., Tensor]:
@@ -151,23 +149,49 @@ def bound() -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        operands = query, key, value, attn_mask
+        operands, options = (query, key, value, attn_mask), (dropout_p, is_causal)
         looks = [None if t is None else (t.shape, t.dtype, t.is_cpu) for t in operands]
-        call = *looks, dropout_p, is_causal, enable_gqa, torch.get_num_threads()
+        call = *looks, *options, enable_gqa, torch.get_num_threads()
         ours = known.get(call)
         if ours is None:
-            why = refusal(query, key, value, attn_mask, is_causal, dropout_p)
-            same = enable_gqa or query.shape[1:2] == key.shape[1:2]
-            ours = why is None and same
-            ours = ours and pick(query, key, attn_mask, is_causal) == "native"
-            known[call] = ours
-        if ours:
-            return native(query, key, value, attn_mask, is_causal, scale)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+            ours = known[call] = _is_native(*operands, *options, enable_gqa)
+        return _computed(ours, *operands, *options, scale, enable_gqa)
 
     return run
+
+
+def _is_native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    gqa: bool,
+) -> bool:
+    """Whether the compiled kernel takes such operands, and is the fastest."""
+    if refusal(query, key, value, mask, causal, dropout) is not None:
+        return False
+    same = gqa or query.shape[1:2] == key.shape[1:2]
+    return same and pick(query, key, mask, causal) == "native"
+
+
+def _computed(
+    ours: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+) -> Tensor:
+    if ours:
+        return native(query, key, value, mask, causal, scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, causal, scale=scale, enable_gqa=gqa
+    )
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
