@@ -54,16 +54,9 @@ DENSE = "fp32"
 def small_llama() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     """A model with random weights, a prompt, and texts of which it knows nothing: one to measure
     on, one to calibrate on."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+    model = load_script("examples/quantize_llm.py").small_llama()
     text = torch.randint(2, 512, (6, 64))
-    return LlamaForCausalLM(config).eval(), text[:1, :8], text[:2], text[2:]
+    return model, text[:1, :8], text[:2], text[2:]
 
 
 def smollm2(windows: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
