@@ -70,6 +70,7 @@ struct Call {
   int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
   int64_t mask_batch, mask_head, mask_row, mask_column, truths, causal, threads;
   double scale;
+  int64_t bf16;  // both products of bfloat16 numbers, where attention_bf16() says so
 };
 
 namespace {
@@ -197,11 +198,29 @@ void head(const Call& c, long b, long h, long from, long to) {
   free(held);
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define BF16 1
+#include "attention_bf16.h"
+#else
+#define BF16 0
+#endif
+
+// Queries [from, to) of one head, as the call asks for.
+void part(const Call& c, long b, long h, long from, long to) {
+#if BF16
+  if (c.bf16) return bf16::head(c, b, h, from, to);
+#endif
+  head(c, b, h, from, to);
+}
+
 }  // namespace
 
 extern "C" {
 
 int64_t attention_lanes() { return V; }
+
+// Whether a call may ask for bfloat16.
+int64_t attention_bf16() { return BF16; }
 
 void attention(const Call* call) {
   const Call& c = *call;
@@ -212,7 +231,7 @@ void attention(const Call* call) {
   parts = (c.queries + size - 1) / size;
   for_each(c.parallel, c.threads, heads * parts, [&](long task) {
     const long at = task / parts, from = task % parts * size;
-    head(c, at / c.heads, at % c.heads, from, least(from + size, c.queries));
+    part(c, at / c.heads, at % c.heads, from, least(from + size, c.queries));
   });
 }
 }
