@@ -224,14 +224,17 @@ int64_t attention_bf16() { return BF16; }
 
 void attention(const Call* call) {
   const Call& c = *call;
-  // a head is one task, or so many parts of it that all threads have work
+  // a task is a few heads beside each other in memory; or one; or a part of one, so that all threads
+  // have work
   const long heads = c.batch * c.heads, rows = up(c.queries, ROWS) / ROWS;
-  long parts = heads >= 2 * c.threads ? 1 : least(rows, (2 * c.threads + heads - 1) / heads);
-  const long size = (rows + parts - 1) / parts * ROWS;
-  parts = (c.queries + size - 1) / size;
-  for_each(c.parallel, c.threads, heads * parts, [&](long task) {
-    const long at = task / parts, from = task % parts * size;
-    part(c, at / c.heads, at % c.heads, from, least(from + size, c.queries));
+  const long parts = heads >= 2 * c.threads ? 1 : least(rows, (2 * c.threads + heads - 1) / heads);
+  const long size = (rows + parts - 1) / parts * ROWS, cuts = (c.queries + size - 1) / size;
+  const long each = cuts > 1 ? 1 : least(4, (heads + 8 * c.threads - 1) / (8 * c.threads));
+  for_each(c.parallel, c.threads, (heads * cuts + each - 1) / each, [&](long task) {
+    for (long i = task * each; i < least(task * each + each, heads * cuts); i++) {
+      const long at = i / cuts, from = i % cuts * size;
+      part(c, at / c.heads, at % c.heads, from, least(from + size, c.queries));
+    }
   });
 }
 }
