@@ -11,14 +11,14 @@ import ctypes
 import functools
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rewriter.kernels.native import library, parallel, why_not
 
-__all__ = ["THEN", "Linear", "Norm", "isa", "pack", "refusal"]
+__all__ = ["THEN", "Linear", "Norm", "Product", "compiled", "isa", "pack", "refusal"]
 
 THEN = ("", "relu", "gelu", "silu")
 """What may follow the product, by the number that C++ knows it as."""
@@ -50,6 +50,21 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Product(Protocol):
+    """What follows x in one call: `Linear`, `Two`, or another of the kernels.
+
+    Args:
+        width: of a row of x.
+        out: of a row of the result.
+    """
+
+    width: int
+    out: int
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, bool]:
+        """As of a `Linear`, with x and y contiguous."""
+
+
 @functools.cache
 def _library() -> tuple[Any, int]:
     made = library(_SOURCE)
@@ -61,7 +76,18 @@ def _library() -> tuple[Any, int]:
     made.int8_pack.restype = None
     made.int8_linear.argtypes, made.int8_linear.restype = [ctypes.c_void_p], ctypes.c_int64
     made.int8_two.argtypes, made.int8_two.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
+    made.int8_monarch.restype = ctypes.c_int64
+    made.int8_monarch.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return made, parallel()
+
+
+def compiled() -> tuple[Any, int]:
+    """The library, and the address of what starts its threads.
+
+    Raises:
+        Unavailable: the kernels do not run here.
+    """
+    return _library()
 
 
 @functools.cache

@@ -345,6 +345,7 @@ class _Packed:
         self.row_sums = qweight.sum(-1, dtype=torch.int32)
         self.onednn: dict[tuple[int, int], Tensor] = {}
         self.native: dict[int, Tensor] = {}
+        self.blocks: dict[int, Tensor] = {}  # of a Monarch's factor, by how its rows are ordered
 
 
 _CACHE = WeakTensorKeyDictionary()
@@ -477,15 +478,16 @@ def multiply(
 
 
 def multiply_blocks(
-    quantized: Quantized, qweight: Tensor, packed: _Packed, scale: Tensor
+    quantized: Quantized, qweight: Tensor, packed: _Packed, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """`multiply` of the kernel "torch" for a stack: q [N·rows, ≥ k], qweight [N, n, k] →
-    [N, rows, n]."""
+    """`multiply` of the kernel "torch" for a stack: q [N·rows, ≥ k], qweight [N, n, k], bias [N, n]
+    → [N, rows, n]."""
     (q, s, lo), (blocks, _, k) = quantized, qweight.shape
     found = _whole_product(q.unflatten(0, (blocks, -1))[..., :k], qweight)
     s = s.unflatten(0, (blocks, -1)) if isinstance(s, Tensor) else s
     lo = lo.unflatten(0, (blocks, -1)) if isinstance(lo, Tensor) else lo
-    return _from_products(found, s, lo, packed.row_sums[:, None], scale[:, None], None)
+    bias = None if bias is None else bias[:, None]
+    return _from_products(found, s, lo, packed.row_sums[:, None], scale[:, None], bias)
 
 
 def _from_products(
@@ -677,7 +679,7 @@ class Bound:
     def __init__(
         self,
         run: Callable[..., Tensor],
-        kernel: int8_cpu.Linear | int8_cpu.Two | None,
+        kernel: int8_cpu.Product | None,
         native: Callable[[int], bool],
     ) -> None:
         self.run, self.kernel, self.native = run, kernel, native
@@ -690,7 +692,7 @@ class Bound:
                 return y
         return self.run(x, add)
 
-    def _takes(self, kernel: int8_cpu.Linear | int8_cpu.Two, x: Tensor, add: Tensor | None) -> bool:
+    def _takes(self, kernel: int8_cpu.Product, x: Tensor, add: Tensor | None) -> bool:
         if x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
             return False
         shape = x.shape
