@@ -51,11 +51,11 @@ class Norm(NamedTuple):
 
 
 class Product(Protocol):
-    """What follows x in one call: `Linear`, `Two`, or another of the kernels.
+    """x → y in one call: a `Linear`, a `Two`, or another of the compiled kernels.
 
     Args:
         width: of a row of x.
-        out: of a row of the result.
+        out: of a row of y.
     """
 
     width: int
@@ -63,6 +63,9 @@ class Product(Protocol):
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, bool]:
         """As of a `Linear`, with x and y contiguous."""
+
+    def before(self, second: Product) -> Product | None:
+        """`second(self(x), add)` in one call; None where no kernel has both."""
 
 
 @functools.cache
@@ -191,6 +194,9 @@ class Linear:
             call.add = add.data_ptr()
         return y, bool(self._made.int8_linear(ctypes.byref(call)))
 
+    def before(self, second: Product) -> Product | None:
+        return Two(self, second) if isinstance(second, Linear) else None
+
 
 class Two:
     """`second(first(x), add)`, where what lies between is in the cache alone.
@@ -217,6 +223,9 @@ class Two:
         if add is not None:
             two.add = add.data_ptr()
         return y, bool(self._made.int8_two(ctypes.byref(one), ctypes.byref(two)))
+
+    def before(self, second: Product) -> Product | None:
+        return None
 
 
 def _address(tensor: Tensor | None) -> int | None:

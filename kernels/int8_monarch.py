@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import int8_cpu, int8_monarch_cpu, monarch, ops
+from rewriter.kernels import int8_cpu, int8_monarch_cpu, int8_product, monarch, ops
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import (
@@ -43,7 +43,6 @@ __all__ = [
     "Operands",
     "available_kernels",
     "bound",
-    "bound_pair",
     "int8_monarch_linear",
     "int8_monarch_linear_reference",
     "int8_monarch_linear_then",
@@ -520,23 +519,11 @@ def bound(
         if all(t.is_cpu and t.dtype == torch.float32 for t in floats):
             for q in (qright, qleft):
                 if not torch.equal(int8.packed_weight(q).row_sums, q.sum(-1, dtype=torch.int32)):
-                    int8.forget(q)  # it was written in a way that torch does not count
+                    int8_product.forget(q)  # it was written in a way that torch does not count
             row = right_scale.new_empty(0, in_features)
             after = int8.After.of(then, None, norm_weight, norm_bias, eps)
             kernel = _new(Operands(row, *own), after)
     return int8.Bound(run, kernel, native)
-
-
-def bound_pair(first: int8.Bound, second: int8.Bound) -> int8.Bound:
-    """`second(first(x), add)`."""
-    kernel, one, two = None, first.kernel, second.kernel
-    if isinstance(one, int8_monarch_cpu.Monarch) and isinstance(two, int8_monarch_cpu.Monarch):
-        kernel = int8_monarch_cpu.Pair(one, two)
-
-    def run(x: Tensor, add: Tensor | None = None) -> Tensor:
-        return second.run(first.run(x), add)
-
-    return int8.Bound(run, kernel, lambda rows: first.native(rows) and second.native(rows))
 
 
 def _fake(*args: Any) -> Tensor:

@@ -117,6 +117,9 @@ class Monarch:
             call.add = add.data_ptr()
         return y, bool(self._made.int8_monarch(ctypes.byref(call), 1))
 
+    def before(self, second: int8_cpu.Product) -> int8_cpu.Product | None:
+        return Pair(self, second) if isinstance(second, Monarch) else None
+
 
 def _threads(products: int) -> int:
     return 1 if products < _ALONE else torch.get_num_threads()
@@ -144,3 +147,6 @@ class Pair:
         if add is not None:
             calls[1].add = add.data_ptr()
         return y, bool(self.first._made.int8_monarch(ctypes.byref(calls), 2))
+
+    def before(self, second: int8_cpu.Product) -> int8_cpu.Product | None:
+        return None
