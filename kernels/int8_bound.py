@@ -74,7 +74,7 @@ class Bound:
     def __init__(
         self,
         run: Callable[..., Tensor],
-        kernel: int8_cpu.Linear | int8_cpu.Two | None,
+        kernel: int8_cpu.Product | None,
         native: Callable[[int], bool],
     ) -> None:
         self.run, self.kernel, self.native = run, kernel, native
@@ -87,7 +87,7 @@ class Bound:
                 return y
         return self.run(x, add)
 
-    def _takes(self, kernel: int8_cpu.Linear | int8_cpu.Two, x: Tensor, add: Tensor | None) -> bool:
+    def _takes(self, kernel: int8_cpu.Product, x: Tensor, add: Tensor | None) -> bool:
         if x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
             return False
         shape = x.shape
@@ -107,10 +107,10 @@ class Bound:
 def bound_pair(first: Bound, second: Bound) -> Bound:
     """`second(first(x), add)`."""
     kernel = None
-    if isinstance(first.kernel, int8_cpu.Linear) and isinstance(second.kernel, int8_cpu.Linear):
-        kernel = int8_cpu.Two(first.kernel, second.kernel)
+    if first.kernel is not None and second.kernel is not None:
+        kernel = first.kernel.before(second.kernel)
 
     def run(x: Tensor, add: Tensor | None = None) -> Tensor:
-        return second.run(first.run(x), add)
+        return second(first(x), add)
 
     return Bound(run, kernel, lambda rows: first.native(rows) and second.native(rows))

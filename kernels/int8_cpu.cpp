@@ -599,3 +599,5 @@ int64_t int8_two(const Call* one, const Call* two) {
   return spoiled.load();
 }
 }
+
+#include "int8_monarch.h"

@@ -11,14 +11,14 @@ import ctypes
 import functools
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rewriter.kernels.native import library, parallel, why_not
 
-__all__ = ["THEN", "Linear", "Norm", "isa", "pack", "refusal"]
+__all__ = ["THEN", "Linear", "Norm", "Product", "compiled", "isa", "pack", "refusal"]
 
 THEN = ("", "relu", "gelu", "silu")
 """What may follow the product, by the number that C++ knows it as."""
@@ -50,6 +50,24 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Product(Protocol):
+    """x → y in one call: a `Linear`, a `Two`, or another of the compiled kernels.
+
+    Args:
+        width: of a row of x.
+        out: of a row of y.
+    """
+
+    width: int
+    out: int
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, bool]:
+        """As of a `Linear`, with x and y contiguous."""
+
+    def before(self, second: Product) -> Product | None:
+        """`second(self(x), add)` in one call; None where no kernel has both."""
+
+
 @functools.cache
 def _library() -> tuple[Any, int]:
     made = library(_SOURCE)
@@ -61,7 +79,18 @@ def _library() -> tuple[Any, int]:
     made.int8_pack.restype = None
     made.int8_linear.argtypes, made.int8_linear.restype = [ctypes.c_void_p], ctypes.c_int64
     made.int8_two.argtypes, made.int8_two.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
+    made.int8_monarch.restype = ctypes.c_int64
+    made.int8_monarch.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return made, parallel()
+
+
+def compiled() -> tuple[Any, int]:
+    """The library, and the address of what starts its threads.
+
+    Raises:
+        Unavailable: the kernels do not run here.
+    """
+    return _library()
 
 
 @functools.cache
@@ -165,6 +194,9 @@ class Linear:
             call.add = add.data_ptr()
         return y, bool(self._made.int8_linear(ctypes.byref(call)))
 
+    def before(self, second: Product) -> Product | None:
+        return Two(self, second) if isinstance(second, Linear) else None
+
 
 class Two:
     """`second(first(x), add)`, where what lies between is in the cache alone.
@@ -191,6 +223,9 @@ class Two:
         if add is not None:
             two.add = add.data_ptr()
         return y, bool(self._made.int8_two(ctypes.byref(one), ctypes.byref(two)))
+
+    def before(self, second: Product) -> Product | None:
+        return None
 
 
 def _address(tensor: Tensor | None) -> int | None:

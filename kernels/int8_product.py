@@ -105,6 +105,7 @@ class Packed:
         self.row_sums = qweight.sum(-1, dtype=torch.int32)
         self.onednn: dict[tuple[int, int], Tensor] = {}
         self.native: dict[int, Tensor] = {}
+        self.blocks: dict[int, Tensor] = {}  # of a Monarch's factor, by how its rows are ordered
 
 
 _CACHE = WeakTensorKeyDictionary()
@@ -236,14 +237,17 @@ def multiply(
     return _from_products(found, s, lo, sums, scale, bias)
 
 
-def multiply_blocks(quantized: Quantized, qweight: Tensor, packed: Packed, scale: Tensor) -> Tensor:
-    """`multiply` of the kernel "torch" for a stack: q [N·rows, ≥ k], qweight [N, n, k] →
-    [N, rows, n]."""
+def multiply_blocks(
+    quantized: Quantized, qweight: Tensor, packed: Packed, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`multiply` of the kernel "torch" for a stack: q [N·rows, ≥ k], qweight [N, n, k], bias [N, n]
+    → [N, rows, n]."""
     (q, s, lo), (blocks, _, k) = quantized, qweight.shape
     found = _whole_product(q.unflatten(0, (blocks, -1))[..., :k], qweight)
     s = s.unflatten(0, (blocks, -1)) if isinstance(s, Tensor) else s
     lo = lo.unflatten(0, (blocks, -1)) if isinstance(lo, Tensor) else lo
-    return _from_products(found, s, lo, packed.row_sums[:, None], scale[:, None], None)
+    bias = None if bias is None else bias[:, None]
+    return _from_products(found, s, lo, packed.row_sums[:, None], scale[:, None], bias)
 
 
 def _from_products(

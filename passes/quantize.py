@@ -32,6 +32,7 @@ from rewriter.kernels.int8_linear import (
     quantize_weight,
 )
 from rewriter.kernels.int8_monarch import int8_monarch_linear
+from rewriter.kernels.int8_monarch import kernel_name as monarch_kernel_name
 from rewriter.kernels.monarch import monarch_dense
 from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.modules.observers import OBSERVERS, Observer
@@ -250,18 +251,23 @@ class QuantizedMonarch(LinearLayer):
         )
 
     def kernel(self, tokens: int) -> str:
-        return f"{self._factor_kernel(self.qright, tokens)}, block by block"
+        k, l = len(self.qright), len(self.qleft)
+        name = monarch_kernel_name(
+            tokens,
+            self.in_features,
+            self.out_features,
+            (k, l),
+            self.rank,
+            self.activation,
+            self.interleaved,
+            self.qright.device,
+            self.right_scale.dtype,
+        )
+        return name if name == "native" else f"{name}, block by block"
 
     def held_bytes(self, tokens: int) -> int:
-        return sum(
-            factor.numel()
-            for factor in (self.qright, self.qleft)
-            if self._factor_kernel(factor, tokens) in PACKED
-        )
-
-    def _factor_kernel(self, factor: Tensor, tokens: int) -> str:
-        _, rows, columns = factor.shape
-        return kernel_name(tokens, columns, rows, self.activation, factor.device)
+        packed = self.kernel(tokens).partition(",")[0] in PACKED
+        return self.qright.numel() + self.qleft.numel() if packed else 0
 
     def dense_weight(self) -> Tensor:
         """The product of the dequantized factors, [out_features, in_features]."""

@@ -237,6 +237,21 @@ def test_monarch_speed(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_monarch_int8(tmp_path: pathlib.Path) -> None:
+    """All sides of every ratio run."""
+    run("benchmarks/monarch_int8.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "monarch_int8")
+    assert [row["rows"] for row in found["Layers"]] == [4, 1]
+    ratios = [row["Monarch + int8 × over int8"] for row in found["Layers"]]
+    (narrow,) = found["Over int8 alone"]
+    assert narrow["least × over int8"] == min(ratios)
+    (model,) = found["Models"]
+    assert model["model"] == "BERT-base"
+    assert 0 <= model["Monarch layers kept"] <= 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_monarch_project(tmp_path: pathlib.Path) -> None:
     """On real weights, a fit to a few activations is closer on others than the projection."""
     run("benchmarks/monarch_project.py", "--quick", "--out", str(tmp_path))

@@ -103,7 +103,7 @@ def test_each_site_is_asked_once_in_the_order_of_calls() -> None:
 
 def test_steps_say_what_happened() -> None:
     report = rewrite(Net(), [Monarch(nblocks=4), Quantize()], X).report
-    original, monarch, quantize = report.steps
+    original, monarch, quantize = report.steps[:3]  # and lowering, where there are kernels
     assert (original.name, monarch.name) == ("original", "Monarch(nblocks=4)")
     assert quantize.name == "Quantize(scheme='int8-dynamic')"
     assert original.after == monarch.before

@@ -714,7 +714,7 @@ def test_latency_keeps_dense_the_layers_that_monarch_slows() -> None:
 def test_latency_goes_by_what_is_measured(
     dense: float, monarch: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rewriter.engine.decide.timed", lambda site, layer: (dense, monarch))
+    monkeypatch.setattr("rewriter.engine.decide.timed", lambda *_: (dense, monarch))
     made = rewriter.rewrite(
         nn.Sequential(nn.Linear(64, 64)), [Monarch(nblocks=4)], torch.randn(4, 64),
         objective="latency",

@@ -388,7 +388,7 @@ class _Compilation:
         engine.prices.training = self.training
         with _plain(quiet=self.partial or (self.backend.install and self.frame.compilation > 0)):
             steps = [engine.original()]
-            steps += [engine.run(p) for p in chosen]
+            steps += engine.run_all(chosen)
         report = engine.report(steps)
         report.model = self.name or report.model
         return engine, report

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ from rewriter.base import Layer, Pass, Phase, Replacement, Skip, Where
 from rewriter.capture import Capture
 from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.engine.batches import Calibration
-from rewriter.errors import CalibrationError, OptionError
+from rewriter.errors import CalibrationError, OptionError, PassError
 from rewriter.layer import ComputedWeight
 from rewriter.lowering import Rule
 from rewriter.modules.patterns import Chain, Fan, Op
@@ -43,9 +43,11 @@ from rewriter.spellings import (
 
 __all__ = [
     "OBJECTIVES",
+    "Ahead",
     "Declined",
     "Options",
     "Proposal",
+    "ahead",
     "check_calibrated",
     "check_passes",
     "check_patterns",
@@ -402,7 +404,9 @@ def _is_adapted(site: Site) -> bool:
     return site.module is not None and holder is not None and is_adapter(holder)
 
 
-def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -> str:
+def objections(
+    p: Proposal, options: Options, old: Cost | None, resident: int, later: Sequence[Pass] = ()
+) -> str:
     """Why `max_error`, the objective or a lost bias speaks against a replacement; "" where none
     does.
 
@@ -411,6 +415,7 @@ def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -
         options: how to decide.
         old: what the site costs now; None where that is not known.
         resident: bytes of all weights of the model.
+        later: the passes that follow.
     """
     # of outputs on calibration rows, where there are some: that is what the layer was fitted to
     error = p.replacement.output_error
@@ -434,21 +439,8 @@ def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -
         return f"error {error:.3g} is above max_error {limit:.3g}"
     if options.objective is None:
         return ""
-    if options.objective == "latency" and options.device is not None and not options.measure:
-        name = options.device.name
-        if old is None or old.latency_s is None:
-            return f"its latency on {name} is not known: no shapes"
-        new_us = predicted(p.site, p.replacement.layer, options.device, resident) * 1e6
-        old_us = old.latency_s * 1e6
-        said = f"predicted {new_us:.3g} µs on {name}, the layer it replaces {old_us:.3g} µs"
-        return "" if new_us < old_us else said
     if options.objective == "latency":
-        times = timed(p.site, p.replacement.layer)
-        if times is None:
-            return "its latency cannot be measured here: no data, or no shapes"
-        old_us, new_us = (t * 1e6 for t in times)
-        said = f"measured {new_us:.0f} µs, the layer it replaces {old_us:.0f} µs"
-        return "" if new_us < old_us else said
+        return _too_slow(p, options, old, resident, later)
     module = p.site.place
     tensors = [] if module is not None or p.site.weight_ref is None else [p.site.weight]
     tensors += [p.site.bias] if tensors and p.site.bias is not None else []
@@ -459,6 +451,93 @@ def objections(p: Proposal, options: Options, old: Cost | None, resident: int) -
     if options.objective == "memory" and after.param_bytes >= before.param_bytes:
         return f"{after.param_bytes} bytes are no fewer than {before.param_bytes}"
     return ""
+
+
+def _too_slow(
+    p: Proposal, options: Options, old: Cost | None, resident: int, later: Sequence[Pass]
+) -> str:
+    """Why the layer is no faster than the one that it replaces, as later passes will make both."""
+    behind = ahead(p, later, options.where)
+    before, layer, said = behind or Ahead(None, p.replacement.layer, "")
+    if options.device is not None and not options.measure:
+        name, latency = options.device.name, None if old is None else old.latency_s
+        if latency is not None and before is not None:
+            latency = predicted(p.site, before, options.device, resident)
+        if latency is None:
+            return f"its latency on {name} is not known: no shapes"
+        new_us, old_us = predicted(p.site, layer, options.device, resident) * 1e6, latency * 1e6
+        found = f"predicted {new_us:.3g} µs on {name}, the layer it replaces {old_us:.3g} µs"
+    else:
+        times = timed(p.site, layer, before)
+        if times is None:
+            return "its latency cannot be measured here: no data, or no shapes"
+        old_us, new_us = (t * 1e6 for t in times)
+        found = f"measured {new_us:.0f} µs, the layer it replaces {old_us:.0f} µs"
+    return "" if new_us < old_us else found + said
+
+
+class Ahead(NamedTuple):
+    """Two layers as later passes will make them.
+
+    Args:
+        old: what becomes of the layer at a site; None where it stays.
+        new: what becomes of its replacement.
+        said: by which passes, as the end of a sentence.
+    """
+
+    old: nn.Module | None
+    new: nn.Module
+    said: str
+
+
+def ahead(p: Proposal, later: Sequence[Pass], where: Where) -> Ahead | None:
+    """What later passes make of a replacement, and of the layer that stays in its absence, where
+    they give other numbers to multiply: that decides which kernels run. None where they leave both
+    as they are, or depend on calibration.
+
+    Args:
+        p: the replacement.
+        later: the passes that follow.
+        where: which sites all passes take.
+
+    Raises:
+        PassError: a pass failed on one of the layers.
+    """
+    old, new = p.site.module, inner(p.replacement.layer)
+    asked = [
+        q
+        for q in later
+        if q.phase == Phase.PRECISION
+        and not (q.plans or q.simulates)
+        and unselected(p.site, where, q.where) is None
+    ]
+    if old is None or not asked or any(q.calibrates or q.needs_calibration for q in asked):
+        return None
+    before, after = (_finished(layer, asked, p.site) for layer in (old, new))
+    if before is old and after is new:
+        return None
+    return Ahead(
+        p.site.place if before is old else p.site.fitted(before),
+        p.site.fitted(after),
+        f", both after {', '.join(map(str, asked))}",
+    )
+
+
+def _finished(layer: nn.Module, passes: Sequence[Pass], at: Site) -> nn.Module:
+    for rewrite in passes:
+        site = Site.of(layer)
+        if site.kind not in rewrite.kinds:
+            continue
+        try:
+            with torch.enable_grad():
+                answer = rewrite.propose(site)
+        except Exception as error:
+            raise PassError(
+                f"{rewrite} on the {type(layer).__name__} that an earlier pass leaves at "
+                f"{at.fqn!r}: {type(error).__name__}: {error}"
+            ) from error
+        layer = answer.layer if isinstance(answer, Replacement) else layer
+    return layer
 
 
 class Declined(Exception):
@@ -518,7 +597,7 @@ def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> fl
 
 
 def timed(
-    site: Site, layer: nn.Module, *, only: str = "", **how: Any
+    site: Site, layer: nn.Module, old: nn.Module | None = None, *, only: str = "", **how: Any
 ) -> tuple[float, float] | None:
     """Median seconds of the site's calls in one forward, (the old layer, the new one): eval mode,
     without gradients, interleaved, on random inputs of the sizes that the example has.
@@ -528,6 +607,7 @@ def timed(
     Args:
         site: with the old layer.
         layer: the new one, as the model would call it.
+        old: what counts as the old one; None for the site as it is.
         only: the one type of device that is timed; "" for any.
         how: options of `medians`.
     """
@@ -547,17 +627,18 @@ def timed(
     if not inputs or any(t.is_meta for t in tensors):
         return None
     xs = [_random(*kind) for kind in inputs]
-    old = _runner(site, xs)
-    old_modes = nullcontext() if site.place is None else modes(site.place, False)
+    place = site.place if old is None else old
+    run = _runner(site, place, xs)
+    old_modes = nullcontext() if place is None else modes(place, False)
     with torch.no_grad(), modes(layer, False), old_modes, autocast_at(site.nodes[0]):
-        calls = old, lambda: [layer.forward(x) for x in xs]
+        calls = run, lambda: [layer.forward(x) for x in xs]
         old_time, new_time = medians(calls, xs[0].device, **how)
     return old_time, new_time
 
 
-def _runner(site: Site, xs: Sequence[Tensor]) -> Callable[[], Any]:
-    """The site as it is now; hooks do not run."""
-    module, channels = site.place, site.channels
+def _runner(site: Site, module: nn.Module | None, xs: Sequence[Tensor]) -> Callable[[], Any]:
+    """The module at a site, or the site as it is now where there is none; hooks do not run."""
+    channels = site.channels
     if module is not None:
         return lambda: [module.forward(x) for x in xs]
     if site.weight_ref is not None:

@@ -103,8 +103,16 @@ class Engine:
             "original", total, total, [], None, True, seconds, notes, self.prices.timeline()
         )
 
-    def run(self, rewrite: Pass) -> Step:
+    def run_all(self, passes: Sequence[Pass]) -> list[Step]:
+        """`run` of each, in order."""
+        return [self.run(p, passes[i + 1 :]) for i, p in enumerate(passes)]
+
+    def run(self, rewrite: Pass, later: Sequence[Pass] = ()) -> Step:
         """Runs one pass over the whole model.
+
+        Args:
+            rewrite: the pass.
+            later: those that follow: they may decide which layer is the faster one.
 
         Raises:
             PassError: the pass failed on a site; names both.
@@ -113,7 +121,7 @@ class Engine:
         """
         start, before = time.perf_counter(), self.prices.cost.total
         costs = self.prices.of_sites(sites_of(self.capture))
-        run = PassRun(rewrite, self.capture, self.options, costs, before.param_bytes)
+        run = PassRun(rewrite, self.capture, self.options, costs, before.param_bytes, later)
         run.look()
         self.weighed |= LINEAR in rewrite.kinds
         run.calibrate()
@@ -121,7 +129,7 @@ class Engine:
         run.decide()
         run.try_layers()
         if self.lost is not None and not rewrite.simulates:
-            self.lost.add(run.proposals)
+            self.lost.add(run.proposals, later, self.options.where)
         with self._all_or_nothing(run):
             run.install(self.recipe)
             self.prices.price()

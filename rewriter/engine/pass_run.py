@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +55,7 @@ class PassRun:
         options: how to decide.
         costs: what each site cost before the pass, by name.
         resident: bytes of all weights of the model.
+        later: the passes that follow.
         sites: all sites of the model, before the pass.
         matching: the sites of the kinds that the pass takes.
         proposals: the replacements that still stand.
@@ -73,6 +75,7 @@ class PassRun:
     options: Options
     costs: dict[str, Cost]
     resident: int
+    later: Sequence[Pass] = ()
     sites: list[Site] = field(init=False)
     matching: list[Site] = field(init=False)
     proposals: list[Proposal] = field(default_factory=list)
@@ -193,7 +196,9 @@ class PassRun:
         if not self.rewrite.plans:
             self.decisions += [_decision(p.site, "skipped", reason) for p, reason in refused]
         against = {
-            id(p): objections(p, self.options, self.costs.get(p.site.fqn), self.resident)
+            id(p): objections(
+                p, self.options, self.costs.get(p.site.fqn), self.resident, self.later
+            )
             for p in proposals
         }
         groups = {p.group: (p, against[id(p)]) for p in proposals if against[id(p)]}

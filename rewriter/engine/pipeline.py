@@ -49,7 +49,7 @@ def run(
     engine.recipe, engine.model = recipe, model
     engine.time_losses()
     steps = [engine.original()]
-    steps += [engine.run(rewrite) for rewrite in passes]
+    steps += engine.run_all(passes)
     if options.memory is not None:
         steps.append(engine.plan_memory(options.memory))
     steps += engine.lower()

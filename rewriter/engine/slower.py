@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from rewriter.engine.decide import Proposal, timed
+from rewriter.base import Pass, Where
+from rewriter.engine.decide import Proposal, ahead, timed
 from rewriter.layer import Layer
 from rewriter.modules.comparing import type_of
 from rewriter.modules.pointwise import inner
+from rewriter.report.content import CLEARLY
 from rewriter.spellings import source_of
 
 __all__ = ["Lost"]
@@ -39,19 +41,52 @@ class Lost:
     spent: float = 0.0
     known: dict[object, float] = field(default_factory=dict)
 
-    def add(self, proposals: Sequence[Proposal]) -> None:
+    def add(
+        self, proposals: Sequence[Proposal], later: Sequence[Pass] = (), where: Where = None
+    ) -> None:
         """Times the kinds of replacement that are new, those of the most arithmetic first, until
-        the time for it is used up; what was not timed counts as equally fast."""
+        the time for it is used up; what was not timed counts as equally fast.
+
+        A replacement that is the slower layer in the end, as later passes will make both, gets a
+        note.
+
+        Args:
+            proposals: of one pass.
+            later: the passes that follow.
+            where: which sites all passes take.
+        """
         kinds: dict[object, list[Proposal]] = {}
         for p in proposals:
             if p.site.calls and all(n.meta.get("val") is not None for n in p.site.nodes[:1]):
                 kinds.setdefault(_kind(p), []).append(p)
-        for kind, members in sorted(kinds.items(), key=lambda k: -_work(k[1])):
+        ordered = sorted(kinds.items(), key=lambda k: -_work(k[1]))
+        for kind, members in ordered:
             if kind not in self.known:
-                if self.spent > max(_LEAST, _SHARE * (time.perf_counter() - self.began)):
+                if self._used_up():
                     break
                 self._time(kind, members[0])
             self.seconds += self.known[kind] * len(members)
+        for _, members in ordered:
+            said = self._slower_after(members[0], later, where)
+            for p in members if said else ():
+                note = "; ".join(filter(None, (p.replacement.note, said)))
+                p.replacement = replace(p.replacement, note=note)
+
+    def _slower_after(self, p: Proposal, later: Sequence[Pass], where: Where) -> str:
+        if self._used_up():
+            return ""
+        start = time.perf_counter()
+        if (both := ahead(p, later, where)) is None:
+            return ""
+        times = timed(p.site, both.new, both.old, only="cpu", rounds=_ROUNDS, warm=2, pick=min)
+        self.spent += time.perf_counter() - start
+        if times is None or times[1] <= times[0] / CLEARLY:
+            return ""
+        new_us, old_us = times[1] * 1e6, times[0] * 1e6
+        return f"slower than the layer it replaces{both.said}: {new_us:.0f} µs, {old_us:.0f} µs"
+
+    def _used_up(self) -> bool:
+        return self.spent > max(_LEAST, _SHARE * (time.perf_counter() - self.began))
 
     def _time(self, kind: object, p: Proposal) -> None:
         start = time.perf_counter()

@@ -4,7 +4,8 @@ one input.
 Ranges of the input may be found at run time (`rewriter::int8_linear`) or be fixed beforehand
 (`rewriter::int8_static_linear`). Every function here takes the operands of both: qweight, scale,
 bias, step, zero, multiplier and activation, where step is None at run time, and activation is ""
-beside a range that is fixed.
+beside a range that is fixed. Of a Monarch layer (`rewriter::int8_monarch_linear`) they are its
+five tensors, a None, and its options in the place of activation.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import int8_static as static
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.int8_cpu import THEN
+from rewriter.lowering import int8_monarchs as monarchs
 from rewriter.lowering.fused import joined_bias, not_joined
 from rewriter.lowering.rules import Fused, Place
 from rewriter.spellings import activation_name, spelled
@@ -31,6 +33,7 @@ __all__ = [
     "INT8_MLP",
     "INT8_MLP_ADD",
     "INT8_MLP_NORM",
+    "INT8_MONARCH",
     "INT8_NORM",
 ]
 
@@ -39,13 +42,15 @@ _LEAD = 0.03
 _OPERANDS = "qweight scale bias step zero multiplier".split()
 
 Operands = Sequence[Any]
-"""qweight, scale, bias, step, zero, multiplier, activation."""
+"""qweight, scale, bias, step, zero, multiplier, activation; or those of a Monarch layer."""
 After = Sequence[Any]
 """The name of the activation behind a product or "", and weight, bias and ε of the LayerNorm or
 None."""
 
 
 def _tensors(layer: Any) -> list[Tensor | None]:
+    if monarchs.is_monarch(layer):
+        return [*monarchs.tensors(layer), None]
     return [getattr(layer, name, None) for name in _OPERANDS]
 
 
@@ -53,10 +58,21 @@ def _activation(layer: Any) -> str:
     return str(getattr(layer, "activation", ""))
 
 
+def _options(layer: Any) -> str | tuple[Any, ...]:
+    """What of the operands is no tensor."""
+    return monarchs.options(layer) if monarchs.is_monarch(layer) else _activation(layer)
+
+
+def _is_product(layer: Any) -> bool:
+    return hasattr(layer, "qweight") or monarchs.is_monarch(layer)
+
+
 def _product(x: Tensor, operands: Operands, after: After, add: Tensor | None = None) -> Tensor:
     """norm(then(product) + add), by the op of the operands' kind."""
-    qweight, scale, bias, step, zero, multiplier, activation = operands
     then, *norm = after
+    if not isinstance(operands[-1], str):
+        return monarchs.product(x, (*operands[:5], *operands[-1]), then, add, *norm)
+    qweight, scale, bias, step, zero, multiplier, activation = operands
     behind: Any = then, add, *norm
     if step is None:
         return int8.int8_linear_then(x, qweight, scale, bias, activation, *behind)
@@ -65,6 +81,8 @@ def _product(x: Tensor, operands: Operands, after: After, add: Tensor | None = N
 
 def _bound(operands: Operands, after: After) -> int8.Bound:
     """`_product` of these operands, ready to run."""
+    if not isinstance(operands[-1], str):
+        return monarchs.bound((*operands[:5], *operands[-1]), *after)
     qweight, scale, bias, step, zero, multiplier, activation = operands
     behind: Any = tuple(after)
     if step is None:
@@ -95,7 +113,7 @@ def _norm_tensors(norm: Any) -> list[Tensor | None]:
 
 def _then_constants(place: Place) -> tuple[Any, ...]:
     then, norm = _epilogue(place, 1)
-    return _activation(place.modules[0]), then, None if norm is None else norm.eps
+    return _options(place.modules[0]), then, None if norm is None else norm.eps
 
 
 def int8_linear_act(x: Tensor, *given: Any) -> Tensor:
@@ -132,11 +150,13 @@ def _unlike(place: Place) -> str | None:
     return None
 
 
-_NO_ACTIVATION = {"add", "dropout", "layer_norm", "int8_linear", "int8_static_linear"}
+_NO_ACTIVATION = {
+    "add", "dropout", "layer_norm", "int8_linear", "int8_static_linear", "int8_monarch_linear",
+}  # fmt: skip
 
 
 def _no_row_norm(place: Place, norm: Any) -> str | None:
-    width = [len(m.scale) for m in place.modules if hasattr(m, "scale")][-1]
+    width = [m.out_features for m in place.modules if _is_product(m)][-1]
     if norm is None:
         return "the LayerNorm is a function: its weights are not a layer's"
     if tuple(norm.normalized_shape) != (width,):
@@ -145,7 +165,7 @@ def _no_row_norm(place: Place, norm: Any) -> str | None:
 
 
 def _slow(place: Place, x: Tensor, *added: Tensor) -> str | None:
-    rows, products = math.prod(x.shape[:-1]), [m for m in place.modules if hasattr(m, "qweight")]
+    rows, products = math.prod(x.shape[:-1]), [m for m in place.modules if _is_product(m)]
     if rows and int8.has_kernels(x) and all(p.kernel(rows) == "native" for p in products):
         return None
     return "the int8 kernel that is the fastest here has no epilogue"
@@ -156,6 +176,7 @@ def _then(name: str, run: Callable[..., Tensor]) -> Fused:
 
 
 INT8_ACT = _then("int8_linear_act", int8_linear_act)
+INT8_MONARCH = _then("int8_monarch", int8_linear_act)
 INT8_ADD = _then("int8_linear_add", int8_linear_add)
 INT8_NORM = _then("int8_linear_norm", int8_linear_add)
 
@@ -172,7 +193,7 @@ def _mlp_constants(place: Place) -> tuple[Any, ...]:
     first, _, second = place.modules[:3]
     norm = _epilogue(place, 3)[1]
     eps = None if norm is None else norm.eps
-    return _activation(first), _activation(second), _epilogue(place, 1)[0], eps
+    return _options(first), _options(second), _epilogue(place, 1)[0], eps
 
 
 def _split_mlp(given: Sequence[Any]) -> tuple[Operands, After, Operands, After]:

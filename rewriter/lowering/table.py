@@ -11,6 +11,7 @@ from rewriter.lowering.fused import (
     LINEAR_ACT,
 )
 from rewriter.lowering.int8_convs import INT8_CONV, INT8_CONV_ACT, INT8_POINTWISE
+from rewriter.lowering.int8_monarchs import INT8_MONARCH_JOINED
 from rewriter.lowering.integers import (
     INT8_ACT,
     INT8_ADD,
@@ -18,6 +19,7 @@ from rewriter.lowering.integers import (
     INT8_MLP,
     INT8_MLP_ADD,
     INT8_MLP_NORM,
+    INT8_MONARCH,
     INT8_NORM,
 )
 from rewriter.lowering.rules import Rule
@@ -37,7 +39,8 @@ from rewriter.modules.patterns import (
 __all__ = ["DEFAULT_RULES", "FLOAT32_RULES"]
 
 int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
-int8 = int8_linear | int8_static_linear
+int8_monarch = op("int8_monarch_linear")
+int8 = int8_linear | int8_static_linear | int8_monarch
 int8_conv, pointwise_int8 = op("int8_conv"), op("pointwise_int8_linear")
 
 DEFAULT_RULES = (
@@ -79,6 +82,10 @@ DEFAULT_RULES = (
     Rule(int8 >> activation, INT8_ACT),
     Rule(fan(int8_linear), INT8_JOINED),
     Rule(fan(int8_static_linear), INT8_JOINED),
+    # [L₁; L₂ …]·q([R₁ R₂ …]·q(x)): Monarch layers of one input are one of all their output blocks
+    Rule(fan(int8_monarch), INT8_MONARCH_JOINED),
+    # both products of one in a single call
+    Rule(int8_monarch, INT8_MONARCH),
 )
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
 
