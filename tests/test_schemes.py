@@ -117,4 +117,4 @@ def test_onnx_runtime_gives_the_outputs_of_eager(which: str, tmp_path: pathlib.P
     for x in (ROWS, MORE):
         got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         for y, want in zip(got, model(x), strict=True):
-            assert sqnr(torch.from_numpy(y), want) > 60
+            assert sqnr(torch.from_numpy(y), want) > 50  # a level of int8-static may round apart
