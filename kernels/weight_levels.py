@@ -6,7 +6,8 @@
 It is an op so that every compiler gives the same integers as eager torch. A compiler that fuses the
 formula keeps scales in float32 where they are rounded to bfloat16, and then many weights lie on
 another side of a level. And kernels of 8 bits keep what they packed of a tensor for as long as that
-lives: memory that a compiler uses twice is one tensor with two contents, the result of an op is not.
+lives: memory that a compiler uses twice is one tensor with two contents; the result of an op never
+is.
 """
 
 from __future__ import annotations
