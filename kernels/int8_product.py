@@ -62,7 +62,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight.abs().amax(-1) / 127
     # amax/127 may round to zero for subnormal rows, which then count as zeros
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    q = (weight / scale.unsqueeze(-1)).round_().clamp_(-127, 127)
+    q = (weight / scale.unsqueeze(-1)).round().clamp(-127, 127)
     return q.to(torch.int8, memory_format=torch.contiguous_format), scale
 
 

@@ -156,8 +156,18 @@ register_gradient(_LIB, "straight_through", _reference, _setup_context, _backwar
 register_vmap(_LIB, "straight_through", _reference)
 torch.library.register_fake("rewriter::straight_through", _forward, lib=_LIB)
 
+
+def _as_it_is(y: Tensor, *rest: Any) -> Tensor:
+    """For ONNX, which trains nothing."""
+    return y.clone()
+
+
 RECORD, CONV_RECORD = (
-    ops.register(ops.Record(f"rewriter::{name}", kind="pointwise", unit="vector", reference=plain))
+    ops.register(
+        ops.Record(
+            f"rewriter::{name}", kind="pointwise", unit="vector", reference=plain, onnx=_as_it_is
+        )
+    )
     for name, plain in (
         ("straight_through", _reference),
         ("straight_through_conv", _conv_reference),

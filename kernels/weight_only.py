@@ -119,19 +119,20 @@ def quantize_groups(
     if missing := -width % group_size:
         w = torch.cat([w, w[:, -1:].expand(-1, missing)], 1)
     w = w.reshape(out, -(-width // group_size), group_size)
+    least, greatest = w.aminmax(dim=-1, keepdim=True)
     if symmetric:
         zero = None
-        extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
-        scale = (extreme / low).to(kept)
+        scale = torch.where(greatest > -least, greatest, least) / low
     else:
-        least, greatest = w.aminmax(dim=-1, keepdim=True)
         levels = high - low
-        zero = (least * (high / levels) - greatest * (low / levels)).to(kept)
-        scale = torch.maximum(greatest / high - zero / high, least / low - zero / low).to(kept)
+        zero = (least * (high / levels) - greatest * (low / levels)).to(kept).to(wide)
+        scale = torch.maximum((greatest - zero) / high, (least - zero) / low)
+    scale = scale.to(kept).to(wide)  # rounded, and computed with in float32: ONNX Runtime must
     scale = torch.where(scale != 0, scale, torch.ones_like(scale))
-    q = ((w if zero is None else w - zero) / scale).round_().clamp_(low, high)
+    q = ((w if zero is None else w - zero) / scale).round().clamp(low, high)
     q = q.to(torch.int8).flatten(1)
-    return q, scale.squeeze(-1), None if zero is None else zero.squeeze(-1)
+    scale = scale.to(kept).squeeze(-1)
+    return q, scale, None if zero is None else zero.to(kept).squeeze(-1)
 
 
 def dequantize_groups(q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:

@@ -7,9 +7,11 @@ from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
 from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLinear
 from rewriter.passes.qat import QAT
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
-from rewriter.passes.quantize import Quantize, QuantizedLinear, QuantizedMonarch
+from rewriter.passes.quantize import Quantize
 from rewriter.passes.quantized_conv import QuantizedConv1d, QuantizedConv2d
 from rewriter.passes.quantized_embedding import Int4Embedding, QuantizedEmbedding
+from rewriter.passes.quantized_linear import QuantizedLinear
+from rewriter.passes.quantized_monarch import QuantizedMonarch
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear

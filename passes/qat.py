@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip, relative_error, unusable
 from rewriter.errors import OptionError, of_type
-from rewriter.passes.quantize import Activation, Quantize, convolution, range_of_convolution
+from rewriter.passes.quantize import Activation, Quantize
+from rewriter.passes.quantized_conv import convolution, range_of_convolution
 from rewriter.passes.trained import TrainedLinear, check_options
 from rewriter.passes.trained_conv import CONVOLUTIONS_TRAIN_FOR, TRAINED_CONVOLUTIONS
 from rewriter.sites import CONV, LINEAR, Kind, Site

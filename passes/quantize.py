@@ -1,283 +1,32 @@
-"""Quantize: weights in few bits by a named scheme; int8 with activations quantized at run time."""
+"""Quantize: weights in few bits by a named scheme; what a scheme is."""
 
 from __future__ import annotations
 
-import math
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rewriter.base import (
-    Layer,
-    LinearLayer,
-    Pass,
-    Phase,
-    Replacement,
-    Skip,
-    as_parameter,
-    relative_error,
-    unusable,
-)
+from rewriter.base import Layer, Pass, Phase, Replacement, Skip, relative_error, unusable
 from rewriter.errors import OptionError, PassError, given, of_type, one_of, whole_number
 from rewriter.kernels.compensation import METHODS
-from rewriter.kernels.int8_linear import (
-    ACTIVATIONS,
-    PACKED,
-    dequantize_weight,
-    int8_linear,
-    kernel_name,
-    quantize_weight,
-)
-from rewriter.kernels.int8_monarch import int8_monarch_linear
-from rewriter.kernels.int8_monarch import kernel_name as monarch_kernel_name
-from rewriter.kernels.monarch import monarch_dense
+from rewriter.kernels.int8_linear import ACTIVATIONS
 from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.modules.observers import OBSERVERS, Observer
-from rewriter.passes.monarch import Blocks, MonarchLinear
-from rewriter.passes.quantized_conv import CONVOLUTIONS
-from rewriter.passes.quantized_embedding import Int4Embedding, QuantizedEmbedding
-from rewriter.passes.trained import TrainedLinear, trained
+from rewriter.passes.monarch import MonarchLinear
+from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
 from rewriter.sites import CONV, EMBEDDING, LINEAR, Kind, Site, kind_name
 
-__all__ = [
-    "SCHEMES",
-    "Quantize",
-    "QuantizedLinear",
-    "QuantizedMonarch",
-    "Scheme",
-    "int4_embedding",
-    "int8_conv",
-    "int8_embedding",
-    "register",
-]
+__all__ = ["SCHEMES", "Quantize", "Scheme", "register"]
 
 Activation = Literal["per_token", "per_tensor"]
 Smooth = float | Literal["auto"] | None
 Method = Literal["round", "awq", "gptq"]
 _FROZEN = "weights are frozen by quantization; gradients still reach the input"
-
-
-def _random(*shape: int, bound: float, device: Any, dtype: Any) -> tuple[Tensor, Tensor]:
-    weight = torch.empty(*shape, device=device, dtype=dtype).uniform_(-bound, bound)
-    return quantize_weight(weight)
-
-
-class QuantizedLinear(LinearLayer):
-    """y = q(x) @ (qweight·scale[:, None])ᵀ + bias, with q rounding x to 256 levels at run time.
-
-    The weights are buffers: they do not train, and without a bias the layer has no parameters (take
-    device and dtype from a buffer where `next(layer.parameters())` would have nothing to give).
-    Gradients reach x (straight-through) and bias.
-    `.to(bfloat16)` rounds `scale` as well; the GEMM stays int8.
-
-    Args:
-        in_features: size of the last dimension of x.
-        out_features: size of the last dimension of y.
-        bias: whether there is a bias.
-        activation: "per_token" finds a range for each row of x, "per_tensor" one for all of x.
-        device: of all tensors.
-        dtype: of bias, and of the weights before quantization; scale is float32 or wider.
-
-    Attributes:
-        qweight: [out_features, in_features] int8.
-        scale: [out_features].
-        bias: [out_features] or None.
-
-    Raises:
-        OptionError: unknown `activation`.
-    """
-
-    op = "int8_linear"
-    qweight: Tensor
-    scale: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        activation: Activation = "per_token",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        one_of("QuantizedLinear: activation", activation, ACTIVATIONS)
-        self.in_features, self.out_features = in_features, out_features
-        self.activation: Activation = activation
-        bound = 1 / math.sqrt(max(in_features, 1))
-        qweight, scale = _random(out_features, in_features, bound=bound, device=device, dtype=dtype)
-        self.register_buffer("qweight", qweight)
-        self.register_buffer("scale", scale)
-        self.register_bias(out_features if bias else None, device, dtype)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
-
-    @classmethod
-    def from_weight(
-        cls, weight: Tensor, bias: Tensor | None, activation: Activation = "per_token"
-    ) -> QuantizedLinear:
-        """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
-        return cls.from_quantized(*quantize_weight(weight), bias, activation)
-
-    @classmethod
-    def from_quantized(
-        cls,
-        qweight: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        activation: Activation = "per_token",
-    ) -> QuantizedLinear:
-        """The layer of levels that are chosen already: qweight [out, in] int8, scale [out]."""
-        out_features, in_features = qweight.shape
-        layer = cls(in_features, out_features, bias is not None, activation, device="meta")
-        layer.qweight, layer.scale = qweight, scale
-        layer.bias = None if bias is None else as_parameter(bias)
-        return layer
-
-    def forward(self, input: Tensor) -> Tensor:
-        return int8_linear(input, self.qweight, self.scale, self.bias, self.activation)
-
-    def dense_weight(self) -> Tensor:
-        """W = qweight·scale[:, None], [out_features, in_features]."""
-        return dequantize_weight(self.qweight, self.scale)
-
-    def kernel(self, tokens: int) -> str:
-        return kernel_name(
-            tokens,
-            self.in_features,
-            self.out_features,
-            self.activation,
-            self.qweight.device,
-            self.scale.dtype,
-        )
-
-    def held_bytes(self, tokens: int) -> int:
-        return self.qweight.numel() if self.kernel(tokens) in PACKED else 0
-
-
-class QuantizedMonarch(LinearLayer):
-    """`MonarchLinear` with both factors in int8 and both factors' inputs quantized at run time.
-
-    Args:
-        in_features, out_features, nblocks, rank, bias, interleaved: as in `MonarchLinear`.
-        activation: as in `QuantizedLinear`; per token means per token and block.
-        device, dtype: as in `QuantizedLinear`.
-
-    Attributes:
-        qright: [K, rank·L, ib] int8, and right_scale [K, rank·L].
-        qleft: [L, ob, K·rank] int8, and left_scale [L, ob].
-        bias: [out_features] or None.
-
-    Raises:
-        OptionError: unknown `activation`, or sizes that `MonarchLinear` refuses.
-    """
-
-    op = "int8_monarch_linear"
-    qright: Tensor
-    right_scale: Tensor
-    qleft: Tensor
-    left_scale: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        nblocks: Blocks = 4,
-        rank: int | None = None,
-        bias: bool = True,
-        interleaved: bool = False,
-        activation: Activation = "per_token",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        one_of("QuantizedMonarch: activation", activation, ACTIVATIONS)
-        dense = MonarchLinear(
-            in_features,
-            out_features,
-            nblocks,
-            rank,
-            bias,
-            interleaved,
-            device=device,
-            dtype=dtype,
-        )
-        self.in_features, self.out_features = in_features, out_features
-        self.nblocks, self.rank = dense.nblocks, dense.rank
-        self.interleaved = interleaved
-        self.activation: Activation = activation
-        for name, factor in (("right", dense.right), ("left", dense.left)):
-            q, scale = quantize_weight(factor)
-            self.register_buffer(f"q{name}", q)
-            self.register_buffer(f"{name}_scale", scale)
-        self.bias = dense.bias
-
-    @classmethod
-    def from_monarch(
-        cls, monarch: MonarchLinear, activation: Activation = "per_token"
-    ) -> QuantizedMonarch:
-        """The layer closest to `monarch`, factor by factor; its bias is kept, not copied."""
-        layer = cls(
-            monarch.in_features,
-            monarch.out_features,
-            monarch.nblocks,
-            monarch.rank,
-            monarch.bias is not None,
-            monarch.interleaved,
-            activation,
-            device="meta",
-        )
-        right, left = (f.detach() for f in monarch.factors())
-        layer.qright, layer.right_scale = quantize_weight(right)
-        layer.qleft, layer.left_scale = quantize_weight(left)
-        layer.bias = monarch.bias
-        return layer
-
-    def forward(self, input: Tensor) -> Tensor:
-        return int8_monarch_linear(
-            input,
-            self.qright,
-            self.right_scale,
-            self.qleft,
-            self.left_scale,
-            self.bias,
-            self.out_features,
-            self.activation,
-            self.interleaved,
-        )
-
-    def kernel(self, tokens: int) -> str:
-        k, l = len(self.qright), len(self.qleft)
-        name = monarch_kernel_name(
-            tokens,
-            self.in_features,
-            self.out_features,
-            (k, l),
-            self.rank,
-            self.activation,
-            self.interleaved,
-            self.qright.device,
-            self.right_scale.dtype,
-        )
-        return name if name == "native" else f"{name}, block by block"
-
-    def held_bytes(self, tokens: int) -> int:
-        packed = self.kernel(tokens).partition(",")[0] in PACKED
-        return self.qright.numel() + self.qleft.numel() if packed else 0
-
-    def dense_weight(self) -> Tensor:
-        """The product of the dequantized factors, [out_features, in_features]."""
-        return monarch_dense(
-            dequantize_weight(self.qright, self.right_scale),
-            dequantize_weight(self.qleft, self.left_scale),
-            self.out_features,
-            self.in_features,
-            self.interleaved,
-        )
 
 
 def _never(quantize: Quantize) -> bool:
@@ -525,101 +274,11 @@ def _check_storage(scheme: Scheme, site: Site, layer: object) -> None:
         )
 
 
-def _linear(site: Site, quantize: Quantize) -> Layer:
-    return QuantizedLinear.from_weight(site.weight, site.bias, quantize.activation)
+_MOVED = "QuantizedLinear", "QuantizedMonarch"
 
 
-def _of_trained(layer: TrainedLinear) -> Layer:
-    qweight, scale, _ = layer.levels()
-    activation: Any = layer.activation
-    return QuantizedLinear.from_quantized(qweight, scale, layer.bias, activation)
-
-
-def _monarch(site: Site, quantize: Quantize) -> Layer:
-    monarch = site.module
-    assert isinstance(monarch, MonarchLinear)
-    return QuantizedMonarch.from_monarch(monarch, quantize.activation)
-
-
-def int8_embedding(site: Site, quantize: Quantize) -> Layer | Skip:
-    """What schemes of int8 weights put in an embedding's place."""
-    table = _plain_table(site)
-    if isinstance(table, Skip):
-        return table
-    floats = SCHEMES[quantize.scheme].dtype.is_floating_point
-    return QuantizedEmbedding.from_embedding(table, "none" if floats else quantize.activation)
-
-
-def int4_embedding(site: Site, quantize: Quantize) -> Layer | Skip:
-    """What schemes of 4-bit weights in groups put in an embedding's place."""
-    table = _plain_table(site)
-    if isinstance(table, Skip):
-        return table
-    dynamic = not SCHEMES[quantize.scheme].dtype.is_floating_point
-    return Int4Embedding.from_embedding(table, quantize.group_size, quantize.symmetric, dynamic)
-
-
-def _plain_table(site: Site) -> nn.Embedding | Skip:
-    table = site.module
-    assert isinstance(table, nn.Embedding)
-    if table.max_norm is not None:
-        return Skip("max_norm={} rescales its rows while it looks them up", table.max_norm)
-    return table
-
-
-def convolution(site: Site) -> nn.Conv1d | nn.Conv2d | Skip:
-    """The convolution at a site, where an int8 kernel computes its kind."""
-    conv = site.module
-    if isinstance(conv, _TRANSPOSED):
-        return Skip("it is transposed: no int8 kernel computes one")
-    if site.weight.dim() - 2 not in CONVOLUTIONS:
-        return Skip(
-            "it has {} dimensions: no int8 kernel takes more than two", site.weight.dim() - 2
-        )
-    assert isinstance(conv, nn.Conv1d | nn.Conv2d)
-    if conv.padding_mode != "zeros":
-        return Skip("padding_mode={!r}: int8 kernels pad with zeros", conv.padding_mode)
-    return conv
-
-
-def range_of_convolution(activation: str) -> str:
-    """What a convolution calls it: it has no tokens."""
-    return "per_sample" if activation == "per_token" else activation
-
-
-def int8_conv(site: Site, quantize: Quantize) -> Layer | Skip:
-    """What schemes of int8 weights and activations put in a convolution's place."""
-    conv = convolution(site)
-    if isinstance(conv, Skip):
-        return conv
-    cls = CONVOLUTIONS[conv.weight.dim() - 2]
-    layer: Layer = cls.from_conv(conv, range_of_convolution(quantize.activation))
-    return layer
-
-
-def _conv_of_trained(conv: TrainedConv1d | TrainedConv2d) -> Layer:
-    layer: Layer = CONVOLUTIONS[conv.weight.dim() - 2].from_conv(conv, conv.activation)
-    return layer
-
-
-_TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-
-
-register(
-    Scheme(
-        "int8-dynamic",
-        bits=8,
-        dtype=torch.int8,
-        storage=torch.int8,
-        layers={
-            LINEAR: _linear,
-            MonarchLinear: _monarch,
-            TrainedLinear: trained(_of_trained),
-            TrainedConv1d: trained(_conv_of_trained),
-            TrainedConv2d: trained(_conv_of_trained),
-            EMBEDDING: int8_embedding,
-            CONV: int8_conv,
-        },
-        options=("activation", "embeddings", "convolutions"),
-    )
-)
+def __getattr__(name: str) -> Any:
+    """Layers that were here up to version 0.4.0, as pickles of it say."""
+    if name in _MOVED:
+        return getattr(importlib.import_module("rewriter.passes"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

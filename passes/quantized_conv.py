@@ -10,12 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
+from rewriter.base import Layer, Skip
 from rewriter.errors import OptionError, one_of
 from rewriter.kernels.int8_conv import RANGES, convolve, kernel_name
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.layer import ComputedWeight
+from rewriter.passes.quantize import Quantize
+from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
+from rewriter.sites import Site
 
-__all__ = ["CONVOLUTIONS", "QuantizedConv1d", "QuantizedConv2d"]
+__all__ = [
+    "CONVOLUTIONS",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "conv_of_trained",
+    "convolution",
+    "int8_conv",
+    "range_of_convolution",
+]
 
 Sizes = int | Sequence[int]
 
@@ -177,3 +189,41 @@ class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
 
 CONVOLUTIONS: Mapping[int, Any] = {1: QuantizedConv1d, 2: QuantizedConv2d}
 """Dimensions → the layer."""
+
+_TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+
+
+def convolution(site: Site) -> nn.Conv1d | nn.Conv2d | Skip:
+    """The convolution at a site, where an int8 kernel computes its kind."""
+    conv = site.module
+    if isinstance(conv, _TRANSPOSED):
+        return Skip("it is transposed: no int8 kernel computes one")
+    if site.weight.dim() - 2 not in CONVOLUTIONS:
+        return Skip(
+            "it has {} dimensions: no int8 kernel takes more than two", site.weight.dim() - 2
+        )
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+    if conv.padding_mode != "zeros":
+        return Skip("padding_mode={!r}: int8 kernels pad with zeros", conv.padding_mode)
+    return conv
+
+
+def range_of_convolution(activation: str) -> str:
+    """What a convolution calls it: it has no tokens."""
+    return "per_sample" if activation == "per_token" else activation
+
+
+def int8_conv(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of int8 weights and activations put in a convolution's place."""
+    conv = convolution(site)
+    if isinstance(conv, Skip):
+        return conv
+    cls = CONVOLUTIONS[conv.weight.dim() - 2]
+    layer: Layer = cls.from_conv(conv, range_of_convolution(quantize.activation))
+    return layer
+
+
+def conv_of_trained(conv: TrainedConv1d | TrainedConv2d) -> Layer:
+    """The convolution of int8 weights whose outputs are equal."""
+    layer: Layer = CONVOLUTIONS[conv.weight.dim() - 2].from_conv(conv, conv.activation)
+    return layer

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rewriter.base import Layer, Skip
 from rewriter.errors import OptionError, one_of
 from rewriter.kernels.int8_linear import ACTIVATIONS, int8_linear, quantize_weight
 from rewriter.kernels.weight_only import (
@@ -20,9 +21,10 @@ from rewriter.kernels.weight_only import (
     quantize_groups,
 )
 from rewriter.layer import ComputedWeight
-from rewriter.sites import LINEAR
+from rewriter.passes.quantize import SCHEMES, Quantize
+from rewriter.sites import LINEAR, Site
 
-__all__ = ["Int4Embedding", "QuantizedEmbedding"]
+__all__ = ["Int4Embedding", "QuantizedEmbedding", "int4_embedding", "int8_embedding"]
 
 HEADS = ("none", *ACTIVATIONS)
 """What is done to the input of a tied head."""
@@ -237,3 +239,29 @@ class Int4Embedding(_Rows):
     def dense_weight(self) -> Tensor:
         """W, [num_embeddings, embedding_dim]."""
         return self._numbers(self.qweight, self.scale, self.zero)
+
+
+def int8_embedding(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of int8 weights put in an embedding's place."""
+    table = _plain_table(site)
+    if isinstance(table, Skip):
+        return table
+    floats = SCHEMES[quantize.scheme].dtype.is_floating_point
+    return QuantizedEmbedding.from_embedding(table, "none" if floats else quantize.activation)
+
+
+def int4_embedding(site: Site, quantize: Quantize) -> Layer | Skip:
+    """What schemes of 4-bit weights in groups put in an embedding's place."""
+    table = _plain_table(site)
+    if isinstance(table, Skip):
+        return table
+    dynamic = not SCHEMES[quantize.scheme].dtype.is_floating_point
+    return Int4Embedding.from_embedding(table, quantize.group_size, quantize.symmetric, dynamic)
+
+
+def _plain_table(site: Site) -> nn.Embedding | Skip:
+    table = site.module
+    assert isinstance(table, nn.Embedding)
+    if table.max_norm is not None:
+        return Skip("max_norm={} rescales its rows while it looks them up", table.max_norm)
+    return table

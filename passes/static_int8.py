@@ -16,7 +16,8 @@ from rewriter.kernels.int8_linear import PACKED, dequantize_weight, quantize_wei
 from rewriter.kernels.int8_static import int8_static_linear, kernel_name
 from rewriter.modules.moments import Sample
 from rewriter.modules.observers import Observer, observed_range
-from rewriter.passes.quantize import Quantize, Scheme, Smooth, int8_embedding, register
+from rewriter.passes.quantize import Quantize, Scheme, Smooth, register
+from rewriter.passes.quantized_embedding import int8_embedding
 from rewriter.sites import EMBEDDING, LINEAR, Site
 
 __all__ = ["StaticOutlierLinear", "StaticQuantizedLinear"]

@@ -17,9 +17,9 @@ from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     dequantize_weight,
     int8_linear,
-    quantize_weight,
 )
 from rewriter.kernels.straight_through import straight_through
+from rewriter.kernels.weight_levels import GROUPS, ROWS, grouped, weight_levels
 from rewriter.kernels.weight_only import (
     GROUP_SIZES,
     dequantize_groups,
@@ -27,7 +27,6 @@ from rewriter.kernels.weight_only import (
     int4_linear,
     int8_weight_linear,
     pack,
-    quantize_groups,
 )
 from rewriter.sites import Site
 
@@ -104,17 +103,14 @@ class TrainedLinear(Layer, nn.Linear):
 
     def levels(self) -> Levels:
         """What the scheme's layer will hold: W rounded. No gradient passes."""
-        way = TRAINED[self.scheme]
         with torch.no_grad():
-            if self.step is None:
-                return way.round(self, self.weight)
-            stored = self._stored_step()
-            return self._nearest(stored).to(torch.int8), stored, None
+            return weight_levels(self.weight, self.step, self._group_size(), self.symmetric)
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = self.bias
-        y = TRAINED[self.scheme].multiply(self, input, self.levels(), bias)
-        return straight_through(y, input, self.weight if self.step is None else self._slope())
+        levels = self.levels()
+        y = TRAINED[self.scheme].multiply(self, input, levels, self.bias)
+        slope = self.weight if self.step is None else self._slope(levels)
+        return straight_through(y, input, slope)
 
     def dense_weight(self) -> Tensor:
         """Ŵ, [out_features, in_features], without gradient."""
@@ -132,81 +128,48 @@ class TrainedLinear(Layer, nn.Linear):
     def _first_step(self) -> nn.Parameter:
         """max|w|/(highest level), of each row or group: no weight lies beyond the levels. (The
         paper's 2·mean|w|/√(highest level) leaves a row of 8 bits 40 levels of 255.)"""
-        w = self._grouped(self.weight.detach().abs())
-        first = w.amax(-1) / self._range()[1]
+        w = grouped(self.weight.detach().abs(), self._group_size())
+        first = w.amax(-1) / TRAINED[self.scheme].range[1]
         return nn.Parameter(torch.where(first > 0, first, torch.ones_like(first)).to(w.dtype))
 
-    def _stored_step(self) -> Tensor:
-        """step as the scheme's layer stores it: a scale above zero."""
-        assert self.step is not None
-        tiny = torch.finfo(torch.float32).tiny
-        wide = self.step.detach().to(torch.promote_types(self.step.dtype, torch.float32))
-        return TRAINED[self.scheme].stored(wide.abs().clamp_min(tiny))
-
-    def _nearest(self, step: Tensor) -> Tensor:
-        """q, as wide as the groups are."""
-        low, high = self._range()
-        w = self._grouped(self.weight.detach().to(torch.promote_types(step.dtype, torch.float32)))
-        q: Tensor = (w / step.to(w.dtype)[..., None]).round_().clamp_(low, high)
-        return q.flatten(1)
-
-    def _slope(self) -> Tensor:
+    def _slope(self, levels: Levels) -> Tensor:
         """Ŵ, with derivatives in W and step."""
         assert self.step is not None
-        low, high = self._range()
-        stored = self._stored_step()
-        w = self._grouped(self.weight)
+        (low, high), (q, stored, _) = TRAINED[self.scheme].range, levels
+        w = grouped(self.weight, self._group_size())
         gentle = 1 / math.sqrt(w.shape[-1] * high)
         step = self.step.abs() * gentle
         step = (stored.to(step.dtype) + (step - step.detach()))[..., None]
         inside = (w / step).clamp(low, high)
-        q = self._nearest(stored).view_as(w).to(w.dtype)
-        return ((inside + (q - inside).detach()) * step).flatten(1)[:, : self.in_features]
+        rounded = q.view_as(w).to(w.dtype)
+        return ((inside + (rounded - inside).detach()) * step).flatten(1)[:, : self.in_features]
 
-    def _range(self) -> tuple[int, int]:
-        return TRAINED[self.scheme].range
-
-    def _grouped(self, w: Tensor) -> Tensor:
-        """[out, in] → [out, in], or [out, groups, group_size] with the last group filled up."""
-        if not TRAINED[self.scheme].groups:
-            return w
-        if missing := -w.shape[1] % self.group_size:
-            w = torch.cat([w, w[:, -1:].expand(-1, missing)], 1)
-        grouped: Tensor = w.unflatten(1, (-1, self.group_size))
-        return grouped
+    def _group_size(self) -> int:
+        return self.group_size if TRAINED[self.scheme].groups else 0
 
 
 @dataclass(frozen=True)
 class _Way:
-    """How a scheme rounds weights and multiplies by them.
+    """How a scheme multiplies by weights that are rounded as `weight_levels` says.
 
     Args:
         options: of `Quantize`, that it reads.
-        range: lowest and highest level.
-        round: (layer, W) → levels.
         multiply: (layer, x, levels, bias) → y.
-        stored: a learned scale → as its layer stores it.
         groups: whether a row has several scales.
     """
 
     options: tuple[str, ...]
-    range: tuple[int, int]
-    round: Callable[[TrainedLinear, Tensor], Levels]
     multiply: Callable[[TrainedLinear, Tensor, Levels, Tensor | None], Tensor]
-    stored: Callable[[Tensor], Tensor] = lambda scale: scale
     groups: bool = False
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Lowest and highest level."""
+        return GROUPS if self.groups else ROWS
 
 
 def _own(weight: Tensor) -> Tensor:
     return weight.clone(memory_format=torch.contiguous_format)
-
-
-def _rows(layer: TrainedLinear, weight: Tensor) -> Levels:
-    return (*quantize_weight(weight), None)
-
-
-def _groups(layer: TrainedLinear, weight: Tensor) -> Levels:
-    return quantize_groups(weight, 4, layer.group_size, layer.symmetric)
 
 
 def _int8_dynamic(layer: TrainedLinear, x: Tensor, made: Levels, bias: Tensor | None) -> Tensor:
@@ -224,18 +187,13 @@ def _int4(
     return run(x, pack(levels), scale, zero, bias)
 
 
-def _short(scale: Tensor) -> Tensor:
-    return scale if scale.dtype == torch.float64 else scale.to(torch.bfloat16)
-
-
 def _four(run: Callable[..., Tensor]) -> _Way:
-    options = "group_size", "symmetric"
-    return _Way(options, (-8, 7), _groups, functools.partial(_int4, run), _short, groups=True)
+    return _Way(("group_size", "symmetric"), functools.partial(_int4, run), groups=True)
 
 
 TRAINED: dict[str, _Way] = {
-    "int8-dynamic": _Way(("activation",), (-127, 127), _rows, _int8_dynamic),
-    "int8-weight": _Way((), (-127, 127), _rows, _int8_weight),
+    "int8-dynamic": _Way(("activation",), _int8_dynamic),
+    "int8-weight": _Way((), _int8_weight),
     "int4-weight": _four(int4_linear),
     "int4-dynamic": _four(int4_dynamic_linear),
 }

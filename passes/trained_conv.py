@@ -7,13 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 
 from rewriter.base import Layer
 from rewriter.errors import OptionError, one_of
 from rewriter.kernels.int8_conv import RANGES, as_images, int8_conv
-from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.straight_through import straight_through_conv
+from rewriter.kernels.weight_levels import weight_levels
 
 __all__ = ["CONVOLUTIONS_TRAIN_FOR", "TRAINED_CONVOLUTIONS", "TrainedConv1d", "TrainedConv2d"]
 
@@ -77,8 +76,8 @@ class _TrainedConv(Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight if self.weight.dim() == 4 else self.weight.unsqueeze(-2)
-        q, scale = quantize_weight(weight.flatten(1))
-        q = q.view(weight.shape).contiguous(memory_format=suggest_memory_format(self.weight))
+        with torch.no_grad():
+            q, scale, _ = weight_levels(weight)
         spatial = self.weight.dim() - 2
         x, geometry, back = as_images(
             input, spatial, self._around(), self.stride, self.dilation, self.groups
@@ -98,8 +97,9 @@ class _TrainedConv(Layer):
 
     def dense_weight(self) -> Tensor:
         """W rounded, of W's shape, without gradient."""
-        q, scale = quantize_weight(self.weight.flatten(1))
-        return (q * scale[:, None]).view_as(self.weight)
+        with torch.no_grad():
+            q, scale, _ = weight_levels(self.weight)
+        return q * scale.view(-1, *[1] * (q.dim() - 1))
 
 
 class TrainedConv1d(_TrainedConv, nn.Conv1d):

@@ -20,13 +20,8 @@ from rewriter.kernels.weight_only import (
     pack,
     quantize_groups,
 )
-from rewriter.passes.quantize import (
-    Quantize,
-    Scheme,
-    int4_embedding,
-    int8_embedding,
-    register,
-)
+from rewriter.passes.quantize import Quantize, Scheme, register
+from rewriter.passes.quantized_embedding import int4_embedding, int8_embedding
 from rewriter.passes.trained import TrainedLinear, trained
 from rewriter.sites import EMBEDDING, LINEAR, Site
 

@@ -36,10 +36,9 @@ from rewriter.engine.looking import sites_of
 from rewriter.engine.pipeline import prepare
 from rewriter.engine.verify import Boundary, boundary, check
 from rewriter.errors import OptionError, PassError, RewriteWarning, VerifyError
-from rewriter.passes import Densify, Monarch, Quadratic, Quantize, TopK
+from rewriter.passes import Densify, Monarch, Quadratic, Quantize, QuantizedLinear, TopK
 from rewriter.passes.monarch import MonarchLinear
 from rewriter.passes.quadratic import QuadraticLinear
-from rewriter.passes.quantize import QuantizedLinear
 from rewriter.report.graph_text import graph_text
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"

@@ -108,7 +108,8 @@ def _found(name: str, extra: Sequence[type], bases: tuple[type, ...]) -> Any:
     if name.startswith("rewriter.passes."):
         ours = importlib.import_module("rewriter.passes")
         exported = [getattr(ours, n) for n in ours.__all__]
-        return next((c for c in exported if class_name(c) == name and issubclass(c, bases)), None)
+        own = name.rpartition(".")[2]  # whichever file it stood in when the recipe was written
+        return next((c for c in exported if c.__name__ == own and issubclass(c, bases)), None)
     try:
         return plugins.of_class(name, Pass if Pass in bases else Layer)
     except OptionError as error:
