@@ -78,9 +78,10 @@ def _bound(operands: Operands, after: After) -> int8.Bound:
 def _epilogue(place: Place, first: int) -> tuple[str, Any]:
     """The activation that follows a product behind which the node number `first` stands, by its
     name or "", and the LayerNorm at the end or None."""
-    rest = [spelled(n, place.root) for n in place.match.nodes[first:]]
-    then = rest[0] if rest and rest[0] in THEN else ""
-    return then, place.modules[-1] if rest and rest[-1] == "layer_norm" else None
+    rest = place.match.nodes[first:]
+    then = activation_name(rest[0], place.root) if rest else None
+    normed = bool(rest) and spelled(rest[-1], place.root) == "layer_norm"
+    return then if then in THEN else "", place.modules[-1] if normed else None
 
 
 def _then_tensors(place: Place) -> list[Tensor | None]:

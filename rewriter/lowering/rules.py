@@ -67,6 +67,10 @@ def _nothing(place: Place, *_: Any, **__: Any) -> None:
     return None
 
 
+def _everywhere(place: Place) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Fused:
     """What runs in a pattern's place: `run(x, *added, *derive(place), *constants(place))`, where
@@ -113,6 +117,8 @@ class Rule:
     Args:
         pattern: of `rewriter.modules.patterns`, e.g. `conv >> batch_norm`.
         fused: what runs there instead.
+        where: what else a place of the pattern is: others are none of the rule's, which says
+            nothing of them.
 
     Raises:
         OptionError: `pattern` is no pattern, or `fused` no `Fused`.
@@ -120,6 +126,7 @@ class Rule:
 
     pattern: Pattern
     fused: Fused
+    where: Callable[[Place], bool] = _everywhere
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, Op | Chain | Fan):

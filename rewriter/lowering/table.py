@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from rewriter.lowering.conv_chains import (
+    CONVS,
+    DEPTHWISE,
+    INT8_CHAIN,
+    INT8_CHAIN_ADD,
+    INT8_DEPTHWISE,
+    POINTWISE,
+    is_depthwise,
+)
 from rewriter.lowering.fused import ATTENTION, CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
 from rewriter.lowering.int8_convs import INT8_CONV, INT8_CONV_ACT, INT8_POINTWISE
 from rewriter.lowering.integers import (
@@ -24,6 +33,7 @@ from rewriter.modules.patterns import (
     fan,
     layer_norm,
     linear,
+    maybe,
     op,
 )
 
@@ -32,8 +42,27 @@ __all__ = ["DEFAULT_RULES"]
 int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
 int8 = int8_linear | int8_static_linear
 int8_conv, pointwise_int8 = op("int8_conv"), op("pointwise_int8_linear")
+pad, any_conv, any_pointwise = op("pad"), op(*CONVS), op(*POINTWISE)
+wide = any_pointwise >> maybe(batch_norm) >> maybe(activation)
+deep = any_conv >> maybe(batch_norm) >> maybe(activation)
 
 DEFAULT_RULES = (
+    # W₂·act(depthwise(act(W₁·x))) + r over channels, a few rows of an image at a time; norms in the
+    # scales and weights, zeros around what is convolved not written
+    Rule(wide >> maybe(pad) >> deep >> wide >> add, INT8_CHAIN_ADD, is_depthwise),
+    Rule(wide >> maybe(pad) >> deep >> wide, INT8_CHAIN, is_depthwise),
+    # the same without the first product
+    Rule(pad >> deep >> wide >> add, INT8_CHAIN_ADD, is_depthwise),
+    Rule(deep >> wide >> add, INT8_CHAIN_ADD, is_depthwise),
+    Rule(pad >> deep >> wide, INT8_CHAIN, is_depthwise),
+    Rule(deep >> wide, INT8_CHAIN, is_depthwise),
+    # without the second one
+    Rule(wide >> maybe(pad) >> deep, INT8_CHAIN, is_depthwise),
+    # act(γ·(depthwise(x) + b − μ)/√(σ²+ε) + β) by itself
+    Rule(pad >> conv >> maybe(batch_norm) >> maybe(activation), DEPTHWISE, is_depthwise),
+    Rule(conv >> maybe(batch_norm) >> maybe(activation), DEPTHWISE, is_depthwise),
+    Rule(pad >> int8_conv >> maybe(batch_norm) >> maybe(activation), INT8_DEPTHWISE, is_depthwise),
+    Rule(int8_conv >> maybe(batch_norm) >> maybe(activation), INT8_DEPTHWISE, is_depthwise),
     # act(γ·(x·W + b − μ)/√(σ²+ε) + β) = act(x·W' + b'), W' = W·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β
     Rule(conv >> batch_norm >> activation, CONV),
     # the same without an activation
