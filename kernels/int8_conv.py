@@ -41,6 +41,7 @@ __all__ = [
     "int8_conv_act",
     "int8_conv_reference",
     "kernel_name",
+    "padded",
     "refused_kernels",
 ]
 
@@ -190,9 +191,7 @@ def as_images(
             f"an int8 convolution takes {dims} or {dims + 1} dimensions, not {x.dim()}"
         )
     given = x if batched else x.unsqueeze(0)
-    both = [min(pair) for pair in around]
-    if any(before != behind for before, behind in around):
-        given = F.pad(given, [n - min(p) for p in reversed(around) for n in p])
+    given, both = padded(given, around)
     line = [1] * (2 - spatial)  # a row is an image of height 1
     given = given.unsqueeze(-2) if line else given
     geometry = [*line, *stride], [*[0] * len(line), *both], [*line, *dilation], groups
@@ -202,6 +201,14 @@ def as_images(
         return y if batched else y.squeeze(0)
 
     return given, geometry, back
+
+
+def padded(x: Tensor, around: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+    """x with the zeros that one side of a dimension has more than the other; and those that both
+    sides of it have, which are left to the convolution."""
+    if any(before != behind for before, behind in around):
+        x = F.pad(x, [n - min(pair) for pair in reversed(around) for n in pair])
+    return x, [min(pair) for pair in around]
 
 
 def int8_conv_reference(

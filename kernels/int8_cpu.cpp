@@ -11,7 +11,7 @@
 //
 //   z = round(−lo/s)     q[r,k] = ⌊x[r,k]/s + z + ½⌋     y[r,n] = f(s·scale[n]·(Σ_k q w − z·Σ_k w) + …)
 //
-// or the same with s and z that are given, of x[r,k]·multiplier[k], where f is nothing, ReLU, GELU or SiLU. A row of x is read from memory once and quantized in the
+// or the same with s and z that are given, of x[r,k]·multiplier[k], where f is nothing, ReLU, GELU, SiLU, ReLU6 or hardswish. A row of x is read from memory once and quantized in the
 // nearest cache; the sums of products are exact in int32; what follows a sum happens before it is
 // written. Rounding is that of fbgemm's row-wise quantizer and of the torch operations in
 // int8_linear.py, in their order, so that the results have the same bits.
@@ -182,7 +182,7 @@ struct Call {
 
 namespace {
 
-enum Then { NOTHING, RELU, GELU, SILU };
+enum Then { NOTHING, RELU, GELU, SILU, RELU6, HARDSWISH };
 
 // Levels: to nearest, ties to even; or the whole part. 0 … 255.
 INLINE void put_levels(level* q, vec v, long n) { put_bytes(q, nearest(v), n); }
@@ -304,6 +304,8 @@ INLINE vec finished(int then, vec y) {
   if (then == RELU) return most(all(0), y);  // in this order NaN stays
   if (then == GELU) return gelu(y);
   if (then == SILU) return silu(y);
+  if (then == RELU6) return least(all(6), most(all(0), y));
+  if (then == HARDSWISH) return y * least(all(6), most(all(0), y + all(3))) * all(1.0f / 6);
   return y;
 }
 
@@ -562,6 +564,14 @@ int64_t int8_linear(const Call* call) {
     if (c.norm) norm_rows(c, 0, c.rows);
   }
   return spoiled.load();
+}
+
+// The same of other rows, which are dense, by the thread that calls.
+int64_t int8_rows(const Call* call, const float* x, float* y, const float* add, int64_t rows) {
+  Call c = *call;
+  c.x = x, c.y = y, c.add = add, c.rows = rows, c.stride = c.in, c.threads = 1;
+  c.q = buffer().of(1, int8_scratch(rows, c.in));
+  return int8_linear(&c);
 }
 
 // Two products, one after the other: the second one's x is the first one's y, which no one else

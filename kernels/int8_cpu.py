@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rewriter.kernels.native import library, parallel, why_not
 
-__all__ = ["THEN", "Linear", "Norm", "Product", "compiled", "isa", "pack", "refusal"]
+__all__ = ["THEN", "Linear", "Norm", "Product", "compiled", "isa", "pack", "refusal", "rows_of"]
 
-THEN = ("", "relu", "gelu", "silu")
+THEN = ("", "relu", "gelu", "silu", "relu6", "hardswish")
 """What may follow the product, by the number that C++ knows it as."""
 
 _ALONE = 1 << 22
@@ -110,6 +110,15 @@ def isa() -> str:
     return name.decode()
 
 
+def rows_of() -> int:
+    """The address of `int8_rows`, by which other kernels call a `Linear`.
+
+    Raises:
+        Unavailable: the kernels do not run here.
+    """
+    return ctypes.cast(_library()[0].int8_rows, ctypes.c_void_p).value or 0
+
+
 def pack(qweight: Tensor) -> Tensor:
     """qweight [out, in] int8, contiguous, in the panels that `linear` multiplies by."""
     made, (out, width) = _library()[0], qweight.shape
@@ -170,6 +179,11 @@ class Linear:
             step=step,
             zero=zero,
         )
+
+    @property
+    def address(self) -> int:
+        """What `rows_of` takes for this product, for as long as it lives."""
+        return ctypes.addressof(self._call)
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, bool]:
         """

@@ -23,7 +23,7 @@ from rewriter import explain, load, rewrite
 from rewriter.engine.engine import Engine
 from rewriter.errors import OptionError, RewriteWarning, VerifyError
 from rewriter.kernels import linear_act as kernel
-from rewriter.lowering import DEFAULT_RULES, Fused, Place, Rule, fused
+from rewriter.lowering import DEFAULT_RULES, Fused, Place, Rule, conv_chains, fused
 from rewriter.modules.patterns import batch_norm, conv, linear, op, relu
 from rewriter.passes import Monarch
 
@@ -38,6 +38,7 @@ def _always_faster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "fastest", last)
         patch.setattr(fused, "fastest", last)
+        patch.setattr(conv_chains, "fastest", last)
         yield
 
 
@@ -88,7 +89,7 @@ def fused_calls(model: nn.Module) -> int:
 def derived_tensors(model: nn.Module) -> list[Tensor]:
     """What the functions in the places of the last call hold."""
     held = [inspect.getclosurevars(f).nonlocals for f in plain(model)["lowered"]._bound.made.ready]
-    found = [t for own in held for t in own["rest"] if isinstance(t, Tensor)]
+    found = [t for own in held for t in own.get("rest", ()) if isinstance(t, Tensor)]
     assert found
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from rewriter.modules.patterns import (
     fan,
     gelu,
     linear,
+    maybe,
     op,
     relu,
 )
@@ -59,6 +62,22 @@ def test_a_chain_is_found_whichever_front_end_spelled_it(front_end: str) -> None
 def test_a_value_that_others_read_ends_a_chain() -> None:
     assert found(conv) == [["conv"], ["again"]]
     assert found(conv >> relu) == []
+
+
+def test_what_may_be_there_is_part_of_a_chain_where_it_is() -> None:
+    assert found(conv >> maybe(batch_norm) >> maybe(relu)) == [["conv", "norm", "-"], ["again"]]
+    assert found(conv >> maybe(gelu) >> batch_norm) == [["conv", "norm"]]
+    assert str(conv >> maybe(relu | gelu)) == "conv >> [gelu | relu]"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: maybe(conv) >> relu, lambda: maybe(conv >> relu), lambda: fan(maybe(linear))],
+    ids=["first", "a chain", "a fan"],
+)
+def test_what_may_be_there_stands_behind_something(make: Callable[[], object]) -> None:
+    with pytest.raises(OptionError):
+        make()
 
 
 def test_siblings_read_one_value() -> None:

@@ -23,7 +23,7 @@ from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.int8_cpu import THEN
 from rewriter.lowering import int8_monarchs as monarchs
 from rewriter.lowering.fused import joined_bias, not_joined
-from rewriter.lowering.rules import Fused, Place
+from rewriter.lowering.rules import Fused, Place, next_level
 from rewriter.spellings import activation_name, spelled
 
 __all__ = [
@@ -96,9 +96,10 @@ def _bound(operands: Operands, after: After) -> int8.Bound:
 def _epilogue(place: Place, first: int) -> tuple[str, Any]:
     """The activation that follows a product behind which the node number `first` stands, by its
     name or "", and the LayerNorm at the end or None."""
-    rest = [spelled(n, place.root) for n in place.match.nodes[first:]]
-    then = rest[0] if rest and rest[0] in THEN else ""
-    return then, place.modules[-1] if rest and rest[-1] == "layer_norm" else None
+    rest = place.match.nodes[first:]
+    then = activation_name(rest[0], place.root) if rest else None
+    normed = bool(rest) and spelled(rest[-1], place.root) == "layer_norm"
+    return then if then in THEN else "", place.modules[-1] if normed else None
 
 
 def _then_tensors(place: Place) -> list[Tensor | None]:
@@ -221,12 +222,7 @@ def _bound_mlp(*given: Any) -> int8.Bound:
 
 def _mlp(name: str, run: Callable[..., Tensor]) -> Fused:
     own = _mlp_tensors, _mlp_constants, _unlike, _slow, _bound_mlp
-    return Fused(name, run, *own, error=_next_level)
-
-
-def _next_level(place: Place) -> float:
-    """Of 256 levels a few values have the next one."""
-    return 1e-3
+    return Fused(name, run, *own, error=next_level)
 
 
 INT8_MLP = _mlp("int8_mlp", int8_mlp)

@@ -305,13 +305,15 @@ def _decisions(
     checker: _Checker,
 ) -> dict[Key, Decision]:
     """One decision per place, in the graph's order. A place that one rule refuses and another
-    takes is no refusal."""
+    takes is no refusal, and what several rules say alike is said once."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     rows = {a.key: (order[a.place.match.nodes[0]], _done(prefix, a, checker)) for a in applications}
     taken = {n for a in applications for n in a.place.match.nodes}
+    said: set[tuple[fx.Node, str]] = set()
     for r in refusals:
         first = r.place.match.nodes[0]
-        if first not in taken:
+        if first not in taken and (first, r.reason) not in said:
+            said.add((first, r.reason))
             key = str(r.rule.pattern), first.name
             reason = r.reason
             if isinstance(r.rule.pattern, Fan):  # the row has the name of the first alone

@@ -85,15 +85,18 @@ def places(
     for rule in rules:
         seen: collections.Counter[str] = collections.Counter()
         for match in find_matches(root, graph, rule.pattern):
-            found = _application(rule, Place.of(match, root), seen)
+            place = Place.of(match, root)
+            if not rule.where(place):
+                continue
+            found = _application(rule, place, seen)
             if not taken.isdisjoint(match.nodes) or (only is not None and found.key not in only):
                 continue
-            reason = _against(rule, found.place)
+            reason = _against(rule, place)
             if reason is None:
                 applications.append(found)
                 taken.update(match.nodes)
             else:
-                refusals.append(Refusal(rule, found.place, reason, label=found.label))
+                refusals.append(Refusal(rule, place, reason, label=found.label))
     return applications, refusals
 
 

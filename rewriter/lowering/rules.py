@@ -12,7 +12,7 @@ from rewriter.errors import OptionError
 from rewriter.lowering.called import CalledConv
 from rewriter.modules.patterns import Chain, Fan, Match, Op, Pattern
 
-__all__ = ["Fused", "Place", "Rule", "checked"]
+__all__ = ["Fused", "Place", "Rule", "checked", "next_level", "rounding_alone"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +71,17 @@ def _nothing(place: Place, *_: Any, **__: Any) -> None:
     return None
 
 
-def _rounding_alone(place: Place) -> float:
+def rounding_alone(place: Place) -> float:
     return 0.0
+
+
+def next_level(place: Place) -> float:
+    """`Fused.error` of what rounds a value in between: of 256 levels a few have the next one."""
+    return 1e-3
+
+
+def _everywhere(place: Place) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class Fused:
     slower: Callable[..., str | None] = _nothing
     bind: Callable[..., Callable[..., Any]] | None = None
     options: Callable[[Place], Mapping[str, Any]] = _no_options
-    error: Callable[[Place], float] = _rounding_alone
+    error: Callable[[Place], float] = rounding_alone
 
     def __post_init__(self) -> None:
         if not str(getattr(self.run, "__name__", "")).isidentifier():
@@ -125,6 +134,8 @@ class Rule:
     Args:
         pattern: of `rewriter.modules.patterns`, e.g. `conv >> batch_norm`.
         fused: what runs there instead.
+        where: what else a place of the pattern is: others are none of the rule's, which says
+            nothing of them.
 
     Raises:
         OptionError: `pattern` is no pattern, or `fused` no `Fused`.
@@ -132,6 +143,7 @@ class Rule:
 
     pattern: Pattern
     fused: Fused
+    where: Callable[[Place], bool] = _everywhere
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, Op | Chain | Fan):

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from rewriter.lowering.conv_chains import (
+    CONVS,
+    DEPTHWISE,
+    INT8_CHAIN,
+    INT8_CHAIN_ADD,
+    INT8_DEPTHWISE,
+    POINTWISE,
+    is_depthwise,
+)
 from rewriter.lowering.fused import (
     ATTENTION,
     CONV,
@@ -33,6 +44,7 @@ from rewriter.modules.patterns import (
     fan,
     layer_norm,
     linear,
+    maybe,
     op,
 )
 
@@ -42,8 +54,27 @@ int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
 int8_monarch = op("int8_monarch_linear")
 int8 = int8_linear | int8_static_linear | int8_monarch
 int8_conv, pointwise_int8 = op("int8_conv"), op("pointwise_int8_linear")
+pad, any_conv, any_pointwise = op("pad"), op(*CONVS), op(*POINTWISE)
+wide = any_pointwise >> maybe(batch_norm) >> maybe(activation)
+deep = any_conv >> maybe(batch_norm) >> maybe(activation)
 
 DEFAULT_RULES = (
+    # W₂·act(depthwise(act(W₁·x))) + r over channels, a few rows of an image at a time; norms in the
+    # scales and weights, zeros around what is convolved not written
+    Rule(wide >> maybe(pad) >> deep >> wide >> add, INT8_CHAIN_ADD, is_depthwise),
+    Rule(wide >> maybe(pad) >> deep >> wide, INT8_CHAIN, is_depthwise),
+    # the same without the first product
+    Rule(pad >> deep >> wide >> add, INT8_CHAIN_ADD, is_depthwise),
+    Rule(deep >> wide >> add, INT8_CHAIN_ADD, is_depthwise),
+    Rule(pad >> deep >> wide, INT8_CHAIN, is_depthwise),
+    Rule(deep >> wide, INT8_CHAIN, is_depthwise),
+    # without the second one
+    Rule(wide >> maybe(pad) >> deep, INT8_CHAIN, is_depthwise),
+    # act(γ·(depthwise(x) + b − μ)/√(σ²+ε) + β) by itself
+    Rule(pad >> conv >> maybe(batch_norm) >> maybe(activation), DEPTHWISE, is_depthwise),
+    Rule(conv >> maybe(batch_norm) >> maybe(activation), DEPTHWISE, is_depthwise),
+    Rule(pad >> int8_conv >> maybe(batch_norm) >> maybe(activation), INT8_DEPTHWISE, is_depthwise),
+    Rule(int8_conv >> maybe(batch_norm) >> maybe(activation), INT8_DEPTHWISE, is_depthwise),
     # act(γ·(x·W + b − μ)/√(σ²+ε) + β) = act(x·W' + b'), W' = W·γ/√(σ²+ε), b' = (b−μ)·γ/√(σ²+ε) + β
     Rule(conv >> batch_norm >> activation, CONV),
     # the same without an activation
@@ -90,7 +121,7 @@ DEFAULT_RULES = (
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
 
 FLOAT32_RULES = tuple(
-    Rule(rule.pattern, FLOAT32_ATTENTION) if rule.fused is ATTENTION else rule
+    replace(rule, fused=FLOAT32_ATTENTION) if rule.fused is ATTENTION else rule
     for rule in DEFAULT_RULES
 )
 """The same, with all of attention in float32, also between layers of 8 bits."""

@@ -3,6 +3,7 @@
     conv >> batch_norm >> relu      a chain: each value is read by the next operation alone
     linear >> (relu | gelu)         either of two operations at one place
     linear >> add >> layer_norm     a sum goes on with either of its two values
+    conv >> maybe(batch_norm)       an operation that may be there or not
     fan(linear)                     siblings: two or more calls that read one value
 
 An operation is told by one name whichever front end spelled it (`rewriter.spellings.spelled`), so
@@ -36,6 +37,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "maybe",
     "op",
     "relu",
     "silu",
@@ -51,18 +53,30 @@ Added = Callable[[Node, Node], "Node | None"]
 
 @dataclass(frozen=True)
 class Op:
-    """One call of an operation that has one of these names."""
+    """One call of an operation that has one of these names.
+
+    Args:
+        names: of the operation.
+        optional: whether a chain goes on without it as well.
+
+    Raises:
+        OptionError: a chain begins with an optional operation.
+    """
 
     names: frozenset[str]
+    optional: bool = False
 
     def __or__(self, other: Op) -> Op:
-        return Op(self.names | other.names)
+        return Op(self.names | other.names, self.optional or other.optional)
 
     def __rshift__(self, other: Op | Chain) -> Chain:
+        if self.optional:
+            raise OptionError(f"{self} >> …: a chain cannot begin with what may not be there")
         return Chain((self,)) >> other
 
     def __str__(self) -> str:
-        return " | ".join(sorted(self.names))
+        names = " | ".join(sorted(self.names))
+        return f"[{names}]" if self.optional else names
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,9 @@ class Chain:
         return Chain(self.steps + (other.steps if isinstance(other, Chain) else (other,)))
 
     def __str__(self) -> str:
-        return " >> ".join(f"({s})" if len(s.names) > 1 else str(s) for s in self.steps)
+        return " >> ".join(
+            f"({s})" if len(s.names) > 1 and not s.optional else str(s) for s in self.steps
+        )
 
 
 @dataclass(frozen=True)
@@ -103,13 +119,24 @@ def op(*names: str) -> Op:
     return Op(frozenset(names))
 
 
+def maybe(step: Op) -> Op:
+    """An operation that may be there or not, behind another one.
+
+    Raises:
+        OptionError: `step` is not one operation.
+    """
+    if not isinstance(step, Op):
+        raise OptionError(f"maybe({step}): give one operation")
+    return Op(step.names, optional=True)
+
+
 def fan(step: Op, least: int = 2) -> Fan:
     """Siblings that read one value.
 
     Raises:
         OptionError: `step` is not one operation, or one call would do.
     """
-    if not isinstance(step, Op) or least < 2:
+    if not isinstance(step, Op) or step.optional or least < 2:
         raise OptionError(f"fan({step}, {least}): give one operation, and two calls at least")
     return Fan(step, least)
 
@@ -186,10 +213,10 @@ def _along(
     on as it should."""
     nodes, others = [first], []
     for step in steps[1:]:
-        if len(nodes[-1].users) != 1:
-            return None
-        (following,) = nodes[-1].users
-        if spell(following) not in step.names:
+        following = next(iter(nodes[-1].users), None)
+        if following is None or len(nodes[-1].users) != 1 or spell(following) not in step.names:
+            if step.optional:
+                continue
             return None
         if (other := added(following, nodes[-1])) is not None:
             others.append(other)
