@@ -17,7 +17,8 @@ finds them wrong (u8·s8 instructions without VNNI saturate their int16 pair sum
     torch    the same quantizer, products of whole numbers in float32, which are exact
 
 All of them give the same bits, so that a result depends neither on the choice nor on the number of
-threads. Other devices, and float64, run the formula in plain torch, in x's range.
+threads. A GPU has kernels of its own (`quantized_gpu.py`), which multiply the same integers. Other
+devices, and float64, run the formula in plain torch, in x's range.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", eq. 4 and 7, with dynamic ranges.
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import int8_cpu, ops
+from rewriter.kernels import int8_cpu, ops, quantized_gpu
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import (
     owned,
@@ -292,7 +293,9 @@ def kernel_name(
     dtype: torch.dtype = torch.float32,
 ) -> str:
     """The kernel that `int8_linear` runs for such a call, for the report."""
-    sizes = tokens, in_features, out_features
+    sizes, on = (tokens, in_features, out_features), torch.device(device)
+    if on.type not in ("cpu", "meta"):
+        return quantized_gpu.kernel_name("int8", on, dtype, in_features)
     return pick_kernel(*sizes, activation) if runs_kernels(*sizes, device, dtype) else "torch"
 
 
@@ -357,7 +360,9 @@ def packed_weight(qweight: Tensor) -> _Packed:
     stamp = (qweight._version, qweight.data_ptr(), qweight.shape, qweight.stride())
     packed: _Packed | None = _CACHE.get(qweight)  # type: ignore[no-untyped-call,unused-ignore]
     if packed is None or packed.stamp != stamp:
-        packed = _CACHE[qweight] = _Packed(qweight, stamp)
+        packed = _Packed(qweight, stamp)
+        if not quantized_gpu.capturing(qweight):
+            _CACHE[qweight] = packed
     return packed
 
 
@@ -788,6 +793,10 @@ def _forward(
     if rows * n * k == 0:
         y = x.new_zeros(shape)
         return after(y if bias is None else y.add_(bias))
+    if quantized_gpu.takes(x):
+        found = on_gpu(x, qweight, scale, bias, activation, after)
+        if found is not None:
+            return found
     wide = widened(dtype)
     x = x.reshape(rows, k).to(wide).contiguous()
     scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
@@ -799,6 +808,38 @@ def _forward(
         y = _run(kernel, x, qweight, scale, bias, activation, inside)
     y = owned(y.to(dtype), shape)
     return y if within else after(y)
+
+
+def on_gpu(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    after: After,
+    **fixed: Tensor | None,
+) -> Tensor | None:
+    """The product and all that follows it by a GPU's kernels; None where none computes it.
+
+    Args:
+        fixed: step, point, multiplier of `quantized_gpu.Call`, where the range is fixed.
+    """
+    shape, add = (*x.shape[:-1], qweight.shape[0]), after.add
+    same = add is None or (add.shape == shape and add.dtype == x.dtype)
+    inside, rest = (after, After(norm=after.norm)) if same else (NOTHING, after)
+    y = quantized_gpu.run(
+        quantized_gpu.Call(
+            "int8", x.reshape(-1, x.shape[-1]), qweight, scale, bias=bias, activation=activation,
+            sums=packed_weight(qweight).row_sums, then=inside.then,
+            add=None if inside.add is None else inside.add.reshape(-1, shape[-1]), **fixed,
+        )
+    )  # fmt: skip
+    return None if y is None else rest(owned(y, shape))
+
+
+quantized_gpu.formulas["int8"] = lambda call: int8_linear_reference(
+    call.x.double(), call.weight, call.scale, call.bias, call.activation
+)
 
 
 def _fake(
@@ -930,7 +971,11 @@ RECORD = ops.register(
             arguments=_sample,
             place=lambda *sizes: sizes,
         ),
-        kernels=lambda: {**{k: _refusal(k) for k in _FAST}, "torch": None},
+        kernels=lambda: {
+            **{k: _refusal(k) for k in _FAST},
+            "torch": None,
+            **quantized_gpu.refused_kernels("int8"),
+        },
         companions=(ops.Companion("rewriter::int8_linear_then"),),
     )
 )

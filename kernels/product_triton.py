@@ -5,6 +5,7 @@
     grouped   the same by weights of 4 bits in groups, two in a byte, unpacked in registers by bit
               operations; a is floats, or int8 with a scale for each row and group
     vector    one row of floats by weights of 8 or 4 bits: no matrix unit, the weight read once
+    dense     the weight as floats, for torch's product, where many rows pay for it
     finish    what follows where the sum was cut in pieces, or where torch's own product ran
 
 What follows a product happens in the registers that hold it: correction of zero points by the sums
@@ -20,7 +21,7 @@ Layout and formulas are those of `int8_linear`, `float8_linear` and `weight_only
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["KERNELS", "Behind", "Tile", "finish", "grouped", "product", "tiles", "vector"]
+__all__ = [
+    "E4M3",
+    "KERNELS",
+    "Behind",
+    "Tile",
+    "dense",
+    "finish",
+    "grouped",
+    "product",
+    "tiles",
+    "vector",
+]
 
 E4M3 = 256.0
 """How much larger the numbers of e4m3 are than the halves of the same bits, moved to their place:
@@ -102,7 +114,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 # Weights in registers
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _half_of_e4m3(bits):
     """The half of which the number is 256 times as large; subnormal ones too."""
     wide = bits.to(tl.uint16)
@@ -300,7 +312,36 @@ def _finish(
     )  # fmt: skip
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _dense(
+    b, y, scale, zero, columns, width, groups, stride_b,
+    KIND: tl.constexpr, SIZE: tl.constexpr, ZERO: tl.constexpr, FACTOR: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The weight as floats, y[n, k]."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    inside = (n < columns)[:, None] & (k < width)[None, :]
+    row = n[:, None].to(tl.int64)
+    if KIND == "int4":
+        at = b + row * stride_b + (k // 32 * 16 + k % 16)[None, :]
+        bits = tl.load(at, mask=inside, other=0) >> (k % 32 // 16 * 4)[None, :].to(tl.uint8)
+        place = row * groups + (k // SIZE)[None, :]
+        w = _of_nibble(bits & 15, False)
+        w = w * tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
+        if ZERO:
+            w += tl.load(zero + place, mask=inside, other=0.0).to(tl.float32)
+    else:
+        w = _of_byte(
+            tl.load(b + row * stride_b + k[None, :], mask=inside, other=0), KIND, tl.float32
+        )
+        each = tl.load(scale + n, mask=n < columns, other=0.0).to(tl.float32) * FACTOR
+        w = w * each[:, None]
+    tl.store(y + row * width + k[None, :], w.to(y.dtype.element_ty), mask=inside)
+
+
 KERNELS: Mapping[str, Any] = {
+    "dense": _dense,
     "product": _product,
     "grouped": _grouped,
     "vector": _vector,
@@ -363,34 +404,56 @@ def tiles(
     group: int = 0,
     units: int = 132,
     shared: int = SHARED,
-) -> Iterator[Tile]:
-    """The tiles that may be the fastest at a size, the likeliest first.
+    wide: bool = False,
+) -> list[Tile]:
+    """The tiles that may be the fastest at a size, the likeliest first; at least one.
 
     Args:
         kind: as of `product`, "int4" or "int4 dynamic".
         rows, columns, width: of the product.
-        item: bytes of an operand's element.
+        item: bytes of an activation as it is multiplied.
         group: of weights in 4 bits, which is the depth of a step; 0 for weights in 8.
         units: multiprocessors of the device.
         shared: bytes of shared memory that a program may take.
+        wide: whether matrix units read operands from there (sm_90 and later), which leaves
+            registers to a sum twice as large.
     """
-    bound = next((most for most in _SIZES if rows <= most), max(_SIZES))
+    largest = _LARGEST.get(kind, 128 * 256 if wide else 128 * 128)
     depth = group or min(max(128 // item, 32), max(triton.next_power_of_2(width), 32))
-    steps = -(-width // depth)
-    for m, n, warps in _SIZES[bound]:
-        if m * n > _LARGEST.get(kind, m * n):
-            continue
-        each = (m + n) * depth * item
-        stages = min(_STAGES, shared // each)
-        if stages < 2:
-            continue
-        programs = -(-rows // m) * -(-columns // n)
-        split = 1
-        while split < _MOST_PIECES and programs * split <= units and steps >= 2 * split * _FEW:
-            split *= 2
-        if 2 * programs > units:  # hardly any is idle
-            split = 1
-        yield Tile(m, n, depth, warps, stages, split)
+    bound = next((most for most in _SIZES if rows <= most), max(_SIZES))
+    for most in sorted((m for m in _SIZES if m <= bound), reverse=True):
+        found = []
+        for m, n, warps in _SIZES[most]:
+            stages = min(_STAGES, _stages(kind, m, n, depth, item, shared))
+            if m * n > largest or stages < 2:
+                continue
+            if group and m * n >= 64 * 128:  # beside two sums the levels that are being unpacked
+                warps = 8
+            programs = -(-rows // m) * -(-columns // n)
+            split = _pieces(programs, -(-width // depth), units)
+            found.append(Tile(m, n, depth, warps, stages, split))
+        if found:
+            return found
+    raise ValueError(f"no tile fits in {shared} bytes of shared memory")
+
+
+def _stages(kind: str, m: int, n: int, depth: int, item: int, shared: int) -> int:
+    """How many steps' operands fit, beside the weights of one as they are multiplied."""
+    if kind in ("int8", "float8"):
+        return shared // ((m + n) * depth * item)
+    weights = n * depth // (2 if kind.startswith("int4") else 1)
+    return (shared - n * depth * item) // (m * depth * item + weights)
+
+
+def _pieces(programs: int, steps: int, units: int) -> int:
+    """How many programs share a sum: so many that each multiprocessor has one or two, where fewer
+    than half of them had one."""
+    if 2 * programs > units:
+        return 1
+    split = 1
+    while split < _MOST_PIECES and programs * split <= units and steps >= 2 * split * _FEW:
+        split *= 2
+    return split
 
 
 def _vector_tile(kind: str, columns: int, size: int, groups: int) -> dict[str, int]:
@@ -539,6 +602,26 @@ def vector(
     return y
 
 
+def dense(
+    kind: str,
+    b: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight of kind "int4", "int8 weight" or "float8 weight" as floats, [n, width]."""
+    columns = b.shape[0]
+    y = torch.empty(columns, width, dtype=dtype, device=b.device)
+    groups = scale.shape[1] if kind == "int4" else 1
+    factor = E4M3 if kind == "float8 weight" else 1.0
+    _dense[(triton.cdiv(columns, 8), triton.cdiv(width, 512))](
+        b, y, scale, y if zero is None else zero, columns, width, groups, b.stride(0),
+        KIND=kind, SIZE=2 * b.shape[1] // groups, ZERO=zero is not None, FACTOR=factor, BN=8, BK=512
+    )  # fmt: skip
+    return y
+
+
 def finish(pieces: Tensor, behind: Behind, y: Tensor) -> Tensor:
     """What follows the sum of pieces [*, rows, n] int32 or float32, written to y [rows, n]."""
     rows, columns = y.shape
@@ -550,4 +633,3 @@ def finish(pieces: Tensor, behind: Behind, y: Tensor) -> Tensor:
         SPLIT=pieces.numel() // y.numel(), **behind.flags, **behind.scaling, **tile,
     )  # fmt: skip
     return y
-

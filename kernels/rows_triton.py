@@ -1,14 +1,14 @@
 """Triton kernels that round activations to 8 bits, for CUDA and ROCm: one pass over x each.
 
-    levels    q[m,k] − 128, q = round((x − lo_m)/s_m) as `int8_linear` or ⌊x·multiplier/s + zero + ½⌋
-              as `int8_static` has it, in int8: matrix units multiply signed by signed
+    levels    q[m,k] − 128 in int8, q = round((x − lo_m)/s_m) as `int8_linear` has it, or
+              ⌊x·multiplier/s + zero + ½⌋ as `int8_static`: matrix units multiply signed by signed
     float8    e4m3(x/s_m), s_m = max |x|/448, as `float8_linear` has it
     groups    round(x/s), s = max |x|/127 over each group of a row, as `weight_only` has it
 
-What a product needs of the rows lies in `steps`, [3, rows] float32: s, lo, and the level that stands
-for 0 where lo is not used. In a row that is not finite s is NaN, and so is what is multiplied by it.
-Divisions are IEEE's and halves go to even, so that the levels are those of the formulas in float32,
-each one.
+What a product needs of the rows lies in `steps`, [3, rows] float32: s, lo, and the level that
+stands for 0 where lo is not used. In a row that is not finite s is NaN, and so is what is
+multiplied by it. Divisions are IEEE's and halves go to even, so that the levels are those of the
+formulas in float32, each one.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch import Tensor
 __all__ = ["KERNELS", "float8_of_rows", "groups_of_rows", "levels_of_rows", "row_tile"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _nearest(x):
     """Whole numbers, halves to even, of |x| < 2²²: there float32 has no bits behind the point."""
     return (x + 12582912.0) - 12582912.0
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _e4m3(x):
     """The bits of the float8 nearest to x, |x| ≤ 448, halves to even: a cast to that type is not to
     be had on every device, and not the same on all."""
@@ -41,7 +41,7 @@ def _e4m3(x):
     return (size | tl.where(x < 0.0, 128, 0)).to(tl.uint8)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _loaded(x, m, k, rows, width, stride_x):
     """x[m, k] in float32, 0 outside; and what is inside."""
     inside = (m < rows)[:, None] & (k < width)[None, :]
@@ -49,7 +49,7 @@ def _loaded(x, m, k, rows, width, stride_x):
     return tl.load(at, mask=inside, other=0.0).to(tl.float32), inside
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _step_between(low, high):
     """(hi − lo + ε)/255 times a part of 1, or of a quarter where the range is beyond float32; and
     the part."""
@@ -76,7 +76,7 @@ def _range_of_tensor(low, high, given, FLOAT8: tl.constexpr):
         tl.store(given + 3, part)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _extremes(v, own, least, most, spoiled):
     """Least and greatest values so far, column by column, and NaN where one is not finite."""
     least = tl.minimum(least, tl.where(own, v, float("inf")))
@@ -238,8 +238,8 @@ def levels_of_rows(
     assert given is not None
     _levels[(triton.cdiv(rows, size["ROWS"]),)](
         x, q, steps, given, given if zero is None else zero,
-        x if multiplier is None else multiplier, rows, width, x.stride(0),
-        RANGE=which, HAS_MULTIPLIER=multiplier is not None, ONCE=width <= size["BLOCK"], **size, **_AS_WRITTEN,
+        x if multiplier is None else multiplier, rows, width, x.stride(0), RANGE=which,
+        HAS_MULTIPLIER=multiplier is not None, ONCE=width <= size["BLOCK"], **size, **_AS_WRITTEN,
     )  # fmt: skip
     return q, steps
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ __all__ = [
     "replaced",
     "roofs",
     "roofs_summary",
+    "simulated",
     "slower",
     "slowest",
     "steps",
@@ -129,6 +131,7 @@ def summary(report: Ledger) -> list[str]:
         lines.append(f"{plural(len({d.site for d in report.replaced}), 'site')} rewritten")
     if said := slower(report):
         lines.insert(0, said)
+    lines[:0] = [line for step in report.steps for line in simulated(step)]
     if said := untaken(report):
         lines.append(said)
     if said := freezing(report):
@@ -147,6 +150,19 @@ def summary(report: Ledger) -> list[str]:
                 f"(largest in {worst.name})"
             )
     return lines
+
+
+def simulated(step: Step) -> list[str]:
+    """What a step computes in floats, as no kernel multiplies its numbers, by the reason that the
+    kernels' names give."""
+    found = Counter(d.kernel for d in step.decisions if d.changed and SIMULATED in d.kernel)
+    return [
+        f"{step.name} is {kernel[kernel.index(SIMULATED) :]} ({plural(n, 'layer')})"
+        for kernel, n in found.items()
+    ]
+
+
+SIMULATED = "simulated, slower"
 
 
 def slower(report: Ledger) -> str:
