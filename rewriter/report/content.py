@@ -131,7 +131,8 @@ def summary(report: Ledger) -> list[str]:
         lines.append(f"{plural(len({d.site for d in report.replaced}), 'site')} rewritten")
     if said := slower(report):
         lines.insert(0, said)
-    lines[:0] = [line for step in report.steps for line in simulated(step)]
+    of_steps = [item for step in report.steps for item in simulated(step).items()]
+    lines[:0] = [f"{said} ({plural(n, 'layer')})" for said, n in of_steps]
     if said := untaken(report):
         lines.append(said)
     if said := freezing(report):
@@ -152,14 +153,11 @@ def summary(report: Ledger) -> list[str]:
     return lines
 
 
-def simulated(step: Step) -> list[str]:
+def simulated(step: Step) -> dict[str, int]:
     """What a step computes in floats, as no kernel multiplies its numbers, by the reason that the
-    kernels' names give."""
+    kernels' names give; and of how many layers."""
     found = Counter(d.kernel for d in step.decisions if d.changed and SIMULATED in d.kernel)
-    return [
-        f"{step.name} is {kernel[kernel.index(SIMULATED) :]} ({plural(n, 'layer')})"
-        for kernel, n in found.items()
-    ]
+    return {f"{step.name} is {k[k.index(SIMULATED) :]}": n for k, n in found.items()}
 
 
 SIMULATED = "simulated, slower"

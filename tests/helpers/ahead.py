@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["POINTERS", "TARGETS", "Target", "compiled", "spills"]
+__all__ = ["POINTERS", "TARGETS", "Target", "assembly", "compiled", "spills"]
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
