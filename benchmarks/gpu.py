@@ -44,11 +44,12 @@ from _harness import (  # noqa: E402
     write_results,
 )
 
-PARTS = ("correctness", "memory", "compiling", "times", "training", "predicted")
+PARTS = ("correctness", "memory", "compiling", "times", "quantized", "training", "predicted")
 STAGES: Sequence[tuple[tuple[str, ...], float]] = (
     (("correctness", "memory", "compiling"), 0.36),
-    (("times",), 0.64),
-    (("training",), 0.88),
+    (("times",), 0.56),
+    (("quantized",), 0.72),
+    (("training",), 0.9),
     (("predicted",), 1.0),
 )
 """Which parts run together, and at which share of the time the next ones' turn comes. The first
@@ -58,15 +59,17 @@ ones take no times: they share the card, and the processor with the compilers.""
 def part_cases(part: str, quick: bool) -> list[Case]:
     import _gpu_checks
     import _gpu_models
+    import _gpu_quantized
     import _gpu_times
 
     made: Mapping[str, Callable[[bool], list[Case]]] = {
-        "correctness": _gpu_checks.cases,
+        "correctness": lambda quick: [*_gpu_checks.cases(quick), *_gpu_quantized.checks(quick)],
         "memory": _gpu_models.memory_cases,
         "compiling": lambda quick: [
             *_gpu_models.compile_cases(quick), *_gpu_times.compile_cases(quick)
         ],
         "times": _gpu_times.cases,
+        "quantized": _gpu_quantized.timings,
         "training": _gpu_models.training_cases,
         "predicted": _gpu_models.predicted_cases,
     }  # fmt: skip
@@ -144,12 +147,14 @@ class Record:
     def summary(self) -> dict[str, list[Row]]:
         """What is to be read first."""
         import _gpu_models
+        import _gpu_quantized
         import _gpu_times
 
         compared = len(self.tables.get("Correctness", ()))
         what = f"comparisons with a reference that failed, of {compared}"
         figures: list[Row] = [{"figure": what, "found": len(self.wrong()), "wanted": "0"}]
-        figures += [*_gpu_times.targets(self.tables), *_gpu_models.targets(self.tables)]
+        for of in (_gpu_times, _gpu_models, _gpu_quantized):
+            figures += of.targets(self.tables)
         found = {"Figures": figures, "Parts": self.parts, "Failures": self.failures}
         found |= {"Comparisons that failed": self.wrong(), "Not reached": self.unreached}
         return {heading: rows for heading, rows in found.items() if rows}

@@ -27,7 +27,7 @@ import torch
 from rewriter.errors import warn
 from rewriter.kernels.native import cache_folder, fingerprint
 
-__all__ = ["fastest", "forget", "known", "rows_bucket"]
+__all__ = ["device_name", "fastest", "forget", "known", "rows_bucket", "triton_version"]
 
 Candidates = Mapping[str, Callable[[], object]]
 _MOST_ROWS = 2048
@@ -45,6 +45,20 @@ _lock = threading.RLock()  # a candidate may make a choice itself
 def rows_bucket(rows: int, most: int = _MOST_ROWS) -> int:
     """Rows up to the next power of two, at most `most`, count as equal: measured at that many."""
     return min(1 << max(rows - 1, 0).bit_length(), most)
+
+
+@functools.cache
+def device_name(index: int) -> str:
+    """Of a GPU: choices hold for all of its kind."""
+    return torch.cuda.get_device_name(index)
+
+
+@functools.cache
+def triton_version() -> str:
+    """Its compiler decides how fast the kernels of Triton are."""
+    import triton
+
+    return f"triton-{triton.__version__}"
 
 
 def known(key: str, version: str) -> str | None:

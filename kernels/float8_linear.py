@@ -8,7 +8,7 @@
 
 Weights are held by their bits, as uint8: what moves, sums up or casts floating point tensors
 leaves them alone. A GPU of compute capability 8.9 or more multiplies float8 by float8
-(`torch._scaled_mm`). Elsewhere the numbers that float8 would have are multiplied in float32, which
+(`quantized_gpu.py`). Elsewhere the numbers that float8 would have are multiplied in float32, which
 costs more than a dense layer: `refusal` says so.
 
 Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", table 1.
@@ -16,7 +16,6 @@ Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning", table 1.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import int8_linear as int8
-from rewriter.kernels import ops
+from rewriter.kernels import ops, quantized_gpu
 from rewriter.kernels.common import (
     owned,
     register_autocast,
@@ -192,26 +191,31 @@ def _by_arithmetic(bits: Tensor) -> Tensor:
     return torch.where(whole > 127, -value, value)
 
 
-@functools.cache
 def refusal(device: torch.device) -> str | None:
     """Why nothing multiplies float8 by float8 on a device; None where something does."""
-    if device.type != "cuda":
-        return f"simulated, slower: torch multiplies no float8 on {device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
-        return "simulated, slower: a GPU of compute capability 8.9 or more multiplies float8"
-    return None
+    if device.type == "cpu":
+        return "simulated, slower: torch multiplies no float8 on cpu"
+    return quantized_gpu.simulated("float8", device)
 
 
 def kernel_name(activation: str, device: torch.device) -> str:
     """The kernel that `float8_linear` runs for such a call, for the report."""
-    if activation == "none":
-        return "torch, dequantized"
-    return "scaled_mm" if refusal(device) is None else "torch, simulated: slower"
+    if device.type == "meta":
+        return "torch"
+    if device.type != "cpu":
+        return quantized_gpu.kernel_name(_kind(activation), device, torch.float32)
+    return "torch, dequantized" if activation == "none" else f"torch, {refusal(device)}"
 
 
-def _fits(x: Tensor, qweight: Tensor) -> bool:
-    """Whether `torch._scaled_mm` takes such operands."""
-    return x.dtype == torch.float32 and all(n % 16 == 0 for n in qweight.shape)
+def _kind(activation: str) -> str:
+    """Of a GPU's kernels."""
+    return "float8 weight" if activation == "none" else "float8"
+
+
+for _activation in ("none", "per_token"):
+    quantized_gpu.formulas[_kind(_activation)] = lambda call: float8_linear_reference(
+        call.x.double(), call.weight, call.scale, call.bias, call.activation or "none"
+    )
 
 
 def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> None:
@@ -229,20 +233,21 @@ def _forward(
 ) -> Tensor:
     _check(x, qweight, scale, bias, activation)
     shape, dtype = (*x.shape[:-1], qweight.shape[0]), x.dtype
-    wide = widened(dtype)
-    x, scale = x.reshape(math.prod(shape[:-1]), qweight.shape[1]).to(wide), scale.to(wide)
+    x, wide = x.reshape(math.prod(shape[:-1]), qweight.shape[1]), widened(dtype)
+    if quantized_gpu.takes(x) and x.numel() and len(qweight):
+        rounds = activation if activation != "none" else ""
+        given = x, qweight, scale, None, bias, rounds
+        found = quantized_gpu.run(quantized_gpu.Call(_kind(activation), *given))
+        if found is not None:
+            return owned(found, shape)
+    x, scale = x.to(wide), scale.to(wide)
     bias = None if bias is None else bias.to(wide)
     if activation == "none" or x.numel() == 0:
         y = F.linear(x, dequantize_float8(qweight, scale), bias)
         return owned(y.to(dtype), shape)
     s = _step(x, activation)
     q = _round(x / s)
-    if refusal(x.device) is None and _fits(x, qweight):
-        one = torch.ones((), device=x.device)
-        weight = qweight.view(_E4M3).t()
-        y = torch._scaled_mm(q, weight, one, one, out_dtype=torch.float32)
-    else:
-        y = _numbers(q.view(torch.uint8), wide) @ _numbers(qweight, wide).t()
+    y = _numbers(q.view(torch.uint8), wide) @ _numbers(qweight, wide).t()
     s = torch.where(s.isfinite(), s, math.nan)  # a row that is not finite is NaN
     y = y * (s * scale)
     return owned((y if bias is None else y.add_(bias)).to(dtype), shape)
@@ -283,10 +288,6 @@ register_vmap(_LIB, "float8_linear", _formula, casts=1)
 torch.library.register_fake("rewriter::float8_linear", _fake, lib=_LIB)
 
 
-def _here() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 RECORD = ops.register(
     ops.Record(
         "rewriter::float8_linear",
@@ -296,6 +297,6 @@ RECORD = ops.register(
         size_names=int8.RECORD.size_names,
         sizes=int8.RECORD.sizes,
         flops=int8.RECORD.flops,
-        kernels=lambda: {"scaled_mm": refusal(_here()), "torch": None},
+        kernels=lambda: {"torch": None, **quantized_gpu.refused_kernels("float8")},
     )
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rewriter.kernels import int8_cpu
+from rewriter.kernels import int8_cpu, quantized_gpu
 from rewriter.kernels import int8_product as product
 from rewriter.kernels.choice import fastest, rows_bucket
 
@@ -100,7 +100,9 @@ def kernel_name(
     dtype: torch.dtype = torch.float32,
 ) -> str:
     """The kernel that `int8_linear` runs for such a call, for the report."""
-    sizes = tokens, in_features, out_features
+    sizes, on = (tokens, in_features, out_features), torch.device(device)
+    if on.type not in ("cpu", "meta"):
+        return quantized_gpu.kernel_name("int8", on, dtype, in_features)
     return pick_kernel(*sizes, activation) if runs_kernels(*sizes, device, dtype) else "torch"
 
 

@@ -266,7 +266,9 @@ def refused_kernels() -> dict[str, str]:
 
 def kernel_name(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """The kernel that `int8_conv` runs for such a call, for the report."""
-    own = torch.device(device).type == "cpu" and dtype != torch.float64
+    if (on := torch.device(device).type) not in ("cpu", "meta"):
+        return f"torch, simulated, slower: no kernel convolves int8 on {on}"
+    own = on == "cpu" and dtype != torch.float64
     return available_kernels()[0] if own else "torch, simulated"
 
 

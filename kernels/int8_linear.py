@@ -17,7 +17,8 @@ finds them wrong (u8·s8 instructions without VNNI saturate their int16 pair sum
     torch    the same quantizer, products of whole numbers in float32, which are exact
 
 All of them give the same bits, so that a result depends neither on the choice nor on the number of
-threads. Other devices, and float64, run the formula in plain torch, in x's range.
+threads. A GPU has kernels of its own (`quantized_gpu.py`), which multiply the same integers. Other
+devices, and float64, run the formula in plain torch, in x's range.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", eq. 4 and 7, with dynamic ranges.
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from rewriter.kernels import int8_choice as choice
 from rewriter.kernels import int8_product as product
-from rewriter.kernels import ops
+from rewriter.kernels import ops, quantized_gpu
 from rewriter.kernels.common import (
     owned,
     register_autocast,
@@ -277,6 +278,10 @@ def _forward(
     if rows * n * k == 0:
         y = x.new_zeros(shape)
         return after(y if bias is None else y.add_(bias))
+    if quantized_gpu.takes(x):
+        found = on_gpu(x, qweight, scale, bias, activation, after)
+        if found is not None:
+            return found
     wide = widened(dtype)
     x = x.reshape(rows, k).to(wide).contiguous()
     scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
@@ -288,6 +293,38 @@ def _forward(
         y = product.run(kernel, x, qweight, scale, bias, activation, inside)
     y = owned(y.to(dtype), shape)
     return y if within else after(y)
+
+
+def on_gpu(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    after: After,
+    **fixed: Tensor | None,
+) -> Tensor | None:
+    """The product and all that follows it by a GPU's kernels; None where none computes it.
+
+    Args:
+        fixed: step, point, multiplier of `quantized_gpu.Call`, where the range is fixed.
+    """
+    shape, add = (*x.shape[:-1], qweight.shape[0]), after.add
+    same = add is None or (add.shape == shape and add.dtype == x.dtype)
+    inside, rest = (after, After(norm=after.norm)) if same else (NOTHING, after)
+    y = quantized_gpu.run(
+        quantized_gpu.Call(
+            "int8", x.reshape(-1, x.shape[-1]), qweight, scale, bias=bias, activation=activation,
+            sums=packed_weight(qweight).row_sums, then=inside.then,
+            add=None if inside.add is None else inside.add.reshape(-1, shape[-1]), **fixed,
+        )
+    )  # fmt: skip
+    return None if y is None else rest(owned(y, shape))
+
+
+quantized_gpu.formulas["int8"] = lambda call: int8_linear_reference(
+    call.x.double(), call.weight, call.scale, call.bias, call.activation
+)
 
 
 def _fake(
@@ -414,7 +451,11 @@ RECORD = ops.register(
             arguments=_sample,
             place=lambda *sizes: sizes,
         ),
-        kernels=lambda: {**{k: refusal(k) for k in FAST}, "torch": None},
+        kernels=lambda: {
+            **{k: refusal(k) for k in FAST},
+            "torch": None,
+            **quantized_gpu.refused_kernels("int8"),
+        },
         companions=(ops.Companion("rewriter::int8_linear_then"),),
     )
 )

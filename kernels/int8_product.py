@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import int8_cpu
+from rewriter.kernels import int8_cpu, quantized_gpu
 from rewriter.kernels.common import widened
 from rewriter.kernels.linear_act import act_
 
@@ -118,7 +118,9 @@ def packed_weight(qweight: Tensor) -> Packed:
     stamp = (qweight._version, qweight.data_ptr(), qweight.shape, qweight.stride())
     packed: Packed | None = _CACHE.get(qweight)  # type: ignore[no-untyped-call,unused-ignore]
     if packed is None or packed.stamp != stamp:
-        packed = _CACHE[qweight] = Packed(qweight, stamp)
+        packed = Packed(qweight, stamp)
+        if not quantized_gpu.capturing(qweight):
+            _CACHE[qweight] = packed
     return packed
 
 

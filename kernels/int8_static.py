@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels import int8_cpu, ops
+from rewriter.kernels import int8_cpu, ops, quantized_gpu
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels.common import (
     owned,
@@ -230,7 +230,9 @@ def kernel_name(
     dtype: torch.dtype = torch.float32,
 ) -> str:
     """The kernel that `int8_static_linear` runs for such a call, for the report."""
-    sizes = tokens, in_features, out_features
+    sizes, on = (tokens, in_features, out_features), torch.device(device)
+    if on.type not in ("cpu", "meta"):
+        return quantized_gpu.kernel_name("int8", on, dtype, in_features)
     return pick_kernel(*sizes) if int8.runs_kernels(*sizes, device, dtype) else "torch"
 
 
@@ -311,6 +313,11 @@ def _forward(
     (n, k), dtype, after = qweight.shape, x.dtype, int8.After.of(*then)
     shape, wide = (*x.shape[:-1], n), widened(dtype)
     rows = math.prod(shape[:-1])
+    if rows * n * k and quantized_gpu.takes(x):
+        fixed = {"step": step, "point": zero, "multiplier": multiplier}
+        y = int8.on_gpu(x, qweight, scale, bias, "", after, **fixed)
+        if y is not None:
+            return y
     x = x.reshape(rows, k).to(wide).contiguous()
     scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
     times = None if multiplier is None else multiplier.to(wide)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.choice import fastest, known, rows_bucket
+from rewriter.kernels.choice import device_name, fastest, known, rows_bucket, triton_version
 
 __all__ = ["pick_kernel"]
 
@@ -24,18 +24,6 @@ _LEAD = 0.03
 
 Paths = Mapping[str, Callable[..., object]]
 """Torch's own "forward" and "backward"; `monarch.py` has them."""
-
-
-@functools.cache
-def _name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
-
-
-@functools.cache
-def _version() -> str:
-    import triton
-
-    return f"triton-{triton.__version__}"
 
 
 def pick_kernel(
@@ -68,7 +56,7 @@ def pick_kernel(
     tf32 = torch.backends.cuda.matmul.allow_tf32 and right.dtype == torch.float32
     sizes = which, rows, in_features, out_features, right.shape, left.shape, right.dtype, tf32
     key = _key(*sizes, right.device.index)
-    if found := known(key, _version()):
+    if found := known(key, triton_version()):
         return found
     if torch.cuda.is_current_stream_capturing():
         return "torch"
@@ -76,7 +64,7 @@ def pick_kernel(
         _candidates, which, rows, in_features, out_features, right, left, kernels, torch_paths
     )
     try:
-        return fastest(key, _version(), made, _LEAD, right.device)
+        return fastest(key, triton_version(), made, _LEAD, right.device)
     except torch.OutOfMemoryError:  # no room to measure: asked again at the next call
         return "torch"
 
@@ -94,7 +82,7 @@ def _key(
     device: int,
 ) -> str:
     shapes = f"{tuple(right)} {tuple(left)} {dtype}{' tf32' if tf32 else ''}"
-    return f"monarch {which} {rows} {in_features} {out_features} {shapes} {_name(device)}"
+    return f"monarch {which} {rows} {in_features} {out_features} {shapes} {device_name(device)}"
 
 
 def _candidates(

@@ -19,8 +19,9 @@ Kernels on the CPU, chosen by measurement per shape, refused where a probe finds
     native   of weight_only_cpu.cpp: the weight is read once, and unpacked in registers
     dense    the weight as floats, some rows at a time, and torch's product of floats
 
-Other devices, and float64, compute w and multiply by it. `torch._weight_int8pack_mm` is no
-candidate: in float32 it runs a plain loop, tens of times slower than the product of floats.
+A GPU has kernels of its own (`quantized_gpu.py`). Other devices, and float64, compute w and
+multiply by it. `torch._weight_int8pack_mm` is no candidate: in float32 it runs a plain loop, tens
+of times slower than the product of floats.
 
 Sources: group-wise scales as in Dettmers & Zettlemoyer 2023, "The case for 4-bit precision"; levels
 that give the largest value the lowest level, and blocks of 32, as in llama.cpp's Q4_0.
@@ -38,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import int8_linear as int8
-from rewriter.kernels import ops, weight_only_cpu
+from rewriter.kernels import ops, quantized_gpu, weight_only_cpu
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import (
     owned,
@@ -368,9 +369,30 @@ _REFERENCES = {
 }
 
 
+_KINDS = {
+    "int8_weight_linear": "int8 weight",
+    "int4_linear": "int4",
+    "int4_dynamic_linear": "int4 dynamic",
+}
+"""Of a GPU's kernels."""
+
+
+def _enter(op: str, kind: str) -> None:
+    def formula(call: quantized_gpu.Call) -> Tensor:
+        own = call.weight, call.scale, call.zero, call.bias
+        return _REFERENCES[op](call.x.double(), *own)
+
+    quantized_gpu.formulas[kind] = formula
+
+
+for _op, _kind in _KINDS.items():
+    _enter(_op, _kind)
+
+
 def refused_kernels(op: str) -> dict[str, str | None]:
     """Why kernels of an op are not used on this machine, None where one is: {name: reason}."""
-    return {name: _refusal(op, name) for name in _KERNELS[op]}
+    own = {name: _refusal(op, name) for name in _KERNELS[op]}
+    return own | quantized_gpu.refused_kernels(_KINDS[op])
 
 
 @functools.cache
@@ -429,6 +451,8 @@ def kernel_name(op: str, rows: int, out: int, width: int, group_size: int, like:
         group_size: 0 for a scale per row.
         like: a weight of its own, which says the device.
     """
+    if like.device.type not in ("cpu", "meta"):
+        return quantized_gpu.kernel_name(_KINDS[op], like.device, torch.float32)
     if like.device.type != "cpu" or not rows * out * width:
         return "torch"
     return _pick(op, rows, out, width, group_size)
@@ -481,6 +505,10 @@ def _forward(
     if count * out * width == 0:
         y = x.new_zeros(*rows, out)
         return y if bias is None else y.add_(bias)
+    if quantized_gpu.takes(x) and scale.dtype != torch.float64:
+        call = quantized_gpu.Call(_KINDS[op], x.reshape(count, width), weight, scale, zero, bias)
+        if (found := quantized_gpu.run(call)) is not None:
+            return owned(found, (*rows, out))
     if x.device.type != "cpu" or torch.float64 in (dtype, scale.dtype):
         return owned(_REFERENCES[op](x, weight, scale, zero, bias).contiguous(), (*rows, out))
     grouped = scale.ndim == 2

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.base import Layer, LinearLayer, Skip, as_parameter
-from rewriter.errors import one_of, warn
+from rewriter.errors import one_of
 from rewriter.kernels.float8_linear import (
     ACTIVATIONS,
     dequantize_float8,
     float8_linear,
     kernel_name,
     quantize_float8,
-    refusal,
 )
 from rewriter.passes.quantize import Quantize, Scheme, register
 from rewriter.sites import LINEAR, Site
@@ -189,8 +188,6 @@ def _float8_weight(site: Site, quantize: Quantize) -> Layer:
 
 
 def _float8_dynamic(site: Site, quantize: Quantize) -> Layer:
-    if site.weight.device.type != "meta" and (reason := refusal(site.weight.device)) is not None:
-        warn(f"Quantize('fp8-dynamic') is {reason}")
     return Float8Linear.from_weight(site.weight, site.bias, quantize.activation)
 
 

@@ -180,7 +180,8 @@ class Layer(StandsForWeight):
         return None
 
     def kernel(self, tokens: int) -> str:
-        """The name of the implementation that runs at this number of rows on this machine."""
+        """The name of the implementation that runs at this number of rows on this machine. One that
+        says "simulated, slower: …" is in the report's first lines, and in a warning."""
         return "torch"
 
     def held_bytes(self, tokens: int) -> int:

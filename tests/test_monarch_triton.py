@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from ahead import POINTERS, TARGETS, assembly, compiled, spills
 from marks import slow_but
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-triton = pytest.importorskip("triton", reason="triton exists on Linux only")
+pytest.importorskip("triton", reason="triton exists on Linux only")
 
 HELPERS = pathlib.Path(__file__).parent / "helpers"
 CASES = [
@@ -87,12 +87,9 @@ def test_interpreted_kernels_agree_with_the_formula(cases: list[Any]) -> None:
 SIZES = {"K": 4, "L": 4, "R": 48, "IB": 192, "OB": 768}  # 768 → 3072, N = 4
 
 
-def compiled(kernel: str, target: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
-    from triton.compiler import ASTSource
-
+def built(kernel: str, target: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     from rewriter.kernels.monarch_triton import KERNELS, tiles
 
-    pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}[dtype]
     fn = KERNELS[kernel]
     inner = ("ib", "ob") if kernel == "forward" else ("ob", "ib")
     size = tiles(dtype, *(SIZES[n.upper()] for n in inner), SIZES["R"])
@@ -105,61 +102,22 @@ def compiled(kernel: str, target: Any, dtype: torch.dtype = torch.bfloat16) -> A
         constants |= {"OUT_B": 1}
     numbers = {"rows", "in_features", "out_features", "features", "stride_x", "stride_g"}
     numbers |= {"stride_b"}
-    names = fn.arg_names
-    constants = {n: v for n, v in constants.items() if n in names}
-    signature = {
-        n: "constexpr" if n in constants else "i32" if n in numbers else pointer for n in names
-    }
-    even = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants}
-    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=even)
-    return triton.compile(source, target=target, options=options)
-
-
-_TARGETS = {
-    "sm_80": (("cuda", 80, 32), r"\bmma\.sync", 163 * 1024),
-    "sm_90": (("cuda", 90, 32), r"wgmma\.mma_async|\bmma\.sync", 227 * 1024),
-    "sm_100": (("cuda", 100, 32), r"tcgen05\.mma|\bmma\.sync", 227 * 1024),
-    "gfx942": (("hip", "gfx942", 64), r"v_mfma_", 64 * 1024),
-}
+    types = {n: POINTERS[dtype] for n in fn.arg_names if n not in numbers}
+    return compiled(fn, target, constants, types, options)
 
 
 @pytest.mark.parametrize(
     ("kernel", "name"),
-    [("forward", n) for n in _TARGETS]
+    [("forward", n) for n in TARGETS]
     + [("backward_x", "sm_90"), ("backward_x", "gfx942"), ("backward_weight", "sm_80")],
 )
 def test_kernels_compile_for_real_targets(kernel: str, name: str) -> None:
     """Matrix instructions are used, shared memory suffices, and no register spills."""
-    from triton.backends.compiler import GPUTarget
-
-    target, instructions, memory = _TARGETS[name]
-    made = compiled(kernel, GPUTarget(*target))
-    text = made.asm["amdgcn" if target[0] == "hip" else "ptx"]
-    assert re.search(instructions, text), f"no {instructions} in {kernel} for {name}"
-    assert 0 < made.metadata.shared <= memory
-    assert not spills(made, target[0]), f"{kernel} spills on {name}"
-
-
-def spills(made: Any, backend: str) -> int:
-    """Spilled registers (or bytes of stack), as the compiler's own tools report them."""
-    if backend == "hip":
-        found = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)", made.asm["amdgcn"])
-        assert found
-        return sum(map(int, found))
-    import tempfile
-    from pathlib import Path
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        told = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-    found = re.findall(r"(?:STACK|LOCAL):(\d+)", told)
-    assert found, told
-    return sum(map(int, found))
+    made, target = built(kernel, name), TARGETS[name]
+    found = re.search(target.instructions, assembly(made, name))
+    assert found, f"no {target.instructions} in {kernel} for {name}"
+    assert 0 < made.metadata.shared <= target.shared
+    assert not spills(made, name), f"{kernel} spills on {name}"
 
 
 USED = [
@@ -178,16 +136,14 @@ USED = [
 def test_kernels_that_are_used_spill_nothing_and_take_the_memory_foretold(
     kernel: str, dtype: torch.dtype, block: int, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from triton.backends.compiler import GPUTarget
-
     from rewriter.kernels.monarch_triton import SHARED, refusal, shared_bytes, tiles
 
     assert refusal(dtype, block, block, rank) is None
     monkeypatch.setitem(SIZES, "R", rank)
     monkeypatch.setitem(SIZES, "IB", block)
     monkeypatch.setitem(SIZES, "OB", block)
-    made = compiled(kernel, GPUTarget("cuda", 90, 32), dtype)
-    assert not spills(made, "cuda")
+    made = built(kernel, "sm_90", dtype)
+    assert not spills(made, "sm_90")
     foretold = shared_bytes(dtype, tiles(dtype, block, block, rank))
     assert made.metadata.shared <= foretold <= SHARED
 

@@ -34,7 +34,7 @@ from rewriter.engine.slower import Lost
 from rewriter.engine.trials import goes_past
 from rewriter.engine.undo import undone_on_error
 from rewriter.engine.verify import relative_error, tolerance
-from rewriter.errors import StoreError, VerifyError
+from rewriter.errors import StoreError, VerifyError, warn
 from rewriter.lowering import Lowering, Verdicts, lower, lowered_again
 from rewriter.modules.running import own_copy, quiet_run
 from rewriter.modules.timing import medians
@@ -142,10 +142,13 @@ class Engine:
         self.prices.remember(sites)
         run.record(self.prices.of_sites(sites))
         seconds, timeline = time.perf_counter() - start, self.prices.timeline()
-        return Step(
+        step = Step(
             str(rewrite), before, self.prices.cost.total, run.decisions, run.error, rewrite.exact,
             seconds, run.notes, timeline,
         )  # fmt: skip
+        for line in content.simulated(step):
+            warn(line)
+        return step
 
     @contextlib.contextmanager
     def _all_or_nothing(self, run: PassRun) -> Iterator[None]:

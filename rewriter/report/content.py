@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ __all__ = [
     "replaced",
     "roofs",
     "roofs_summary",
+    "simulated",
     "slower",
     "slowest",
     "steps",
@@ -129,6 +131,8 @@ def summary(report: Ledger) -> list[str]:
         lines.append(f"{plural(len({d.site for d in report.replaced}), 'site')} rewritten")
     if said := slower(report):
         lines.insert(0, said)
+    of_steps = [item for step in report.steps for item in simulated(step).items()]
+    lines[:0] = [f"{said} ({plural(n, 'layer')})" for said, n in of_steps]
     if said := untaken(report):
         lines.append(said)
     if said := freezing(report):
@@ -147,6 +151,16 @@ def summary(report: Ledger) -> list[str]:
                 f"(largest in {worst.name})"
             )
     return lines
+
+
+def simulated(step: Step) -> dict[str, int]:
+    """What a step computes in floats, as no kernel multiplies its numbers, by the reason that the
+    kernels' names give; and of how many layers."""
+    found = Counter(d.kernel for d in step.decisions if d.changed and SIMULATED in d.kernel)
+    return {f"{step.name} is {k[k.index(SIMULATED) :]}": n for k, n in found.items()}
+
+
+SIMULATED = "simulated, slower"
 
 
 def slower(report: Ledger) -> str:
