@@ -23,10 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rewriter.kernels import native_ops
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.native import library, parallel, why_not
 
-__all__ = ["attention", "attention_reference", "bound", "native", "pick", "refusal", "unavailable"]
+__all__ = [
+    "Bound",
+    "attention",
+    "attention_reference",
+    "bound",
+    "native",
+    "pick",
+    "refusal",
+    "unavailable",
+]
 
 _SOURCE = Path(__file__).with_name("attention_cpu.cpp")
 _VERSION = "attention 2"
@@ -134,12 +144,20 @@ def attention(
     return _computed(ours, query, key, value, mask, dropout_p, causal, scale, gqa)
 
 
-def bound() -> Callable[..., Tensor]:
+def bound() -> Bound:
     """`attention` that remembers of which operands it has found out who computes them: for plain
     tensors."""
-    known: dict[Any, bool] = {}
+    return Bound()
 
-    def run(
+
+class Bound:
+    """`attention` for one place of a model."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, bool] = {}
+
+    def __call__(
+        self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -152,12 +170,39 @@ def bound() -> Callable[..., Tensor]:
         operands, options = (query, key, value, attn_mask), (dropout_p, is_causal)
         looks = [None if t is None else (t.shape, t.dtype, t.is_cpu) for t in operands]
         call = *looks, *options, enable_gqa, torch.get_num_threads()
-        ours = known.get(call)
+        ours = self._known.get(call)
         if ours is None:
-            ours = known[call] = _is_native(*operands, *options, enable_gqa)
+            ours = self._known[call] = _is_native(*operands, *options, enable_gqa)
         return _computed(ours, *operands, *options, scale, enable_gqa)
 
-    return run
+    def in_graph(self) -> native_ops.InGraph | None:
+        """The compiled kernel as it stands in a graph, at every size, where it takes the operands;
+        None where there is none."""
+        return None if unavailable() else native_ops.InGraph((), _in_graph)
+
+
+def _in_graph(
+    _: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    why = refusal(query, key, value, attn_mask, is_causal, dropout_p)
+    ours = why is None and (enable_gqa or query.shape[1] == key.shape[1])
+    if not ours:
+        return _computed(
+            False, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+    times = query.shape[-1] ** -0.5 if scale is None else scale
+    y: Tensor = torch.ops.rewriter.native_attention.default(
+        query, key, value, attn_mask, int(is_causal), times
+    )
+    return y
 
 
 def _is_native(

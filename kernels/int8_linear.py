@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import int8_cpu, ops
+from rewriter.kernels import int8_cpu, native_ops, ops
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import (
     owned,
@@ -690,6 +690,10 @@ class Bound:
                 return y
         return self.run(x, add)
 
+    def in_graph(self) -> native_ops.InGraph | None:
+        """The kernel as it stands in a graph; None where there is none."""
+        return None if self.kernel is None else self.kernel.in_graph()
+
     def _takes(self, kernel: int8_cpu.Linear | int8_cpu.Two, x: Tensor, add: Tensor | None) -> bool:
         if x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
             return False
@@ -931,6 +935,6 @@ RECORD = ops.register(
             place=lambda *sizes: sizes,
         ),
         kernels=lambda: {**{k: _refusal(k) for k in _FAST}, "torch": None},
-        companions=(ops.Companion("rewriter::int8_linear_then"),),
+        companions=(ops.Companion("rewriter::int8_linear_then"), *native_ops.INT8),
     )
 )

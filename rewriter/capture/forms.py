@@ -28,7 +28,7 @@ from rewriter.errors import SignatureError, warn
 from rewriter.modules.structure import is_constant
 from rewriter.report import CallForm, Report
 
-__all__ = ["MAX_FORMS", "Capturer", "Form", "Lowered", "PlannedSteps", "State"]
+__all__ = ["MAX_FORMS", "Capturer", "Form", "Lowered", "PlannedSteps", "State", "Traced"]
 
 MAX_FORMS = 8
 """So many forms of one module are captured, and so many further ones tried in vain."""
@@ -75,8 +75,18 @@ class Lowered(Protocol):
     def results(self, root: nn.Module, program: Program, leaves: Any, device: str) -> Any:
         """The flat results; None where the plain program must run."""
 
+    def in_graph(self, root: nn.Module, program: Program) -> Traced | None:
+        """What a compiler traces; None where that is the plain program."""
+
     def drop(self) -> None:
         """Lets go of what was derived."""
+
+
+class Traced(Protocol):
+    """An eval graph with fused ops as a compiler traces it, with the weights as they were."""
+
+    def __call__(self, root: nn.Module, leaves: Sequence[Any], device: str) -> Any:
+        """The model's output."""
 
 
 class Capturer(Protocol):
@@ -98,6 +108,7 @@ class Form:
         entry: the form in the report, which counts its calls.
         memory: runs training steps by a memory plan; None without a budget.
         lowered: the fused form of the eval graph, for calls that want no gradient.
+        traced: what compilers trace in place of the eval graph; None where they trace that.
     """
 
     signature: Signature | None
@@ -106,6 +117,7 @@ class Form:
     entry: CallForm = field(default_factory=CallForm)
     memory: PlannedSteps | None = None
     lowered: Lowered | None = None
+    traced: Traced | None = None
     _bound: dict[bool, tuple[int, tuple[nn.Module, ...]]] = field(default_factory=dict, repr=False)
 
     def run(self, module: nn.Module, leaves: list[Any], training: bool, tracing: bool) -> Any:
@@ -114,7 +126,9 @@ class Form:
         if tracing or signature is None:
             if not tracing:
                 entry.graph += 1
-            return program(module, leaves, self._place(leaves))
+            fused = tracing and not training and not torch.is_grad_enabled()
+            run = self.traced if fused and self.traced is not None else program
+            return run(module, leaves, self._place(leaves))
         if self.memory is not None and training and torch.is_grad_enabled():
             results = self.memory(module, program, leaves, signature.dims[True].shapes)
             if results is not None:
@@ -165,7 +179,7 @@ class Form:
         return found[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": {}}
+        return {**self.__dict__, "_bound": {}, "traced": None}
 
 
 class _Capturing:

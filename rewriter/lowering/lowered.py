@@ -8,11 +8,12 @@ but made again at the first call.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +27,10 @@ from rewriter.modules.structure import is_constant
 from rewriter.modules.tree import is_hook_dict
 from rewriter.modules.versions import Stamp, watch_steps
 
-__all__ = ["Lowered", "Verdicts", "derived", "is_plain_tensor"]
+if TYPE_CHECKING:
+    from rewriter.kernels.native_ops import InGraph
+
+__all__ = ["Lowered", "Traced", "Verdicts", "derived", "is_plain_tensor"]
 
 
 @dataclass
@@ -84,6 +88,13 @@ class Lowered:
         if made is None:
             return None
         return made.program.results(root, [*leaves, *made.ready], device)
+
+    def in_graph(self, root: nn.Module, program: Program) -> Traced | None:
+        """What a compiler traces in place of the program, with the weights as they are now; None
+        where no place has a form for graphs."""
+        from rewriter.lowering.table import IN_GRAPHS
+
+        return _Bound(root, program, self.rules, self.chosen).in_graph(IN_GRAPHS)
 
     def drop(self) -> None:
         """Lets go of the derived tensors; the next call makes them again."""
@@ -159,6 +170,18 @@ class _Bound:
             made = self.made = _Made(program, ready, stamp)
         return made
 
+    def in_graph(self, further: Sequence[Rule]) -> Traced | None:
+        """The program with those of the places that have a form for graphs, and with places of
+        further rules among what is left."""
+        taken = {n for a in self.applications for n in a.place.match.nodes}
+        found, _ = places(self.plain.graph, self.root, further)
+        found = [a for a in found if taken.isdisjoint(a.place.match.nodes)]
+        with torch.inference_mode(False), torch.no_grad():
+            formed = [(a, _in_graph(a.ready(derived(a)))) for a in (*self.applications, *found)]
+        self.applications = [a for a, form in formed if form is not None]
+        ready = [form for _, form in formed if form is not None]
+        return Traced(self._program(), ready) if ready else None
+
     def _copied(self, tensors: Sequence[Sequence[Tensor | None]]) -> set[int]:
         """Ids of the sources of places that derive tensors of other memory than theirs; of what is
         bound, those that are packed or read once: levels, and single numbers."""
@@ -180,7 +203,28 @@ class _Bound:
         def bring(found: Application, new: fx.Graph) -> fx.Node:
             return new.placeholder(next(names))
 
-        return Program(lowered_graph(self.plain.graph, self.applications, bring)[0], None)
+        new = lowered_graph(self.plain.graph, self.applications, bring)[0]
+        return Program(new, self.plain.output)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program as a compiler traces it: what runs in its places, which it takes after its inputs,
+    is made of torch's operations over tensors that do not follow the weights any more."""
+
+    program: Program
+    ready: Sequence[InGraph]
+
+    def __call__(self, root: nn.Module, leaves: Sequence[Any], device: str) -> Any:
+        """As of `Program`."""
+        places = [functools.partial(form.call, form.tensors) for form in self.ready]
+        return self.program(root, [*leaves, *places], device)
+
+
+def _in_graph(ready: Callable[..., Any]) -> InGraph | None:
+    """What runs at a place as a graph has it."""
+    form = getattr(ready, "in_graph", None)
+    return None if form is None else form()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from rewriter.lowering.int8_convs import INT8_CONV, INT8_CONV_ACT, INT8_POINTWIS
 from rewriter.lowering.integers import (
     INT8_ACT,
     INT8_ADD,
+    INT8_ALONE,
     INT8_JOINED,
     INT8_MLP,
     INT8_MLP_ADD,
@@ -27,7 +28,7 @@ from rewriter.modules.patterns import (
     op,
 )
 
-__all__ = ["DEFAULT_RULES"]
+__all__ = ["DEFAULT_RULES", "IN_GRAPHS"]
 
 int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
 int8 = int8_linear | int8_static_linear
@@ -73,3 +74,9 @@ DEFAULT_RULES = (
     Rule(fan(int8_static_linear), INT8_JOINED),
 )
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
+
+IN_GRAPHS = (
+    # s·(q(x)·Qᵀ)·scale + …, which a model calls as a layer
+    Rule(int8, INT8_ALONE),
+)
+"""Further rules where a compiler traces the lowered graph: it calls no Python then."""
