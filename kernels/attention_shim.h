@@ -31,7 +31,7 @@ struct Operand {
 }  // namespace
 
 extern "C" AOTITorchError aoti_torch_cpu_native_attention(Handle q, Handle k, Handle v, Handle* mask, int64_t causal,
-                                                          double scale, Handle* ret) {
+                                                          double scale, int64_t bf16, Handle* ret) {
   const Operand own(q), keys(k), values(v);
   const int64_t *n = own.of.sizes, *m = keys.of.sizes, *o = values.of.sizes;
   must(n[0] == m[0] && n[0] == o[0] && m[1] == o[1] && m[2] == o[2] && m[1] && n[1] % m[1] == 0,
@@ -44,7 +44,7 @@ extern "C" AOTITorchError aoti_torch_cpu_native_attention(Handle q, Handle k, Ha
   c.q_batch = own.batch, c.q_head = own.head, c.q_row = own.row;
   c.k_batch = keys.batch, c.k_head = keys.head, c.k_row = keys.row;
   c.v_batch = values.batch, c.v_head = values.head, c.v_row = values.row;
-  c.causal = causal, c.scale = scale;
+  c.causal = causal, c.scale = scale, c.bf16 = bf16 && attention_bf16();
   if (mask) {
     const View of(*mask);
     const int64_t to[4] = {n[0], n[1], n[2], m[2]};

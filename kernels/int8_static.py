@@ -137,17 +137,13 @@ def bound(
     def run(x: Tensor, add: Tensor | None = None) -> Tensor:
         return int8_static_linear_then(x, *own, then, add, norm_weight, norm_bias, eps)
 
-    def native(rows: int) -> bool:
-        out, width = qweight.shape
-        return pick_kernel(rows, width, out) == "native"
-
     after = int8.After.of(then, None, norm_weight, norm_bias, eps)
     times = None if multiplier is None else multiplier.to(torch.float32).contiguous()
     given = float(step), int(zero)
     kernel = None
     if given[0] > 0:  # what else it is, `run` says
         kernel = int8.native_linear(qweight, scale, bias, after, given=given, multiplier=times)
-    return int8.Bound(run, kernel, native)
+    return int8.Bound.of(qweight, run, kernel, lambda *sizes: pick_kernel(*sizes))
 
 
 def int8_static_linear_reference(

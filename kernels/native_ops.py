@@ -2,7 +2,7 @@
 
     native_int8(x, layer, add, out)                   one product and what follows it
     native_int8_two(x, first, second, add, mid, out)  two products in a row
-    native_attention(q, k, v, mask, causal, scale)    softmax(q kᵀ·scale + mask) v
+    native_attention(q, k, v, mask, causal, scale, bf16)    softmax(q kᵀ·scale + mask) v
 
 A layer is one tensor of bytes: `rewriter.kernels.int8_cpu.Linear.layer` makes it of packed weights
 and all that goes with them. It holds on the CPU that it was made on, and says so elsewhere.
@@ -34,10 +34,12 @@ _SOURCES = tuple(
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define("native_int8(Tensor x, Tensor layer, Tensor? add, int out) -> Tensor")
 _LIB.define(
-    "native_int8_two(Tensor x, Tensor first, Tensor second, Tensor? add, int mid, int out) -> Tensor"
+    "native_int8_two(Tensor x, Tensor first, Tensor second, Tensor? add, int mid, int out) "
+    "-> Tensor"
 )
 _LIB.define(
-    "native_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int causal, float scale) -> Tensor"
+    "native_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int causal, float scale, "
+    "int bf16) -> Tensor"
 )
 
 
@@ -143,7 +145,7 @@ def _fake_two(
 
 
 def _fake_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: int, scale: float, bf16: int
 ) -> Tensor:
     b, h, rows, depth = q.shape
     return q.new_empty_strided((b, h, rows, depth), (rows * h * depth, depth, h * depth, 1))
@@ -165,7 +167,7 @@ _ARGUMENTS = {
     "native_int8_two": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, "
     "int64_t, int64_t",
     "native_attention": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, "
-    "int64_t, double",
+    "int64_t, double, int64_t",
 }
 
 
@@ -205,7 +207,7 @@ INT8 = (
 
 
 def _attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: int, scale: float, bf16: int
 ) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=bool(causal), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -213,7 +215,7 @@ def _attention_reference(
 
 
 def _attention_flops(
-    q: torch.Size, k: torch.Size, v: torch.Size, mask: Any, causal: Any, scale: Any, **_: Any
+    q: torch.Size, k: torch.Size, v: torch.Size, mask: Any, *_: Any, **__: Any
 ) -> int:
     return 2 * math.prod(q) * k[2] * 2
 

@@ -12,7 +12,7 @@ typedef AtenTensorHandle Handle;
 extern "C" {
 AOTITorchError aoti_torch_cpu_native_int8(Handle, Handle, Handle*, int64_t, Handle*);
 AOTITorchError aoti_torch_cpu_native_int8_two(Handle, Handle, Handle, Handle*, int64_t, int64_t, Handle*);
-AOTITorchError aoti_torch_cpu_native_attention(Handle, Handle, Handle, Handle*, int64_t, double, Handle*);
+AOTITorchError aoti_torch_cpu_native_attention(Handle, Handle, Handle, Handle*, int64_t, double, int64_t, Handle*);
 }
 
 namespace {
@@ -38,9 +38,9 @@ Tensor int8_two(Tensor x, Tensor first, Tensor second, std::optional<Tensor> add
   return Tensor(y);
 }
 
-Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, int64_t causal, double scale) {
+Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, int64_t causal, double scale, int64_t bf16) {
   Handle y;
-  aoti_torch_cpu_native_attention(q.get(), k.get(), v.get(), Maybe(mask), causal, scale, &y);
+  aoti_torch_cpu_native_attention(q.get(), k.get(), v.get(), Maybe(mask), causal, scale, bf16, &y);
   return Tensor(y);
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewriter.kernels import int8_cpu, native
 from rewriter.kernels import int8_linear as int8
+from rewriter.kernels import int8_product as product
 from rewriter.kernels import int8_static as static
 from rewriter.kernels.linear_act import act_
 
@@ -76,7 +77,7 @@ def test_the_bits_are_those_of_torch(compiled: str, activation: str, bias: bool)
     for rows, k, n in [*sizes, (12, 384, 96), (130, 40, 65)]:
         x, qweight, scale, b = problem(rows, k, n)
         own = b if bias else None
-        want = int8._run("torch", x, qweight, scale, own, activation)
+        want = product.run("torch", x, qweight, scale, own, activation)
         one = activation == "per_tensor"
         assert_equal(ran(x, qweight, scale, own, one_range=one), want)
 
@@ -156,7 +157,7 @@ def test_a_row_without_a_range_is_told_and_leaves_the_others(compiled: str, bad:
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 90), st.integers(1, 150))
 def test_any_size_on_any_number_of_threads(seed: int, rows: int, k: int, n: int) -> None:
     x, qweight, scale, bias = problem(rows, k, n, seed)
-    want = int8._run("torch", x, qweight, scale, bias, "per_token")
+    want = product.run("torch", x, qweight, scale, bias, "per_token")
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-import rewriter.kernels.int8_linear as int8
+from rewriter.kernels import int8_choice as choice
+from rewriter.kernels import int8_linear as int8
+from rewriter.kernels import int8_product as product
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
     available_kernels,
@@ -48,9 +50,9 @@ def monarch_problem(rows=5, n=3, rank=2, i=14, o=10):
 def test_kernels_agree_with_the_formula(kernel, rows, k, n, activation):
     x, q, scale, bias = problem(rows, k, n)
     want = int8_linear_reference(x, q, scale, bias, activation)
-    assert sqnr(int8._run(kernel, x, q, scale, bias, activation), want) > 80
+    assert sqnr(product.run(kernel, x, q, scale, bias, activation), want) > 80
     want = int8_linear_reference(x, q, scale, None, activation)
-    assert sqnr(int8._run(kernel, x, q, scale, None, activation), want) > 80
+    assert sqnr(product.run(kernel, x, q, scale, None, activation), want) > 80
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -60,7 +62,7 @@ def test_extreme_sums_do_not_saturate(kernel, weight, activation):
     x = torch.full((4, 2048), 255.0)
     x[:, 0] = 0
     q, scale = torch.full((6, 2048), weight, dtype=torch.int8), torch.ones(6)
-    got = int8._run(kernel, x, q, scale, None, activation)
+    got = product.run(kernel, x, q, scale, None, activation)
     assert_close(got, torch.full((4, 6), 255.0 * 2047 * weight))
 
 
@@ -69,7 +71,7 @@ def test_extreme_sums_do_not_saturate(kernel, weight, activation):
 def test_outliers_and_constant_rows_stay_finite(kernel, activation):
     x, q, scale, bias = problem(6, 24, 12)
     x[0], x[1], x[2, 3], x[3] = 0.0, 7.0, 1e6, 1e-9
-    got = int8._run(kernel, x, q, scale, bias, activation)
+    got = product.run(kernel, x, q, scale, bias, activation)
     assert got.isfinite().all()
     assert_close(got[0], bias)
     if activation == "per_token":  # one row's outlier is no other row's problem
@@ -82,10 +84,10 @@ def test_outliers_and_constant_rows_stay_finite(kernel, activation):
 def test_non_finite_input_is_not_hidden(kernel, bad):
     x, q, scale, bias = problem(6, 24, 12)
     x[2, 5] = bad
-    got = int8._run(kernel, x, q, scale, bias, "per_token")
+    got = product.run(kernel, x, q, scale, bias, "per_token")
     assert got[2].isnan().all()
     assert got[[0, 1, 3, 4, 5]].isfinite().all()
-    assert int8._run(kernel, x, q, scale, bias, "per_tensor").isnan().all()
+    assert product.run(kernel, x, q, scale, bias, "per_tensor").isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -192,21 +194,21 @@ def test_flops():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_changed_weight_is_noticed_and_nothing_leaks(kernel):
     x, q, scale, bias = problem()
-    before = len(int8._CACHE)
+    before = len(product._CACHE)
     for change in (
         lambda q: q.neg_(),
         lambda q: q.copy_(problem(seed=1)[1]),
         lambda q: scale.mul_(2),
     ):
-        int8._run(kernel, x, q, scale, bias, "per_token")
+        product.run(kernel, x, q, scale, bias, "per_token")
         change(q)
-        got = int8._run(kernel, x, q, scale, bias, "per_token")
+        got = product.run(kernel, x, q, scale, bias, "per_token")
         assert sqnr(got, int8_linear_reference(x, q, scale, bias)) > 80
     q.data = problem(seed=2)[1]
-    got = int8._run(kernel, x, q, scale, bias, "per_token")
+    got = product.run(kernel, x, q, scale, bias, "per_token")
     assert sqnr(got, int8_linear_reference(x, q, scale, bias)) > 80
     del q
-    assert len(int8._CACHE) <= before
+    assert len(product._CACHE) <= before
 
 
 def test_weight_made_under_inference_mode():
@@ -253,14 +255,14 @@ def test_the_choice_is_measured_on_the_kernels_themselves(monkeypatch):
             assert_reordered(y, made["torch"])
         return "torch"
 
-    monkeypatch.setattr(int8, "fastest", fastest)
+    monkeypatch.setattr(choice, "fastest", fastest)
     assert pick_kernel(7, 24, 12) == "torch"
 
 
 def test_a_kernel_that_saturates_is_refused(monkeypatch):
-    real = int8._run
-    monkeypatch.setattr(int8, "_run", lambda *a: real(*a).clamp_(max=1e5))
-    assert "wrong by" in int8._refusal.__wrapped__("onednn")
+    real = product.run
+    monkeypatch.setattr(product, "run", lambda *a: real(*a).clamp_(max=1e5))
+    assert "wrong by" in choice.refusal.__wrapped__("onednn")
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,7 @@ def test_the_bits_depend_neither_on_the_kernel_nor_on_the_threads(activation):
                 torch.set_num_threads(count)
                 for kernel in int8.available_kernels():
                     operands = x, qweight, scale, bias, activation
-                    found.append(int8._run(kernel, *operands))
+                    found.append(product.run(kernel, *operands))
         finally:
             torch.set_num_threads(threads)
         for other in found[1:]:

@@ -13,6 +13,7 @@ from closeness import assert_equal, assert_reordered
 from torch import Tensor, nn
 
 from rewriter import load, rewrite
+from rewriter.kernels import int8_choice as choice
 from rewriter.kernels import int8_cpu
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import int8_static as static
@@ -26,7 +27,7 @@ X = torch.linspace(-2, 2, 2 * 5 * 16).view(2, 5, 16).sin()
 def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test goes by a time: the fused op counts as the faster one."""
     kernel = "torch" if int8_cpu.refusal() else "native"
-    monkeypatch.setattr(int8, "pick_kernel", lambda *_: kernel)
+    monkeypatch.setattr(choice, "pick_kernel", lambda *_: kernel)
     monkeypatch.setattr(static, "pick_kernel", lambda *_: kernel)
     monkeypatch.setattr(integers, "fastest", lambda key, version, make, lead: list(make())[-1])
     monkeypatch.setattr("rewriter.engine.engine.Engine._lowering_pays", lambda _: True)
@@ -234,7 +235,7 @@ def test_what_no_kernel_has_is_a_reason(act: nn.Module) -> None:
 
 
 def test_without_the_compiled_kernel_the_activation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "pick_kernel", lambda *_: "torch")
+    monkeypatch.setattr(choice, "pick_kernel", lambda *_: "torch")
     lowered, _ = both()
     assert "has no epilogue" in fused(lowered)["up"]
     with torch.no_grad():

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import rewriter
 from rewriter import rewrite
-from rewriter.kernels import attention, int8_cpu, native, native_ops, ops
+from rewriter.kernels import attention, int8_choice, int8_cpu, native, native_ops, ops
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import int8_static as static
+from rewriter.kernels.int8_product import quantize_weight
 from rewriter.lowering import integers
 from rewriter.lowering.traces import lowered_in_traces
 from rewriter.passes import Quantize
@@ -33,7 +34,7 @@ X = torch.linspace(-2, 2, 2 * LENGTH * WIDTH).view(2, LENGTH, WIDTH).sin()
 @pytest.fixture(autouse=True)
 def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test goes by a time: the fused op counts as the faster one."""
-    monkeypatch.setattr(int8, "pick_kernel", lambda *_: "native")
+    monkeypatch.setattr(int8_choice, "pick_kernel", lambda *_: "native")
     monkeypatch.setattr(static, "pick_kernel", lambda *_: "native")
     monkeypatch.setattr(attention, "pick", lambda *_: "native")
     monkeypatch.setattr(integers, "fastest", lambda key, version, make, lead: list(make())[-1])
@@ -118,7 +119,7 @@ def test_what_wants_gradients_is_traced_as_layers() -> None:
 
 def layer(gain: float = 1.0, **after: Any) -> tuple[Any, native_ops.InGraph]:
     torch.manual_seed(0)
-    qweight, scale = int8.quantize_weight(torch.randn(40, 24) * gain)
+    qweight, scale = quantize_weight(torch.randn(40, 24) * gain)
     bound = int8.bound(qweight, scale, torch.randn(40), "per_token", **after)
     form = bound.in_graph()
     assert form is not None
@@ -186,14 +187,14 @@ def test_attention_computes_what_the_model_runs(mask: Tensor | None) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, h, 32).transpose(1, 2) for n, h in ((7, 4), (9, 2), (9, 2)))
     run = torch.ops.rewriter.native_attention.default
-    found, want = run(q, k, v, mask, 0, 0.2), attention.native(q, k, v, mask, False, 0.2)
+    found, want = run(q, k, v, mask, 0, 0.2, 0), attention.native(q, k, v, mask, False, 0.2)
     assert_equal(found, want)
     assert found.stride() == want.stride()
-    assert_equal(run(q, k, v.mT.contiguous().mT, mask, 0, 0.2), want)
+    assert_equal(run(q, k, v.mT.contiguous().mT, mask, 0, 0.2, 0), want)
     with pytest.raises(RuntimeError, match="differ in batch, heads or rows"):
-        run(q[:1], k, v, mask, 0, 0.2)
+        run(q[:1], k, v, mask, 0, 0.2, 0)
     with pytest.raises(RuntimeError, match="mask does not fit"):
-        run(q, k, v, torch.ones(3, 9, dtype=torch.bool), 0, 0.2)
+        run(q, k, v, torch.ones(3, 9, dtype=torch.bool), 0, 0.2, 0)
 
 
 def test_without_a_compiler_the_op_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

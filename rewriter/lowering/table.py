@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from rewriter.lowering.fused import ATTENTION, CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
+from rewriter.lowering.fused import (
+    ATTENTION,
+    CONV,
+    CONV_TRANSPOSE,
+    FLOAT32_ATTENTION,
+    JOINED,
+    LINEAR_ACT,
+)
 from rewriter.lowering.int8_convs import INT8_CONV, INT8_CONV_ACT, INT8_POINTWISE
 from rewriter.lowering.integers import (
     INT8_ACT,
@@ -28,7 +35,7 @@ from rewriter.modules.patterns import (
     op,
 )
 
-__all__ = ["DEFAULT_RULES", "IN_GRAPHS"]
+__all__ = ["DEFAULT_RULES", "FLOAT32_RULES", "IN_GRAPHS"]
 
 int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
 int8 = int8_linear | int8_static_linear
@@ -44,7 +51,8 @@ DEFAULT_RULES = (
     Rule(conv_transpose >> batch_norm, CONV_TRANSPOSE),
     # act(x·Wᵀ + b), the activation on each tile of the product while that is in the cache
     Rule(linear >> activation, LINEAR_ACT),
-    # softmax(q·kᵀ·scale + mask)·v, the scores of a few queries at a time in the cache
+    # softmax(q·kᵀ·scale + mask)·v, the scores of a few queries at a time in the cache; q, k and v
+    # in bfloat16 where they are results of products of 8-bit numbers
     Rule(op("scaled_dot_product_attention"), ATTENTION),
     # [y₁ y₂ …] = x·[W₁ W₂ …]ᵀ + [b₁ b₂ …]
     Rule(fan(linear), JOINED),
@@ -74,6 +82,12 @@ DEFAULT_RULES = (
     Rule(fan(int8_static_linear), INT8_JOINED),
 )
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
+
+FLOAT32_RULES = tuple(
+    Rule(rule.pattern, FLOAT32_ATTENTION) if rule.fused is ATTENTION else rule
+    for rule in DEFAULT_RULES
+)
+"""The same, with all of attention in float32, also between layers of 8 bits."""
 
 IN_GRAPHS = (
     # s·(q(x)·Qᵀ)·scale + …, which a model calls as a layer
