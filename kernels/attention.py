@@ -117,6 +117,20 @@ def refusal(
         return f"no kernel takes {query.dtype} on {query.device.type}"
     if (why := unavailable()) is not None:
         return f"no compiled kernel: {why}"
+    return _unfit(query, key, value, mask, causal, dropout, _library()[2])
+
+
+def _unfit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    lanes: int,
+) -> str | None:
+    """What of float32 operands on a CPU the compiled kernel does not take, which has registers of so
+    many lanes."""
     if any(t.dtype != query.dtype for t in (key, value)):
         return "its operands differ in dtype"
     if mask is not None and (causal or mask.dtype not in (torch.bool, query.dtype)):
@@ -126,7 +140,6 @@ def refusal(
     if any(t.ndim != 4 for t in (query, key, value)):
         return "its operands are not [batch, heads, rows, depth]"
     (b, h, _, d), (kb, shared, t, kd) = query.shape, key.shape
-    lanes = _library()[2]
     if (b, t) != (value.shape[0], value.shape[2]) or b != kb or shared != value.shape[1]:
         return "its operands differ in batch, or heads"
     if d != kd or d != value.shape[3] or d % lanes or h % shared:
@@ -201,8 +214,10 @@ class Bound:
     def in_graph(self) -> native_ops.InGraph | None:
         """The compiled kernel as it stands in a graph, at every size, where it takes the operands;
         None where there is none."""
-        call = functools.partial(_in_graph, bf16=self.bf16)
-        return None if unavailable() else native_ops.InGraph((), call)
+        if unavailable() is not None:
+            return None
+        lanes = _library()[2]
+        return native_ops.InGraph((), functools.partial(_in_graph, bf16=self.bf16, lanes=lanes))
 
 
 def _in_graph(
@@ -217,9 +232,11 @@ def _in_graph(
     enable_gqa: bool = False,
     *,
     bf16: bool,
+    lanes: int,
 ) -> Tensor:
-    why = refusal(query, key, value, attn_mask, is_causal, dropout_p)
-    ours = why is None and (enable_gqa or query.shape[1] == key.shape[1])
+    plain = query.dtype == torch.float32 and query.device.type == "cpu"
+    fits = plain and _unfit(query, key, value, attn_mask, is_causal, dropout_p, lanes) is None
+    ours = fits and (enable_gqa or query.shape[1] == key.shape[1])
     if not ours:
         options = dropout_p, is_causal, scale, enable_gqa, bf16
         return _computed(False, query, key, value, attn_mask, *options)

@@ -78,6 +78,9 @@ class Lowered(Protocol):
     def in_graph(self, root: nn.Module, program: Program) -> Traced | None:
         """What a compiler traces; None where that is the plain program."""
 
+    def follow(self, root: nn.Module, program: Program, leaves: Sequence[Any]) -> Traced | None:
+        """What Dynamo traces, and what follows the weights; None where that is the plain program."""
+
     def drop(self) -> None:
         """Lets go of what was derived."""
 
@@ -126,9 +129,7 @@ class Form:
         if tracing or signature is None:
             if not tracing:
                 entry.graph += 1
-            fused = tracing and not training and not torch.is_grad_enabled()
-            run = self.traced if fused and self.traced is not None else program
-            return run(module, leaves, self._place(leaves))
+            return self._traced(module, leaves, training)(module, leaves, self._place(leaves))
         if self.memory is not None and training and torch.is_grad_enabled():
             results = self.memory(module, program, leaves, signature.dims[True].shapes)
             if results is not None:
@@ -145,6 +146,18 @@ class Form:
         entry.graph += 1
         bound = None if self.watch is None else self._modules(module, training, self.watch.version)
         return program.built(program.results(module, leaves, place, bound))
+
+    def _traced(self, module: nn.Module, leaves: list[Any], training: bool) -> Traced:
+        """What a compiler traces, or who looks on: the graph with fused ops where a call wants no
+        gradient, else the plain one."""
+        program = self.programs[training]
+        if training or torch.is_grad_enabled() or not torch.compiler.is_compiling():
+            return program
+        if self.traced is not None:
+            return self.traced
+        if self.lowered is None or torch.compiler.is_exporting():
+            return program
+        return self.lowered.follow(module, program, leaves) or program
 
     def leaves(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> list[Any] | str:
         """The flat inputs that the graphs take, or how the call differs from the captured one."""

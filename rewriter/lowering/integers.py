@@ -239,7 +239,7 @@ def joined_int8_linear(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
     return tuple(static.int8_static_linear(x, *one) for one in each)
 
 
-def _bound_joined(*given: Any) -> Callable[..., tuple[Tensor, ...]]:
+def _bound_joined(*given: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
     *own, activation, sizes = given
     if own[3] is not None and len(own[3]) > 1:
         return lambda x: joined_int8_linear(x, *given)

@@ -30,7 +30,7 @@ from rewriter.modules.versions import Stamp, watch_steps
 if TYPE_CHECKING:
     from rewriter.kernels.native_ops import InGraph
 
-__all__ = ["Lowered", "Traced", "Verdicts", "derived", "is_plain_tensor"]
+__all__ = ["Bound", "Lowered", "Traced", "Verdicts", "derived", "is_plain_tensor"]
 
 
 @dataclass
@@ -64,7 +64,8 @@ class Lowered:
         watch_steps()
 
     def _forget(self) -> None:
-        self._bound: _Bound | None = None
+        self._bound: Bound | None = None
+        self.following: Any = None
         self._lock = threading.Lock()
 
     def results(self, root: nn.Module, program: Program, leaves: Sequence[Any], device: str) -> Any:
@@ -83,7 +84,7 @@ class Lowered:
             with self._lock:
                 bound = self._bound
                 if bound is None or not bound.stands(root, program):
-                    bound = self._bound = _Bound(root, program, self.rules, self.chosen)
+                    bound = self._bound = Bound(root, program, self.rules, self.chosen)
         made = bound.fresh(self._lock)
         if made is None:
             return None
@@ -92,9 +93,14 @@ class Lowered:
     def in_graph(self, root: nn.Module, program: Program) -> Traced | None:
         """What a compiler traces in place of the program, with the weights as they are now; None
         where no place has a form for graphs."""
-        from rewriter.lowering.table import IN_GRAPHS
+        return Bound.in_graphs(root, program, self).in_graph()
 
-        return _Bound(root, program, self.rules, self.chosen).in_graph(IN_GRAPHS)
+    def follow(self, root: nn.Module, program: Program, leaves: Sequence[Any]) -> Any:
+        """What Dynamo traces in place of the program, and what keeps up with the weights; None
+        where that is the program itself."""
+        from rewriter.lowering.following import follow
+
+        return follow(self, root, program, leaves)
 
     def drop(self) -> None:
         """Lets go of the derived tensors; the next call makes them again."""
@@ -133,19 +139,39 @@ def is_plain_tensor(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
-class _Bound:
-    """The rules bound to one module tree: their places, its layers, and the fused program."""
+class Bound:
+    """The rules bound to one module tree: their places, its layers, and the fused program.
+
+    Args:
+        root, program, rules, chosen: as of `Lowered`.
+        further: rules for what the others leave.
+    """
 
     def __init__(
-        self, root: nn.Module, program: Program, rules: Sequence[Rule], chosen: Collection[Key]
+        self,
+        root: nn.Module,
+        program: Program,
+        rules: Sequence[Rule],
+        chosen: Collection[Key],
+        further: Sequence[Rule] = (),
     ) -> None:
         self.root, self.plain = root, program
         self.applications, refused = places(program.graph, root, rules, chosen)
+        taken = {n for a in self.applications for n in a.place.match.nodes}
+        found, _ = places(program.graph, root, further)
+        self.applications += [a for a in found if taken.isdisjoint(a.place.match.nodes)]
         named: dict[str, None] = {}
         for place in [*(a.place for a in self.applications), *(r.place for r in refused)]:
             named.update(dict.fromkeys(place.owners))
         self.layers = _Layers(root, named)
         self.made: _Made | None = None
+
+    @classmethod
+    def in_graphs(cls, root: nn.Module, program: Program, lowered: Lowered) -> Bound:
+        """As a compiler is to trace it."""
+        from rewriter.lowering.table import IN_GRAPHS
+
+        return cls(root, program, lowered.rules, lowered.chosen, IN_GRAPHS)
 
     def stands(self, root: nn.Module, program: Program) -> bool:
         return self.root is root and self.plain is program and self.layers.same()
@@ -170,14 +196,10 @@ class _Bound:
             made = self.made = _Made(program, ready, stamp)
         return made
 
-    def in_graph(self, further: Sequence[Rule]) -> Traced | None:
-        """The program with those of the places that have a form for graphs, and with places of
-        further rules among what is left."""
-        taken = {n for a in self.applications for n in a.place.match.nodes}
-        found, _ = places(self.plain.graph, self.root, further)
-        found = [a for a in found if taken.isdisjoint(a.place.match.nodes)]
+    def in_graph(self) -> Traced | None:
+        """The program with those of the places that have a form for graphs."""
         with torch.inference_mode(False), torch.no_grad():
-            formed = [(a, _in_graph(a.ready(derived(a)))) for a in (*self.applications, *found)]
+            formed = [(a, _in_graph(a.ready(derived(a)))) for a in self.applications]
         self.applications = [a for a, form in formed if form is not None]
         ready = [form for _, form in formed if form is not None]
         return Traced(self._program(), ready) if ready else None

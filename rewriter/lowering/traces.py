@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from rewriter.capture.forms import Form, State
+from rewriter.capture.forms import Form, State, Traced
 from rewriter.lowering.lowered import Lowered
 
 __all__ = ["lowered_in_traces"]
@@ -21,7 +21,7 @@ def lowered_in_traces(model: nn.Module) -> Iterator[bool]:
     Args:
         model: as `rewrite` returned it, or what holds such models.
     """
-    before: list[tuple[Form, object]] = []
+    before: list[tuple[Form, Traced | None]] = []
     try:
         for form, module in _eval_forms(model):
             before.append((form, form.traced))
