@@ -24,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rewriter.kernels import native_ops
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.native import library, parallel, why_not
 
 __all__ = [
+    "Bound",
     "attention",
     "attention_reference",
     "bf16_unavailable",
@@ -115,6 +117,20 @@ def refusal(
         return f"no kernel takes {query.dtype} on {query.device.type}"
     if (why := unavailable()) is not None:
         return f"no compiled kernel: {why}"
+    return _unfit(query, key, value, mask, causal, dropout, _library()[2])
+
+
+def _unfit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    lanes: int,
+) -> str | None:
+    """What of float32 operands on a CPU the compiled kernel does not take, which has registers of so
+    many lanes."""
     if any(t.dtype != query.dtype for t in (key, value)):
         return "its operands differ in dtype"
     if mask is not None and (causal or mask.dtype not in (torch.bool, query.dtype)):
@@ -124,7 +140,6 @@ def refusal(
     if any(t.ndim != 4 for t in (query, key, value)):
         return "its operands are not [batch, heads, rows, depth]"
     (b, h, _, d), (kb, shared, t, kd) = query.shape, key.shape
-    lanes = _library()[2]
     if (b, t) != (value.shape[0], value.shape[2]) or b != kb or shared != value.shape[1]:
         return "its operands differ in batch, or heads"
     if d != kd or d != value.shape[3] or d % lanes or h % shared:
@@ -163,13 +178,22 @@ def attention(
     return _computed(ours, query, key, value, mask, dropout_p, causal, scale, gqa, bf16)
 
 
-def bound(bf16: bool = False) -> Callable[..., Tensor]:
+def bound(bf16: bool = False) -> Bound:
     """`attention` that remembers of which operands it has found out who computes them: for plain
     tensors."""
-    known: dict[Any, bool] = {}
-    bf16 = bf16 and bf16_unavailable() is None
+    return Bound(bf16 and bf16_unavailable() is None)
 
-    def run(
+
+class Bound:
+    """`attention` for one place of a model; with `bf16`, which `bf16_unavailable` has nothing
+    against, by products of bfloat16 numbers."""
+
+    def __init__(self, bf16: bool = False) -> None:
+        self.bf16 = bf16
+        self._known: dict[Any, bool] = {}
+
+    def __call__(
+        self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -182,12 +206,45 @@ def bound(bf16: bool = False) -> Callable[..., Tensor]:
         operands, options = (query, key, value, attn_mask), (dropout_p, is_causal)
         looks = [None if t is None else (t.shape, t.dtype, t.is_cpu) for t in operands]
         call = *looks, *options, enable_gqa, torch.get_num_threads()
-        ours = known.get(call)
+        ours = self._known.get(call)
         if ours is None:
-            ours = known[call] = _is_native(*operands, *options, enable_gqa, bf16)
-        return _computed(ours, *operands, *options, scale, enable_gqa, bf16)
+            ours = self._known[call] = _is_native(*operands, *options, enable_gqa, self.bf16)
+        return _computed(ours, *operands, *options, scale, enable_gqa, self.bf16)
 
-    return run
+    def in_graph(self) -> native_ops.InGraph | None:
+        """The compiled kernel as it stands in a graph, at every size, where it takes the operands;
+        None where there is none."""
+        if unavailable() is not None:
+            return None
+        lanes = _library()[2]
+        return native_ops.InGraph((), functools.partial(_in_graph, bf16=self.bf16, lanes=lanes))
+
+
+def _in_graph(
+    _: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    bf16: bool,
+    lanes: int,
+) -> Tensor:
+    plain = query.dtype == torch.float32 and query.device.type == "cpu"
+    fits = plain and _unfit(query, key, value, attn_mask, is_causal, dropout_p, lanes) is None
+    ours = fits and (enable_gqa or query.shape[1] == key.shape[1])
+    if not ours:
+        options = dropout_p, is_causal, scale, enable_gqa, bf16
+        return _computed(False, query, key, value, attn_mask, *options)
+    times = query.shape[-1] ** -0.5 if scale is None else scale
+    y: Tensor = torch.ops.rewriter.native_attention.default(
+        query, key, value, attn_mask, int(is_causal), times, int(bf16)
+    )
+    return y
 
 
 def _is_native(

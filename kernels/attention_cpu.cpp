@@ -209,3 +209,7 @@ void attention(const Call* call) {
   });
 }
 }
+
+#ifdef SHIM  // as ops of compiled programs
+#include "attention_shim.h"
+#endif

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels import int8_cpu
+from rewriter.kernels import int8_cpu, native_ops
 from rewriter.kernels.int8_choice import available_kernels
 from rewriter.kernels.int8_product import After, forget, native_weight, packed_weight
 
@@ -86,6 +86,10 @@ class Bound:
             if not wide:
                 return y
         return self.run(x, add)
+
+    def in_graph(self) -> native_ops.InGraph | None:
+        """The kernel as it stands in a graph; None where there is none."""
+        return None if self.kernel is None else self.kernel.in_graph()
 
     def _takes(self, kernel: int8_cpu.Product, x: Tensor, add: Tensor | None) -> bool:
         if x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):

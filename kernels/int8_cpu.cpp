@@ -212,15 +212,23 @@ Range range_of(const float* x, long n) {
   return found;
 }
 
-// One row by its own range: its levels, s and lo. A range that is not finite gives levels of no
-// meaning, and s that is NaN or infinite.
+// One row by its own range: its levels, s and lo. A row that is not finite gives levels of no meaning,
+// and s that is NaN.
 void quantize_row(const float* x, long n, level* q, long width, float* s, float* lo) {
   const Range of = range_of(x, n);
   const float range = of.high - of.low, inverse = 255.0f / (range + 1e-8f);
   *lo = of.low, *s = of.bad ? __builtin_nanf("") : range / 255.0f + (float)(1e-8 / 255);
-  const vec from = all(of.low), times = all(inverse);
-  for (long i = 0; i < n; i += V)
-    put_levels(q + i, (load(x + i, first(n - i)) - from) * times, n - i);
+  if (range - range == 0 || of.bad) {
+    const vec from = all(of.low), times = all(inverse);
+    for (long i = 0; i < n; i += V)
+      put_levels(q + i, (load(x + i, first(n - i)) - from) * times, n - i);
+  } else {  // beyond the largest number: all of it by a quarter
+    const float part = of.high * 0.25f - of.low * 0.25f;
+    *s = part / 255.0f * 4;
+    const vec from = all(of.low * 0.25f), times = all(255.0f / part), quarter = all(0.25f);
+    for (long i = 0; i < n; i += V)
+      put_levels(q + i, (load(x + i, first(n - i)) * quarter - from) * times, n - i);
+  }
   for (long i = n; i < width; i++) q[i] = 0;  // they meet columns of zeros, but are to be numbers
 }
 
@@ -526,6 +534,9 @@ extern "C" {
 
 const char* int8_isa() { return ISA; }
 
+// What a packed layer of one tensor depends on beside its own sizes.
+int64_t int8_layout() { return (1LL << 48) | ((int64_t)sizeof(Call) << 32) | (COLS << 16) | (DOT << 8) | V; }
+
 int64_t int8_packed_size(int64_t out, int64_t in) { return up(out, COLS) * up(in, DOT); }
 
 // w [out, in] → panels; what is beyond `out` and `in` is zero.
@@ -611,3 +622,6 @@ int64_t int8_two(const Call* one, const Call* two) {
 }
 
 #include "int8_monarch.h"
+#ifdef SHIM  // as ops of compiled programs
+#include "int8_shim.h"
+#endif

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rewriter.kernels import native_ops
 from rewriter.kernels.native import library, parallel, why_not
 
 __all__ = ["THEN", "Linear", "Norm", "Product", "compiled", "isa", "pack", "refusal", "rows_of"]
@@ -28,6 +30,10 @@ _ALONE = 1 << 22
 
 _SOURCE = Path(__file__).with_name("int8_cpu.cpp")
 _POINTERS = "x weight scale sums bias add norm_weight norm_bias y q parallel"
+_HELD = "weight scale sums bias norm_weight norm_bias multiplier".split()
+"""The pointers to what a product is made of."""
+_LAYOUT = 64
+"""Bytes before the call in a layer of one tensor, with its layout."""
 _SIZES = "rows in_features out_features stride then one_range norm threads"
 
 
@@ -67,6 +73,9 @@ class Product(Protocol):
     def before(self, second: Product) -> Product | None:
         """`second(self(x), add)` in one call; None where no kernel has both."""
 
+    def in_graph(self) -> native_ops.InGraph | None:
+        """The call as it stands in a graph; None where compiled code cannot make it."""
+
 
 @functools.cache
 def _library() -> tuple[Any, int]:
@@ -78,6 +87,7 @@ def _library() -> tuple[Any, int]:
     made.int8_pack.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_void_p]
     made.int8_pack.restype = None
     made.int8_linear.argtypes, made.int8_linear.restype = [ctypes.c_void_p], ctypes.c_int64
+    made.int8_layout.restype = ctypes.c_int64
     made.int8_two.argtypes, made.int8_two.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
     made.int8_monarch.restype = ctypes.c_int64
     made.int8_monarch.argtypes = [ctypes.c_void_p, ctypes.c_int64]
@@ -159,7 +169,9 @@ class Linear:
     ) -> None:
         self._made, start = _library()
         self.width, self.out = width, scale.shape[0]
-        self._held = packed, scale, sums, bias, norm, multiplier  # C++ knows their addresses alone
+        own = norm or Norm(None, None, 0.0)
+        tensors = packed, scale, sums, bias, own.weight, own.bias, multiplier
+        self._held = dict(zip(_HELD, tensors, strict=True))  # C++ knows their addresses alone
         step, zero = given or (0.0, 0)
         self._call = _Call(
             weight=packed.data_ptr(),
@@ -211,6 +223,31 @@ class Linear:
     def before(self, second: Product) -> Product | None:
         return Two(self, second) if isinstance(second, Linear) else None
 
+    def layer(self) -> Tensor:
+        """[bytes] uint8: all that the product is made of, as `int8_shim.h` reads it."""
+        call = _Call.from_buffer_copy(self._call)
+        call.parallel = None
+        end = _up(_LAYOUT + ctypes.sizeof(_Call))
+        parts = []
+        for name, tensor in self._held.items():
+            if tensor is not None:
+                setattr(call, name, end)
+                parts.append((end, tensor.detach().reshape(-1).view(torch.uint8)))
+                end = _up(end + tensor.nbytes)
+        made = torch.zeros(end, dtype=torch.uint8)
+        head = self._made.int8_layout().to_bytes(8, sys.byteorder).ljust(_LAYOUT, b"\0")
+        head += bytes(call)
+        for start, own in [(0, torch.frombuffer(bytearray(head), dtype=torch.uint8)), *parts]:
+            made[start : start + len(own)] = own
+        return made
+
+    def in_graph(self) -> native_ops.InGraph:
+        """The product as it stands in a graph."""
+        out = self.out
+        return native_ops.InGraph(
+            (self.layer(),), lambda layer, x, add=None: native_ops.int8(layer, x, add, out)
+        )
+
 
 class Two:
     """`second(first(x), add)`, where what lies between is in the cache alone.
@@ -240,6 +277,19 @@ class Two:
 
     def before(self, second: Product) -> Product | None:
         return None
+
+    def in_graph(self) -> native_ops.InGraph:
+        """Both products as they stand in a graph."""
+        mid, out = self.first.out, self.out
+        return native_ops.InGraph(
+            (self.first.layer(), self.second.layer()),
+            lambda layers, x, add=None: native_ops.int8_two(layers, x, add, mid, out),
+        )
+
+
+def _up(size: int) -> int:
+    """To where a line of the cache begins."""
+    return -(-size // 64) * 64
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from rewriter.kernels import int8_choice as choice
 from rewriter.kernels import int8_product as product
-from rewriter.kernels import ops, quantized_gpu
+from rewriter.kernels import native_ops, ops, quantized_gpu
 from rewriter.kernels.common import (
     owned,
     register_autocast,
@@ -456,6 +456,6 @@ RECORD = ops.register(
             "torch": None,
             **quantized_gpu.refused_kernels("int8"),
         },
-        companions=(ops.Companion("rewriter::int8_linear_then"),),
+        companions=(ops.Companion("rewriter::int8_linear_then"), *native_ops.INT8),
     )
 )

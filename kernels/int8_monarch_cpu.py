@@ -120,6 +120,9 @@ class Monarch:
     def before(self, second: int8_cpu.Product) -> int8_cpu.Product | None:
         return Pair(self, second) if isinstance(second, Monarch) else None
 
+    def in_graph(self) -> None:
+        """No compiled code can call it yet."""
+
 
 def _threads(products: int) -> int:
     return 1 if products < _ALONE else torch.get_num_threads()
@@ -150,3 +153,6 @@ class Pair:
 
     def before(self, second: int8_cpu.Product) -> int8_cpu.Product | None:
         return None
+
+    def in_graph(self) -> None:
+        """No compiled code can call it yet."""

@@ -23,12 +23,22 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import platformdirs
 
-__all__ = ["Unavailable", "cache_folder", "fingerprint", "library", "parallel", "why_not"]
+__all__ = [
+    "Unavailable",
+    "archive",
+    "cache_folder",
+    "fingerprint",
+    "library",
+    "parallel",
+    "shared",
+    "why_not",
+]
 
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT = 300  # seconds; it takes about 7
@@ -60,33 +70,108 @@ def library(source: Path) -> ctypes.CDLL:
     Raises:
         Unavailable: no compiler, it failed, or the result does not load.
     """
-    if os.environ.get("REWRITER_NATIVE") == "0":
-        raise Unavailable("switched off by REWRITER_NATIVE=0")
-    compiler = _compiler()
-    flags = ["-std=c++17", "-O3", _native(), "-fPIC", "-shared"]
-    texts = [f.read_bytes().decode() for f in (source, *sorted(source.parent.glob("*.h")))]
-    key = _hash(*texts, _version(compiler), *flags, _cpu())
-    name, folder = f"{source.stem}-{key}", _own_folder()
-    for kept in [] if folder is None else folder.glob(f"{name}-*.so"):
-        if (found := _kept(kept, name)) is not None:
+
+    def make(compiler: str, to: Path) -> None:
+        _compile([compiler, *_flags(), "-shared", str(source), "-o", str(to)])
+
+    return _loaded(f"{source.stem}-{_key(source)}", make)
+
+
+def archive(name: str, sources: Sequence[Path], *flags: str) -> Path:
+    """The objects compiled from C++ files, for compiled code to be linked with.
+
+    Args:
+        name: of the file.
+        sources: beside each other.
+        flags: further ones of the compiler.
+
+    Raises:
+        Unavailable: no compiler, it failed, or there is nowhere to keep the file.
+    """
+
+    def make(compiler: str, to: Path) -> None:
+        objects = [to.with_name(f"{source.stem}.o") for source in sources]
+        hidden = [*_flags(), "-fvisibility=hidden", *flags, "-c"]
+        for source, made in zip(sources, objects, strict=True):
+            _compile([compiler, *hidden, str(source), "-o", str(made)])
+        _compile(["ar", "rcs", str(to), *map(str, objects)])
+
+    if (folder := _own_folder()) is None:
+        raise Unavailable(f"{cache_folder()} cannot be written to, and nothing else keeps it")
+    return _made(folder, f"lib{name}-{_key(*sources, flags=flags)}", ".a", make, Path)
+
+
+def shared(objects: Path, *flags: str) -> ctypes.CDLL:
+    """The library of all that is in an `archive`, loaded.
+
+    Args:
+        objects: the archive.
+        flags: of the linker, behind it.
+
+    Raises:
+        Unavailable: no compiler, it failed, or the result does not load.
+    """
+
+    def make(compiler: str, to: Path) -> None:
+        whole = ["-Wl,--whole-archive", str(objects), "-Wl,--no-whole-archive"]
+        _compile([compiler, "-shared", *whole, *flags, "-o", str(to)])
+
+    return _loaded(f"{objects.stem}-{_hash(*flags)}", make)
+
+
+_Make = Callable[[str, Path], None]
+"""(compiler, to): makes a file."""
+_T = TypeVar("_T")
+
+
+def _loaded(name: str, make: _Make) -> ctypes.CDLL:
+    """The library of this name, from the cache or made."""
+    return _made(_own_folder(), name, ".so", make, lambda kept: ctypes.CDLL(str(kept)))
+
+
+def _made(
+    folder: Path | None, name: str, suffix: str, make: _Make, opened: Callable[[Path], _T]
+) -> _T:
+    """The file of this name as it is opened: kept in a folder, or made there. Where nothing keeps
+    it, it is deleted when it is opened: a library is mapped still."""
+    for kept in [] if folder is None else folder.glob(f"{name}-*{suffix}"):
+        if (found := _kept(kept, name, opened)) is not None:
             return found
     try:
         with tempfile.TemporaryDirectory(dir=folder) as made_in:
-            made = _compile(compiler, flags, source, Path(made_in) / f"{name}.so")
+            made = Path(made_in) / f"{name}{suffix}"
+            make(_compiler(), made)
             made.chmod(0o700)
-            kept = (folder or Path(made_in)) / f"{name}-{_digest(made)}.so"
+            kept = (folder or Path(made_in)) / f"{name}-{_digest(made)}{suffix}"
             _on_disk(made)
             os.replace(made, kept)
-            return ctypes.CDLL(str(kept))  # where nothing keeps it: deleted again, and still mapped
+            return opened(kept)
     except OSError as error:
         raise Unavailable(f"the compiled kernel does not load: {error}") from error
 
 
-def _kept(path: Path, name: str) -> ctypes.CDLL | None:
-    """The library of a file, where it is whole and nobody else's; else the file is deleted."""
+def _key(*sources: Path, flags: Sequence[str] = ()) -> str:
+    """Of all that decides what comes of sources.
+
+    Raises:
+        Unavailable: kernels are switched off, or there is no compiler.
+    """
+    if os.environ.get("REWRITER_NATIVE") == "0":
+        raise Unavailable("switched off by REWRITER_NATIVE=0")
+    headers = sorted(sources[0].parent.glob("*.h"))
+    texts = [f.read_bytes().decode() for f in (*sources, *headers)]
+    return _hash(*texts, _version(_compiler()), *_flags(), *flags, _cpu())
+
+
+def _flags() -> list[str]:
+    return ["-std=c++17", "-O3", _native(), "-fPIC"]
+
+
+def _kept(path: Path, name: str, opened: Callable[[Path], _T]) -> _T | None:
+    """A file as it is opened, where it is whole and nobody else's; else it is deleted."""
     try:
         if _is_safe(path) and path.stem == f"{name}-{_digest(path)}":
-            return ctypes.CDLL(str(path))
+            return opened(path)
         path.unlink(missing_ok=True)
     except OSError:  # of another system, or another process was faster: made anew
         return None
@@ -147,17 +232,15 @@ def fingerprint() -> str:
     return _hash(_cpu())
 
 
-def _compile(compiler: str, flags: list[str], source: Path, to: Path) -> Path:
-    # Not linked to any OpenMP, nor to torch: symbols of neither are used.
-    command = [compiler, *flags, str(source), "-o", str(to)]
+def _compile(command: list[str]) -> None:
+    # Not linked to any OpenMP, and kernels not to torch: symbols of neither are used.
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{compiler} did not run: {error}") from error
+        raise Unavailable(f"{command[0]} did not run: {error}") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
-        raise Unavailable(f"{compiler} failed ({done.returncode}): {lines[0]}")
-    return to
+        raise Unavailable(f"{command[0]} failed ({done.returncode}): {lines[0]}")
 
 
 def _compiler() -> str:

@@ -16,6 +16,7 @@ import re
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ __all__ = [
     "RecordError",
     "Run",
     "Samples",
+    "Shim",
     "element_size",
     "find",
     "forget",
@@ -43,6 +45,7 @@ __all__ = [
     "moved",
     "name_of",
     "of_kind",
+    "overload",
     "product",
     "records",
     "register",
@@ -195,6 +198,20 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Shim:
+    """How compiled code calls an op by its C function, in place of the dispatcher.
+
+    Args:
+        declaration: of `aoti_torch_cpu_NAME` in C, as Inductor calls it: the op's arguments, then
+            where to put the result.
+        archive: makes the archive of objects that holds it; raises with the reason where it cannot.
+    """
+
+    declaration: str
+    archive: Callable[[], Path]
+
+
+@dataclass(frozen=True)
 class Companion:
     """Another op of the same family: the one that training calls, or the backward.
 
@@ -202,13 +219,14 @@ class Companion:
         name: qualified.
         sizes: its arguments → the sizes of the family; None where it takes the op's arguments.
         flops: as of `Record`; None where it is that of the op.
-        derives: as of `Record`.
+        derives, shim: as of `Record`.
     """
 
     name: str
     sizes: Callable[..., tuple[Any, ...]] | None = None
     flops: Callable[..., Any] | None = None
     derives: tuple[Derived, ...] = ()
+    shim: Shim | None = None
 
 
 def _no_flops(*args: Any, **kwargs: Any) -> int:
@@ -249,6 +267,7 @@ class Record:
             reference; may call `torch.onnx.ops.symbolic`.
         module: the module to import before a program that calls the op is loaded; "" where that
             is the one that defines the reference.
+        shim: how compiled code calls it on a CPU without the dispatcher; None where it cannot.
     """
 
     name: str
@@ -268,6 +287,7 @@ class Record:
     companions: tuple[Companion, ...] = ()
     onnx: Callable[..., Any] | None = None
     module: str = ""
+    shim: Shim | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -297,6 +317,10 @@ class Record:
     def derived(self, name: str) -> tuple[Derived, ...]:
         """What the backward can make again of the results of the op or of a companion."""
         return {c.name: c.derives for c in self.companions}.get(name, self.derives)
+
+    def shim_of(self, name: str) -> Shim | None:
+        """How compiled code calls the op or a companion without the dispatcher."""
+        return {c.name: c.shim for c in self.companions}.get(name, self.shim)
 
 
 # the registry
@@ -363,6 +387,11 @@ def forget(name: str) -> None:
 def find(name: str) -> Record | None:
     """The record of `namespace::name`, or of the op that this is a companion of."""
     return _by_name.get(name)
+
+
+def overload(name: str) -> Any:
+    """The op `namespace::name`, as a node of a graph calls it."""
+    return _packet(name).default
 
 
 def name_of(target: object) -> str:
@@ -439,6 +468,8 @@ def _check_types(record: Record) -> None:
         _is_tuple(theirs, "derives", companion.derives, Derived)
         _is_function(theirs, "sizes", companion.sizes)
         _is_function(theirs, "flops", companion.flops)
+        _is_shim(theirs, companion.shim)
+    _is_shim(said, record.shim)
     if not callable(record.kernels):
         raise RecordError(f"{said}: kernels={record.kernels!r} is no function")
     if record.samples is not None:
@@ -452,6 +483,11 @@ def _check_types(record: Record) -> None:
 def _is_a(said: str, key: str, value: object, wanted: type) -> None:
     if not isinstance(value, wanted):
         raise RecordError(f"{said}: {key}={value!r} is no {wanted.__name__}")
+
+
+def _is_shim(said: str, value: object) -> None:
+    if value is not None:
+        _is_a(said, "shim", value, Shim)
 
 
 def _is_function(said: str, key: str, value: object) -> None:

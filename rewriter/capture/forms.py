@@ -28,7 +28,7 @@ from rewriter.errors import SignatureError, warn
 from rewriter.modules.structure import is_constant
 from rewriter.report import CallForm, Report
 
-__all__ = ["MAX_FORMS", "Capturer", "Form", "Lowered", "PlannedSteps", "State"]
+__all__ = ["MAX_FORMS", "Capturer", "Form", "Lowered", "PlannedSteps", "State", "Traced"]
 
 MAX_FORMS = 8
 """So many forms of one module are captured, and so many further ones tried in vain."""
@@ -75,8 +75,21 @@ class Lowered(Protocol):
     def results(self, root: nn.Module, program: Program, leaves: Any, device: str) -> Any:
         """The flat results; None where the plain program must run."""
 
+    def in_graph(self, root: nn.Module, program: Program) -> Traced | None:
+        """What a compiler traces; None where that is the plain program."""
+
+    def follow(self, root: nn.Module, program: Program, leaves: Sequence[Any]) -> Traced | None:
+        """What Dynamo traces, and what follows the weights; None where that is the plain program."""
+
     def drop(self) -> None:
         """Lets go of what was derived."""
+
+
+class Traced(Protocol):
+    """An eval graph with fused ops as a compiler traces it, with the weights as they were."""
+
+    def __call__(self, root: nn.Module, leaves: Sequence[Any], device: str) -> Any:
+        """The model's output."""
 
 
 class Capturer(Protocol):
@@ -98,6 +111,7 @@ class Form:
         entry: the form in the report, which counts its calls.
         memory: runs training steps by a memory plan; None without a budget.
         lowered: the fused form of the eval graph, for calls that want no gradient.
+        traced: what compilers trace in place of the eval graph; None where they trace that.
     """
 
     signature: Signature | None
@@ -106,6 +120,7 @@ class Form:
     entry: CallForm = field(default_factory=CallForm)
     memory: PlannedSteps | None = None
     lowered: Lowered | None = None
+    traced: Traced | None = None
     _bound: dict[bool, tuple[int, tuple[nn.Module, ...]]] = field(default_factory=dict, repr=False)
 
     def run(self, module: nn.Module, leaves: list[Any], training: bool, tracing: bool) -> Any:
@@ -114,7 +129,7 @@ class Form:
         if tracing or signature is None:
             if not tracing:
                 entry.graph += 1
-            return program(module, leaves, self._place(leaves))
+            return self._traced(module, leaves, training)(module, leaves, self._place(leaves))
         if self.memory is not None and training and torch.is_grad_enabled():
             results = self.memory(module, program, leaves, signature.dims[True].shapes)
             if results is not None:
@@ -131,6 +146,18 @@ class Form:
         entry.graph += 1
         bound = None if self.watch is None else self._modules(module, training, self.watch.version)
         return program.built(program.results(module, leaves, place, bound))
+
+    def _traced(self, module: nn.Module, leaves: list[Any], training: bool) -> Traced:
+        """What a compiler traces, or who looks on: the graph with fused ops where a call wants no
+        gradient, else the plain one."""
+        program = self.programs[training]
+        if training or torch.is_grad_enabled() or not torch.compiler.is_compiling():
+            return program
+        if self.traced is not None:
+            return self.traced
+        if self.lowered is None or torch.compiler.is_exporting():
+            return program
+        return self.lowered.follow(module, program, leaves) or program
 
     def leaves(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> list[Any] | str:
         """The flat inputs that the graphs take, or how the call differs from the captured one."""
@@ -165,7 +192,7 @@ class Form:
         return found[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": {}}
+        return {**self.__dict__, "_bound": {}, "traced": None}
 
 
 class _Capturing:

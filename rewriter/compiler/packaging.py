@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from rewriter.capture import arguments
+from rewriter.compiler.linking import linked_in
 from rewriter.errors import CaptureError, RewriteError
 from rewriter.kernels import ops as kernel_ops
 from rewriter.kernels.ops import Record
+from rewriter.lowering.traces import lowered_in_traces
 from rewriter.modules.generated import unwritable
 from rewriter.modules.quiet import quietly
 from rewriter.report import Report
@@ -36,30 +39,39 @@ class Exported:
         program: runs anywhere with `program.module()`; `torch.export.save` writes it.
         report: the ledger of the rewrite.
         package: the file with the compiled code, or in ONNX; None where none was asked for.
-        own_ops: ops with a record, ours and those of other packages, that program and compiled
-            code call, and how often.
+        own_ops: ops with a record, ours and those of other packages, that the program calls, and
+            how often.
+        package_ops: those that the package does not hold, but looks up when it runs.
     """
 
     program: ExportedProgram
     report: Report
     package: Path | None = None
     own_ops: Mapping[str, int] = field(default_factory=dict)
+    package_ops: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def stands_alone(self) -> bool:
-        """Whether it loads and runs where only torch is installed."""
+        """Whether the program loads and runs where only torch is installed."""
         return not self.own_ops
 
     @property
     def needs(self) -> str:
         """What has to be imported before it is loaded, in a sentence."""
-        if self.stands_alone:
-            return "it loads and runs with torch alone"
-        ops = ", ".join(f"{op} ({n} calls)" for op, n in self.own_ops.items())
-        needed = sorted({_record(name).needs for name in self.own_ops})
-        packages = " and ".join(sorted({m.partition(".")[0] for m in needed}))
-        modules = ", ".join(f"import {m}" for m in needed)
-        return f"it calls {ops}: install {packages} and {modules} before loading"
+        if self.package is None or self.package_ops == self.own_ops:
+            return f"it {_needs(self.own_ops)}"
+        return f"the package {_needs(self.package_ops)}; the program {_needs(self.own_ops)}"
+
+
+def _needs(ops: Mapping[str, int]) -> str:
+    """What must be there for code that calls these ops."""
+    if not ops:
+        return "loads and runs with torch alone"
+    calls = ", ".join(f"{op} ({n} calls)" for op, n in ops.items())
+    needed = sorted({_record(name).needs for name in ops})
+    packages = " and ".join(sorted({m.partition(".")[0] for m in needed}))
+    modules = ", ".join(f"import {m}" for m in needed)
+    return f"calls {calls}: install {packages} and {modules} before loading"
 
 
 def exported(
@@ -91,27 +103,40 @@ def exported(
         )
     if format == "onnx" and dynamic_shapes is None:
         dynamic_shapes = tree_map(_open_sizes, kwargs or args)
-    with torch.no_grad():
-        try:
-            program = torch.export.export(ready, args, kwargs, dynamic_shapes=dynamic_shapes)
-        except Exception as error:
-            said = str(error).strip().splitlines()
-            raise CaptureError(
-                f"{type(ready).__name__} cannot be exported whole ({type(error).__name__}: "
-                f"{said[0] if said else ''}): use torch.compile(model, backend='rewriter')"
-            ) from error
-        if standalone:
-            with quietly():  # torch warns of its own copies
-                program = program.run_decompositions(_written_out(_own_ops(program)))
+    trace = functools.partial(_program, ready, args, kwargs, dynamic_shapes)
+    program = trace()
+    if standalone:
+        with quietly():  # torch warns of its own copies
+            program = program.run_decompositions(_written_out(_own_ops(program)))
     done = Exported(program, report, None, _own_ops(program))
     if path is not None and format == "onnx":
         done.package = _in_onnx(program, path)
         report.capture.notes.append(f"exported: {path.name} runs in ONNX Runtime alone")
         return done
     if path is not None:
-        done.package = _packaged(program, path, dict(inductor or {}))
+        compiled = program
+        if not standalone:
+            with lowered_in_traces(ready) as lowered:
+                compiled = trace() if lowered else program
+        done.package, done.package_ops = _packaged(compiled, path, dict(inductor or {}))
     report.capture.notes.append(f"exported: {done.needs}")
     return done
+
+
+def _program(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:
+    """
+    Raises:
+        CaptureError: the model cannot be exported.
+    """
+    with torch.no_grad():
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        except Exception as error:
+            said = str(error).strip().splitlines()
+            raise CaptureError(
+                f"{type(model).__name__} cannot be exported whole ({type(error).__name__}: "
+                f"{said[0] if said else ''}): use torch.compile(model, backend='rewriter')"
+            ) from error
 
 
 def _open_sizes(leaf: Any) -> Any:
@@ -148,18 +173,23 @@ def _written_out(ops: Mapping[str, int]) -> dict[Any, Callable[..., Any]]:
     return {r.op.default: r.reference for name, r in records if name == r.name}
 
 
-def _packaged(program: ExportedProgram, path: Path, config: dict[str, Any]) -> Path:
+def _packaged(
+    program: ExportedProgram, path: Path, config: dict[str, Any]
+) -> tuple[Path, dict[str, int]]:
+    """The file, and the ops with a record that it does not hold."""
     import torch._inductor
 
+    called = _own_ops(program)
+    held, linked = linked_in(called)
     with quietly():  # of Inductor's own imports
         try:
             written = torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=config
+                program, package_path=str(path), inductor_configs={**linked, **config}
             )
         except Exception as error:
             path.unlink(missing_ok=True)
             raise RewriteError(f"Inductor cannot compile {path.name}: {error}") from error
-    return Path(written)
+    return Path(written), {name: n for name, n in called.items() if name not in held}
 
 
 def _record(name: str) -> Record:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import int8_static as static
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.int8_cpu import THEN
+from rewriter.kernels.native_ops import InGraph
 from rewriter.lowering import int8_monarchs as monarchs
 from rewriter.lowering.fused import joined_bias, not_joined
 from rewriter.lowering.rules import Fused, Place, next_level
@@ -29,6 +30,7 @@ from rewriter.spellings import activation_name, spelled
 __all__ = [
     "INT8_ACT",
     "INT8_ADD",
+    "INT8_ALONE",
     "INT8_JOINED",
     "INT8_MLP",
     "INT8_MLP_ADD",
@@ -182,6 +184,10 @@ INT8_ADD = _then("int8_linear_add", int8_linear_add)
 INT8_NORM = _then("int8_linear_norm", int8_linear_add)
 
 
+# in graphs alone: a product behind which nothing stands that it could take in
+INT8_ALONE = _then("int8_linear_alone", int8_linear_act)
+
+
 # two products in a row ---------------------------------------------------------------------------
 
 
@@ -250,12 +256,29 @@ def joined_int8_linear(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
     return tuple(static.int8_static_linear(x, *one) for one in each)
 
 
-def _bound_joined(*given: Any) -> Callable[..., tuple[Tensor, ...]]:
+def _bound_joined(*given: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
     *own, activation, sizes = given
     if own[3] is not None and len(own[3]) > 1:
         return lambda x: joined_int8_linear(x, *given)
-    product = _bound((*own, activation), ("", None, None, None))
-    return lambda x: _pieces(product(x), sizes)
+    return _BoundJoined(_bound((*own, activation), ("", None, None, None)), sizes)
+
+
+class _BoundJoined(NamedTuple):
+    """One product, cut into pieces of these sizes."""
+
+    product: int8.Bound
+    sizes: tuple[int, ...]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return _pieces(self.product(x), self.sizes)
+
+    def in_graph(self) -> InGraph | None:
+        """The product and its pieces as they stand in a graph."""
+        found, sizes = self.product.in_graph(), self.sizes
+        if found is None:
+            return None
+        call = found.call
+        return InGraph(found.tensors, lambda held, x: call(held, x).split(list(sizes), -1))
 
 
 def _pieces(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:

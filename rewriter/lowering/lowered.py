@@ -8,11 +8,12 @@ but made again at the first call.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +27,10 @@ from rewriter.modules.structure import is_constant
 from rewriter.modules.tree import is_hook_dict
 from rewriter.modules.versions import Stamp, watch_steps
 
-__all__ = ["Lowered", "Verdicts", "derived", "is_plain_tensor"]
+if TYPE_CHECKING:
+    from rewriter.kernels.native_ops import InGraph
+
+__all__ = ["Bound", "Lowered", "Traced", "Verdicts", "derived", "is_plain_tensor"]
 
 
 @dataclass
@@ -60,7 +64,8 @@ class Lowered:
         watch_steps()
 
     def _forget(self) -> None:
-        self._bound: _Bound | None = None
+        self._bound: Bound | None = None
+        self.following: Any = None
         self._lock = threading.Lock()
 
     def results(self, root: nn.Module, program: Program, leaves: Sequence[Any], device: str) -> Any:
@@ -79,11 +84,23 @@ class Lowered:
             with self._lock:
                 bound = self._bound
                 if bound is None or not bound.stands(root, program):
-                    bound = self._bound = _Bound(root, program, self.rules, self.chosen)
+                    bound = self._bound = Bound(root, program, self.rules, self.chosen)
         made = bound.fresh(self._lock)
         if made is None:
             return None
         return made.program.results(root, [*leaves, *made.ready], device)
+
+    def in_graph(self, root: nn.Module, program: Program) -> Traced | None:
+        """What a compiler traces in place of the program, with the weights as they are now; None
+        where no place has a form for graphs."""
+        return Bound.in_graphs(root, program, self).in_graph()
+
+    def follow(self, root: nn.Module, program: Program, leaves: Sequence[Any]) -> Any:
+        """What Dynamo traces in place of the program, and what keeps up with the weights; None
+        where that is the program itself."""
+        from rewriter.lowering.following import follow
+
+        return follow(self, root, program, leaves)
 
     def drop(self) -> None:
         """Lets go of the derived tensors; the next call makes them again."""
@@ -122,19 +139,39 @@ def is_plain_tensor(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
-class _Bound:
-    """The rules bound to one module tree: their places, its layers, and the fused program."""
+class Bound:
+    """The rules bound to one module tree: their places, its layers, and the fused program.
+
+    Args:
+        root, program, rules, chosen: as of `Lowered`.
+        further: rules for what the others leave.
+    """
 
     def __init__(
-        self, root: nn.Module, program: Program, rules: Sequence[Rule], chosen: Collection[Key]
+        self,
+        root: nn.Module,
+        program: Program,
+        rules: Sequence[Rule],
+        chosen: Collection[Key],
+        further: Sequence[Rule] = (),
     ) -> None:
         self.root, self.plain = root, program
         self.applications, refused = places(program.graph, root, rules, chosen)
+        taken = {n for a in self.applications for n in a.place.match.nodes}
+        found, _ = places(program.graph, root, further)
+        self.applications += [a for a in found if taken.isdisjoint(a.place.match.nodes)]
         named: dict[str, None] = {}
         for place in [*(a.place for a in self.applications), *(r.place for r in refused)]:
             named.update(dict.fromkeys(place.owners))
         self.layers = _Layers(root, named)
         self.made: _Made | None = None
+
+    @classmethod
+    def in_graphs(cls, root: nn.Module, program: Program, lowered: Lowered) -> Bound:
+        """As a compiler is to trace it."""
+        from rewriter.lowering.table import IN_GRAPHS
+
+        return cls(root, program, lowered.rules, lowered.chosen, IN_GRAPHS)
 
     def stands(self, root: nn.Module, program: Program) -> bool:
         return self.root is root and self.plain is program and self.layers.same()
@@ -159,6 +196,14 @@ class _Bound:
             made = self.made = _Made(program, ready, stamp)
         return made
 
+    def in_graph(self) -> Traced | None:
+        """The program with those of the places that have a form for graphs."""
+        with torch.inference_mode(False), torch.no_grad():
+            formed = [(a, _in_graph(a.ready(derived(a)))) for a in self.applications]
+        self.applications = [a for a, form in formed if form is not None]
+        ready = [form for _, form in formed if form is not None]
+        return Traced(self._program(), ready) if ready else None
+
     def _copied(self, tensors: Sequence[Sequence[Tensor | None]]) -> set[int]:
         """Ids of the sources of places that derive tensors of other memory than theirs; of what is
         bound, those that are packed or read once: levels, and single numbers."""
@@ -180,7 +225,28 @@ class _Bound:
         def bring(found: Application, new: fx.Graph) -> fx.Node:
             return new.placeholder(next(names))
 
-        return Program(lowered_graph(self.plain.graph, self.applications, bring)[0], None)
+        new = lowered_graph(self.plain.graph, self.applications, bring)[0]
+        return Program(new, self.plain.output)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program as a compiler traces it: what runs in its places, which it takes after its inputs,
+    is made of torch's operations over tensors that do not follow the weights any more."""
+
+    program: Program
+    ready: Sequence[InGraph]
+
+    def __call__(self, root: nn.Module, leaves: Sequence[Any], device: str) -> Any:
+        """As of `Program`."""
+        places = [functools.partial(form.call, form.tensors) for form in self.ready]
+        return self.program(root, [*leaves, *places], device)
+
+
+def _in_graph(ready: Callable[..., Any]) -> InGraph | None:
+    """What runs at a place as a graph has it."""
+    form = getattr(ready, "in_graph", None)
+    return None if form is None else form()
 
 
 @dataclass(frozen=True)

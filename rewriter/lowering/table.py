@@ -26,6 +26,7 @@ from rewriter.lowering.int8_monarchs import INT8_MONARCH_JOINED
 from rewriter.lowering.integers import (
     INT8_ACT,
     INT8_ADD,
+    INT8_ALONE,
     INT8_JOINED,
     INT8_MLP,
     INT8_MLP_ADD,
@@ -48,7 +49,7 @@ from rewriter.modules.patterns import (
     op,
 )
 
-__all__ = ["DEFAULT_RULES", "FLOAT32_RULES"]
+__all__ = ["DEFAULT_RULES", "FLOAT32_RULES", "IN_GRAPHS"]
 
 int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
 int8_monarch = op("int8_monarch_linear")
@@ -125,3 +126,9 @@ FLOAT32_RULES = tuple(
     for rule in DEFAULT_RULES
 )
 """The same, with all of attention in float32, also between layers of 8 bits."""
+
+IN_GRAPHS = (
+    # s·(q(x)·Qᵀ)·scale + …, which a model calls as a layer
+    Rule(int8, INT8_ALONE),
+)
+"""Further rules where a compiler traces the lowered graph: it calls no Python then."""

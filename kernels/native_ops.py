@@ -1,0 +1,231 @@
+"""The compiled kernels as ops of compiled programs, which call them without Python.
+
+    native_int8(x, layer, add, out)                   one product and what follows it
+    native_int8_two(x, first, second, add, mid, out)  two products in a row
+    native_attention(q, k, v, mask, causal, scale, bf16)    softmax(q kᵀ·scale + mask) v
+
+A layer is one tensor of bytes: `rewriter.kernels.int8_cpu.Linear.layer` makes it of packed weights
+and all that goes with them. It holds on the CPU that it was made on, and says so elsewhere.
+
+C++ is found in two ways, and made when either is first asked for. torch's dispatcher finds what
+`load` registers; code that Inductor generates in C++ calls the functions that `SHIMS` declares,
+which are linked into it from `archive`: it needs nothing of this package when it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rewriter.kernels import native, ops
+
+__all__ = ["INT8", "InGraph", "archive", "int8", "int8_two", "load", "refusal"]
+
+_SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cpp") for name in ("int8_cpu", "attention_cpu", "shims")
+)
+
+_LIB = torch.library.Library("rewriter", "FRAGMENT")
+_LIB.define("native_int8(Tensor x, Tensor layer, Tensor? add, int out) -> Tensor")
+_LIB.define(
+    "native_int8_two(Tensor x, Tensor first, Tensor second, Tensor? add, int mid, int out) "
+    "-> Tensor"
+)
+_LIB.define(
+    "native_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int causal, float scale, "
+    "int bf16) -> Tensor"
+)
+
+
+class InGraph(NamedTuple):
+    """What a compiler traces at a place, in place of what runs there.
+
+    Args:
+        tensors: that it reads beside its inputs, made of weights.
+        call: (tensors, *inputs) → the result, in torch's operations alone.
+    """
+
+    tensors: tuple[Tensor, ...]
+    call: Callable[..., Any]
+
+
+@functools.cache
+def archive() -> Path:
+    """The kernels' objects, for compiled code to be linked with.
+
+    Raises:
+        Unavailable: they cannot be compiled here.
+    """
+    include = Path(torch.__file__).parent / "include"
+    flags = "-DSHIM", f"-DTORCH_{torch.__version__}".replace("+", "_").replace(".", "_")
+    return native.archive("rewriter_ops", _SOURCES, *flags, f"-I{include}")
+
+
+@functools.cache
+def load() -> None:
+    """Registers the kernels with torch's dispatcher.
+
+    Raises:
+        Unavailable: they cannot be compiled here.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    _loaded.append(native.shared(archive(), f"-L{folder}", "-ltorch_cpu"))
+
+
+_loaded: list[Any] = []
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why compiled programs cannot call the kernels on this machine; None where they can."""
+    return native.why_not(load)
+
+
+# Calls -------------------------------------------------------------------------------------------
+
+
+def int8(layer: Sequence[Tensor], x: Tensor, add: Tensor | None, out: int) -> Tensor:
+    """norm(then(product of x and the layer) + add), as it stands in a graph.
+
+    Args:
+        layer: the one tensor that `Linear.layer` gives.
+        x: [*, in] float32.
+        add: [*, out] float32, or None.
+    """
+    y: Tensor = torch.ops.rewriter.native_int8.default(
+        x.contiguous(), layer[0], None if add is None else add.contiguous(), out
+    )
+    return y
+
+
+def int8_two(layers: Sequence[Tensor], x: Tensor, add: Tensor | None, mid: int, out: int) -> Tensor:
+    """`int8` of two layers in a row; `mid` values of a row lie between them."""
+    y: Tensor = torch.ops.rewriter.native_int8_two.default(
+        x.contiguous(), *layers, None if add is None else add.contiguous(), mid, out
+    )
+    return y
+
+
+# Registration ------------------------------------------------------------------------------------
+
+
+def _late(name: str) -> Callable[..., Tensor]:
+    """Runs an op whose kernel is not registered yet."""
+
+    def run(*args: Any) -> Tensor:
+        if not args[0].is_cpu:
+            raise RuntimeError(f"rewriter::{name} runs on a CPU alone, not on {args[0].device}")
+        try:
+            load()
+        except native.Unavailable as error:
+            raise RuntimeError(
+                f"rewriter::{name} runs in a compiled kernel alone, which cannot be had here: "
+                f"{error}. Export the model with standalone=True"
+            ) from error
+        y: Tensor = getattr(torch.ops.rewriter, name).default(*args)
+        return y
+
+    return run
+
+
+def _fake_int8(x: Tensor, layer: Tensor, add: Tensor | None, out: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out)
+
+
+def _fake_two(
+    x: Tensor, first: Tensor, second: Tensor, add: Tensor | None, mid: int, out: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out)
+
+
+def _fake_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: int, scale: float, bf16: int
+) -> Tensor:
+    b, h, rows, depth = q.shape
+    return q.new_empty_strided((b, h, rows, depth), (rows * h * depth, depth, h * depth, 1))
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "native_int8": _fake_int8,
+    "native_int8_two": _fake_two,
+    "native_attention": _fake_attention,
+}
+for _name, _fake in _FAKES.items():
+    _LIB.impl(_name, _late(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rewriter::{_name}", _fake, lib=_LIB)
+
+# Records -----------------------------------------------------------------------------------------
+
+_ARGUMENTS = {
+    "native_int8": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, int64_t",
+    "native_int8_two": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, "
+    "int64_t, int64_t",
+    "native_attention": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, "
+    "int64_t, double, int64_t",
+}
+
+
+def _shim(name: str) -> ops.Shim:
+    function = f"aoti_torch_cpu_{name}"
+    return ops.Shim(f"AOTITorchError {function}({_ARGUMENTS[name]}, AtenTensorHandle*)", archive)
+
+
+def _sizes(x: Tensor, layer: Tensor, add: Any, out: int) -> tuple[Any, ...]:
+    return math.prod(x.shape[:-1]), out, x.shape[-1]
+
+
+def _flops(x: torch.Size, layer: Any, add: Any, out: int, **_: Any) -> int:
+    return 2 * math.prod(x) * out
+
+
+def _two_sizes(
+    x: Tensor, first: Tensor, second: Tensor, add: Any, mid: int, out: int
+) -> tuple[Any, ...]:
+    """As one product of the same weights."""
+    return math.prod(x.shape[:-1]), mid, x.shape[-1] + out
+
+
+def _two_flops(
+    x: torch.Size, first: Any, second: Any, add: Any, mid: int, out: int, **_: Any
+) -> int:
+    return 2 * math.prod(x[:-1]) * mid * (x[-1] + out)
+
+
+INT8 = (
+    ops.Companion("rewriter::native_int8", _sizes, _flops, shim=_shim("native_int8")),
+    ops.Companion(
+        "rewriter::native_int8_two", _two_sizes, _two_flops, shim=_shim("native_int8_two")
+    ),
+)
+"""Companions of `rewriter::int8_linear`."""
+
+
+def _attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: int, scale: float, bf16: int
+) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=bool(causal), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _attention_flops(
+    q: torch.Size, k: torch.Size, v: torch.Size, mask: Any, *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(q) * k[2] * 2
+
+
+ops.register(
+    ops.Record(
+        "rewriter::native_attention",
+        kind="attention",
+        reference=_attention_reference,
+        flops=_attention_flops,
+        shim=_shim("native_attention"),
+    )
+)

@@ -1,0 +1,53 @@
+// The dispatcher's way to the kernels that compiled programs call: what C++ calls of Inductor's name
+// directly (int8_shim.h, attention_shim.h), others find by the op.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+using torch::stable::Tensor;
+typedef AtenTensorHandle Handle;
+
+extern "C" {
+AOTITorchError aoti_torch_cpu_native_int8(Handle, Handle, Handle*, int64_t, Handle*);
+AOTITorchError aoti_torch_cpu_native_int8_two(Handle, Handle, Handle, Handle*, int64_t, int64_t, Handle*);
+AOTITorchError aoti_torch_cpu_native_attention(Handle, Handle, Handle, Handle*, int64_t, double, int64_t, Handle*);
+}
+
+namespace {
+
+// A pointer to the handle, or null.
+struct Maybe {
+  Handle handle = nullptr;
+  explicit Maybe(const std::optional<Tensor>& tensor) {
+    if (tensor) handle = tensor->get();
+  }
+  operator Handle*() { return handle ? &handle : nullptr; }
+};
+
+Tensor int8(Tensor x, Tensor layer, std::optional<Tensor> add, int64_t out) {
+  Handle y;
+  aoti_torch_cpu_native_int8(x.get(), layer.get(), Maybe(add), out, &y);
+  return Tensor(y);
+}
+
+Tensor int8_two(Tensor x, Tensor first, Tensor second, std::optional<Tensor> add, int64_t mid, int64_t out) {
+  Handle y;
+  aoti_torch_cpu_native_int8_two(x.get(), first.get(), second.get(), Maybe(add), mid, out, &y);
+  return Tensor(y);
+}
+
+Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, int64_t causal, double scale, int64_t bf16) {
+  Handle y;
+  aoti_torch_cpu_native_attention(q.get(), k.get(), v.get(), Maybe(mask), causal, scale, bf16, &y);
+  return Tensor(y);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rewriter, CPU, m) {
+  m.impl("native_int8", TORCH_BOX(&int8));
+  m.impl("native_int8_two", TORCH_BOX(&int8_two));
+  m.impl("native_attention", TORCH_BOX(&attention));
+}

@@ -1,0 +1,243 @@
+"""The compiled kernels as ops of compiled programs, and the packages that hold them."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from closeness import assert_equal, sqnr
+from torch import Tensor, nn
+
+import rewriter
+from rewriter import rewrite
+from rewriter.kernels import attention, int8_choice, int8_cpu, native, native_ops, ops
+from rewriter.kernels import int8_linear as int8
+from rewriter.kernels import int8_static as static
+from rewriter.kernels.int8_product import quantize_weight
+from rewriter.lowering import integers
+from rewriter.lowering.traces import lowered_in_traces
+from rewriter.passes import Quantize
+
+pytestmark = pytest.mark.skipif(
+    native_ops.refusal() is not None, reason=f"no compiled kernel: {native_ops.refusal()}"
+)
+LENGTH, WIDTH, HEADS = 6, 64, 2
+X = torch.linspace(-2, 2, 2 * LENGTH * WIDTH).view(2, LENGTH, WIDTH).sin()
+
+
+@pytest.fixture(autouse=True)
+def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test goes by a time: the fused op counts as the faster one."""
+    monkeypatch.setattr(int8_choice, "pick_kernel", lambda *_: "native")
+    monkeypatch.setattr(static, "pick_kernel", lambda *_: "native")
+    monkeypatch.setattr(attention, "pick", lambda *_: "native")
+    monkeypatch.setattr(integers, "fastest", lambda key, version, make, lead: list(make())[-1])
+    monkeypatch.setattr("rewriter.engine.engine.Engine._lowering_pays", lambda _: True)
+
+
+class Block(nn.Module):
+    """Attention, MLP and a head: every int8 op that a package can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 96), nn.Linear(96, WIDTH)
+        self.last, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.norm(self.out(mixed) + x)
+        x = self.last(self.down(F.gelu(self.up(x))) + x)
+        return self.head(x[:, 0])
+
+
+def block() -> nn.Module:
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+NATIVE = {
+    "rewriter::native_int8": 3,  # q, k and v as one; the output; the head
+    "rewriter::native_int8_two": 1,
+    "rewriter::native_attention": 1,
+}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "per token": {},
+    "per tensor": {"activation": "per_tensor"},
+    "static": {"scheme": "int8-static"},
+}
+
+
+def rewritten(options: dict[str, Any]) -> Any:
+    given = {"calibration": [X]} if options.get("scheme") == "int8-static" else {}
+    return rewrite(block(), [Quantize(**options)], X, **given)
+
+
+def called(graph: torch.fx.Graph) -> dict[str, int]:
+    names = [ops.name_of(n.target) for n in graph.nodes]
+    return {n: names.count(n) for n in dict.fromkeys(names) if n.startswith("rewriter::")}
+
+
+# what a compiler traces
+
+
+@pytest.mark.parametrize("options", SCHEMES.values(), ids=SCHEMES)
+def test_a_trace_of_the_lowered_model_calls_its_kernels(options: dict[str, Any]) -> None:
+    model = rewritten(options)
+    sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    with torch.no_grad(), lowered_in_traces(model) as any_:
+        assert any_
+        program = torch.export.export(model, (X,), dynamic_shapes=sizes)
+    assert called(program.graph) == NATIVE
+    with torch.no_grad():
+        for x in (X, X[:, :2] * 3, X.repeat(4, 2, 1)):
+            assert_equal(program.module()(x), model(x))
+    with torch.no_grad():  # behind it, the layers again
+        plain = torch.export.export(model, (X,))
+    assert set(called(plain.graph)).isdisjoint(NATIVE)
+
+
+def test_what_wants_gradients_is_traced_as_layers() -> None:
+    model = rewritten({})
+    with lowered_in_traces(model):
+        program = torch.export.export(model, (X.clone().requires_grad_(),))
+    assert set(called(program.graph)).isdisjoint(NATIVE)
+
+
+# the ops
+
+
+def layer(gain: float = 1.0, **after: Any) -> tuple[Any, native_ops.InGraph]:
+    torch.manual_seed(0)
+    qweight, scale = quantize_weight(torch.randn(40, 24) * gain)
+    bound = int8.bound(qweight, scale, torch.randn(40), "per_token", **after)
+    form = bound.in_graph()
+    assert form is not None
+    return bound, form
+
+
+@pytest.mark.parametrize("then", int8_cpu.THEN)
+@pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 5, 24), (2, 0, 24), (300, 24)])
+def test_an_op_computes_what_the_model_runs(then: str, shape: tuple[int, ...]) -> None:
+    bound, form = layer(then=then)
+    x = torch.linspace(-3, 3, max(torch.Size(shape).numel(), 1))[: torch.Size(shape).numel()]
+    assert_equal(form.call(form.tensors, x.view(shape)), bound(x.view(shape)))
+
+
+def test_what_is_added_and_normed() -> None:
+    bound, form = layer(norm_weight=torch.randn(40), norm_bias=torch.randn(40), eps=1e-5)
+    x, add = torch.randn(4, 24), torch.randn(4, 40)
+    assert_equal(form.call(form.tensors, x, add), bound(x, add))
+    with pytest.raises(RuntimeError, match="what is added does not fit"):
+        form.call(form.tensors, x, add[:, :3])
+
+
+def test_rows_without_a_range_of_their_own() -> None:
+    """A range beyond float32 is met by a quarter of the row; what is not finite makes its row NaN
+    alone."""
+    _, form = layer(gain=1e-3)  # of small results
+    x = torch.randn(5, 24)
+    x[1, :2] = torch.tensor([3e38, -3e38])
+    x[2, 3], x[3, 4] = torch.nan, torch.inf
+    y = form.call((form.tensors[0],), x)
+    assert y[2:4].isnan().all()
+    assert_equal(y[[0, 4]], form.call(form.tensors, x[[0, 4]].contiguous()))
+    quarter = form.call(form.tensors, x[1:2] / 4)
+    assert sqnr(y[1:2] / 4, quarter) > 50
+
+
+def test_a_layer_of_another_machine_is_refused() -> None:
+    bound, form = layer()
+    x, (packed,) = torch.randn(3, 24), form.tensors
+    other = packed.clone()
+    other[0] += 1
+    with pytest.raises(RuntimeError, match="packed for another CPU or by another version: export"):
+        form.call((other,), x)
+    with pytest.raises(RuntimeError, match="no packed layer"):
+        form.call((packed[:8],), x)
+    with pytest.raises(RuntimeError, match="x does not fit the layer"):
+        form.call(form.tensors, x[:, :20])
+    with pytest.raises(RuntimeError, match="x must be float32"):
+        form.call(form.tensors, x.double())
+    shifted = torch.zeros(len(packed) + 8, dtype=torch.uint8)[8:]  # as in a file that is mapped
+    shifted.copy_(packed)
+    assert_equal(form.call((shifted,), x), bound(x))
+
+
+MASKS = {
+    "none": None,
+    "truths": torch.arange(7 * 9).view(7, 9) % 3 > 0,
+    "of a batch": torch.arange(2 * 9).view(2, 1, 1, 9) % 4 > 0,
+    "numbers": torch.linspace(-2, 2, 9).view(1, 9),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_attention_computes_what_the_model_runs(mask: Tensor | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 32).transpose(1, 2) for n, h in ((7, 4), (9, 2), (9, 2)))
+    run = torch.ops.rewriter.native_attention.default
+    found, want = run(q, k, v, mask, 0, 0.2, 0), attention.native(q, k, v, mask, False, 0.2)
+    assert_equal(found, want)
+    assert found.stride() == want.stride()
+    assert_equal(run(q, k, v.mT.contiguous().mT, mask, 0, 0.2, 0), want)
+    with pytest.raises(RuntimeError, match="differ in batch, heads or rows"):
+        run(q[:1], k, v, mask, 0, 0.2, 0)
+    with pytest.raises(RuntimeError, match="mask does not fit"):
+        run(q, k, v, torch.ones(3, 9, dtype=torch.bool), 0, 0.2, 0)
+
+
+def test_without_a_compiler_the_op_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise native.Unavailable("no C++ compiler: neither of c++")
+
+    monkeypatch.setattr(native_ops, "load", none)
+    with pytest.raises(RuntimeError, match="cannot be had here: no C.. compiler.*standalone=True"):
+        native_ops._late("native_int8")(X, X, None, 3)
+    with pytest.raises(RuntimeError, match="runs on a CPU alone, not on meta"):
+        native_ops._late("native_int8")(X.to("meta"), X, None, 3)
+
+
+# packages
+
+LOAD = """
+import sys, torch
+given = torch.load(sys.argv[2])
+package = torch._inductor.aoti_load_package(sys.argv[1])
+assert not any(m.split('.')[0] == 'rewriter' for m in sys.modules)
+torch.save([package(x) for x in given], sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_package_holds_the_kernels_and_runs_with_torch_alone(tmp_path: pathlib.Path) -> None:
+    given = [X, X[:, :3].contiguous(), X.repeat(3, 2, 1)]
+    sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    made = rewriter.export(
+        block(), [Quantize()], X, package=tmp_path / "m.pt2", dynamic_shapes=sizes
+    )
+    assert set(made.own_ops) == {"rewriter::int8_linear"}
+    assert made.package_ops == {}
+    assert made.needs.startswith("the package loads and runs with torch alone; the program calls")
+    torch.save(given, tmp_path / "given.pt")
+    paths = [made.package, tmp_path / "given.pt", tmp_path / "found.pt"]
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOAD), *map(str, paths)],
+        capture_output=True, text=True, cwd="/",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    model = rewritten({})
+    with torch.no_grad():
+        for x, found in zip(given, torch.load(paths[2]), strict=True):
+            assert_equal(found, model(x))
