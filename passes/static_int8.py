@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -11,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewriter.base import Skip, as_parameter
+from rewriter.base import LinearLayer, Skip, as_parameter
 from rewriter.errors import whole_number
 from rewriter.kernels.int8_linear import PACKED, dequantize_weight, quantize_weight
 from rewriter.kernels.int8_static import int8_static_linear, kernel_name
-from rewriter.layer import RoundedLinear
 from rewriter.modules.moments import Sample
 from rewriter.modules.observers import Observer, observed_range
 from rewriter.passes.quantize import Quantize, Scheme, Smooth, register
@@ -32,7 +30,7 @@ _COMPARED = 256
 """So many rows tell which α is the best."""
 
 
-class StaticQuantizedLinear(RoundedLinear):
+class StaticQuantizedLinear(LinearLayer):
     """y = (q(x) − zero)·step @ (qweight·scale[:, None])ᵀ + bias, q rounding x·multiplier to 256
     levels of a range that is fixed: what lies outside is clipped.
 
@@ -58,7 +56,6 @@ class StaticQuantizedLinear(RoundedLinear):
     """
 
     op = "int8_static_linear"
-    remark = "; its inputs are clipped to the range that was calibrated before"
     qweight: Tensor
     scale: Tensor
     step: Tensor
@@ -118,8 +115,8 @@ class StaticQuantizedLinear(RoundedLinear):
         high: float,
         multiplier: Tensor | None,
     ) -> None:
-        self.multiplier = None if multiplier is None else multiplier.float()
-        self.hold(weight.detach())
+        moved = weight if multiplier is None else weight / multiplier
+        self.qweight, self.scale = quantize_weight(moved)
         low, high = min(low, 0.0), max(high, 0.0)
         step = _few_bits((high - low + _EPS) / 255) if low < high else 1.0
         self.step = self.scale.new_full((1,), step)
@@ -127,11 +124,6 @@ class StaticQuantizedLinear(RoundedLinear):
         self.zero = torch.full((1,), zero, dtype=torch.uint8, device=weight.device)
         self.multiplier = None if multiplier is None else multiplier.to(self.scale)
         self.bias = None if bias is None else as_parameter(bias)
-
-    def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
-        """Of inputs in the range that was fixed."""
-        moved = weight if self.multiplier is None else weight / self.multiplier
-        return dict(zip(("qweight", "scale"), quantize_weight(moved), strict=True))
 
     @staticmethod
     def of(weight: Tensor, bias: Tensor | None, own: Range) -> StaticQuantizedLinear:
@@ -174,7 +166,6 @@ class StaticOutlierLinear(StaticQuantizedLinear):
     """
 
     op = "int8_static_outlier_linear"
-    levels = ("qweight", "scale", "kept_weight")
     kept: Tensor
     kept_weight: Tensor
 
@@ -203,14 +194,10 @@ class StaticOutlierLinear(StaticQuantizedLinear):
         (out, width), (count,) = weight.shape, own.kept.shape
         smooth = own.multiplier is not None
         layer = cls(width, out, count, bias is not None, smooth, device="meta")
-        layer.kept = own.kept
-        layer._hold(weight, bias, own.low, own.high, own.multiplier)
+        rest = weight.detach().index_fill(1, own.kept, 0)
+        layer._hold(rest, bias, own.low, own.high, own.multiplier)
+        layer.kept, layer.kept_weight = own.kept, weight.detach()[:, own.kept]
         return layer
-
-    def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
-        """The same, and the columns that are kept as they are."""
-        rest = super().rounded(weight.index_fill(1, self.kept, 0))
-        return {**rest, "kept_weight": weight[:, self.kept]}
 
     def forward(self, input: Tensor) -> Tensor:
         kept = input.index_select(-1, self.kept)

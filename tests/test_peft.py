@@ -399,6 +399,19 @@ def test_other_layers_are_merged_as_peft_does() -> None:
     assert sqnr(merged(rows(4, 16)), after) > 15
 
 
+def test_a_range_of_inputs_without_adapters_does_not_outlive_them() -> None:
+    """int8-static would clip what the adapters of the layers before have added."""
+    x, passes = rows(64, 16), [Quantize("int8-static")]
+    base = rewrite(MLP().eval(), passes, x, calibration=[x])
+    config = peft.LoraConfig(r=4, target_modules=NAMES, init_lora_weights=False)
+    model: Any = quietly(lambda: peft.get_peft_model(base, config)).eval()
+    with pytest.warns(RewriteWarning, match=f"StaticQuantizedLinear.*{DENSE}"):
+        merged: Any = merge(model)
+    assert (type(merged.up), type(merged.down)) == (nn.Linear, nn.Linear)
+    packed = rewrite(merged, passes, x, calibration=[x])
+    assert sqnr(packed(x), merged(x)) > 30
+
+
 @pytest.mark.parametrize("scheme", ["int8-weight", "int4-weight"])
 def test_a_tied_table_stays_tied_and_takes_the_adapters_of_one_side(scheme: str) -> None:
     torch.manual_seed(0)

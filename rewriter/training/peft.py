@@ -53,8 +53,10 @@ def merge(
     """Ŵ = round(W + Σ ΔW): `model.merge_and_unload()`, rounded once for all adapters together.
 
     Layers of few bits keep bits, groups, zeros and what they do to activations. Levels are the
-    nearest ones, also where GPTQ or AWQ had chosen those of the base, unless batches are given. A
-    range that calibration fixed (int8-static) stays. All other layers are merged as PEFT does.
+    nearest ones, also where GPTQ or AWQ had chosen those of the base, unless batches are given.
+
+    All other layers are merged as PEFT does, and are dense then: those of int8-static, too, whose
+    range was that of inputs without adapters. The same passes put them into their form again.
 
     Args:
         model: a `peft.PeftModel`, with adapters of any method of PEFT that can be merged.
@@ -116,8 +118,9 @@ class _Place:
         fit = {} if self.moments is None else {"second": self.moments.second, "method": method}
         error = self.layer.requantize(weight, **fit)
         self.layer.settle()
-        if bias is not None:
-            self.layer.bias.copy_(bias)
+        own: Any = getattr(self.layer, "bias", None)
+        if own is not None:  # adapters may have one, too
+            own.copy_(bias)
         output_error = None
         if self.moments is not None:
             output_error = self.moments.output_error(weight, self.layer.dense_weight())
@@ -126,7 +129,7 @@ class _Place:
         cls = type(self.layer).__name__
         return Decision(self.name, cls, "replaced", reason, error=error, output_error=output_error)
 
-    def _sum(self, adapter_names: list[str] | None) -> tuple[Tensor, Tensor | None]:
+    def _sum(self, adapter_names: list[str] | None) -> tuple[Tensor, Any]:
         """Weight and bias of the layer with its adapters, as PEFT merges them into a dense one."""
         twin: Any = copy.deepcopy(self.layer)
         with warnings.catch_warnings():
