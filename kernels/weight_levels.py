@@ -65,7 +65,8 @@ def grouped(w: Tensor, group_size: int) -> Tensor:
         return w
     if missing := -w.shape[1] % group_size:
         w = torch.cat([w, w[:, -1:].expand(-1, missing)], 1)
-    return w.unflatten(1, (-1, group_size))
+    found: Tensor = w.unflatten(1, (-1, group_size))
+    return found
 
 
 def _reference(

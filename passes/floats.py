@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewriter.base import Layer, LinearLayer, Skip, as_parameter
+from rewriter.base import Layer, Skip
 from rewriter.errors import one_of
 from rewriter.kernels.float8_linear import (
     ACTIVATIONS,
@@ -18,13 +18,14 @@ from rewriter.kernels.float8_linear import (
     kernel_name,
     quantize_float8,
 )
+from rewriter.layer import RoundedLinear
 from rewriter.passes.quantize import Quantize, Scheme, register
 from rewriter.sites import LINEAR, Site
 
 __all__ = ["BFloat16Linear", "Float8Linear"]
 
 
-class BFloat16Linear(LinearLayer):
+class BFloat16Linear(RoundedLinear):
     """y = x Wᵀ + bias with W in bfloat16.
 
     Where the device multiplies bfloat16 (a CPU with AVX512_BF16, a GPU of compute capability 8), x
@@ -47,6 +48,7 @@ class BFloat16Linear(LinearLayer):
     """
 
     op = "bfloat16_linear"
+    levels = ("qweight",)
     qweight: Tensor
 
     def __init__(
@@ -60,17 +62,16 @@ class BFloat16Linear(LinearLayer):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_bias(out_features if bias else None, device, dtype)
-        weight = self.drawn_weight(device, dtype)
-        self.register_buffer("qweight", weight.to(torch.bfloat16))
+        self.hold(self.drawn_weight(device, dtype))
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> BFloat16Linear:
         """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
-        out_features, in_features = weight.shape
-        layer = cls(in_features, out_features, bias is not None, device="meta")
-        layer.qweight = weight.detach().to(torch.bfloat16, memory_format=torch.contiguous_format)
-        layer.bias = None if bias is None else as_parameter(bias)
+        layer: BFloat16Linear = cls.closest(weight, bias)
         return layer
+
+    def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
+        return {"qweight": weight.to(torch.bfloat16, memory_format=torch.contiguous_format)}
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype == torch.float32 and _multiplies_bfloat16(input.device):
@@ -97,7 +98,7 @@ class BFloat16Linear(LinearLayer):
         return f"torch, product in {'bfloat16' if multiplies else 'float32'}"
 
 
-class Float8Linear(LinearLayer):
+class Float8Linear(RoundedLinear):
     """y = x @ (qweight·scale[:, None])ᵀ + bias with weights in float8_e4m3fn.
 
     The weights are buffers: they do not train. Gradients reach x (straight-through) and bias.
@@ -138,23 +139,18 @@ class Float8Linear(LinearLayer):
         self.in_features, self.out_features = in_features, out_features
         self.activation = activation
         self.register_bias(out_features if bias else None, device, dtype)
-        self._hold(self.drawn_weight(device, dtype))
+        self.hold(self.drawn_weight(device, dtype))
 
     @classmethod
     def from_weight(
         cls, weight: Tensor, bias: Tensor | None, activation: Any = "none"
     ) -> Float8Linear:
         """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
-        out_features, in_features = weight.shape
-        layer = cls(in_features, out_features, bias is not None, activation, device="meta")
-        layer._hold(weight)
-        layer.bias = None if bias is None else as_parameter(bias)
+        layer: Float8Linear = cls.closest(weight, bias, activation=activation)
         return layer
 
-    def _hold(self, weight: Tensor) -> None:
-        qweight, scale = quantize_float8(weight)
-        self.register_buffer("qweight", qweight)
-        self.register_buffer("scale", scale)
+    def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
+        return dict(zip(self.levels, quantize_float8(weight), strict=True))
 
     def forward(self, input: Tensor) -> Tensor:
         return float8_linear(input, self.qweight, self.scale, self.bias, self.activation)

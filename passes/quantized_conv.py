@@ -14,7 +14,7 @@ from rewriter.base import Layer, Skip
 from rewriter.errors import OptionError, one_of
 from rewriter.kernels.int8_conv import RANGES, convolve, kernel_name
 from rewriter.kernels.int8_linear import quantize_weight
-from rewriter.layer import ComputedWeight
+from rewriter.layer import RoundedWeight
 from rewriter.passes.quantize import Quantize
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
 from rewriter.sites import Site
@@ -32,7 +32,7 @@ __all__ = [
 Sizes = int | Sequence[int]
 
 
-class _QuantizedConv(ComputedWeight):
+class _QuantizedConv(RoundedWeight):
     """What convolutions of one and of two dimensions have in common.
 
     Attributes:
@@ -85,7 +85,7 @@ class _QuantizedConv(ComputedWeight):
         ]
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         bound = 1 / math.sqrt(max(math.prod(shape[1:]), 1))
-        self._hold(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
+        self.hold(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
         self.register_bias(out_channels if bias else None, device, dtype)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
@@ -106,7 +106,7 @@ class _QuantizedConv(ComputedWeight):
             suggest_memory_format(conv.weight) == torch.channels_last,
             device="meta",
         )
-        layer._hold(conv.weight.detach())
+        layer.hold(conv.weight.detach())
         layer.bias = conv.bias
         return layer
 
@@ -122,12 +122,11 @@ class _QuantizedConv(ComputedWeight):
             return [(n // 2, n - n // 2) for n in total]
         return [(p, p) for p in self.padding if isinstance(p, int)]
 
-    def _hold(self, weight: Tensor) -> None:
+    def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
         q, scale = quantize_weight(weight.flatten(1))
         shape = (*weight.shape[:2], *[1] * (2 - self.spatial), *weight.shape[2:])
         last = torch.channels_last if self.channels_last else torch.contiguous_format
-        self.register_buffer("qweight", q.view(shape).contiguous(memory_format=last))
-        self.register_buffer("scale", scale)
+        return {"qweight": q.view(shape).contiguous(memory_format=last), "scale": scale}
 
     def geometry(self) -> tuple[Any, ...]:
         """What `convolve` is to know beside the tensors: dimensions, padding, stride, dilation and

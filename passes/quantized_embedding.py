@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from rewriter.kernels.weight_only import (
     pack,
     quantize_groups,
 )
-from rewriter.layer import ComputedWeight
+from rewriter.layer import RoundedWeight
 from rewriter.passes.quantize import SCHEMES, Quantize
 from rewriter.sites import LINEAR, Site
 
@@ -30,7 +31,16 @@ HEADS = ("none", *ACTIVATIONS)
 """What is done to the input of a tied head."""
 
 
-class _Rows(ComputedWeight, nn.Embedding):
+FOUR_BITS = ("qweight", "scale", "zero")
+NEAREST = "; `rewriter.training.peft.merge` can fit levels to calibration batches"
+
+
+def four_bits(q: Tensor, scale: Tensor, zero: Tensor | None) -> Mapping[str, Tensor | None]:
+    """The buffers of layers of 4 bits in groups, of levels as `quantize_groups` gives them."""
+    return {"qweight": pack(q), "scale": scale, "zero": zero}
+
+
+class _Rows(RoundedWeight, nn.Embedding):
     """An embedding whose rows are buffers, in fewer bits: they do not train.
 
     What an `nn.Embedding` does to the gradient of its weight (`padding_idx`, `scale_grad_by_freq`,
@@ -96,6 +106,7 @@ class QuantizedEmbedding(_Rows):
     """
 
     op = "int8_embedding"
+    levels = ("qweight", "amax")
     qweight: Tensor
     amax: Tensor
 
@@ -113,7 +124,7 @@ class QuantizedEmbedding(_Rows):
         super().__init__(num_embeddings, embedding_dim, padding_idx, scale_grad_by_freq, sparse)
         one_of("QuantizedEmbedding: activation", activation, HEADS)
         self.activation = activation
-        self._hold(_drawn(num_embeddings, embedding_dim, device, dtype))
+        self.hold(_drawn(num_embeddings, embedding_dim, device, dtype))
 
     @classmethod
     def from_embedding(
@@ -121,14 +132,13 @@ class QuantizedEmbedding(_Rows):
     ) -> QuantizedEmbedding:
         """The layer closest to an embedding without a `max_norm`."""
         layer = cls(**_options(embedding), activation=activation, device="meta")
-        layer._hold(embedding.weight.detach())
+        layer.hold(embedding.weight.detach())
         return layer
 
-    def _hold(self, weight: Tensor) -> None:
-        self.register_buffer("qweight", quantize_weight(weight)[0])
+    def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
         empty = weight.shape[1] == 0
         amax = weight.new_zeros(len(weight)) if empty else weight.abs().amax(1)
-        self.register_buffer("amax", amax)
+        return {"qweight": quantize_weight(weight)[0], "amax": amax}
 
     def forward(self, input: Tensor) -> Tensor:
         if input.is_floating_point() and self.activation == "none":
@@ -175,6 +185,8 @@ class Int4Embedding(_Rows):
 
     op = "int4_embedding"
     packed = {"qweight": 2}
+    levels = FOUR_BITS
+    remark = NEAREST
     qweight: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -218,11 +230,11 @@ class Int4Embedding(_Rows):
         return layer
 
     def _hold(self, weight: Tensor) -> None:
-        q, scale, zero = quantize_groups(weight, 4, self.group_size, self.symmetric)
-        self.register_buffer("qweight", pack(q))
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero", zero)
+        self.hold(weight)
         self.register_buffer("like", weight.new_empty(0))
+
+    def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
+        return four_bits(*quantize_groups(weight, 4, self.group_size, self.symmetric))
 
     def forward(self, input: Tensor) -> Tensor:
         if input.is_floating_point():

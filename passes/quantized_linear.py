@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer, LinearLayer, as_parameter
+from rewriter.base import Layer
 from rewriter.errors import one_of
 from rewriter.kernels.int8_linear import (
     ACTIVATIONS,
@@ -18,6 +19,7 @@ from rewriter.kernels.int8_linear import (
     kernel_name,
     quantize_weight,
 )
+from rewriter.layer import RoundedLinear
 from rewriter.passes.monarch import MonarchLinear
 from rewriter.passes.quantize import Activation, Quantize, Scheme, register
 from rewriter.passes.quantized_conv import conv_of_trained, int8_conv
@@ -30,12 +32,7 @@ from rewriter.sites import CONV, EMBEDDING, LINEAR, Site
 __all__ = ["QuantizedLinear"]
 
 
-def _random(*shape: int, bound: float, device: Any, dtype: Any) -> tuple[Tensor, Tensor]:
-    weight = torch.empty(*shape, device=device, dtype=dtype).uniform_(-bound, bound)
-    return quantize_weight(weight)
-
-
-class QuantizedLinear(LinearLayer):
+class QuantizedLinear(RoundedLinear):
     """y = q(x) @ (qweight·scale[:, None])ᵀ + bias, with q rounding x to 256 levels at run time.
 
     The weights are buffers: they do not train, and without a bias the layer has no parameters (take
@@ -78,9 +75,8 @@ class QuantizedLinear(LinearLayer):
         self.in_features, self.out_features = in_features, out_features
         self.activation: Activation = activation
         bound = 1 / math.sqrt(max(in_features, 1))
-        qweight, scale = _random(out_features, in_features, bound=bound, device=device, dtype=dtype)
-        self.register_buffer("qweight", qweight)
-        self.register_buffer("scale", scale)
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        self.hold(weight.uniform_(-bound, bound))
         self.register_bias(out_features if bias else None, device, dtype)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
@@ -90,7 +86,8 @@ class QuantizedLinear(LinearLayer):
         cls, weight: Tensor, bias: Tensor | None, activation: Activation = "per_token"
     ) -> QuantizedLinear:
         """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
-        return cls.from_quantized(*quantize_weight(weight), bias, activation)
+        layer: QuantizedLinear = cls.closest(weight, bias, activation=activation)
+        return layer
 
     @classmethod
     def from_quantized(
@@ -101,11 +98,12 @@ class QuantizedLinear(LinearLayer):
         activation: Activation = "per_token",
     ) -> QuantizedLinear:
         """The layer of levels that are chosen already: qweight [out, in] int8, scale [out]."""
-        out_features, in_features = qweight.shape
-        layer = cls(in_features, out_features, bias is not None, activation, device="meta")
-        layer.qweight, layer.scale = qweight, scale
-        layer.bias = None if bias is None else as_parameter(bias)
+        levels = {"qweight": qweight, "scale": scale}
+        layer: QuantizedLinear = cls.of_levels(levels, qweight.shape, bias, activation=activation)
         return layer
+
+    def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
+        return dict(zip(self.levels, quantize_weight(weight), strict=True))
 
     def forward(self, input: Tensor) -> Tensor:
         return int8_linear(input, self.qweight, self.scale, self.bias, self.activation)

@@ -3,10 +3,12 @@ channel, of 4 bits with one per group; and of 4 bits on activations of 8."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from rewriter.base import Layer, LinearLayer, as_parameter
+from rewriter.base import Layer
 from rewriter.errors import OptionError, one_of, warn
 from rewriter.kernels.compensation import METHODS
 from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
@@ -17,18 +19,23 @@ from rewriter.kernels.weight_only import (
     int4_linear,
     int8_weight_linear,
     kernel_name,
-    pack,
-    quantize_groups,
 )
-from rewriter.passes.quantize import Quantize, Scheme, register
-from rewriter.passes.quantized_embedding import int4_embedding, int8_embedding
+from rewriter.layer import RoundedLinear
+from rewriter.passes.quantize import Method, Quantize, Scheme, register
+from rewriter.passes.quantized_embedding import (
+    FOUR_BITS,
+    NEAREST,
+    four_bits,
+    int4_embedding,
+    int8_embedding,
+)
 from rewriter.passes.trained import TrainedLinear, trained
 from rewriter.sites import EMBEDDING, LINEAR, Site
 
 __all__ = ["Int4Linear", "Int8WeightLinear"]
 
 
-class Int8WeightLinear(LinearLayer):
+class Int8WeightLinear(RoundedLinear):
     """y = x @ (qweight·scale[:, None])ᵀ + bias, with x as it is.
 
     The weights are buffers: they do not train. Gradients reach x and bias.
@@ -61,25 +68,25 @@ class Int8WeightLinear(LinearLayer):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_bias(out_features if bias else None, device, dtype)
-        qweight, scale = quantize_weight(self.drawn_weight(device, dtype))
-        self.register_buffer("qweight", qweight)
-        self.register_buffer("scale", scale)
+        self.hold(self.drawn_weight(device, dtype))
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None) -> Int8WeightLinear:
         """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
-        return cls.from_quantized(*quantize_weight(weight), bias)
+        layer: Int8WeightLinear = cls.closest(weight, bias)
+        return layer
 
     @classmethod
     def from_quantized(
         cls, qweight: Tensor, scale: Tensor, bias: Tensor | None
     ) -> Int8WeightLinear:
         """The layer of levels that are chosen already: qweight [out, in] int8, scale [out]."""
-        out_features, in_features = qweight.shape
-        layer = cls(in_features, out_features, bias is not None, device="meta")
-        layer.qweight, layer.scale = qweight, scale
-        layer.bias = None if bias is None else as_parameter(bias)
+        levels = {"qweight": qweight, "scale": scale}
+        layer: Int8WeightLinear = cls.of_levels(levels, qweight.shape, bias)
         return layer
+
+    def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
+        return dict(zip(self.levels, quantize_weight(weight), strict=True))
 
     def forward(self, input: Tensor) -> Tensor:
         return int8_weight_linear(input, self.qweight, self.scale, self.bias)
@@ -92,7 +99,7 @@ class Int8WeightLinear(LinearLayer):
         return kernel_name(self.op, tokens, self.out_features, self.in_features, 0, self.qweight)
 
 
-class Int4Linear(LinearLayer):
+class Int4Linear(RoundedLinear):
     """y = x @ Wᵀ + bias with w[n,k] = q[n,k]·scale[n,g] + zero[n,g], q in −8 … 7, two in a byte.
 
     The weights are buffers: they do not train. Gradients reach x (straight-through) and bias.
@@ -121,6 +128,9 @@ class Int4Linear(LinearLayer):
 
     op = "int4_linear"
     packed = {"qweight": 2}
+    levels = FOUR_BITS
+    fits = True
+    remark = NEAREST
     qweight: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -141,13 +151,7 @@ class Int4Linear(LinearLayer):
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.symmetric, self.dynamic = group_size, symmetric, dynamic
         self.register_bias(out_features if bias else None, device, dtype)
-        made = quantize_groups(self.drawn_weight(device, dtype), 4, group_size, symmetric)
-        self._register(*made)
-
-    def _register(self, q: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-        self.register_buffer("qweight", pack(q))
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero", zero)
+        self.hold(self.drawn_weight(device, dtype))
 
     @classmethod
     def from_weight(
@@ -161,8 +165,9 @@ class Int4Linear(LinearLayer):
         """The layer closest to weight [out, in], level by level; a bias that is a Parameter is
         kept, not copied."""
         one_of("Int4Linear: group_size", group_size, GROUP_SIZES)
-        made = quantize_groups(weight, 4, group_size, symmetric)
-        return cls.from_quantized(*made, bias, weight.shape[1], dynamic)
+        options = {"group_size": group_size, "symmetric": symmetric, "dynamic": dynamic}
+        layer: Int4Linear = cls.closest(weight, bias, **options)
+        return layer
 
     @classmethod
     def from_quantized(
@@ -195,11 +200,17 @@ class Int4Linear(LinearLayer):
                 f"Int4Linear: levels {list(q.shape)}, scales {list(scale.shape)} and zeros "
                 f"{None if zero is None else list(zero.shape)} do not fit {in_features} features"
             )
-        has_bias, symmetric = bias is not None, zero is None
-        layer = cls(in_features, len(q), has_bias, size, symmetric, dynamic, device="meta")
-        layer._register(q, scale, zero)
-        layer.bias = None if bias is None else as_parameter(bias)
+        options = {"group_size": size, "symmetric": zero is None, "dynamic": dynamic}
+        levels, sizes = four_bits(q, scale, zero), (len(q), in_features)
+        layer: Int4Linear = cls.of_levels(levels, sizes, bias, **options)
         return layer
+
+    def rounded(
+        self, weight: Tensor, second: Tensor | None = None, method: Method = "gptq"
+    ) -> Mapping[str, Tensor | None]:
+        """As of any; with second = E[x xᵀ] of the layer's inputs, by one of `METHODS`."""
+        choose = METHODS["round" if second is None else method]
+        return four_bits(*choose(weight, second, 4, self.group_size, self.symmetric))
 
     def forward(self, input: Tensor) -> Tensor:
         run = int4_dynamic_linear if self.dynamic else int4_linear

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rewriter.edits import Edit, View
 from rewriter.errors import OptionError, nearest
-from rewriter.layer import Layer, LinearLayer
+from rewriter.layer import Layer, LinearLayer, as_parameter
 from rewriter.modules.moments import Moments
 from rewriter.modules.patterns import Pattern
 from rewriter.modules.refusal import Skip
@@ -248,15 +248,6 @@ def read_number(text: str, kind: type) -> Any:
     except ValueError:
         return None
     return value if kind is int or math.isfinite(value) else None
-
-
-def as_parameter(tensor: Tensor, like: Tensor | None = None) -> nn.Parameter:
-    """`tensor` itself where it is a Parameter already, so identity (and the optimizer) is kept;
-    else a new Parameter whose `requires_grad` is that of `like` (default: of the tensor)."""
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    grad = (tensor if like is None else like).requires_grad
-    return nn.Parameter(tensor.detach(), requires_grad=grad and tensor.is_floating_point())
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,10 @@ __all__ = [
     "DenseWeight",
     "Layer",
     "LinearLayer",
+    "RoundedLinear",
+    "RoundedWeight",
     "StandsForWeight",
+    "as_parameter",
     "unscriptable",
 ]
 
@@ -197,7 +200,7 @@ class ComputedWeight(Layer):
 
     For code that asks, it is a layer of torch's class and reads as one. It cannot hold a weight of
     any other form, so a write to `weight` (what merges an adapter does) turns it into the plain
-    layer of what was written, with a warning.
+    layer of what was written, with a warning. A `RoundedWeight` rounds what was written.
     """
 
     plain: ClassVar[Any]
@@ -209,10 +212,12 @@ class ComputedWeight(Layer):
     @property
     def weight(self) -> Tensor:
         """`dense_weight()`: not a parameter, but no write is lost."""
-        return computed(self.dense_weight(), self._become_dense)
+        return computed(self.dense_weight(), self._written)
 
     @weight.setter
     def weight(self, value: Any) -> None:
+        if isinstance(value, Tensor) and self._holds(value):
+            return  # the last step of `layer.weight += d`
         raise TypeError(
             f"cannot assign a {type(value).__name__} as the weight of a {type(self).__name__}: an "
             f"nn.Parameter makes it an nn.{self.plain.__name__}"
@@ -236,6 +241,14 @@ class ComputedWeight(Layer):
     def dense_shape(self) -> tuple[int, ...]:
         """Of `dense_weight()`."""
         raise NotImplementedError
+
+    def _holds(self, weight: Tensor) -> bool:
+        own = self.dense_weight()
+        return weight.dtype == own.dtype and torch.equal(weight, own)
+
+    def _written(self, weight: Tensor) -> Tensor:
+        """Takes a weight that was written; gives the tensor that holds it from then on."""
+        return ComputedWeight._become_dense(self, weight)  # of a plain layer, since the first step
 
     def _become_dense(self, weight: Tensor) -> Tensor:
         if not isinstance(self, Layer):  # a write may come in two steps
@@ -269,6 +282,128 @@ class ComputedWeight(Layer):
         return weight
 
 
+class RoundedWeight(ComputedWeight):
+    """A layer whose buffers are a weight, rounded: `rounded` makes them, of any weight.
+
+    So a write to `weight` is rounded anew, with a warning that says what that loses: adapters are
+    merged into layers that stay in their few bits. Rows that were not written to keep their levels,
+    and when all that was added is taken away again (what `unmerge` does), those of before come
+    back; for that the layer holds them as long as something is added. An `nn.Parameter` that is
+    assigned makes it the plain layer.
+    """
+
+    levels: ClassVar[tuple[str, ...]] = ("qweight", "scale")
+    """The buffers that `rounded` makes: each has a row for a row of the weight."""
+
+    fits: ClassVar[bool] = False
+    """Whether `rounded` takes the moments of inputs, to choose levels by."""
+
+    remark: ClassVar[str] = ""
+    """What there is to say of a weight that was rounded anew."""
+
+    _before: _Before | None = None
+
+    def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
+        """The buffers with which `dense_weight()` is closest to a weight of its shape."""
+        raise NotImplementedError
+
+    def hold(self, weight: Tensor) -> None:
+        """Registers the buffers closest to a weight."""
+        for name, tensor in self.rounded(weight).items():
+            self.register_buffer(name, tensor)
+
+    def requantize(self, weight: Tensor, **how: Any) -> float:
+        """Takes another weight, rounded; see the class.
+
+        Args:
+            weight: of the shape of `dense_weight()`, finite.
+            how: what `rounded` of this layer takes besides.
+
+        Returns:
+            ‖W − Ŵ‖/‖W‖ of what was written.
+
+        Raises:
+            OptionError: the weight holds NaN or inf.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            old = self.dense_weight()
+            weight = weight.detach().to(old, copy=True)
+            changed = (weight != old).flatten(1).any(1)
+            if not changed.any():
+                return 0.0
+            if not weight.isfinite().all():
+                raise OptionError(
+                    f"a weight with NaN or inf was written to a {type(self).__name__}, which keeps "
+                    "its own: look at the adapters that are merged"
+                )
+            before = self._before or _Before(self._levels(), old.flatten(1))
+            if before.returns(weight.flatten(1) - old.flatten(1)):
+                self._before = None
+                self._put(before.levels, torch.ones_like(changed))
+                return 0.0
+            self._before = before
+            self._put(self.rounded(weight, **how), changed)
+            lost = torch.linalg.vector_norm(self.dense_weight() - weight)
+            return float(lost / torch.linalg.vector_norm(weight).clamp_min(_TINY))
+
+    def settle(self) -> None:
+        """What was added stays: the levels of before are let go."""
+        self._before = None
+
+    def _put(self, made: Mapping[str, Tensor | None], rows: Tensor) -> None:
+        for name, held in self._levels().items():
+            new = made[name]
+            assert new is not None
+            with torch.inference_mode(held.is_inference()):
+                held[rows] = new[rows].to(held)
+
+    def _levels(self) -> dict[str, Tensor]:
+        return {n: b for n, b in self._buffers.items() if n in self.levels and b is not None}
+
+    def _written(self, weight: Tensor) -> Tensor:
+        if not isinstance(self, RoundedWeight) or weight.shape != self.dense_shape():
+            return ComputedWeight._become_dense(self, weight)
+        if (error := self.requantize(weight)) > _UNSEEN:
+            cls, sizes = type(self).__name__, "×".join(map(str, weight.shape))
+            warn(
+                f"the weight of a {cls}, {sizes}, was written to, and rounded to its form: an "
+                f"error of {error:.3g} of its norm{self.remark}"
+            )
+        return self.weight
+
+
+class _Before:
+    """Levels of a layer before something was added to its weight, and what has been, in brief.
+
+    Args:
+        levels: its buffers, which are copied.
+        weight: [rows, *] of then.
+    """
+
+    def __init__(self, levels: Mapping[str, Tensor], weight: Tensor) -> None:
+        self.levels: Mapping[str, Tensor | None] = {n: t.clone() for n, t in levels.items()}
+        # a few random sums over each row in the place of all that was added
+        draw = torch.Generator().manual_seed(0)
+        probe = torch.randn(weight.shape[1], _PROBES, generator=draw, dtype=torch.float64)
+        self.probe = probe.to(weight.device)
+        self.added = weight.new_zeros(len(weight), _PROBES, dtype=torch.float64)
+        self.most = 0.0
+        self.noise = 4 * torch.finfo(weight.dtype).eps * float(weight.double().norm())
+
+    def returns(self, more: Tensor) -> bool:
+        """Whether nothing is left of all that was added, this included, but for rounding."""
+        self.added = self.added + more.double() @ self.probe
+        size = float(self.added.norm()) / math.sqrt(_PROBES)
+        self.most = max(self.most, size)
+        return size <= 1e-3 * self.most + self.noise
+
+
+_PROBES = 4
+_UNSEEN = 1e-6
+"""Errors up to here are those of float32, as of rows that were multiplied by a number each."""
+_TINY = 1e-38
+
+
 class LinearLayer(ComputedWeight, nn.Linear):
     """y = x Wᵀ + bias with a W that is held in another form: `dense_weight()` computes it.
 
@@ -291,8 +426,50 @@ class LinearLayer(ComputedWeight, nn.Linear):
         return weight.uniform_(-bound, bound)
 
 
+class RoundedLinear(RoundedWeight, LinearLayer):
+    """A linear layer whose buffers are a weight, rounded."""
+
+    @classmethod
+    def closest(cls, weight: Tensor, bias: Tensor | None, **options: Any) -> Any:
+        """The layer closest to weight [out, in]; a bias that is a Parameter is kept, not copied."""
+        layer = cls._empty(weight.shape, bias, **options)
+        layer.hold(weight.detach())
+        return layer
+
+    @classmethod
+    def of_levels(
+        cls,
+        levels: Mapping[str, Tensor | None],
+        sizes: Sequence[int],
+        bias: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        """The layer [out, in] of buffers that are made already; of the bias as `closest`."""
+        layer = cls._empty(sizes, bias, **options)
+        for name, tensor in levels.items():
+            layer.register_buffer(name, tensor)
+        return layer
+
+    @classmethod
+    def _empty(cls, sizes: Sequence[int], bias: Tensor | None, **options: Any) -> Any:
+        made: Any = cls
+        out_features, in_features = sizes
+        layer = made(in_features, out_features, bias=bias is not None, **options, device="meta")
+        layer.bias = None if bias is None else as_parameter(bias)
+        return layer
+
+
 class DenseWeight(StandsForWeight, nn.Linear):
     """The `nn.Linear` in the place of a bare weight; saved as an `nn.Linear`."""
+
+
+def as_parameter(tensor: Tensor, like: Tensor | None = None) -> nn.Parameter:
+    """`tensor` itself where it is a Parameter already, so identity (and the optimizer) is kept;
+    else a new Parameter whose `requires_grad` is that of `like` (default: of the tensor)."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    grad = (tensor if like is None else like).requires_grad
+    return nn.Parameter(tensor.detach(), requires_grad=grad and tensor.is_floating_point())
 
 
 def unscriptable(module: nn.Module) -> OptionError:

@@ -219,13 +219,16 @@ def test_meta(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_write_makes_it_dense(name: str) -> None:
+def test_a_write_is_rounded(name: str) -> None:
     layer = layer_of(name)
-    want = layer.dense_weight() + 1
-    with pytest.warns(RewriteWarning, match="it is an nn.Linear now"):
+    cls, want = type(layer), layer.dense_weight() + 1
+    with pytest.warns(RewriteWarning, match="was written to, and rounded to its form"):
         layer.weight.data += 1
+    assert type(layer) is cls
+    assert_equal(layer.weight.detach(), cls.from_weight(want, None).dense_weight())
+    with pytest.warns(RewriteWarning, match="it is an nn.Linear now"):
+        layer.weight = nn.Parameter(want)
     assert type(layer) is nn.Linear
-    assert_equal(layer.weight.detach(), want)
 
 
 # the schemes

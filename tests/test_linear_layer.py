@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from closeness import assert_reordered
+from closeness import assert_equal, assert_reordered
 from torch import nn
 
 from rewriter import OptionError, Pass, RewriteWarning, load, passes, rewrite
 from rewriter.modules.pointwise import Pointwise
-from rewriter.passes import Monarch, MonarchChain, MonarchResidual, Quantize
+from rewriter.passes import Int4Linear, Monarch, MonarchChain, MonarchResidual, Quantize
 
 RECIPES: dict[str, list[Pass]] = {
     "monarch": [Monarch(nblocks=2)],
@@ -27,6 +27,9 @@ RECIPES: dict[str, list[Pass]] = {
     "int4 weights": [Quantize("int4-weight", group_size=32, symmetric=False)],
     "int8 monarch": [Monarch(nblocks=2), Quantize("int8-dynamic")],
 }
+
+
+ROUNDED = ("int8", "int8 weights", "int4 weights")
 
 
 def rewritten(recipe: str) -> nn.Module:
@@ -88,8 +91,11 @@ def inference(layer: Any) -> None:
 WRITES = [add_to_data, set_data, copy_into, rows_of_data, in_place, a_parameter, inference]
 
 
-@pytest.mark.parametrize("write", WRITES, ids=lambda w: w.__name__)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "write"),
+    [(r, w) for r in RECIPES for w in WRITES if r not in ROUNDED or w is a_parameter],
+    ids=lambda v: getattr(v, "__name__", v),
+)
 def test_no_write_to_a_computed_weight_is_lost(recipe: str, write: Callable[[Any], None]) -> None:
     layer, x = rewritten(recipe)[2], torch.randn(4, 32)
     wanted = layer.dense_weight().detach() + 1
@@ -99,6 +105,71 @@ def test_no_write_to_a_computed_weight_is_lost(recipe: str, write: Callable[[Any
     assert_reordered(layer(x), nn.functional.linear(x, wanted, layer.bias))
     assert set(dict(layer.named_parameters())) == {"weight", "bias"}
     assert not dict(layer.named_buffers())
+
+
+@pytest.mark.parametrize("write", [w for w in WRITES if w is not a_parameter])
+@pytest.mark.parametrize("recipe", ROUNDED)
+def test_a_write_to_a_layer_of_few_bits_is_rounded(
+    recipe: str, write: Callable[[Any], None]
+) -> None:
+    layer: Any = rewritten(recipe)[2]
+    cls, options = type(layer), dict(layer.config())
+    wanted = layer.dense_weight() + 1
+    with pytest.warns(RewriteWarning, match="16×32, was written to, and rounded to .* of 0.0"):
+        write(layer)
+    assert type(layer) is cls
+    own = {n: options[n] for n in ("activation", "group_size", "symmetric") if n in options}
+    again = cls.from_weight(wanted, layer.bias, **own)
+    assert_equal(dict(layer.named_buffers()), dict(again.named_buffers()))
+
+
+def of_levels() -> Int4Linear:
+    """None at the end of its range, as GPTQ may choose them: rounding anew gives other ones."""
+    torch.manual_seed(0)
+    q = torch.randint(-5, 5, (6, 64), dtype=torch.int8)
+    return Int4Linear.from_quantized(q, torch.rand(6, 2).bfloat16() + 1, None, None, 64)
+
+
+def test_rows_that_are_not_written_to_keep_their_levels() -> None:
+    layer, before = of_levels(), of_levels()
+    with pytest.warns(RewriteWarning, match="rounded to its form"):
+        layer.weight.data[2] += 1
+    same = torch.arange(6) != 2
+    assert_equal(layer.qweight[same], before.qweight[same])
+    assert_equal(layer.scale[same], before.scale[same])
+    assert not torch.equal(layer.qweight[2], before.qweight[2])
+
+
+def test_what_is_taken_away_again_gives_the_levels_of_before() -> None:
+    layer, before = of_levels(), of_levels()
+    one, two = torch.randn(6, 64), torch.randn(6, 64)
+    for delta in (one, two, -one):  # not in the order of a stack
+        with pytest.warns(RewriteWarning, match="rounded to its form"):
+            layer.weight.data += delta
+    assert not torch.equal(layer.qweight, before.qweight)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    for each in (layer, copied):
+        each.weight.data -= two  # without a warning: nothing is lost
+        assert_equal(dict(each.named_buffers()), dict(before.named_buffers()))
+
+
+def test_half_of_it_taken_away_is_no_way_back() -> None:
+    layer, one = of_levels(), torch.randn(6, 64)
+    with pytest.warns(RewriteWarning, match="rounded to its form"):
+        layer.weight.data += one
+    target = layer.dense_weight() - one / 2
+    with pytest.warns(RewriteWarning, match="rounded to its form"):
+        layer.weight.data -= one / 2
+    assert_equal(layer.qweight, Int4Linear.from_weight(target, None, 32).qweight)
+
+
+def test_no_number_is_no_weight_of_few_bits() -> None:
+    layer, before = of_levels(), of_levels()
+    with pytest.raises(
+        OptionError, match="with NaN or inf was written to a Int4Linear, which keep"
+    ):
+        layer.weight.data[2, 3] = float("nan")
+    assert_equal(dict(layer.named_buffers()), dict(before.named_buffers()))
 
 
 def test_a_weight_of_another_shape_is_refused() -> None:

@@ -206,12 +206,21 @@ def test_forward_mode_and_vmap_follow_the_formula() -> None:
     assert_reordered(torch.vmap(layer)(x), layer(x))
 
 
+def plain_of(weight: Tensor) -> nn.Conv2d:
+    conv = nn.Conv2d(6, 8, 3, 2, 1)
+    conv.weight = nn.Parameter(weight)
+    return conv
+
+
 def test_it_is_a_convolution_to_who_asks_and_loses_no_write() -> None:
     layer = propose(nn.Conv2d(6, 8, 3, 2, 1)).layer
     assert isinstance(layer, nn.Conv2d)
     x, want = example(layer), layer.dense_weight() + 1
-    with pytest.warns(RewriteWarning, match="8×6×3×3, was written to: it is an nn.Conv2d now"):
+    with pytest.warns(RewriteWarning, match="8×6×3×3, was written to, and rounded to its form"):
         layer.weight.data += 1
+    assert_equal(layer.qweight, propose(plain_of(want)).layer.qweight)
+    with pytest.warns(RewriteWarning, match="8×6×3×3, was written to: it is an nn.Conv2d now"):
+        layer.weight = nn.Parameter(want)
     assert type(layer) is nn.Conv2d
     assert_close(layer(x), F.conv2d(x, want, layer.bias, 2, 1))
     assert sorted(dict(layer.named_parameters())) == ["bias", "weight"]

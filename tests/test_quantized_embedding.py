@@ -103,8 +103,13 @@ def test_it_is_an_embedding_to_who_asks_and_loses_no_write() -> None:
     assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (20, 6, 19)
     assert (layer.max_norm, layer.sparse, layer.scale_grad_by_freq) == (None, True, False)
     want = layer.dense_weight() + 1
-    with pytest.warns(RewriteWarning, match="20×6, was written to: it is an nn.Embedding now"):
+    with pytest.warns(RewriteWarning, match="20×6, was written to, and rounded to its form"):
         layer.weight.data += 1
+    assert_equal(
+        layer.qweight, type(layer).from_embedding(nn.Embedding(20, 6, _weight=want)).qweight
+    )
+    with pytest.warns(RewriteWarning, match="20×6, was written to: it is an nn.Embedding now"):
+        layer.weight = nn.Parameter(want)
     assert type(layer) is nn.Embedding
     assert_equal(layer(IDS), F.embedding(IDS, want))
     assert layer.padding_idx == 19
@@ -171,11 +176,15 @@ def test_rows_of_4_bits(dtype: torch.dtype, symmetric: bool) -> None:
     assert_equal(exported.module()(IDS), got)
 
 
-def test_a_table_of_4_bits_that_is_written_to_is_dense() -> None:
+def test_a_table_of_4_bits_that_is_written_to_is_rounded() -> None:
     layer = propose(nn.Embedding(20, 8), Quantize("int4-weight", embeddings=True)).layer
     want = layer.dense_weight() + 1
-    with pytest.warns(RewriteWarning, match="it is an nn.Embedding now"):
+    with pytest.warns(RewriteWarning, match="rounded to its form"):
         layer.weight.data += 1
+    rounded = Int4Embedding.from_embedding(nn.Embedding(20, 8, _weight=want))
+    assert_equal(layer(IDS), rounded(IDS))
+    with pytest.warns(RewriteWarning, match="it is an nn.Embedding now"):
+        layer.weight = nn.Parameter(want)
     assert_equal(layer(IDS), F.embedding(IDS, want))
 
 

@@ -64,5 +64,6 @@ def _line(error: object) -> str:
     text = (str(error).strip().splitlines() or [""])[0].strip()
     text = re.sub(r"\x1b\[\d+m", "", text)
     text = re.sub(r"0x[0-9a-f]{6,}", "0x…", text)
+    text = re.sub(r"an error of [\d.e-]+", "an error of …", text)  # of each layer another
     text = re.sub(r"/[\w./-]*/(?=[\w.-]+)", "…/", text)
     return text if len(text) <= 200 else f"{text[:200]} …"
