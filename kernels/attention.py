@@ -4,7 +4,8 @@ Kernels, chosen by measurement per size (`rewriter.kernels.choice`):
 
     native   of attention_cpu.cpp: both products and the softmax in one pass, a mask of truths read
              as it is, operands where they lie, the result as the next linear layer reads it;
-             float32 on the CPU
+             float32 on the CPU; where a call allows it and the CPU has AVX512-BF16, its products
+             are of bfloat16 numbers, summed in float32 (attention_bf16.h)
     torch    torch's own `scaled_dot_product_attention`; every device and dtype
 
 Both give zeros for a query that may look at nothing.
@@ -26,7 +27,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.native import library, parallel, why_not
 
-__all__ = ["attention", "attention_reference", "bound", "native", "pick", "refusal", "unavailable"]
+__all__ = [
+    "attention",
+    "attention_reference",
+    "bf16_unavailable",
+    "bound",
+    "native",
+    "pick",
+    "refusal",
+    "unavailable",
+]
 
 _SOURCE = Path(__file__).with_name("attention_cpu.cpp")
 _VERSION = "attention 2"
@@ -48,6 +58,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS.split()),
         *((name, ctypes.c_int64) for name in _SIZES.split()),
         ("scale", ctypes.c_double),
+        ("bf16", ctypes.c_int64),
     ]
 
 
@@ -55,7 +66,7 @@ class _Call(ctypes.Structure):
 def _library() -> tuple[Any, int, int]:
     made = library(_SOURCE)
     made.attention.argtypes, made.attention.restype = [ctypes.c_void_p], None
-    made.attention_lanes.restype = ctypes.c_int64
+    made.attention_lanes.restype = made.attention_bf16.restype = ctypes.c_int64
     return made, parallel(), int(made.attention_lanes())
 
 
@@ -65,6 +76,20 @@ def unavailable() -> str | None:
     with tails and on a mask, against the formula."""
     if (reason := why_not(_library)) is not None:
         return reason
+    return _wrong(False, 1e-5)
+
+
+@functools.cache
+def bf16_unavailable() -> str | None:
+    """Why it does not compute with bfloat16 numbers on this machine; None where it does."""
+    if (reason := unavailable()) is not None:
+        return reason
+    if not _library()[0].attention_bf16():
+        return "this CPU, or the compiler, has no AVX512-BF16"
+    return _wrong(True, 0.02)
+
+
+def _wrong(bf16: bool, atol: float) -> str | None:
     lanes = _library()[2]
     draw = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
@@ -75,7 +100,8 @@ def unavailable() -> str | None:
             mask = torch.rand(queries, keys, generator=draw) > 0.3
             for own in (None, mask):
                 want = attention_reference(q, k, v, own)
-                if not torch.allclose(native(q, k, v, own), want, rtol=1e-4, atol=1e-5):
+                found = native(q, k, v, own, bf16=bf16)
+                if not torch.allclose(found, want, rtol=1e-4, atol=atol):
                     return f"wrong at {queries} queries and {keys} keys"
     return None
 
@@ -115,6 +141,7 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bf16: bool = False,
 ) -> Tensor:
     """y = softmax(q kᵀ·scale + mask) v: arguments and result of
     `torch.nn.functional.scaled_dot_product_attention`. Costs 4·batch·heads·S·T·D FLOPs; has no
@@ -124,20 +151,23 @@ def attention(
         query: [batch, heads, S, D].
         key, value: [batch, heads, T, D], or with `enable_gqa` of fewer heads.
         attn_mask: that spreads to [batch, heads, S, T], truths or numbers that are added.
+        bf16: allows products of bfloat16 numbers, where the kernel "native" has them.
 
     Returns:
         [batch, heads, S, D], which lies as [batch, S, heads, D].
     """
     mask, causal, gqa = attn_mask, is_causal, enable_gqa
     ours = not isinstance(query, FakeTensor)  # priced: as torch's
-    ours = ours and _is_native(query, key, value, mask, dropout_p, causal, gqa)
-    return _computed(ours, query, key, value, mask, dropout_p, causal, scale, gqa)
+    bf16 = ours and bf16 and bf16_unavailable() is None
+    ours = ours and _is_native(query, key, value, mask, dropout_p, causal, gqa, bf16)
+    return _computed(ours, query, key, value, mask, dropout_p, causal, scale, gqa, bf16)
 
 
-def bound() -> Callable[..., Tensor]:
+def bound(bf16: bool = False) -> Callable[..., Tensor]:
     """`attention` that remembers of which operands it has found out who computes them: for plain
     tensors."""
     known: dict[Any, bool] = {}
+    bf16 = bf16 and bf16_unavailable() is None
 
     def run(
         query: Tensor,
@@ -154,8 +184,8 @@ def bound() -> Callable[..., Tensor]:
         call = *looks, *options, enable_gqa, torch.get_num_threads()
         ours = known.get(call)
         if ours is None:
-            ours = known[call] = _is_native(*operands, *options, enable_gqa)
-        return _computed(ours, *operands, *options, scale, enable_gqa)
+            ours = known[call] = _is_native(*operands, *options, enable_gqa, bf16)
+        return _computed(ours, *operands, *options, scale, enable_gqa, bf16)
 
     return run
 
@@ -168,12 +198,13 @@ def _is_native(
     dropout: float,
     causal: bool,
     gqa: bool,
+    bf16: bool,
 ) -> bool:
     """Whether the compiled kernel takes such operands, and is the fastest."""
     if refusal(query, key, value, mask, causal, dropout) is not None:
         return False
     same = gqa or query.shape[1:2] == key.shape[1:2]
-    return same and pick(query, key, mask, causal) == "native"
+    return same and pick(query, key, mask, causal, bf16) == "native"
 
 
 def _computed(
@@ -186,9 +217,10 @@ def _computed(
     causal: bool,
     scale: float | None,
     gqa: bool,
+    bf16: bool,
 ) -> Tensor:
     if ours:
-        return native(query, key, value, mask, causal, scale)
+        return native(query, key, value, mask, causal, scale, bf16)
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, causal, scale=scale, enable_gqa=gqa
     )
@@ -209,8 +241,10 @@ def native(
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    bf16: bool = False,
 ) -> Tensor:
-    """The kernel "native", of operands that `refusal` has nothing against."""
+    """The kernel "native", of operands that `refusal` has nothing against; with `bf16` where
+    `bf16_unavailable` has nothing against that."""
     made, start, _ = _library()
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     (b, h, rows, depth), (_, shared, keys, _) = query.shape, key.shape
@@ -237,12 +271,13 @@ def native(
         causal,
         torch.get_num_threads(),
         depth**-0.5 if scale is None else scale,
+        bf16,
     )
     made.attention(ctypes.byref(call))
     return y
 
 
-def pick(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> str:
+def pick(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, bf16: bool = False) -> str:
     """The fastest kernel on the CPU for such operands; measured when first asked for, with batch
     and sequences rounded up to powers of two."""
     (b, h, rows, depth), (_, shared, keys, _) = query.shape, key.shape
@@ -250,6 +285,7 @@ def pick(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> str:
     rows, keys = rows_bucket(rows, longest), rows_bucket(keys, longest)
     b = min(rows_bucket(b), max(most // h, 1))
     kind = "causal" if causal else "" if mask is None else str(mask.dtype)
+    kind += " bf16" if bf16 else ""
     key_ = f"{b}x{h}x{shared} {rows}x{keys}x{depth} {kind} {torch.get_num_threads()}"
 
     def candidates() -> dict[str, Callable[[], object]]:
@@ -269,7 +305,7 @@ def pick(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> str:
 
         return {
             "torch": of_torch,
-            "native": lambda: native(q, k, v, own, causal).transpose(1, 2).contiguous(),
+            "native": lambda: native(q, k, v, own, causal, bf16=bf16).transpose(1, 2).contiguous(),
         }
 
     return fastest(key_, _VERSION, candidates, _LEAD)

@@ -70,6 +70,7 @@ struct Call {
   int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
   int64_t mask_batch, mask_head, mask_row, mask_column, truths, causal, threads;
   double scale;
+  int64_t bf16;  // both products of bfloat16 numbers, where attention_bf16() says so
 };
 
 namespace {
@@ -197,22 +198,43 @@ void head(const Call& c, long b, long h, long from, long to) {
   free(held);
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define BF16 1
+#include "attention_bf16.h"
+#else
+#define BF16 0
+#endif
+
+// Queries [from, to) of one head, as the call asks for.
+void part(const Call& c, long b, long h, long from, long to) {
+#if BF16
+  if (c.bf16) return bf16::head(c, b, h, from, to);
+#endif
+  head(c, b, h, from, to);
+}
+
 }  // namespace
 
 extern "C" {
 
 int64_t attention_lanes() { return V; }
 
+// Whether a call may ask for bfloat16.
+int64_t attention_bf16() { return BF16; }
+
 void attention(const Call* call) {
   const Call& c = *call;
-  // a head is one task, or so many parts of it that all threads have work
+  // a task is a few heads beside each other in memory; or one; or a part of one, so that all threads
+  // have work
   const long heads = c.batch * c.heads, rows = up(c.queries, ROWS) / ROWS;
-  long parts = heads >= 2 * c.threads ? 1 : least(rows, (2 * c.threads + heads - 1) / heads);
-  const long size = (rows + parts - 1) / parts * ROWS;
-  parts = (c.queries + size - 1) / size;
-  for_each(c.parallel, c.threads, heads * parts, [&](long task) {
-    const long at = task / parts, from = task % parts * size;
-    head(c, at / c.heads, at % c.heads, from, least(from + size, c.queries));
+  const long parts = heads >= 2 * c.threads ? 1 : least(rows, (2 * c.threads + heads - 1) / heads);
+  const long size = (rows + parts - 1) / parts * ROWS, cuts = (c.queries + size - 1) / size;
+  const long each = cuts > 1 ? 1 : least(4, (heads + 8 * c.threads - 1) / (8 * c.threads));
+  for_each(c.parallel, c.threads, (heads * cuts + each - 1) / each, [&](long task) {
+    for (long i = task * each; i < least(task * each + each, heads * cuts); i++) {
+      const long at = i / cuts, from = i % cuts * size;
+      part(c, at / c.heads, at % c.heads, from, least(from + size, c.queries));
+    }
   });
 }
 }

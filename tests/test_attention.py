@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import assert_equal, assert_reordered
+from closeness import assert_equal, assert_reordered, sqnr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rewriter import rewrite
 from rewriter.kernels import attention, native
+from rewriter.lowering import FLOAT32_RULES
+from rewriter.passes import Quantize
 
 needs_kernel = pytest.mark.skipif(
     attention.unavailable() is not None, reason=f"no compiled kernel: {attention.unavailable()}"
@@ -122,6 +124,70 @@ def test_any_size_on_any_number_of_threads(b: int, h: int, s: int, t: int, causa
     assert_equal(found[2], found[0])
 
 
+needs_bf16 = pytest.mark.skipif(
+    attention.bf16_unavailable() is not None, reason=f"{attention.bf16_unavailable()}"
+)
+
+
+@needs_bf16
+@pytest.mark.parametrize("sizes", [*SIZES, (1, 2, 13, 130, 48), (1, 1, 12, 64, 128)])
+def test_products_of_bfloat16_numbers_are_near(sizes: tuple[int, ...]) -> None:
+    q, k, v = operands(*sizes)
+    b, h, rows, keys, _ = sizes
+    added = torch.randn(h, rows, keys)
+    for mask in (
+        None,
+        torch.rand(b, 1, rows, keys) > 0.3,
+        torch.arange(keys).expand(b, 1, 1, keys) < keys - keys // 3,
+        added,
+        added[..., :1],
+    ):
+        want = attention.attention_reference(q, k, v, mask)
+        found = attention.native(q, k, v, mask, bf16=True)
+        assert found.dtype == torch.float32
+        assert_reordered(found, want, torch.bfloat16)
+        assert sqnr(found, want) > 40
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    found = attention.native(q, k, v, causal=True, scale=0.3, bf16=True)
+    assert_reordered(found, want, torch.bfloat16)
+
+
+@needs_bf16
+def test_products_of_bfloat16_numbers_mask_spoil_and_share_as_the_others_do() -> None:
+    q, k, v = operands(2, 6, 20, 20, 32, shared=2)
+    clean = attention.native(q, k, v, causal=True, bf16=True)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert_reordered(clean, want, torch.bfloat16)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        spoiled = q.clone()
+        spoiled[0, 1, 3, 5] = bad
+        found = attention.native(spoiled, k, v, causal=True, bf16=True)
+        assert found[0, 1, 3].isnan().all()
+        found[0, 1, 3] = clean[0, 1, 3]
+        assert_equal(found, clean)
+    mask = torch.ones(20, 20, dtype=torch.bool)
+    mask[3] = False
+    assert not attention.native(q, k, v, mask, bf16=True)[:, :, 3].any()
+
+
+@needs_bf16
+@settings(max_examples=20)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 40), st.integers(1, 100), st.booleans())
+def test_bfloat16_on_any_number_of_threads(b: int, h: int, s: int, t: int, causal: bool) -> None:
+    q, k, v = operands(b, h, s, t, 32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(attention.native(q, k, v, causal=causal, bf16=True))
+    finally:
+        torch.set_num_threads(threads)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    assert_reordered(found[0], want, torch.bfloat16)
+    assert_equal(found[1], found[0])
+    assert_equal(found[2], found[0])
+
+
 def test_what_the_kernel_does_not_take_is_torchs() -> None:
     q, k, v = operands(2, 3, 5, 5, 32)
     cases: list[tuple[list[Tensor], dict[str, Any]]] = [
@@ -212,3 +278,35 @@ def test_what_is_masked_and_no_number_spoils_its_query_as_in_torch(compiled: str
         want = F.scaled_dot_product_attention(q, spoiled, v, mask)
         found = attention.native(q, spoiled, v, mask)
         assert_equal(found.isnan(), want.isnan())
+
+
+@needs_bf16
+def test_only_between_layers_of_eight_bits_the_rule_takes_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "pick", lambda *_: "native")
+    taken: list[bool] = []
+    real = attention.native
+
+    def seen(*args: Any) -> Tensor:
+        taken.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(attention, "native", seen)
+    torch.manual_seed(0)
+    model, x = Attends().eval(), torch.randn(2, 6, 32)
+    cases: list[tuple[list[Any], Any, bool]] = [
+        ([], True, False),
+        ([Quantize("int8-weight")], True, False),
+        ([Quantize("int8-dynamic", where="out")], True, False),
+        ([Quantize("int8-dynamic", where="qkv")], True, True),
+        ([Quantize("int8-dynamic")], FLOAT32_RULES, False),
+    ]
+    for passes, lower, bf16 in cases:
+        lowered = rewrite(model, passes, x, lower=lower)
+        assert fused(lowered)["scaled_dot_product_attention"] == "attention"
+        taken.clear()
+        with torch.no_grad():
+            found, want = lowered(x), rewrite(model, passes, x, lower=False)(x)
+        assert taken == [bf16]
+        assert_reordered(found, want, torch.bfloat16 if bf16 else None)

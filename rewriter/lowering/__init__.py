@@ -7,10 +7,11 @@ from rewriter.lowering.lowering import Lowering, lower, lowered_again
 from rewriter.lowering.rules import Fused, Place, Rule, checked
 
 if TYPE_CHECKING:
-    from rewriter.lowering.table import DEFAULT_RULES
+    from rewriter.lowering.table import DEFAULT_RULES, FLOAT32_RULES
 
 __all__ = [
     "DEFAULT_RULES",
+    "FLOAT32_RULES",
     "Fused",
     "Lowered",
     "Lowering",
@@ -25,8 +26,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The table, which needs kernels, is made when it is first asked for."""
-    if name != "DEFAULT_RULES":
+    if name not in ("DEFAULT_RULES", "FLOAT32_RULES"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rewriter.lowering.table import DEFAULT_RULES
+    from rewriter.lowering import table
 
-    return DEFAULT_RULES
+    return getattr(table, name)

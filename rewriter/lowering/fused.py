@@ -15,12 +15,19 @@ from rewriter.kernels import attention
 from rewriter.kernels import linear_act as kernel
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.lowering.rules import Fused, Place
-from rewriter.spellings import activation_name, is_view, works_in_place
+from rewriter.spellings import (
+    activation_name,
+    is_transparent,
+    is_view,
+    spelled,
+    works_in_place,
+)
 
 __all__ = [
     "ATTENTION",
     "CONV",
     "CONV_TRANSPOSE",
+    "FLOAT32_ATTENTION",
     "JOINED",
     "LINEAR_ACT",
     "joined_bias",
@@ -298,10 +305,13 @@ def _slow_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
+    bf16: bool | None = None,
     **options: Any,
 ) -> str | None:
     why = attention.refusal(query, key, value, attn_mask, is_causal, dropout_p)
-    if why is None and attention.pick(query, key, attn_mask, is_causal) != "native":
+    bf16 = _runs_bf16(place) if bf16 is None else bf16
+    if why is None and attention.pick(query, key, attn_mask, is_causal, bf16) != "native":
         why = f"torch's own is no slower here on {query.shape[2]} queries and {key.shape[2]} keys"
     return why
 
@@ -310,11 +320,62 @@ def _no_tensors(place: Place) -> tuple[()]:
     return ()
 
 
+_IN_EIGHT_BITS = {
+    "int4_dynamic_linear",
+    "int8_linear",
+    "int8_monarch_linear",
+    "int8_static_linear",
+}
+_BF16_ERROR = 0.02
+"""Of a mean of values whose weights, and which themselves, are rounded to 8 significant bits."""
+
+
+def _allows_bf16(place: Place) -> bool:
+    """Whether queries, keys and values are results of products of 8-bit numbers: bfloat16 rounds
+    them by less than those were rounded by."""
+    call = place.match.nodes[0]
+    given = dict(zip(_ATTENTION, call.args, strict=False)) | call.kwargs
+    return all(_is_quantized(given.get(n), place.root) for n in ("query", "key", "value"))
+
+
+def _is_quantized(value: Any, root: nn.Module) -> bool:
+    """Whether a value is, seen another way or moved, the result of such a product."""
+    while isinstance(value, Node) and is_transparent(value, root) and value.args:
+        value = value.args[0]
+    return isinstance(value, Node) and spelled(value, root) in _IN_EIGHT_BITS
+
+
+def _runs_bf16(place: Place) -> bool:
+    return _allows_bf16(place) and attention.bf16_unavailable() is None
+
+
+def _attention_options(place: Place) -> dict[str, bool]:
+    return {"bf16": True} if _allows_bf16(place) else {}
+
+
+def _attention_error(place: Place) -> float:
+    return _BF16_ERROR if _runs_bf16(place) else 0.0
+
+
+def _slow_in_float32(place: Place, *operands: Any, **options: Any) -> str | None:
+    return _slow_attention(place, *operands, **options, bf16=False)
+
+
 ATTENTION = Fused(
     "attention",
     attention.attention,
     _no_tensors,
     unless=_unknown_options,
     slower=_slow_attention,
+    bind=attention.bound,
+    options=_attention_options,
+    error=_attention_error,
+)
+FLOAT32_ATTENTION = Fused(
+    "attention",
+    attention.attention,
+    _no_tensors,
+    unless=_unknown_options,
+    slower=_slow_in_float32,
     bind=attention.bound,
 )

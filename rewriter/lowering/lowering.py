@@ -41,8 +41,6 @@ from rewriter.spellings import spelled, user_line
 __all__ = ["Lowering", "PricedGraph", "lower", "lowered_again"]
 
 _HELD = "_rewriter_lowered"
-_LEVELS = 1e-3
-"""The same where a value in between is quantized: of 256 levels a few values have the next one."""
 _HALF = 1e-4  # dtypes with a larger eps have 16 bits
 _STEPS = 64, 4
 """Units in the last place by which ‖lowered − plain‖ may differ from ‖plain‖: of a wide dtype,
@@ -235,7 +233,7 @@ class _Checker(fx.Interpreter):
                 f"{types[0]}, the pattern {types[1]}"
             )
         error = relative_error(given, expected) or 0.0
-        if error > max(_rounding(expected), _LEVELS * found.rule.fused.quantizes):
+        if error > max(_rounding(expected), found.rule.fused.error(found.place)):
             why = f"the outputs differ by {error:.1e}, more than rounding explains"
             self.declined.append(Refusal(found.rule, found.place, why, "declined"))
         else:

@@ -51,9 +51,10 @@ class Application:
     def ready(self, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
         """What runs at the place: a function of what goes in, given what the rule derives."""
         op, rest = self.rule.fused, (*tensors, *self.rule.fused.constants(self.place))
+        options = op.options(self.place)
         if op.bind is not None:
-            return op.bind(*rest)
-        return lambda *inputs, **named: op.run(*inputs, *rest, **named)
+            return op.bind(*rest, **options)
+        return lambda *inputs, **named: op.run(*inputs, *rest, **named, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +236,7 @@ def _call(
         call = graph.call_function(called, (given, *args), kwargs)
     else:
         arguments = (*args, *given, *op.constants(found.place))
-        call = graph.call_function(op.run, arguments, kwargs)
+        call = graph.call_function(op.run, arguments, {**kwargs, **op.options(found.place)})
     call.meta = dict(match.nodes[-1].meta)
     if not isinstance(match.pattern, Fan):
         env[match.nodes[-1]] = call

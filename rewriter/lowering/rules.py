@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,16 @@ def _none(place: Place) -> tuple[Any, ...]:
     return ()
 
 
+def _no_options(place: Place) -> dict[str, Any]:
+    return {}
+
+
 def _nothing(place: Place, *_: Any, **__: Any) -> None:
     return None
+
+
+def _rounding_alone(place: Place) -> float:
+    return 0.0
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,12 @@ class Fused:
         slower: why it would not be faster there, on such inputs; None where it is. They are what
             `run` is given first.
         bind: what a model runs in place of `run`, where there is more to make ready than tensors:
-            `bind(*derive(place), *constants(place))` gives a function of (x, *added).
-        quantizes: whether it quantizes a value in between, where what rounds up to one level or
-            down to the next may depend on the last bit: results differ by more than rounding then.
+            `bind(*derive(place), *constants(place), **options(place))` gives a function of
+            (x, *added).
+        options: arguments of `run` by name, JSON-like.
+        error: the share by which results may differ from the pattern's beyond rounding: where it
+            quantizes a value in between, what rounds up to one level or down to the next may
+            depend on the last bit.
 
     Raises:
         OptionError: `run` has no name of its own, by which generated code could call it.
@@ -97,7 +108,8 @@ class Fused:
     unless: Callable[[Place], str | None] = _nothing
     slower: Callable[..., str | None] = _nothing
     bind: Callable[..., Callable[..., Any]] | None = None
-    quantizes: bool = False
+    options: Callable[[Place], Mapping[str, Any]] = _no_options
+    error: Callable[[Place], float] = _rounding_alone
 
     def __post_init__(self) -> None:
         if not str(getattr(self.run, "__name__", "")).isidentifier():

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from rewriter.lowering.fused import ATTENTION, CONV, CONV_TRANSPOSE, JOINED, LINEAR_ACT
+from rewriter.lowering.fused import (
+    ATTENTION,
+    CONV,
+    CONV_TRANSPOSE,
+    FLOAT32_ATTENTION,
+    JOINED,
+    LINEAR_ACT,
+)
 from rewriter.lowering.int8_convs import INT8_CONV, INT8_CONV_ACT, INT8_POINTWISE
 from rewriter.lowering.int8_monarchs import INT8_MONARCH_JOINED
 from rewriter.lowering.integers import (
@@ -29,7 +36,7 @@ from rewriter.modules.patterns import (
     op,
 )
 
-__all__ = ["DEFAULT_RULES"]
+__all__ = ["DEFAULT_RULES", "FLOAT32_RULES"]
 
 int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
 int8_monarch = op("int8_monarch_linear")
@@ -46,7 +53,8 @@ DEFAULT_RULES = (
     Rule(conv_transpose >> batch_norm, CONV_TRANSPOSE),
     # act(x·Wᵀ + b), the activation on each tile of the product while that is in the cache
     Rule(linear >> activation, LINEAR_ACT),
-    # softmax(q·kᵀ·scale + mask)·v, the scores of a few queries at a time in the cache
+    # softmax(q·kᵀ·scale + mask)·v, the scores of a few queries at a time in the cache; q, k and v
+    # in bfloat16 where they are results of products of 8-bit numbers
     Rule(op("scaled_dot_product_attention"), ATTENTION),
     # [y₁ y₂ …] = x·[W₁ W₂ …]ᵀ + [b₁ b₂ …]
     Rule(fan(linear), JOINED),
@@ -80,3 +88,9 @@ DEFAULT_RULES = (
     Rule(int8_monarch, INT8_MONARCH),
 )
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
+
+FLOAT32_RULES = tuple(
+    Rule(rule.pattern, FLOAT32_ATTENTION) if rule.fused is ATTENTION else rule
+    for rule in DEFAULT_RULES
+)
+"""The same, with all of attention in float32, also between layers of 8 bits."""
