@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewriter.kernels import int8_cpu, native
 from rewriter.kernels import int8_linear as int8
+from rewriter.kernels import int8_monarch as monarch
 from rewriter.kernels import int8_product as product
 from rewriter.kernels import int8_static as static
 from rewriter.kernels.linear_act import act_
@@ -190,3 +191,91 @@ def test_two_products_in_a_row_are_one_after_the_other(
     y, spoiled = int8_cpu.Two(first, second)(x, add)
     assert spoiled is (not options)
     assert y[rows // 2].isnan().all()
+
+
+# Monarch layers: (rows, in, out, K, L, rank); panels that fill blocks and such that do not, inputs
+# that do not fill theirs, outputs that are cropped
+LAYERS = [
+    (1, 64, 64, 4, 4, 4),
+    (5, 23, 17, 3, 2, 2),
+    (130, 67, 45, 4, 4, 3),
+    (29, 96, 128, 2, 4, 5),
+    (30, 5, 7, 4, 3, 2),
+    (7, 64, 100, 1, 1, 5),
+    (50, 96, 40, 2, 1, 33),
+]
+
+
+def layer(
+    rows: int, width: int, out: int, k: int, l: int, rank: int, *options: Any
+) -> monarch.Operands:
+    g = torch.Generator().manual_seed(0)
+    ib, ob = -(-width // k), -(-out // l)
+    right = int8.quantize_weight(torch.randn(k, rank * l, ib, generator=g))
+    left = int8.quantize_weight(torch.randn(l, ob, k * rank, generator=g))
+    x, bias = torch.randn(rows, width, generator=g), torch.randn(out, generator=g)
+    return monarch.Operands(x, *right, *left, bias, out, *options)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("activation", int8.ACTIVATIONS)
+def test_the_bits_of_a_monarch_layer_are_those_of_its_blocks(
+    compiled: str, activation: str, interleaved: bool
+) -> None:
+    assert int8_cpu.isa() == compiled
+    threads = torch.get_num_threads()
+    try:
+        for sizes in LAYERS:
+            own = layer(*sizes, activation, interleaved)
+            want = monarch._run("torch", own)
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                assert_equal(monarch._run("native", own), want)
+                nothing = own._replace(bias=None)
+                assert_equal(monarch._run("native", nothing), monarch._run("torch", nothing))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("sizes", LAYERS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_what_follows_a_monarch_layer(
+    compiled: str, sizes: tuple[int, ...], interleaved: bool
+) -> None:
+    own, (rows, _, out, *_) = layer(*sizes, "per_token", interleaved), sizes
+    norm = int8_cpu.Norm(torch.randn(out), torch.randn(out), 1e-5)
+    for then in ("", "gelu"):
+        for add in (None, torch.randn(rows, out)):
+            for last in (None, norm):
+                after = int8.After(then, add, last)
+                want = after(monarch._run("torch", own))
+                assert_reordered(monarch._run("native", own, after), want)
+
+
+def test_two_monarch_layers_in_a_row(compiled: str) -> None:
+    for rows in (1, 30, 130):
+        one, two = layer(rows, 40, 96, 4, 4, 3), layer(rows, 96, 31, 2, 3, 4)
+        add = torch.randn(rows, 31)
+        first = monarch._made(one, int8.After("gelu"))
+        both = first.before(monarch._made(two, int8.After()))
+        assert both is not None
+        want = first(one.x)[0]
+        want = monarch._run("native", two._replace(x=want)) + add
+        y, spoiled = both(one.x, add)
+        assert not spoiled
+        assert_reordered(y, want)
+    assert both.before(first) is None
+
+
+@pytest.mark.parametrize("activation", int8.ACTIVATIONS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_monarch_layer_tells_of_a_row_without_a_range(
+    compiled: str, bad: float, activation: str
+) -> None:
+    for rows in (3, 70):
+        own = layer(rows, 64, 64, 4, 4, 4, activation)
+        own.x[2, 17] = bad
+        assert monarch._made(own, int8.NOTHING)(own.x)[1]
+        found, want = monarch._run("native", own), monarch._run("torch", own)
+        assert_equal(found.isnan(), want.isnan())
+        assert found[2].isnan().all()

@@ -83,7 +83,8 @@ class Lost:
         if times is None or times[1] <= times[0] / CLEARLY:
             return ""
         new_us, old_us = times[1] * 1e6, times[0] * 1e6
-        return f"slower than the layer it replaces{both.said}: {new_us:.0f} µs, {old_us:.0f} µs"
+        times_said = f"{new_us:.0f} µs, {old_us:.0f} µs"
+        return f"slower by itself than the layer it replaces{both.said}: {times_said}"
 
     def _used_up(self) -> bool:
         return self.spent > max(_LEAST, _SHARE * (time.perf_counter() - self.began))
