@@ -27,6 +27,7 @@ namespace {
 constexpr int SUMS = V;  // in registers, half of those that there are
 constexpr int WIDTH = 4;                 // vectors of channels at a time
 constexpr long CACHE = 96 * 1024;        // floats of m and d that stay in the second-level cache
+constexpr long KEPT = 1 << 22;           // floats of m that a thread keeps from call to call
 constexpr double LARGE = 1e30;           // a step above which sums may be beyond float32
 
 typedef int64_t (*Product)(const void*, const float*, float*, const float*, int64_t);
@@ -278,7 +279,9 @@ bool strips(const Call& c, long first_image, long images, const float* made, con
 
 // With levels, image by image: all of m and its range, then what comes behind.
 bool by_levels(const Call& c) {
-  Buffer of_m;
+  static thread_local Buffer kept;
+  Buffer once;  // of much memory, which no thread keeps
+  Buffer& of_m = c.height * c.width * c.channels < KEPT ? kept : once;
   const long pixels = c.height * c.width, size = least(pixels, 1 + CACHE / 2 / c.channels);
   const long tasks = (pixels + size - 1) / size;
   float* m = c.first ? of_m.of(pixels * c.channels) : nullptr;

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import ops
+from rewriter.kernels import conv_cpu, ops
 from rewriter.kernels.common import register_autocast, register_gradient, register_vmap, widened
 from rewriter.kernels.linear_act import act_
 
@@ -359,6 +359,8 @@ def _onednn(
 
 def _bytes(x: Tensor) -> tuple[Tensor, float, int]:
     """q [N, C, H, W] uint8 in x's memory format, s and z of all of x."""
+    if conv_cpu.refusal() is None:
+        return conv_cpu.levels(x.contiguous(memory_format=suggest_memory_format(x)))
     rows = x.permute(0, 2, 3, 1) if suggest_memory_format(x) == torch.channels_last else x
     low, high = (float(v) for v in torch.aminmax(rows))
     s = (max(high, 0.0) - min(low, 0.0) + _EPS) / 255

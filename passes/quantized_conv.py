@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
 from rewriter.base import Layer, Skip
-from rewriter.errors import OptionError, one_of
+from rewriter.errors import one_of
 from rewriter.kernels.int8_conv import RANGES, convolve, kernel_name
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.layer import RoundedWeight
+from rewriter.modules.conv_options import ConvOptions, Sizes
 from rewriter.passes.quantize import Quantize
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
 from rewriter.sites import Site
@@ -29,10 +30,14 @@ __all__ = [
     "range_of_convolution",
 ]
 
-Sizes = int | Sequence[int]
+_OPTIONS = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+    "transposed", "output_padding", "padding_mode", "_reversed_padding_repeated_twice",
+)  # fmt: skip
+"""What code asks a convolution of torch's for."""
 
 
-class _QuantizedConv(RoundedWeight):
+class _QuantizedConv(ConvOptions, RoundedWeight):
     """What convolutions of one and of two dimensions have in common.
 
     Attributes:
@@ -43,7 +48,12 @@ class _QuantizedConv(RoundedWeight):
 
     op = "int8_conv"
     spatial: ClassVar[int]
-    padding_mode: Any
+    in_channels: Any
+    out_channels: Any
+    groups: Any
+    kernel_size: Any
+    stride: Any
+    dilation: Any
     bias: Any
     qweight: Tensor
     scale: Tensor
@@ -63,27 +73,16 @@ class _QuantizedConv(RoundedWeight):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        one_of(f"{name}: activation", activation, RANGES)
-        if groups < 1 or in_channels % groups or out_channels % groups:
-            raise OptionError(
-                f"{name}: {groups} groups do not divide {in_channels} and {out_channels} channels"
-            )
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride = self._each(kernel_size), self._each(stride)
-        self.dilation = self._each(dilation)
-        self.padding = padding if isinstance(padding, str) else self._each(padding)
-        if isinstance(padding, str):
-            one_of(f"{name}: padding", padding, ("same", "valid"))
+        RoundedWeight.__init__(self)
+        one_of(f"{type(self).__name__}: activation", activation, RANGES)
+        with self._checked():
+            like = self.plain(
+                in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False,
+                "zeros", "meta",
+            )  # fmt: skip
+        vars(self).update({name: getattr(like, name) for name in _OPTIONS})
         self.activation, self.channels_last = activation, channels_last
-        # what code asks a convolution of torch's for
-        self.transposed, self.padding_mode = False, "zeros"
-        self.output_padding = (0,) * self.spatial
-        self._reversed_padding_repeated_twice = [
-            side for pair in reversed(self._around()) for side in pair
-        ]
-        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        shape = self.dense_shape()
         bound = 1 / math.sqrt(max(math.prod(shape[1:]), 1))
         self.hold(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
         self.register_bias(out_channels if bias else None, device, dtype)
@@ -93,34 +92,11 @@ class _QuantizedConv(RoundedWeight):
     @classmethod
     def from_conv(cls, conv: nn.Conv1d | nn.Conv2d, activation: str = "per_sample") -> Any:
         """The layer closest to a convolution that pads with zeros; its bias is kept, not copied."""
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            activation,
-            suggest_memory_format(conv.weight) == torch.channels_last,
-            device="meta",
-        )
+        last = suggest_memory_format(conv.weight) == torch.channels_last
+        layer = cls._of(conv, activation, channels_last=last)
         layer.hold(conv.weight.detach())
         layer.bias = conv.bias
         return layer
-
-    def _each(self, option: Sizes) -> tuple[int, ...]:
-        return (option,) * self.spatial if isinstance(option, int) else tuple(option)
-
-    def _around(self) -> list[tuple[int, int]]:
-        """Zeros before and behind, of each dimension."""
-        if self.padding == "valid":
-            return [(0, 0)] * self.spatial
-        if self.padding == "same":
-            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            return [(n // 2, n - n // 2) for n in total]
-        return [(p, p) for p in self.padding if isinstance(p, int)]
 
     def rounded(self, weight: Tensor) -> Mapping[str, Tensor | None]:
         q, scale = quantize_weight(weight.flatten(1))

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rewriter.base import Layer
-from rewriter.errors import OptionError, one_of
+from rewriter.errors import one_of
 from rewriter.kernels.int8_conv import RANGES, as_images, int8_conv
 from rewriter.kernels.straight_through import straight_through_conv
 from rewriter.kernels.weight_levels import weight_levels
+from rewriter.modules.conv_options import ConvOptions, Sizes
 
 __all__ = ["CONVOLUTIONS_TRAIN_FOR", "TRAINED_CONVOLUTIONS", "TrainedConv1d", "TrainedConv2d"]
 
-Sizes = int | Sequence[int]
 CONVOLUTIONS_TRAIN_FOR = "int8-dynamic"
 """The scheme whose rounding they train with."""
 
 
-class _TrainedConv(Layer):
+class _TrainedConv(ConvOptions, Layer):
     """What convolutions of one and of two dimensions have in common."""
 
     op = "trained_conv"
@@ -47,30 +47,17 @@ class _TrainedConv(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         one_of(f"{type(self).__name__}: activation", activation, RANGES)
-        try:
+        with self._checked():
             self.plain.__init__(
                 self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
                 bias, "zeros", device, dtype,
             )  # fmt: skip
-        except ValueError as error:
-            raise OptionError(f"{type(self).__name__}: {error}") from error
         self.activation = activation
 
     @classmethod
     def from_conv(cls, conv: nn.Conv1d | nn.Conv2d, activation: str = "per_sample") -> Any:
         """The layer that trains a convolution that pads with zeros; Parameters are kept."""
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            activation,
-            device="meta",
-        )
+        layer = cls._of(conv, activation)
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer
 
@@ -84,11 +71,6 @@ class _TrainedConv(Layer):
         )
         y = int8_conv(x, q, scale, self.bias, *geometry, self.activation)
         return back(straight_through_conv(y, x, weight, *geometry))
-
-    def _around(self) -> list[tuple[int, int]]:
-        """Zeros before and behind, of each dimension."""
-        sides: Any = self._reversed_padding_repeated_twice
-        return [(sides[i], sides[i + 1]) for i in range(len(sides) - 2, -1, -2)]
 
     def trained_for(self) -> Mapping[str, Any]:
         """The options of the `Quantize` that gives a layer of equal outputs."""

@@ -194,7 +194,6 @@ def _constants(place: Place) -> tuple[Any, ...]:
 
 
 _DERIVED = 2 * len(_OPERANDS) + 3
-_GIVEN = _DERIVED + 7
 
 
 # what runs ---------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -102,6 +102,26 @@ def _pointwise_constants(place: Place) -> tuple[Any, ...]:
     return (*given, outer.linear.activation, _then(place))
 
 
+def _bound_pointwise(
+    qweight: Tensor, scale: Tensor, bias: Tensor | None, spatial: int, stride: Sequence[int],
+    last: bool, activation: str, then: str,
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    """The same, ready to run."""
+    channels, behind = Channels(spatial, tuple(stride), last), "" if then in THEN else then
+    product = int8.bound(qweight, scale, bias, activation, "" if behind else then)
+
+    def run(x: Tensor) -> Tensor:
+        y = product(channels.rows(x))
+        return channels.back(act_(y, behind) if behind else y, x)
+
+    return run
+
+
 INT8_POINTWISE = Fused(
-    "int8_pointwise_norm", lowered_int8_pointwise, _normed, _pointwise_constants, _no_norm
+    "int8_pointwise_norm",
+    lowered_int8_pointwise,
+    _normed,
+    _pointwise_constants,
+    _no_norm,
+    bind=_bound_pointwise,
 )
