@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import int8_linear as int8
-from rewriter.kernels import monarch, ops
+from rewriter.kernels import monarch, ops, quantized_gpu
 from rewriter.kernels.common import (
     owned,
     register_autocast,
@@ -181,6 +181,11 @@ def _blocks(x: Tensor, qweight: Tensor, scale: Tensor, activation: str) -> tuple
     blocks, rows, k = x.shape
     n = qweight.shape[1]
     flat = x.reshape(blocks * rows, k)
+    if quantized_gpu.takes(x):
+        sums = int8.packed_weight(qweight).row_sums
+        found = quantized_gpu.run_blocks(x, qweight, scale, sums, activation)
+        if found is not None:
+            return tuple(found)
     if not int8.has_kernels(x):
         return _plain_blocks(flat, qweight, scale, activation)
     kernel = int8.pick_kernel(rows, k, n, activation)

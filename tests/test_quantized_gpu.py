@@ -22,6 +22,8 @@ import rewriter.kernels.quantized_gpu as gpu
 from rewriter import LINEAR, RewriteWarning, rewrite
 from rewriter.kernels import ops
 from rewriter.kernels.int8_linear import int8_linear, quantize_weight
+from rewriter.kernels.int8_linear import kernel_name as int8_kernel_name
+from rewriter.kernels.int8_static import kernel_name as static_kernel_name
 from rewriter.kernels.weight_only import kernel_name
 from rewriter.passes import Quantize, QuantizedLinear
 from rewriter.passes.quantize import Scheme
@@ -34,9 +36,10 @@ HELPERS = pathlib.Path(__file__).parent / "helpers"
 
 _COMMON = """
 import torch, torch.nn.functional as F
-from closeness import ROUNDING, assert_equal, assert_reordered
+from closeness import assert_equal, assert_reordered, sqnr
 from rewriter.kernels import float8_linear as f8
 from rewriter.kernels import int8_linear as i8
+from rewriter.kernels import int8_monarch
 from rewriter.kernels import int8_static as static
 from rewriter.kernels import product_triton as products
 from rewriter.kernels import quantized_gpu as gpu
@@ -169,8 +172,17 @@ def check(rows, out, width, dtype):
         clean = y.view(-1, out).isfinite().all(1)
         assert not clean[0] and clean[1:].all()
 
+def monarch():
+    (q, one), (p, two) = (i8.quantize_weight(torch.randn(2, 6, n)) for n in (5, 6))
+    x, own = torch.randn(3, 9), (q, one, p, two, None, 11)
+    for activation in i8.ACTIVATIONS:
+        found = int8_monarch.int8_monarch_linear(x, *own, activation)
+        want = int8_monarch.int8_monarch_linear_reference(x, *own, activation)
+        assert sqnr(found, want) > 40  # the middle may fall to another level
+
 for case in CASES:
     check(*case)
+monarch()
 assert set(seen) == set(gpu.KERNELS)
 print("agreed")
 """
@@ -463,6 +475,12 @@ def test_the_ops_records_name_the_gpus_kernels() -> None:
         found = record.kernels()
         for name in gpu.KERNELS[kind]:
             assert "no GPU" in str(found[f"cuda {name}"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run here")
+@pytest.mark.parametrize("name", [int8_kernel_name, static_kernel_name])
+def test_without_a_gpu_its_layers_have_no_kernel(name: Any) -> None:
+    assert name(8, 24, 12, device="cuda") == "torch, simulated, slower: there is no GPU here"
 
 
 def test_on_other_devices_the_report_says_that_there_is_no_kernel() -> None:
