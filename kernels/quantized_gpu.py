@@ -247,16 +247,16 @@ def _tiles(size: Size) -> Iterable[Any]:
 
 
 @functools.cache
-def _room(device: torch.device) -> tuple[int, int, bool]:
-    """Multiprocessors, bytes of shared memory that a program may take, and whether matrix units
-    read from there."""
+def _room(device: torch.device) -> tuple[int, int, bool, bool]:
+    """What `tiles` is to know of a device: units, shared, wide and apart."""
     from rewriter.kernels.product_triton import SHARED
 
     if device.type != "cuda":  # Triton's interpreter
-        return 1, SHARED, False
+        return 1, SHARED, False, False
     own = torch.cuda.get_device_properties(device)
-    wide = torch.version.hip is None and own.major >= 9
-    return own.multi_processor_count, getattr(own, "shared_memory_per_block_optin", SHARED), wide
+    major = own.major if torch.version.hip is None else 0
+    shared = getattr(own, "shared_memory_per_block_optin", SHARED)
+    return own.multi_processor_count, shared, major in (9, 10), major == 10
 
 
 def _levels(call: Call) -> tuple[Tensor, Tensor]:
