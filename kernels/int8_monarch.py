@@ -28,7 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import int8_cpu, int8_monarch_cpu, int8_product, monarch, ops
+from rewriter.kernels import (
+    int8_cpu,
+    int8_monarch_cpu,
+    int8_product,
+    monarch,
+    ops,
+    quantized_gpu,
+)
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import (
@@ -319,6 +326,9 @@ def kernel_name(
     dtype: torch.dtype = torch.float32,
 ) -> str:
     """The kernel that `int8_monarch_linear` runs for such a call, for the report."""
+    on = torch.device(device)
+    if on.type not in ("cpu", "meta"):
+        return quantized_gpu.kernel_name("int8", on, dtype, -(-in_features // blocks[0]))
     if not int8.runs_kernels(tokens, in_features, out_features, device, dtype):
         return "torch"
     return pick_kernel(tokens, in_features, out_features, blocks, rank, activation, interleaved)
@@ -368,6 +378,11 @@ def _blocks(
     """x [N, rows, k] contiguous; qweight [N, n, k]; scale and bias [N, n] → N × [rows, n]."""
     blocks, rows, k = x.shape
     flat = x.reshape(blocks * rows, k)
+    if kernel is None and quantized_gpu.takes(x):
+        sums = int8.packed_weight(qweight).row_sums
+        found = quantized_gpu.run_blocks(x, qweight, scale, sums, activation)
+        if found is not None:
+            return tuple(found if bias is None else found + bias[:, None])
     if kernel is None:
         return _plain_blocks(flat, qweight, scale, bias, activation)
     packed = int8.packed_weight(qweight)

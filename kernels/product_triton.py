@@ -405,6 +405,7 @@ def tiles(
     units: int = 132,
     shared: int = SHARED,
     wide: bool = False,
+    apart: bool = False,
 ) -> list[Tile]:
     """The tiles that may be the fastest at a size, the likeliest first; at least one.
 
@@ -417,8 +418,11 @@ def tiles(
         shared: bytes of shared memory that a program may take.
         wide: whether matrix units read operands from there (sm_90 and later), which leaves
             registers to a sum twice as large.
+        apart: whether they write sums to a memory of their own (sm_100), from which the sum of each
+            group has to be read back.
     """
     largest = _LARGEST.get(kind, 128 * 256 if wide else 128 * 128)
+    largest = 64 * 64 if group and apart else largest
     depth = group or min(max(128 // item, 32), max(triton.next_power_of_2(width), 32))
     bound = next((most for most in _SIZES if rows <= most), max(_SIZES))
     for most in sorted((m for m in _SIZES if m <= bound), reverse=True):
@@ -427,7 +431,7 @@ def tiles(
             stages = min(_STAGES, _stages(kind, m, n, depth, item, shared))
             if m * n > largest or stages < 2:
                 continue
-            if group and m * n >= 64 * 128:  # beside two sums the levels that are being unpacked
+            if group and m * n >= 64 * 64:  # beside two sums the levels that are being unpacked
                 warps = 8
             programs = -(-rows // m) * -(-columns // n)
             split = _pieces(programs, -(-width // depth), units)

@@ -39,6 +39,7 @@ __all__ = [
     "kernel_name",
     "refused_kernels",
     "run",
+    "run_blocks",
     "simulated",
     "takes",
 ]
@@ -73,7 +74,8 @@ class Call:
         weight, scale, zero, bias: as of the op, [n, …].
         activation: "per_token" or "per_tensor"; "" where x stays, or has a range that is fixed.
         sums: [n] int32 of the rows of an int8 weight, for kind "int8".
-        step, point, multiplier: the fixed range, as of `int8_static_linear`.
+        step, point, multiplier: the fixed range, as of `int8_static_linear`; "per_tensor", step may
+            be what `rows_triton.range_of` found of more than x.
         then: an activation that follows, or "".
         add: [rows, n] that is added, or None.
     """
@@ -123,12 +125,36 @@ def run(call: Call) -> Tensor | None:
         compute = pick(call)
         if compute is not None:
             return compute(call)
-    if capturing(call.x):
-        why = "a CUDA graph is captured before the layer ran at this size: run it once before"
-    else:
-        why = simulated(call.kind, call.x.device, call.x.dtype, call.x.shape[1]) or ""
-    _say(f"a product of kind {call.kind!r} is computed in floats, {why}")
+    _say(f"a product of kind {call.kind!r} is computed in floats, {_why(call)}")
     return None
+
+
+def _why(call: Call) -> str:
+    if capturing(call.x):
+        return "a CUDA graph is captured before the layer ran at this size: run it once before"
+    found = simulated(call.kind, call.x.device, call.x.dtype, call.x.shape[1])
+    sizes = f"{call.x.shape[1]} → {call.weight.shape[0]} at {call.x.shape[0]} rows"
+    return found or f"simulated, slower: no kernel ran {sizes} (`refused_kernels` says why)"
+
+
+def run_blocks(
+    x: Tensor, weight: Tensor, scale: Tensor, sums: Tensor, activation: str
+) -> list[Tensor] | None:
+    """x [N, rows, k] × int8 weight [N, n, k] block by block → N × [rows, n]; None as of `run`. With
+    one range "per_tensor" it is that of all blocks."""
+    step = None
+    if activation == "per_tensor" and importlib.util.find_spec("triton") is not None:
+        from rewriter.kernels.rows_triton import range_of
+
+        with _on(x.device):
+            step = range_of(x.flatten(0, 1))
+    found: list[Tensor] = []
+    for a, w, s, total in zip(x, weight, scale, sums, strict=True):
+        y = run(Call("int8", a, w, s, activation=activation, sums=total, step=step))
+        if y is None:
+            return None
+        found.append(y)
+    return found
 
 
 @functools.cache
@@ -221,16 +247,16 @@ def _tiles(size: Size) -> Iterable[Any]:
 
 
 @functools.cache
-def _room(device: torch.device) -> tuple[int, int, bool]:
-    """Multiprocessors, bytes of shared memory that a program may take, and whether matrix units
-    read from there."""
+def _room(device: torch.device) -> tuple[int, int, bool, bool]:
+    """What `tiles` is to know of a device: units, shared, wide and apart."""
     from rewriter.kernels.product_triton import SHARED
 
     if device.type != "cuda":  # Triton's interpreter
-        return 1, SHARED, False
+        return 1, SHARED, False, False
     own = torch.cuda.get_device_properties(device)
-    wide = torch.version.hip is None and own.major >= 9
-    return own.multi_processor_count, getattr(own, "shared_memory_per_block_optin", SHARED), wide
+    major = own.major if torch.version.hip is None else 0
+    shared = getattr(own, "shared_memory_per_block_optin", SHARED)
+    return own.multi_processor_count, shared, major in (9, 10), major == 10
 
 
 def _levels(call: Call) -> tuple[Tensor, Tensor]:
@@ -344,7 +370,9 @@ def pick(call: Call) -> Compute | None:
     name = known(size.key, _version())
     if name is None and not capturing(call.x):
         name = _measured(size, call)
-    return None if name is None else own.get(name, first)  # of a file that others may write
+    if name is None or name == _NONE:
+        return None
+    return own.get(name, first)  # of a file that others may write
 
 
 def _measured(size: Size, call: Call) -> str | None:
@@ -355,11 +383,12 @@ def _measured(size: Size, call: Call) -> str | None:
     given = replace(call, x=x, add=add)
 
     def timed() -> dict[str, Callable[[], object]]:
-        return {
+        found: dict[str, Callable[[], object]] = {
             name: functools.partial(compute, given)
             for name, compute in candidates(size).items()
             if _runs(name, compute, given)
         }
+        return found or {_NONE: lambda: None}
 
     try:
         return fastest(size.key, _version(), timed, _LEAD, size.device)
@@ -367,6 +396,8 @@ def _measured(size: Size, call: Call) -> str | None:
         return next(iter(candidates(size)))
 
 
+_NONE = "none of them"
+"""A choice of sizes at which no candidate runs."""
 _failed: dict[tuple[str, str], str] = {}
 """Why a candidate is not used at some size: (kind and name, device) → reason."""
 
@@ -414,7 +445,7 @@ def refused_by(kind: str, name: str, dtype: torch.dtype, device: torch.device) -
         return why
     if importlib.util.find_spec("triton") is None:
         return "not available: Triton is not installed"
-    return _refusal(kind, name, dtype, device)
+    return _refusal(kind, name, dtype, torch.device("cuda", device.index or 0))
 
 
 def simulated(
@@ -427,6 +458,8 @@ def simulated(
     why: str | None
     if device.type != "cuda":
         why = f"there is no kernel for {device.type}"
+    elif not torch.cuda.is_available():
+        why = "there is no GPU here"
     elif dtype not in _FLOATS:
         why = f"no kernel takes {str(dtype).removeprefix('torch.')}"
     elif width > _MOST_WIDTH and kind == "int8":

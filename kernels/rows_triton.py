@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["KERNELS", "float8_of_rows", "groups_of_rows", "levels_of_rows", "row_tile"]
+__all__ = ["KERNELS", "float8_of_rows", "groups_of_rows", "levels_of_rows", "range_of", "row_tile"]
 
 
 @triton.jit
@@ -225,7 +225,8 @@ def levels_of_rows(
     Args:
         x: [rows, k], whose columns are neighbours; not empty.
         activation: "per_token", "per_tensor", or "" beside a range that is fixed.
-        step, zero, multiplier: that range, as of `int8_static_linear`.
+        step, zero, multiplier: that range, as of `int8_static_linear`; "per_tensor", step may be
+            what `range_of` found of more than x.
     """
     rows, width = x.shape
     q = torch.empty(rows, width, dtype=torch.int8, device=x.device)
@@ -233,8 +234,8 @@ def levels_of_rows(
     size = row_tile(width)
     which = {"per_token": "token", "per_tensor": "tensor"}.get(activation, "static")
     given = steps if which == "token" else step
-    if which == "tensor":
-        given = _range(x, float8=False)
+    if which == "tensor" and given is None:
+        given = range_of(x)
     assert given is not None
     _levels[(triton.cdiv(rows, size["ROWS"]),)](
         x, q, steps, given, given if zero is None else zero,
@@ -251,7 +252,7 @@ def float8_of_rows(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     steps = torch.empty(1, rows, dtype=torch.float32, device=x.device)
     size, token = row_tile(width), activation == "per_token"
     _float8[(triton.cdiv(rows, size["ROWS"]),)](
-        x, q, steps, steps if token else _range(x, float8=True), rows, width, x.stride(0),
+        x, q, steps, steps if token else range_of(x, float8=True), rows, width, x.stride(0),
         RANGE="token" if token else "tensor", ONCE=width <= size["BLOCK"], **size, **_AS_WRITTEN,
     )  # fmt: skip
     return q, steps
@@ -274,8 +275,8 @@ def groups_of_rows(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return q, steps
 
 
-def _range(x: Tensor, float8: bool) -> Tensor:
-    """As `_range_of_tensor` writes it; nothing of it reaches the host."""
+def range_of(x: Tensor, float8: bool = False) -> Tensor:
+    """One range for all of x, as `_range_of_tensor` writes it; nothing of it reaches the host."""
     low, high = torch.aminmax(x)
     given = torch.empty(4, dtype=torch.float32, device=x.device)
     _range_of_tensor[(1,)](low, high, given, FLOAT8=float8, **_AS_WRITTEN)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import int8_static as static
-from rewriter.kernels.choice import fastest, rows_bucket
+from rewriter.kernels import quantized_gpu
+from rewriter.kernels.choice import device_name, fastest, rows_bucket
 from rewriter.kernels.int8_cpu import THEN
 from rewriter.kernels.native_ops import InGraph
 from rewriter.lowering import int8_monarchs as monarchs
@@ -171,7 +172,13 @@ def _slow(place: Place, x: Tensor, *added: Tensor) -> str | None:
     rows, products = math.prod(x.shape[:-1]), [m for m in place.modules if _is_product(m)]
     if rows and int8.has_kernels(x) and all(p.kernel(rows) == "native" for p in products):
         return None
+    if rows and _has_gpu_kernels(x):  # all of which have it
+        return None
     return "the int8 kernel that is the fastest here has no epilogue"
+
+
+def _has_gpu_kernels(x: Tensor) -> bool:
+    return quantized_gpu.takes(x) and not quantized_gpu.simulated("int8", x.device, x.dtype)
 
 
 def _then(name: str, run: Callable[..., Tensor]) -> Fused:
@@ -335,14 +342,14 @@ def _slow_joined(place: Place, x: Tensor) -> str | None:
     layers, (activation, sizes) = place.modules, _joined_constants(place)
     width = layers[0].qweight.shape[1]
     rows = rows_bucket(x.numel() // max(width, 1))
-    if x.device.type != "cpu" or not x.numel():
-        return "what it would save is measured on a CPU alone"
+    if not x.numel() or not (x.device.type == "cpu" or _has_gpu_kernels(x)):
+        return "what it would save is not measured on this device"
     ranges = _tensors(layers[0])[3:]
 
     def candidates() -> dict[str, Callable[[], object]]:
-        given = torch.linspace(-1, 1, rows * width).view(rows, width).to(x.dtype)
-        parts = [torch.ones(n, width, dtype=torch.int8) for n in sizes]
-        scales = [torch.ones(n) for n in sizes]
+        given = torch.linspace(-1, 1, rows * width, device=x.device).view(rows, width).to(x.dtype)
+        parts = [torch.ones(n, width, dtype=torch.int8, device=x.device) for n in sizes]
+        scales = [torch.ones(n, device=x.device) for n in sizes]
         nothing: After = ("", None, None, None)
         single = [
             _bound((w, s, None, *ranges, activation), nothing)
@@ -359,8 +366,10 @@ def _slow_joined(place: Place, x: Tensor) -> str | None:
         return calls
 
     said = " ".join([activation, *(str(t is not None) for t in ranges)])
-    key = f"{x.dtype} {rows}x{width}x{sizes} {said} {torch.get_num_threads()}"
-    if fastest(key, "joined_int8_linear 2", candidates, _LEAD) == "joined":
+    on = x.device if x.is_cuda else None
+    where = torch.get_num_threads() if on is None else device_name(on.index or 0)
+    key = f"{x.dtype} {rows}x{width}x{sizes} {said} {where}"
+    if fastest(key, "joined_int8_linear 2", candidates, _LEAD, on) == "joined":
         return None
     return f"one product for {len(sizes)} is no faster here on {rows} rows"
 
