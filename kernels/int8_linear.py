@@ -416,5 +416,6 @@ RECORD = ops.register(
         ),
         kernels=lambda: {**{k: refusal(k) for k in FAST}, "torch": None},
         companions=(ops.Companion("rewriter::int8_linear_then"), *native_ops.INT8),
+        module=__name__,
     )
 )
