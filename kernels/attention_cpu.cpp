@@ -237,6 +237,13 @@ void attention(const Call* call) {
     }
   });
 }
+// All heads of one element of the batch, by this thread: q, k and v of the call are numbers from x on.
+void attention_unit(const Call* call, int64_t b, const float* x) {
+  Call c = *call;
+  c.q = x + (intptr_t)c.q, c.k = x + (intptr_t)c.k, c.v = x + (intptr_t)c.v;
+  c.q_batch = c.k_batch = c.v_batch = 0;
+  for (long h = 0; h < c.heads; h++) part(c, b, h, 0, c.queries);
+}
 }
 
 #ifdef SHIM  // as ops of compiled programs

@@ -81,7 +81,7 @@ class Bound:
         self._known: dict[tuple[int, int], bool] = {}
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        if self.kernel is not None and self._takes(self.kernel, x, add):
+        if self.kernel is not None and self.takes(x, add):
             y, wide = self.kernel(x, add)
             if not wide:
                 return y
@@ -91,8 +91,10 @@ class Bound:
         """The kernel as it stands in a graph; None where there is none."""
         return None if self.kernel is None else self.kernel.in_graph()
 
-    def _takes(self, kernel: int8_cpu.Linear | int8_cpu.Two, x: Tensor, add: Tensor | None) -> bool:
-        if x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
+    def takes(self, x: Tensor, add: Tensor | None = None) -> bool:
+        """Whether the kernel takes such operands, and is the fastest."""
+        kernel = self.kernel
+        if kernel is None or x.dtype is not torch.float32 or not (x.is_cpu and x.is_contiguous()):
             return False
         shape = x.shape
         if add is not None:

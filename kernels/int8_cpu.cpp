@@ -609,6 +609,26 @@ int64_t int8_two(const Call* one, const Call* two) {
   });
   return spoiled.load();
 }
+// A product whose y only `next` reads, `unit` rows at a time: what makes them hands them on, in its
+// cache. No range of all of x.
+int64_t int8_units(const Call* call, int64_t unit, void (*next)(const void*, int64_t, const float*),
+                   const void* to) {
+  const Call& c = *call;
+  const long width = up(c.in, DOT), panels = (c.out + COLS - 1) / COLS;
+  std::atomic<long> spoiled{0};
+  for_each(c.parallel, c.threads, c.rows / unit, [&](long task) {
+    const long r = task * unit;
+    Buffer& mine = buffer();
+    Call d = c;
+    float* y = (float*)mine.of(0, unit * c.out * sizeof(float));
+    d.y = y - r * c.out;
+    Rows rows(d, mine.of(1, int8_scratch(unit, c.in)), unit);
+    if (rows.quantize(d, c.x, r, unit, 0)) spoiled.store(1, std::memory_order_relaxed);
+    block(d, rows.q, width, rows.row, r, unit, 0, panels);
+    next(to, task, y);
+  });
+  return spoiled.load();
+}
 }
 
 #ifdef SHIM  // as ops of compiled programs

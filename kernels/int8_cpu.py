@@ -68,6 +68,8 @@ def _library() -> tuple[Any, int]:
     made.int8_linear.argtypes, made.int8_linear.restype = [ctypes.c_void_p], ctypes.c_int64
     made.int8_layout.restype = ctypes.c_int64
     made.int8_two.argtypes, made.int8_two.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    made.int8_units.argtypes, made.int8_units.restype = [pointer, size, pointer, pointer], size
     return made, parallel()
 
 
@@ -161,15 +163,10 @@ class Linear:
             y [*, out]; and whether a row of x has no finite range of its own: its y is NaN, as it
             is with a given range where a row of x is not finite.
         """
-        shape, width = x.shape, self.width
-        rows = x.numel() // width
-        y = torch.empty(*shape[:-1], self.out)
-        call = _Call.from_buffer_copy(self._call)  # another thread may be in one, too
-        call.x, call.y = x.data_ptr(), y.data_ptr()
-        call.q = _scratch(self._made.int8_scratch(rows, width)).data_ptr()
-        alone = rows * width * self.out < _ALONE
-        call.rows, call.threads = rows, 1 if alone else torch.get_num_threads()
-        call.stride = x.stride(0) if len(shape) == 2 else width
+        y = torch.empty(*x.shape[:-1], self.out)
+        call = self._with(x)
+        call.y = y.data_ptr()
+        call.q = _scratch(self._made.int8_scratch(call.rows, self.width)).data_ptr()
         if add is not None:
             call.add = add.data_ptr()
         return y, bool(self._made.int8_linear(ctypes.byref(call)))
@@ -198,6 +195,29 @@ class Linear:
         return native_ops.InGraph(
             (self.layer(),), lambda layer, x, add=None: native_ops.int8(layer, x, add, out)
         )
+
+    def _with(self, x: Tensor) -> _Call:
+        call = _Call.from_buffer_copy(self._call)  # another thread may be in one, too
+        call.x, call.rows = x.data_ptr(), (rows := x.numel() // self.width)
+        alone = rows * self.width * self.out < _ALONE
+        call.threads = 1 if alone else torch.get_num_threads()
+        call.stride = x.stride(0) if x.ndim == 2 else self.width
+        return call
+
+    def hand_on(self, x: Tensor, unit: int, to: int, given: ctypes.Structure) -> bool:
+        """Makes y of `unit` rows of x at a time, and has C++ read it while it is in the cache.
+
+        Args:
+            x: [*, in] float32, contiguous, on a CPU; its rows are whole units.
+            unit: rows of y that are read together.
+            to: the address of a function (given, number of the unit, y of the unit).
+            given: what it is given.
+
+        Returns:
+            As of a call, whether a row has no finite range.
+        """
+        call = self._with(x)
+        return bool(self._made.int8_units(ctypes.byref(call), unit, to, ctypes.addressof(given)))
 
 
 class Two:

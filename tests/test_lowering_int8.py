@@ -13,11 +13,12 @@ from closeness import assert_equal, assert_reordered
 from torch import Tensor, nn
 
 from rewriter import load, rewrite
+from rewriter.kernels import attention, int8_cpu
 from rewriter.kernels import int8_choice as choice
-from rewriter.kernels import int8_cpu
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import int8_static as static
-from rewriter.lowering import integers
+from rewriter.kernels.int8_attention import Attend
+from rewriter.lowering import FLOAT32_RULES, integers
 from rewriter.passes import Quantize
 
 X = torch.linspace(-2, 2, 2 * 5 * 16).view(2, 5, 16).sin()
@@ -340,3 +341,123 @@ def test_a_variance_beyond_float32_is_nan() -> None:
     assert fused(lowered) == {"a": "int8_linear_norm"}
     with torch.no_grad():
         assert lowered(X * 1e20).isnan().all()
+
+
+# attention behind the products that make queries, keys and values
+
+
+class SelfAttends(nn.Module):
+    """Two heads of queries, `shared` of keys and values."""
+
+    def __init__(self, form: str = "", shared: int = 2, **options: Any) -> None:
+        super().__init__()
+        self.form, self.shared, self.options = form, shared, options
+        self.q, self.out = nn.Linear(24, 32), nn.Linear(32, 24)
+        self.k, self.v = (nn.Linear(24, 16 * shared, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, s, _ = x.shape
+        v = self.v(x).view(b, s, self.shared, 16).transpose(1, 2)  # the first in the graph
+        q = self.q(x).view(b, s, -1, 16).transpose(1, 2)
+        other = x * 2 if self.form == "of another value" else x
+        if self.form == "in windows":
+            k = self.k(other).view(-1, 6, self.shared, 16).transpose(1, 2)
+            q, v = (t.transpose(1, 2).reshape(-1, 6, 2, 16).transpose(1, 2) for t in (q, v))
+        else:
+            k = self.k(other).view(b, s, self.shared, 16).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, mask, **self.options)
+        if self.form == "heads first":
+            return self.out(y.reshape(b, s, 32))
+        y = self.out(y.transpose(1, 2).contiguous().view(b, s, 32))
+        return y + k.sum() if self.form == "read again" else y
+
+
+EXAMPLE = torch.linspace(-3, 3, 2 * 6 * 24).view(2, 6, 24).sin()
+
+
+def attends(model: nn.Module, *more: Any, rules: Any = True, **options: Any) -> tuple[Any, Any]:
+    """Lowered and plain."""
+    pass_ = Quantize(**options)
+    given: dict[str, Any] = {"calibration": [EXAMPLE]} if pass_.needs_calibration else {}
+    example = (EXAMPLE, *more)
+    model = model.eval()
+    plain = rewrite(model, [pass_], example, lower=False, **given)
+    return rewrite(model, [pass_], example, lower=rules, **given), plain
+
+
+needs_attention = pytest.mark.skipif(
+    int8_cpu.refusal() is not None or attention.unavailable() is not None,
+    reason="no compiled kernel",
+)
+
+
+@needs_attention
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("how", [{}, {"is_causal": True, "scale": 0.3}, {"shared": 1}])
+def test_attention_is_one_op_with_the_products_before_it(
+    how: dict[str, Any], options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "pick", lambda *_: "native")
+    torch.manual_seed(0)
+    how = {"enable_gqa": True, **how} if "shared" in how else how
+    model = SelfAttends(**how)
+    for rules, dtype in ((FLOAT32_RULES, None), (True, torch.bfloat16)):
+        lowered, plain = attends(model, rules=rules, **options)
+        assert fused(lowered) == {"v": "int8_attention"}
+        for x in (EXAMPLE, EXAMPLE[:1], torch.randn(3, 11, 24), torch.randn(8, 4, 24)):
+            with torch.no_grad():
+                assert_reordered(lowered(x), plain(x), dtype)
+
+
+@needs_attention
+def test_attention_with_a_mask_and_what_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "pick", lambda *_: "native")
+    torch.manual_seed(0)
+    mask = torch.rand(2, 1, 1, 6) > 0.3
+    lowered, plain = attends(SelfAttends(), mask, rules=FLOAT32_RULES)
+    assert fused(lowered) == {"v": "int8_attention"}
+    more = torch.randn(4, 9, 24), torch.rand(4, 1, 1, 9) > 0.3
+    spoiled, wide = EXAMPLE.clone(), EXAMPLE.clone()
+    spoiled[1, 2, 3], wide[0, 1, :2] = torch.nan, torch.tensor([3e38, -3e38])
+    with torch.no_grad():
+        for given in ((EXAMPLE, mask), more):
+            assert_reordered(lowered(*given), plain(*given))
+        for x, clean in ((spoiled, 0), (wide, 1)):
+            found, want = lowered(x, mask), plain(x, mask)
+            assert_equal(found.isnan(), want.isnan())
+            assert_reordered(found[clean], want[clean])
+
+
+@needs_attention
+@pytest.mark.parametrize("form", ["of another value", "in windows", "heads first", "read again"])
+def test_attention_of_another_shape_is_not_that_op(form: str) -> None:
+    torch.manual_seed(0)
+    lowered, plain = attends(SelfAttends(form), rules=FLOAT32_RULES)
+    assert "int8_attention" not in fused(lowered).values()
+    with torch.no_grad():
+        assert_reordered(lowered(EXAMPLE), plain(EXAMPLE))
+
+
+@needs_attention
+@pytest.mark.parametrize("bf16", [False, True])
+def test_attention_behind_a_product_is_the_same_on_any_number_of_threads(bf16: bool) -> None:
+    if bf16 and attention.bf16_unavailable() is not None:
+        pytest.skip(str(attention.bf16_unavailable()))
+    qweight, scale = int8.quantize_weight(torch.randn(4 * 16, 20))
+    sums = qweight.sum(-1, dtype=torch.int32)
+    product = int8_cpu.Linear(int8_cpu.pack(qweight), 20, scale, sums, None)
+    attend = Attend(product, 2, 1, 16, None, False, bf16)
+    threads = torch.get_num_threads()
+    try:
+        for batch, rows in ((1, 3), (2, 70), (3, 40), (16, 5)):
+            x = torch.randn(batch, rows, 20)
+            y = product(x)[0].view(batch, rows, 4, 16).transpose(1, 2)
+            operands = y[:, :2], y[:, 2:3], y[:, 3:]
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                found, wide = attend(x)
+                want = attention.native(*operands, bf16=bf16).transpose(1, 2).flatten(2)
+                assert not wide
+                assert_equal(found, want)
+    finally:
+        torch.set_num_threads(threads)

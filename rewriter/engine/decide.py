@@ -22,7 +22,7 @@ from rewriter.engine.batches import Calibration
 from rewriter.errors import CalibrationError, OptionError
 from rewriter.layer import ComputedWeight
 from rewriter.lowering import Rule
-from rewriter.modules.patterns import Chain, Fan, Op
+from rewriter.modules.patterns import Pattern
 from rewriter.modules.pointwise import inner
 from rewriter.modules.running import modes
 from rewriter.modules.timing import medians
@@ -188,7 +188,7 @@ def _method(rewrite: Pass) -> str:
             f"{cls.__name__} has both propose(site), of {owners['propose']}, and plan(view), of "
             f"{owners['plan']}: keep one of them"
         )
-    patterns = [str(k) for k in rewrite.matches if isinstance(k, Op | Chain | Fan)]
+    patterns = [str(k) for k in rewrite.matches if isinstance(k, Pattern)]
     if patterns and own == ["propose"]:
         return f"{cls.__name__} matches {patterns[0]}, which only a pass with plan(view) may"
     return ""

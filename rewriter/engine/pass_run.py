@@ -33,7 +33,7 @@ from rewriter.engine.undo import fresh_graphs
 from rewriter.engine.verify import Boundary, boundary, check
 from rewriter.errors import CalibrationError, PassError, warn
 from rewriter.layer import Layer
-from rewriter.modules.patterns import Chain, Fan, Op
+from rewriter.modules.patterns import Pattern
 from rewriter.modules.pointwise import inner
 from rewriter.recipe.edits import Resized
 from rewriter.recipe.recipe import Installed, Recipe
@@ -183,7 +183,7 @@ class PassRun:
         """Places of the patterns, and the blocks, that a pass with a plan takes."""
         root, found = self.capture.root, []
         for kind in self.rewrite.kinds:
-            if isinstance(kind, Op | Chain | Fan):
+            if isinstance(kind, Pattern):
                 found += find_places(root, view_of(self.capture, self.sites).graphs, kind)
         return found + (blocks_of(root) if BLOCK in self.rewrite.kinds else [])
 
@@ -390,7 +390,7 @@ def _decision(site: Site, action: str, reason: str, **more: Any) -> Decision:
 
 
 def _kind(kind: Any) -> str:
-    return str(kind) if isinstance(kind, Op | Chain | Fan) else kind_name(kind)
+    return str(kind) if isinstance(kind, Pattern) else kind_name(kind)
 
 
 def _shape(site: Site) -> str:

@@ -138,12 +138,18 @@ def _too_early(place: Place) -> str | None:
         return None
     order = {n: i for i, n in enumerate(match.nodes[0].graph.nodes)}
     first, last = order[match.nodes[0]], order[match.nodes[-1]]
-    late = next((n for n in match.added if order[n] > first and n.op != "get_attr"), None)
+    later = (n for n in match.added if order[n] > first and n.op != "get_attr")
+    late = next((n for n in later if not _is_size(n) or order[n.all_input_nodes[0]] > first), None)
     if late is not None:
         return f"{late.name}, which is added, is computed after {match.nodes[0].name}"
     between = [n for n, i in order.items() if first < i < last and n not in match.nodes]
     writing = next((n for n in between if works_in_place(n, place.root)), None)
     return None if writing is None else f"{writing.name} writes in place before the sum"
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node asks for one size of a tensor, which it can do as soon as that is there."""
+    return node.target is torch.ops.aten.sym_size.int
 
 
 def inputs_of(
@@ -255,7 +261,13 @@ def _call(
     env: dict[fx.Node, fx.Node],
 ) -> fx.Node:
     match, op = found.place.match, found.rule.fused
-    args, kwargs = inputs_of(match, env.__getitem__)
+
+    def value(node: fx.Node) -> fx.Node:
+        if node not in env and _is_size(node):
+            env[node] = graph.node_copy(node, env.__getitem__)
+        return env[node]
+
+    args, kwargs = inputs_of(match, value)
     if isinstance(given, fx.Node):
         call = graph.call_function(called, (given, *args), kwargs)
     else:

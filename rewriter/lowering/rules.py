@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import OptionError
 from rewriter.lowering.called import CalledConv
-from rewriter.modules.patterns import Chain, Fan, Match, Op, Pattern
+from rewriter.modules.patterns import Match, Pattern
 
 __all__ = ["Fused", "Place", "Rule", "checked"]
 
@@ -134,7 +134,7 @@ class Rule:
     fused: Fused
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, Op | Chain | Fan):
+        if not isinstance(self.pattern, Pattern):
             raise OptionError(f"Rule({self.pattern!r}, …): the pattern must be one of operations")
         if not isinstance(self.fused, Fused):
             raise OptionError(

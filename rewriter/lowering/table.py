@@ -10,6 +10,7 @@ from rewriter.lowering.fused import (
     JOINED,
     LINEAR_ACT,
 )
+from rewriter.lowering.int8_attention import FLOAT32_INT8_ATTENTION, INT8_ATTENTION
 from rewriter.lowering.int8_convs import INT8_CONV, INT8_CONV_ACT, INT8_POINTWISE
 from rewriter.lowering.integers import (
     INT8_ACT,
@@ -25,6 +26,7 @@ from rewriter.lowering.rules import Rule
 from rewriter.modules.patterns import (
     activation,
     add,
+    attend,
     batch_norm,
     conv,
     conv_transpose,
@@ -51,6 +53,10 @@ DEFAULT_RULES = (
     Rule(conv_transpose >> batch_norm, CONV_TRANSPOSE),
     # act(x·Wᵀ + b), the activation on each tile of the product while that is in the cache
     Rule(linear >> activation, LINEAR_ACT),
+    # softmax(q·kᵀ·scale + mask)·v with [q k v] = s·(q(x)·Qᵀ)·scale + … of one input, one element of
+    # the batch at a time
+    Rule(attend(int8_linear), INT8_ATTENTION),
+    Rule(attend(int8_static_linear), INT8_ATTENTION),
     # softmax(q·kᵀ·scale + mask)·v, the scores of a few queries at a time in the cache; q, k and v
     # in bfloat16 where they are results of products of 8-bit numbers
     Rule(op("scaled_dot_product_attention"), ATTENTION),
@@ -83,10 +89,8 @@ DEFAULT_RULES = (
 )
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
 
-FLOAT32_RULES = tuple(
-    Rule(rule.pattern, FLOAT32_ATTENTION) if rule.fused is ATTENTION else rule
-    for rule in DEFAULT_RULES
-)
+_FLOAT32 = {ATTENTION.name: FLOAT32_ATTENTION, INT8_ATTENTION.name: FLOAT32_INT8_ATTENTION}
+FLOAT32_RULES = tuple(Rule(r.pattern, _FLOAT32.get(r.fused.name, r.fused)) for r in DEFAULT_RULES)
 """The same, with all of attention in float32, also between layers of 8 bits."""
 
 IN_GRAPHS = (

@@ -4,6 +4,7 @@
     linear >> (relu | gelu)         either of two operations at one place
     linear >> add >> layer_norm     a sum goes on with either of its two values
     fan(linear)                     siblings: two or more calls that read one value
+    attend(linear)                  attention of a value to itself: three siblings, cut into heads
 
 An operation is told by one name whichever front end spelled it (`rewriter.spellings.spelled`), so
 a pattern holds no spelling; `rewriter.sites.find_matches` looks for one in a graph.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -20,6 +22,7 @@ from rewriter.errors import OptionError
 
 __all__ = [
     "Added",
+    "Attend",
     "Chain",
     "Fan",
     "Match",
@@ -27,6 +30,8 @@ __all__ = [
     "Pattern",
     "activation",
     "add",
+    "attend",
+    "attended",
     "batch_norm",
     "conv",
     "conv_transpose",
@@ -89,7 +94,18 @@ class Fan:
         return f"fan({self.op})"
 
 
-Pattern = Op | Chain | Fan
+@dataclass(frozen=True)
+class Attend:
+    """Attention whose queries, keys and values three calls of one operation make of one value, each
+    cut into heads, up to where the heads lie beside each other again."""
+
+    op: Op
+
+    def __str__(self) -> str:
+        return f"attend({self.op})"
+
+
+Pattern = Op | Chain | Fan | Attend
 
 
 def op(*names: str) -> Op:
@@ -114,6 +130,17 @@ def fan(step: Op, least: int = 2) -> Fan:
     return Fan(step, least)
 
 
+def attend(step: Op) -> Attend:
+    """Attention of a value to itself.
+
+    Raises:
+        OptionError: `step` is not one operation.
+    """
+    if not isinstance(step, Op):
+        raise OptionError(f"attend({step}): give one operation")
+    return Attend(step)
+
+
 conv, conv_transpose, batch_norm = op("conv"), op("conv_transpose"), op("batch_norm")
 linear, relu, gelu, silu = op("linear"), op("relu"), op("gelu"), op("silu")
 add, dropout, layer_norm = op("add"), op("dropout"), op("layer_norm")
@@ -131,7 +158,8 @@ class Match:
         pattern: that was found.
         nodes: the calls: of a chain in its order, of a fan in the graph's.
         source: the value that goes into the first of them (of a fan: into each).
-        added: what the sums of a chain add to its value, in its order.
+        added: what the sums of a chain add to its value, in its order; of attention the two sizes
+            of the batch and of the sequence, and a mask where there is one.
     """
 
     pattern: Pattern
@@ -160,6 +188,11 @@ def find(
     """
     if isinstance(pattern, Fan):
         yield from _fans(pattern, graph, spell, source)
+        return
+    if isinstance(pattern, Attend):
+        for node in graph.nodes:
+            if spell(node) == _ATTENTION and (made := _attends(pattern, node, spell, source)):
+                yield made
         return
     steps = pattern.steps if isinstance(pattern, Chain) else (pattern,)
     for node in graph.nodes:
@@ -197,3 +230,91 @@ def _along(
             return None
         nodes.append(following)
     return tuple(nodes), tuple(others)
+
+
+_ATTENTION = "scaled_dot_product_attention"
+_OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_VIEW, _EXCHANGE, _SAME = {"view", "reshape", "_unsafe_view"}, {"transpose"}, {"contiguous"}
+
+
+def attended(node: Node) -> dict[str, Any]:
+    """The operands of a call of attention by name, as far as they are given."""
+    return {**dict(zip(_OPERANDS, node.args, strict=False)), **node.kwargs}
+
+
+def _attends(pattern: Attend, node: Node, spell: Spell, source: Source) -> Match | None:
+    """The place around one call of attention."""
+    given = attended(node)
+    found: list[Node] = [node]
+    sizes: list[Size] = []
+    calls = [_cut(given.get(n), pattern.op, spell, found, sizes) for n in _OPERANDS[:3]]
+    starts = {None if call is None else source(call) for call in calls}
+    start = starts.pop()
+    if start is None or starts or len(set(calls)) < 3 or not _uncut(node, spell, found, sizes):
+        return None
+    size = _one_size(sizes)
+    if size is None:
+        return None
+    mask = given.get("attn_mask")
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    nodes = tuple(sorted(found, key=order.__getitem__))
+    return Match(pattern, nodes, start, (*size, mask) if isinstance(mask, Node) else size)
+
+
+Size = tuple[Any, Any]
+"""Of batch and sequence in one view: values of the graph, or numbers."""
+
+
+def _cut(heads: Any, op: Op, spell: Spell, found: list[Node], sizes: list[Size]) -> Node | None:
+    """The call whose result becomes [B, S, H·D] → [B, S, H, D] → [B, H, S, D] = heads, which
+    nothing else reads."""
+    if not isinstance(heads, Node) or not _exchanges(heads, spell) or len(heads.users) != 1:
+        return None
+    view = heads.args[0]
+    if not isinstance(view, Node) or spell(view) not in _VIEW or len(view.users) != 1:
+        return None
+    call, shape = view.args[0], _shape(view)
+    if not isinstance(call, Node) or spell(call) not in op.names or len(call.users) != 1:
+        return None
+    if len(shape) != 4:
+        return None
+    found += call, view, heads
+    sizes.append((shape[0], shape[1]))
+    return call
+
+
+def _uncut(node: Node, spell: Spell, found: list[Node], sizes: list[Size]) -> bool:
+    """Whether what attention gives becomes [B, H, S, D] → [B, S, H, D] → [B, S, H·D]."""
+    exchanged = False
+    while len(node.users) == 1:
+        (node,) = node.users
+        found.append(node)
+        shape, is_view = _shape(node), spell(node) in _VIEW
+        if not exchanged and is_view and len(shape) == 4:
+            sizes.append((shape[0], shape[2]))  # as it was
+        elif not exchanged and _exchanges(node, spell):
+            exchanged = True
+        elif exchanged and is_view and len(shape) == 3:
+            sizes.append((shape[0], shape[1]))
+            return True
+        elif not exchanged or spell(node) not in _SAME:
+            return False
+    return False
+
+
+def _one_size(sizes: list[Size]) -> tuple[Node, Node] | None:
+    """The values that all views have for the two sizes. A number beside such a value is equal to
+    what it stands for, or the view would fail; two numbers could be another cut of as many."""
+    if any(isinstance(b, int) and isinstance(s, int) for b, s in sizes):
+        return None
+    batch, rows = ({v for v in of if isinstance(v, Node)} for of in zip(*sizes, strict=True))
+    return (batch.pop(), rows.pop()) if len(batch) == len(rows) == 1 else None
+
+
+def _exchanges(node: Node, spell: Spell) -> bool:
+    return spell(node) in _EXCHANGE and tuple(node.args[1:]) in ((1, 2), (2, 1))
+
+
+def _shape(view: Node) -> tuple[Any, ...]:
+    given = view.args[1:]
+    return tuple(given[0]) if given and isinstance(given[0], list | tuple) else tuple(given)
