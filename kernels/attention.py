@@ -129,7 +129,7 @@ def _unfit(
     dropout: float,
     lanes: int,
 ) -> str | None:
-    """What of float32 operands on a CPU the compiled kernel does not take, which has registers of so
+    """What of float32 operands on a CPU the compiled kernel does not take; its registers have so
     many lanes."""
     if any(t.dtype != query.dtype for t in (key, value)):
         return "its operands differ in dtype"

@@ -457,5 +457,6 @@ RECORD = ops.register(
             **quantized_gpu.refused_kernels("int8"),
         },
         companions=(ops.Companion("rewriter::int8_linear_then"), *native_ops.INT8),
+        module=__name__,
     )
 )

@@ -382,7 +382,7 @@ def _blocks(
         sums = int8.packed_weight(qweight).row_sums
         found = quantized_gpu.run_blocks(x, qweight, scale, sums, activation)
         if found is not None:
-            return tuple(found if bias is None else found + bias[:, None])
+            return tuple(found if bias is None else map(torch.add, found, bias))
     if kernel is None:
         return _plain_blocks(flat, qweight, scale, bias, activation)
     packed = int8.packed_weight(qweight)

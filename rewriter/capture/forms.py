@@ -79,7 +79,7 @@ class Lowered(Protocol):
         """What a compiler traces; None where that is the plain program."""
 
     def follow(self, root: nn.Module, program: Program, leaves: Sequence[Any]) -> Traced | None:
-        """What Dynamo traces, and what follows the weights; None where that is the plain program."""
+        """What Dynamo traces, which follows the weights; None where that is the plain program."""
 
     def drop(self) -> None:
         """Lets go of what was derived."""

@@ -20,15 +20,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter.base import Pass, Where
+from rewriter.capture.hosted import Program
 from rewriter.compiler.derived import Derived, Refused, Weights, again
 from rewriter.compiler.dynamo import Lifted, capture_dynamo
-from rewriter.compiler.inner import INNER, Flat, Inner, flattened, own_ops
-from rewriter.compiler.installing import Installation
+from rewriter.compiler.inner import INNER, Flat, Inner, flattened, own_ops, place_tensors
+from rewriter.compiler.installing import Installation, put_layers
 from rewriter.compiler.ledgers import Graph, Sketch, record
 from rewriter.compiler.refusing import refusing
 from rewriter.compiler.user_code import Frame, guard_mode, source_name
@@ -37,6 +38,7 @@ from rewriter.engine import Engine, Options, check_calibrated, check_passes
 from rewriter.engine.decide import device_of
 from rewriter.engine.prices import Prices
 from rewriter.errors import OptionError, RewriteError, nearest, warn
+from rewriter.lowering.lowered import Bound, Traced
 from rewriter.modules.quiet import quietly
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.parse import parse_pass
@@ -301,7 +303,8 @@ class _Compilation:
         installed = engine.recipe.installed
         if not installed:
             return self._done(self._lowered(self.module, self.inputs))
-        flat = flattened(self.module, lifted, self.inputs)
+        fused = None if self.training else self._in_graph(lifted.root, lifted.graph)
+        flat = flattened(self.module, lifted, self.inputs, fused)
         changed = self._trainable(lifted, flat)
         if self.training and changed:
             if not self.backend.install:
@@ -436,17 +439,22 @@ class _Compilation:
                 return code(*[inputs[i] for i in kept])
 
             return _untraced(passed)
-        recipe, paths = engine.recipe, lifted.paths
+        recipe, paths, graph = engine.recipe, lifted.paths, lifted.graph
         wanted = {name: t.detach() for name, t in flat.derived.items()}
         refs = [r for i in recipe.installed.values() for r in (i.weight_ref, i.bias_ref)]
         watched = [paths[r] for r in refs if r is not None]
-        if any(kind == "mlp" for i in recipe.installed.values() for kind, _ in i.chain):
-            watched = list(paths.values())  # such a pass sees more than its own weight
+        sees_more = any(kind == "mlp" for i in recipe.installed.values() for kind, _ in i.chain)
+        fused = not wanted.keys() <= set(_tensor_names(lifted.root))
+        if sees_more or fused:  # than weight and bias of the layers that are new
+            watched = list(paths.values())
         limit = self.backend.max_error
 
         def derive(inputs: Sequence[Any]) -> Derived:
+            def packed(layers: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
+                return self._packed(inputs, graph, layers) if fused else {}
+
             try:
-                return Derived(code, again(recipe, paths, inputs, wanted, limit))
+                return Derived(code, again(recipe, paths, inputs, wanted, limit, packed))
             except Refused as error:
                 return self._anew(inputs, str(error))
 
@@ -464,6 +472,22 @@ class _Compilation:
             "when they change"
         )
         return _untraced(run)
+
+    def _in_graph(self, root: nn.Module, graph: fx.Graph) -> Traced | None:
+        """The rewritten graph with the fused ops of int8 layers, where they have a form for
+        graphs."""
+        from rewriter.lowering.table import DEFAULT_RULES, IN_GRAPHS
+
+        return Bound(root, Program(graph, None), DEFAULT_RULES, None, IN_GRAPHS).in_graph()
+
+    def _packed(
+        self, inputs: Sequence[Any], graph: fx.Graph, layers: Mapping[str, nn.Module]
+    ) -> Mapping[str, Tensor]:
+        """What fused ops are packed of where these layers, made of other weights, stand."""
+        root = capture_dynamo(self.sketch.module, inputs, self.names).root
+        put_layers(root, layers)
+        fused = self._in_graph(root, graph)
+        return {} if fused is None else place_tensors(fused)
 
     def _rewritten_for(self, inputs: Sequence[Any]) -> tuple[Lifted, Recipe]:
         """The same graph for other parameters of the same shapes."""
@@ -493,6 +517,10 @@ class _Compilation:
             return code(*[everything[i] for i in kept], *everything[count:])
 
         return Derived(run, tensors)
+
+
+def _tensor_names(root: nn.Module) -> list[str]:
+    return [name for name, _ in (*root.named_parameters(), *root.named_buffers())]
 
 
 def _refuse_transforms(module: fx.GraphModule) -> None:

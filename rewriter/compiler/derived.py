@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewriter.errors import RewriteError
 from rewriter.modules.tensors import named_tensors
@@ -85,6 +85,7 @@ def again(
     inputs: Sequence[Any],
     wanted: Mapping[str, Tensor],
     max_error: float | None,
+    packed: Callable[[Mapping[str, nn.Module]], Mapping[str, Tensor]],
 ) -> list[Tensor]:
     """The derived tensors for other values of the parameters.
 
@@ -94,18 +95,20 @@ def again(
         inputs: as Dynamo passes them.
         wanted: the tensors to make, by name in the rewritten tree, as they are now.
         max_error: declines layers beyond it, as at the first time.
+        packed: by name, what fused ops are packed of, given the layers that are new.
 
     Raises:
         Refused: a pass declines the new values, or gives a layer of another shape.
     """
-    made: dict[str, Tensor] = {}
+    layers: dict[str, nn.Module] = {}
     for fqn, installed in recipe.installed.items():
-        if not any(name.startswith(f"{fqn}.") for name in wanted):
-            continue
         refs = {"weight": installed.weight_ref, "bias": installed.bias_ref}
         given = {role: inputs[paths[ref]].detach() for role, ref in refs.items() if ref is not None}
-        layer = replay(fqn, recipe, given, Refused, max_error)
-        made.update({f"{fqn}.{k}": t for k, t in named_tensors(layer).items()})
+        layers[fqn] = replay(fqn, recipe, given, Refused, max_error)
+    made = {
+        f"{fqn}.{k}": t for fqn, layer in layers.items() for k, t in named_tensors(layer).items()
+    }
+    made.update(packed(layers))
     for name, old in wanted.items():
         new = made.get(name)
         if new is None or new.shape != old.shape or new.dtype != old.dtype:

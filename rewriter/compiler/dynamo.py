@@ -8,7 +8,7 @@ every pass sees the normal form.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +87,10 @@ def capture_dynamo(
             lifted[node], paths[path] = path, i
         else:
             positions.append(i)
-    linears = _linears(module.graph, lifted)
+    layers = _layers(module.graph, lifted)
     for node, value in zip(placeholders, inputs, strict=True):
         if node in lifted:
-            _register(root, lifted[node], value, linears)
+            _register(root, lifted[node], value, layers)
     for node in module.graph.nodes:  # constants and subgraphs that Dynamo keeps on its module
         if node.op == "get_attr":
             setattr(root, node.target, attribute(module, node.target))
@@ -105,7 +105,7 @@ def capture_dynamo(
         for source in node.all_input_nodes:
             if source in lifted and source not in environment:
                 environment[source] = graph.create_node("get_attr", lifted[source])
-        owner = _called(node, lifted, linears)
+        owner = _called(node, lifted, layers)
         if owner is None:
             environment[node] = graph.node_copy(node, lambda n: environment[n])
         else:
@@ -160,44 +160,67 @@ def _dotted(steps: Sequence[tuple[str, Any]]) -> str:
     return ".".join(found)
 
 
-def _linears(graph: fx.Graph, names: dict[fx.Node, str]) -> dict[str, list[str]]:
-    """Owners of a weight (and bias) that is only ever used by calls of one linear layer."""
-    owners: dict[str, list[str]] = {}
+_Made = Callable[[], nn.Module]
+_ROLES = ("weight", "bias")
+
+
+def _layers(graph: fx.Graph, names: dict[fx.Node, str]) -> dict[str, _Made]:
+    """Owners of a weight (and bias) that is only ever used by calls of one linear layer, or of one
+    LayerNorm; with what makes a layer without tensors."""
+    owners: dict[str, _Made] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and op_name(node) == "linear":
-            given = [a for a in node.args[1:] if isinstance(a, fx.Node)]
-            paths = [names.get(a, "") for a in given]
-            split = [p.rpartition(".") for p in paths]
-            same = {owner for owner, _, _ in split}
-            if len(same) == 1 and [s[2] for s in split] == ["weight", "bias"][: len(split)]:
-                only = all(
-                    op_name(u) == "linear" and u.args[1:] == node.args[1:]
-                    for a in given
-                    for u in a.users
-                )
-                if only and "" not in same:
-                    owners[next(iter(same))] = [s[2] for s in split]
+        given = _tensors_of(node)
+        paths = [names.get(a, "") for a in given]
+        split = [p.rpartition(".") for p in paths]
+        same = {owner for owner, _, _ in split}
+        if len(same) == 1 and "" not in same and [s[2] for s in split] == [*_ROLES][: len(split)]:
+            alike = op_name(node), node.args[1:], node.kwargs
+            if all((op_name(u), u.args[1:], u.kwargs) == alike for a in given for u in a.users):
+                owners[next(iter(same))] = _maker(node, bias=len(given) > 1)
     return owners
 
 
-def _called(node: fx.Node, names: dict[fx.Node, str], linears: dict[str, list[str]]) -> str | None:
-    if node.op != "call_function" or op_name(node) != "linear":
-        return None
-    weight = node.args[1]
-    owner = names.get(weight, "").rpartition(".")[0] if isinstance(weight, fx.Node) else ""
-    return owner if owner in linears else None
+def _tensors_of(node: fx.Node) -> list[fx.Node]:
+    """Weight and bias that a linear layer or a LayerNorm is called with, as a function; [] of
+    anything else."""
+    kind = op_name(node) if node.op == "call_function" else ""
+    if kind not in ("linear", "layer_norm"):
+        return []
+    if kind == "layer_norm" and any(isinstance(v, fx.Node) for v in _norm_of(node)):
+        return []  # an ε or a size that is an input of the graph
+    first = 1 if kind == "linear" else 2
+    given = dict(zip(_ROLES, node.args[first:], strict=False))
+    given |= {k: v for k, v in node.kwargs.items() if k in _ROLES}
+    return [a for role in _ROLES if isinstance(a := given.get(role), fx.Node)]
 
 
-def _register(root: nn.Module, path: str, value: Tensor, linears: dict[str, list[str]]) -> None:
+def _maker(node: fx.Node, bias: bool) -> _Made:
+    if op_name(node) == "linear":
+        return lambda: nn.Linear(1, 1, bias=bias, device="meta")
+    eps, *sizes = _norm_of(node)
+    return lambda: nn.LayerNorm(sizes, eps=eps, bias=bias, device="meta")
+
+
+def _norm_of(node: fx.Node) -> list[Any]:
+    """ε and the sizes of a LayerNorm."""
+    eps: Any = node.args[4] if len(node.args) > 4 else node.kwargs.get("eps", 1e-5)
+    shape: Any = node.args[1] if len(node.args) > 1 else node.kwargs["normalized_shape"]
+    return [eps, *shape]
+
+
+def _called(node: fx.Node, names: dict[fx.Node, str], layers: dict[str, _Made]) -> str | None:
+    given = _tensors_of(node)
+    owner = names.get(given[0], "").rpartition(".")[0] if given else ""
+    return owner if owner in layers else None
+
+
+def _register(root: nn.Module, path: str, value: Tensor, layers: dict[str, _Made]) -> None:
     module = root
     *owners, name = path.split(".")
     for depth, part in enumerate(owners):
         if part not in module._modules:
             fqn = ".".join(owners[: depth + 1])
-            child: nn.Module = nn.Module()
-            if fqn in linears:
-                child = nn.Linear(1, 1, bias="bias" in linears[fqn], device="meta")
-            module.add_module(part, child)
+            module.add_module(part, layers[fqn]() if fqn in layers else nn.Module())
         module = module.get_submodule(part)
     if isinstance(value, nn.Parameter):
         module._parameters[name] = value

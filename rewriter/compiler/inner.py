@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +22,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from rewriter.base import Layer
 from rewriter.compiler.dynamo import Lifted
 from rewriter.cost import Device
 from rewriter.errors import OptionError, RewriteError
 from rewriter.kernels import ops
+from rewriter.lowering.lowered import Traced
 from rewriter.modules.tree import attribute, find, has_hooks
 
-__all__ = ["INNER", "Flat", "Inner", "flattened", "own_ops"]
+__all__ = ["INNER", "Flat", "Inner", "flattened", "own_ops", "place_tensors"]
 
 INNER = ("inductor", "aot_eager", "eager")
 
@@ -55,20 +58,43 @@ class Flat:
         return [*(inputs[i] for i in self.kept), *self.fakes]
 
 
-def flattened(module: fx.GraphModule, lifted: Lifted, inputs: Sequence[Any]) -> Flat:
+def flattened(
+    module: fx.GraphModule, lifted: Lifted, inputs: Sequence[Any], fused: Traced | None = None
+) -> Flat:
     """The rewritten graph of `lifted` as ops over tensors.
 
     Args:
         module: the graph that Dynamo handed over.
         lifted: its normal form, rewritten.
         inputs: as Dynamo passes them.
+        fused: that graph with fused ops, where there are any.
     """
-    return _Flattening(module, lifted, inputs).run()
+    return _Flattening(module, lifted, inputs, fused).run()
+
+
+def place_tensors(fused: Traced) -> dict[str, Tensor]:
+    """What fused ops were packed of, by names of the places."""
+    names = (n.name for n in fused.places)
+    return {
+        f"{name}.{i}": tensor
+        for name, form in zip(names, fused.ready, strict=True)
+        for i, tensor in enumerate(form.tensors)
+    }
 
 
 class _Flattening:
-    def __init__(self, module: fx.GraphModule, lifted: Lifted, inputs: Sequence[Any]) -> None:
-        self.module, self.lifted, self.inputs = module, lifted, inputs
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        lifted: Lifted,
+        inputs: Sequence[Any],
+        fused: Traced | None,
+    ) -> None:
+        self.module, self.lifted, self.inputs, self.fused = module, lifted, inputs, fused
+        self.own = lifted.graph if fused is None else fused.program.graph
+        self.forms: dict[Any, Any] = (
+            {} if fused is None else dict(zip(fused.places, fused.ready, strict=True))
+        )
         self.graph, self.holder = fx.Graph(), nn.Module()
         self.live = {id(inputs[i]): i for i in lifted.paths.values()}
         self.placed: dict[int, fx.Node] = {}
@@ -84,11 +110,11 @@ class _Flattening:
         self.compiler_mode = None if context is None else context.fake_mode
 
     def run(self) -> Flat:
-        lifted, own = self.lifted, self.lifted.graph
-        user = [n for n in own.nodes if n.op == "placeholder"]
+        lifted, own = self.lifted, self.own
+        user = [n for n in own.nodes if n.op == "placeholder" and n not in self.forms]
         tensors = {id(t): (name, t) for name, t in self._needed()}
         kept = sorted([*lifted.positions, *(self.live[i] for i in tensors if i in self.live)])
-        environment: dict[fx.Node, Any] = {}
+        environment: dict[Any, Any] = {}
         by_position = dict(zip(lifted.positions, user, strict=True))
         for i in kept:
             old = lifted.placeholders[i]
@@ -122,6 +148,13 @@ class _Flattening:
             if node.op == "call_module" and not self._is_own(node):
                 environment[node] = self._written_out(node, environment)
                 continue
+            if node.args and node.args[0] in self.forms:
+                environment[node] = self._fused(node, environment)
+                continue
+            given = environment.get(node.args[0]) if node.target is operator.getitem else None
+            if isinstance(given, tuple):  # the results of a fused op
+                environment[node] = given[node.args[1]]
+                continue
             if node.op == "get_attr" or node.op == "call_module":
                 setattr(self.holder, node.target, attribute(lifted.root, node.target))
             environment[node] = self.graph.node_copy(node, lambda n: environment[n])
@@ -138,8 +171,8 @@ class _Flattening:
 
     def _needed(self) -> list[tuple[str, Tensor]]:
         """The tensors that the rewritten graph reads, by name."""
-        found: dict[str, Tensor] = {}
-        for node in self.lifted.graph.nodes:
+        found: dict[str, Tensor] = {} if self.fused is None else place_tensors(self.fused)
+        for node in self.own.nodes:
             if node.op == "get_attr":
                 value = attribute(self.lifted.root, node.target)
                 if isinstance(value, Tensor) and node.target in self.lifted.paths:
@@ -164,8 +197,34 @@ class _Flattening:
             return new
         values = [n.meta["example_value"] for n in (*given, *own)]
         body = self._trace(layer, list(tensors), values, len(given))
+        return self._inlined(body, node, [*given, *own])
+
+    def _fused(self, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Any:
+        """A fused op as torch ops, with what it was packed of as inputs of the graph."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        form = self.forms[node.args[0]]
+        own = [self.placed[id(t)] for t in form.tensors]
+        args, kwargs = fx.map_arg((node.args[1:], node.kwargs), environment.__getitem__)
+        flat, structure = pytree.tree_flatten((args, kwargs))
+        nodes = [v for v in flat if isinstance(v, fx.Node)]
+
+        def forward(*values: Any) -> Any:
+            held, given = values[: len(own)], iter(values[len(own) :])
+            all_of = [next(given) if isinstance(v, fx.Node) else v for v in flat]
+            inputs, named = pytree.tree_unflatten(all_of, structure)
+            return form.call(held, *inputs, **named)
+
+        with self.fake_mode:
+            body = make_fx(forward, pre_dispatch=True)(
+                *(n.meta["example_value"] for n in (*own, *nodes))
+            )
+        return self._inlined(body, node, [*own, *nodes])
+
+    def _inlined(self, body: fx.GraphModule, node: fx.Node, given: Sequence[fx.Node]) -> Any:
+        """The nodes of a traced body in the place of a node."""
         inner: dict[fx.Node, Any] = {}
-        inputs = iter([*given, *own])
+        inputs = iter(given)
         for step in body.graph.nodes:
             if step.op == "placeholder":
                 inner[step] = next(inputs)
@@ -180,7 +239,7 @@ class _Flattening:
                     inner[step] = new = self.graph.node_copy(step, lambda n: inner[n])
                 new.meta = {k: v for k, v in node.meta.items() if k in _ORIGIN}
                 new.meta["example_value"] = step.meta.get("val")
-        raise AssertionError(f"the trace of {node.target} has no output")
+        raise AssertionError(f"the trace of {node.name} has no output")
 
     def _trace(
         self, layer: nn.Module, names: list[str], values: list[Any], count: int

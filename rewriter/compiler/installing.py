@@ -8,7 +8,7 @@ Dynamo compiles that.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from rewriter.errors import RewriteError, warn
 from rewriter.modules.tree import has_hooks, submodule
 from rewriter.recipe.recipe import Recipe
 
-__all__ = ["Installation"]
+__all__ = ["Installation", "put_layers"]
 
 Rewritten = tuple[Lifted, Recipe]
 
@@ -59,6 +59,12 @@ class Installation:
         ready.install()
         program = Program(ready.lifted.graph, None)
         return program(ready.lifted.root, ready.lifted.user_inputs(inputs), "")
+
+
+def put_layers(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Puts layers into a tree of lifted parameters, by their names."""
+    for fqn, layer in layers.items():
+        root.set_submodule(fqn, layer)
 
 
 _REPLACED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -11,7 +11,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,19 @@ from torch.torch_version import TorchVersion
 
 from rewriter.capture.hosted import Program
 from rewriter.errors import RewriteError
-from rewriter.lowering.lowered import Bound, Lowered, is_plain_tensor
 from rewriter.modules.versions import Stamp
 
-__all__ = ["Following", "follow"]
+__all__ = ["Following", "Lowered", "follow"]
+
+
+class Lowered(Protocol):
+    """What is followed (`rewriter.lowering.lowered`)."""
+
+    following: Any
+
+    def bound_in_graphs(self, root: nn.Module, program: Program) -> Any:
+        """The places as a compiler is to trace them, with the layers that they read."""
+
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define("following(Tensor[] inputs, str key) -> Tensor[]")
@@ -46,7 +55,7 @@ class Following:
         self._pack()
 
     def _pack(self) -> None:
-        self.bound = Bound.in_graphs(self.root, self.program, self.lowered)
+        self.bound = self.lowered.bound_in_graphs(self.root, self.program)
         self.stamp = Stamp(self.bound.layers.tensors(), keep=True)
         self.traced = self.bound.in_graph()
 
@@ -87,16 +96,12 @@ _keys = itertools.count()
 _known: weakref.WeakValueDictionary[str, Following] = weakref.WeakValueDictionary()
 
 
-def follow(lowered: Lowered, root: nn.Module, program: Program, leaves: Sequence[Any]) -> Any:
+def follow(lowered: Lowered, root: nn.Module, program: Program) -> Any:
     """What Dynamo traces in place of a program; None where it is to trace the program itself."""
-    if not _ASKED or torch.is_autocast_enabled("cpu"):
-        return None
-    if any(isinstance(t, Tensor) and not (is_plain_tensor(t) and t.is_cpu) for t in leaves):
-        return None
-    return lowered.following if _prepared(lowered, root, program) else None
+    return lowered.following if _ASKED and _prepared(lowered, root, program) else None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepared(lowered: Lowered, root: nn.Module, program: Program) -> bool:
     """Runs while Dynamo traces, on the objects themselves: it could not trace how weights are
     packed."""

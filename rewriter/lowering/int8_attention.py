@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from rewriter.kernels import attention, int8_cpu
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import int8_static as static
 from rewriter.kernels.int8_attention import Attend
+from rewriter.kernels.native_ops import InGraph
 from rewriter.lowering.integers import INT8_JOINED
 from rewriter.lowering.rules import Fused, Place
 from rewriter.modules.patterns import Match, attended
@@ -144,10 +146,36 @@ def _bound(*given: Any) -> Callable[..., Tensor]:
                     return y
         return _attention(joined(x), batch, rows, masks, *options, bf16, compute)
 
-    return run
+    def in_graph() -> InGraph | None:
+        """The product, and attention behind it: each keeps its result in the cache as it can."""
+        form = getattr(joined, "in_graph", None)  # none of layers with ranges of their own
+        one, two = None if form is None else form(), compute.in_graph()
+        if one is None or two is None:
+            return None
+
+        def call(
+            held: Sequence[Tensor], x: Tensor, batch: int, rows: int, *masks: Tensor
+        ) -> Tensor:
+            pieces, attend = one.call(held, x), functools.partial(two.call, ())
+            return _attention(pieces, batch, rows, masks, *options, bf16, attend)
+
+        return InGraph(one.tensors, call)
+
+    return _Ready(run, in_graph)
 
 
-def _joined(*given: Any) -> Callable[..., Sequence[Tensor]]:
+@dataclass(frozen=True)
+class _Ready:
+    """What runs at a place, and its form in graphs."""
+
+    run: Callable[..., Tensor]
+    in_graph: Callable[[], InGraph | None]
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        return self.run(*inputs)
+
+
+def _joined(*given: Any) -> Any:
     assert INT8_JOINED.bind is not None
     return INT8_JOINED.bind(*given)
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -270,7 +271,8 @@ def _bound_joined(*given: Any) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return _BoundJoined(_bound((*own, activation), ("", None, None, None)), sizes)
 
 
-class _BoundJoined(NamedTuple):
+@dataclass(frozen=True)
+class _BoundJoined:
     """One product, cut into pieces of these sizes."""
 
     product: int8.Bound

@@ -21,7 +21,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from rewriter.capture.hosted import Program
-from rewriter.lowering.planning import Application, Key, failure, lowered_graph, places
+from rewriter.lowering.following import follow
+from rewriter.lowering.planning import Application, Key, failure, lowered_graph, pays, places
 from rewriter.lowering.rules import Rule
 from rewriter.modules.structure import is_constant
 from rewriter.modules.tree import is_hook_dict
@@ -93,14 +94,22 @@ class Lowered:
     def in_graph(self, root: nn.Module, program: Program) -> Traced | None:
         """What a compiler traces in place of the program, with the weights as they are now; None
         where no place has a form for graphs."""
-        return Bound.in_graphs(root, program, self).in_graph()
+        return self.bound_in_graphs(root, program).in_graph()
+
+    def bound_in_graphs(self, root: nn.Module, program: Program) -> Bound:
+        """The places as a compiler is to trace them."""
+        from rewriter.lowering.table import IN_GRAPHS
+
+        return Bound(root, program, self.rules, self.chosen, IN_GRAPHS)
 
     def follow(self, root: nn.Module, program: Program, leaves: Sequence[Any]) -> Any:
         """What Dynamo traces in place of the program, and what keeps up with the weights; None
         where that is the program itself."""
-        from rewriter.lowering.following import follow
-
-        return follow(self, root, program, leaves)
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            return None
+        if any(isinstance(t, Tensor) and not (is_plain_tensor(t) and t.is_cpu) for t in leaves):
+            return None
+        return follow(self, root, program)
 
     def drop(self) -> None:
         """Lets go of the derived tensors; the next call makes them again."""
@@ -143,7 +152,8 @@ class Bound:
     """The rules bound to one module tree: their places, its layers, and the fused program.
 
     Args:
-        root, program, rules, chosen: as of `Lowered`.
+        root, program, rules, chosen: as of `Lowered`; None for wherever a rule applies, and is not
+            slower at the sizes that the graph was captured with.
         further: rules for what the others leave.
     """
 
@@ -152,11 +162,13 @@ class Bound:
         root: nn.Module,
         program: Program,
         rules: Sequence[Rule],
-        chosen: Collection[Key],
+        chosen: Collection[Key] | None,
         further: Sequence[Rule] = (),
     ) -> None:
         self.root, self.plain = root, program
         self.applications, refused = places(program.graph, root, rules, chosen)
+        if chosen is None:
+            self.applications = [a for a in self.applications if pays(a)]
         taken = {n for a in self.applications for n in a.place.match.nodes}
         found, _ = places(program.graph, root, further)
         self.applications += [a for a in found if taken.isdisjoint(a.place.match.nodes)]
@@ -165,13 +177,6 @@ class Bound:
             named.update(dict.fromkeys(place.owners))
         self.layers = _Layers(root, named)
         self.made: _Made | None = None
-
-    @classmethod
-    def in_graphs(cls, root: nn.Module, program: Program, lowered: Lowered) -> Bound:
-        """As a compiler is to trace it."""
-        from rewriter.lowering.table import IN_GRAPHS
-
-        return cls(root, program, lowered.rules, lowered.chosen, IN_GRAPHS)
 
     def stands(self, root: nn.Module, program: Program) -> bool:
         return self.root is root and self.plain is program and self.layers.same()
@@ -199,7 +204,8 @@ class Bound:
     def in_graph(self) -> Traced | None:
         """The program with those of the places that have a form for graphs."""
         with torch.inference_mode(False), torch.no_grad():
-            formed = [(a, _in_graph(a.ready(derived(a)))) for a in self.applications]
+            bound = [a for a in self.applications if a.rule.fused.bind is not None]
+            formed = [(a, _in_graph(a.ready(derived(a)))) for a in bound]
         self.applications = [a for a, form in formed if form is not None]
         ready = [form for _, form in formed if form is not None]
         return Traced(self._program(), ready) if ready else None
@@ -237,6 +243,12 @@ class Traced:
     program: Program
     ready: Sequence[InGraph]
 
+    @property
+    def places(self) -> list[fx.Node]:
+        """The inputs of the graph that stand for `ready`."""
+        inputs = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        return inputs[len(inputs) - len(self.ready) :]
+
     def __call__(self, root: nn.Module, leaves: Sequence[Any], device: str) -> Any:
         """As of `Program`."""
         places = [functools.partial(form.call, form.tensors) for form in self.ready]
@@ -246,7 +258,7 @@ class Traced:
 def _in_graph(ready: Callable[..., Any]) -> InGraph | None:
     """What runs at a place as a graph has it."""
     form = getattr(ready, "in_graph", None)
-    return None if form is None else form()
+    return None if form is None else cast("InGraph | None", form())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rewriter.errors import VerifyError
@@ -26,6 +27,7 @@ __all__ = [
     "failure",
     "inputs_of",
     "lowered_graph",
+    "pays",
     "places",
     "spoken",
 ]
@@ -182,6 +184,28 @@ def spoken(name: str, rule: Rule, place: Place, *inputs: Any, **named: Any) -> s
     if reason is None or isinstance(reason, str):
         return reason
     raise failure(rule, place, TypeError(f"{name} gave {reason!r}, neither a reason nor None"))
+
+
+def pays(found: Application) -> bool:
+    """Whether a rule is not slower at its place, going by the sizes that its graph was captured
+    with alone: no values are at hand."""
+    known = FakeTensorMode()
+
+    def example(node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return value
+        sizes, strides = (tuple(map(_hint, s)) for s in (value.shape, value.stride()))
+        with known:
+            return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+
+    args, kwargs = inputs_of(found.place.match, example)
+    return spoken("slower", found.rule, found.place, *args, **kwargs) is None
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A size as it was in the example; 0 where that is not known."""
+    return int(size.node.hint or 0) if isinstance(size, torch.SymInt) else size
 
 
 def failure(rule: Rule, place: Place, error: Exception) -> VerifyError:
