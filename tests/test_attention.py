@@ -134,10 +134,15 @@ needs_bf16 = pytest.mark.skipif(
 def test_products_of_bfloat16_numbers_are_near(sizes: tuple[int, ...]) -> None:
     q, k, v = operands(*sizes)
     b, h, rows, keys, _ = sizes
-    added = torch.randn(h, rows, keys)
+    g = torch.Generator().manual_seed(0)
+    added, truths = (
+        torch.randn(h, rows, keys, generator=g),
+        torch.rand(b, 1, rows, keys, generator=g) > 0.3,
+    )
+    truths[..., 0] = True
     for mask in (
         None,
-        torch.rand(b, 1, rows, keys) > 0.3,
+        truths,
         torch.arange(keys).expand(b, 1, 1, keys) < keys - keys // 3,
         added,
         added[..., :1],

@@ -461,3 +461,28 @@ def test_attention_behind_a_product_is_the_same_on_any_number_of_threads(bf16: b
                 assert_equal(found, want)
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_attention
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static"])
+def test_attention_as_one_op_is_copied_saved_and_follows_its_weights(
+    scheme: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(attention, "pick", lambda *_: "native")
+    torch.manual_seed(0)
+    lowered, plain = attends(SelfAttends(), rules=True, scheme=scheme)
+    assert fused(lowered) == {"v": "int8_attention"}
+    lowered.save(tmp_path)
+    with torch.no_grad():
+        want = lowered(EXAMPLE)
+        loaded = load(tmp_path, SelfAttends().eval())
+        for again in (copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered)), loaded):
+            assert_equal(again(EXAMPLE), want)
+        for model in (lowered, plain):
+            model.q.scale.mul_(2)
+            if scheme == "int8-static":  # no one range for all three any more
+                model.k.step.mul_(1.5)
+        assert_reordered(lowered(EXAMPLE), plain(EXAMPLE), torch.bfloat16)
+        assert_reordered(
+            lowered.double()(EXAMPLE.double()), plain.double()(EXAMPLE.double()), torch.float32
+        )

@@ -13,6 +13,7 @@ from rewriter.capture import capture
 from rewriter.errors import OptionError
 from rewriter.modules.patterns import (
     Pattern,
+    attend,
     batch_norm,
     conv,
     fan,
@@ -116,6 +117,7 @@ def test_results_are_what_the_rest_of_the_graph_reads() -> None:
 def test_a_pattern_prints_as_it_is_written() -> None:
     assert str(conv >> batch_norm >> (relu | gelu)) == "conv >> batch_norm >> (gelu | relu)"
     assert str(fan(linear)) == "fan(linear)"
+    assert str(attend(linear)) == "attend(linear)"
     assert str((conv >> batch_norm) >> (relu >> gelu)) == "conv >> batch_norm >> relu >> gelu"
 
 
@@ -126,3 +128,5 @@ def test_a_pattern_of_nothing_is_refused() -> None:
         fan(linear, 1)
     with pytest.raises(OptionError, match="one operation"):
         fan(conv >> relu)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="one operation"):
+        attend(conv >> relu)  # type: ignore[arg-type]

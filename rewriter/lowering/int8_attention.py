@@ -17,7 +17,7 @@ from rewriter.kernels.int8_attention import Attend
 from rewriter.kernels.native_ops import InGraph
 from rewriter.lowering.integers import INT8_JOINED
 from rewriter.lowering.rules import Fused, Place
-from rewriter.modules.patterns import Match, attended
+from rewriter.modules.patterns import Match, attended, view_shape
 from rewriter.spellings import spelled
 
 __all__ = ["FLOAT32_INT8_ATTENTION", "INT8_ATTENTION"]
@@ -46,8 +46,15 @@ def _heads(place: Place) -> tuple[int, int, int] | None:
     given = attended(_call(place))
     found = []
     for name, layer in zip(("query", "key", "value"), _products(place).modules, strict=True):
-        *_, heads, depth = given[name].args[0].meta["val"].shape
-        if heads * depth != len(layer.scale):
+        heads, depth = view_shape(given[name].args[0])[2:]  # one of them may be -1
+        wide = len(layer.scale)
+        if not (isinstance(heads, int) and isinstance(depth, int)) or not max(heads, depth) > 0:
+            return None
+        heads, depth = (
+            (wide // depth if heads < 0 else heads),
+            (wide // heads if depth < 0 else depth),
+        )
+        if heads * depth != wide:
             return None
         found.append((heads, depth))
     (heads, depth), keys, values = found
@@ -72,7 +79,7 @@ def _unless(place: Place) -> str | None:
     x, given = place.input, attended(_call(place))
     if set(given) - _OPTIONS or given.get("dropout_p"):
         return "attention is called with options that one op for all of it does not have"
-    if not isinstance(x, Tensor) or x.ndim != 3 or not int8.has_kernels(x):
+    if isinstance(x, Tensor) and (x.ndim != 3 or not int8.has_kernels(x)):
         return "the compiled kernels take [batch, sequence, features] in float32 on a CPU"
     if (why := attention.unavailable()) is not None:
         return f"no compiled kernel: {why}"

@@ -46,6 +46,7 @@ __all__ = [
     "op",
     "relu",
     "silu",
+    "view_shape",
 ]
 
 Spell = Callable[[Node], str]
@@ -300,7 +301,7 @@ def _cut(heads: Any, op: Op, spell: Spell, found: list[Node], sizes: list[Size])
     view = heads.args[0]
     if not isinstance(view, Node) or spell(view) not in _VIEW or len(view.users) != 1:
         return None
-    call, shape = view.args[0], _shape(view)
+    call, shape = view.args[0], view_shape(view)
     if not isinstance(call, Node) or spell(call) not in op.names or len(call.users) != 1:
         return None
     if len(shape) != 4:
@@ -316,7 +317,7 @@ def _uncut(node: Node, spell: Spell, found: list[Node], sizes: list[Size]) -> bo
     while len(node.users) == 1:
         (node,) = node.users
         found.append(node)
-        shape, is_view = _shape(node), spell(node) in _VIEW
+        shape, is_view = view_shape(node), spell(node) in _VIEW
         if not exchanged and is_view and len(shape) == 4:
             sizes.append((shape[0], shape[2]))  # as it was
         elif not exchanged and _exchanges(node, spell):
@@ -342,6 +343,7 @@ def _exchanges(node: Node, spell: Spell) -> bool:
     return spell(node) in _EXCHANGE and tuple(node.args[1:]) in ((1, 2), (2, 1))
 
 
-def _shape(view: Node) -> tuple[Any, ...]:
+def view_shape(view: Node) -> tuple[Any, ...]:
+    """The sizes that a call of a view names."""
     given = view.args[1:]
     return tuple(given[0]) if given and isinstance(given[0], list | tuple) else tuple(given)
