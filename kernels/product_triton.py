@@ -427,8 +427,10 @@ def tiles(
             group has to be read back.
     """
     largest = _LARGEST.get(kind, 128 * 256 if wide else 128 * 128)
-    if (group and apart) or (item == 4 and (group or not wide)):
+    if (group and apart) or (item == 4 and not wide):
         largest = 64 * 64
+    if group and item == 4:
+        largest = 32 * 64
     depth = group or min(max(128 // item, 32), max(triton.next_power_of_2(width), 32))
     bound = next((most for most in _SIZES if rows <= most), max(_SIZES))
     for most in sorted((m for m in _SIZES if m <= bound), reverse=True):
