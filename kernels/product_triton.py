@@ -108,7 +108,10 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "wide":  # Triton's interpreter, which takes the bits of bfloat16 for integers
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:  # float8 of an sm_90 adds up in 14 bits: not over more than one step
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
+        acc = tl.dot(
+            a, b, acc, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1],
+            out_dtype=acc.dtype,
+        )  # fmt: skip
     return acc
 
 
