@@ -106,9 +106,13 @@ def _tile_of(program, rows, columns, BM: tl.constexpr, BN: tl.constexpr, TALL: t
 @triton.jit  # type: ignore[untyped-decorator]
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "wide":  # Triton's interpreter, which takes the bits of bfloat16 for integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    # float8 of an sm_90 adds up in 14 bits: not over more than one step
-    return tl.dot(a, b, acc, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:  # float8 of an sm_90 adds up in 14 bits: not over more than one step
+        acc = tl.dot(
+            a, b, acc, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1],
+            out_dtype=acc.dtype,
+        )  # fmt: skip
+    return acc
 
 
 # Weights in registers
@@ -125,16 +129,20 @@ def _half_of_e4m3(bits):
 def _of_byte(b, KIND: tl.constexpr, dtype: tl.constexpr):
     """A weight of 8 bits as a number of a dtype; of float8 the half of `_half_of_e4m3`."""
     if KIND == "float8 weight":
-        return _half_of_e4m3(b).to(dtype)
-    return b.to(dtype)
+        number = _half_of_e4m3(b).to(dtype)
+    else:
+        number = b.to(dtype)
+    return number
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _of_nibble(bits, HALF: tl.constexpr):
     """bits − 8 of 0 … 15: the bits become the mantissa of 1024 or 2²³, which is taken off again."""
     if HALF:
-        return (bits.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
-    return (bits.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+        level = (bits.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    else:
+        level = (bits.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    return level
 
 
 # Products
@@ -422,7 +430,10 @@ def tiles(
             group has to be read back.
     """
     largest = _LARGEST.get(kind, 128 * 256 if wide else 128 * 128)
-    largest = 64 * 64 if group and apart else largest
+    if (group and apart) or (item == 4 and not wide):
+        largest = 64 * 64
+    if group and item == 4:
+        largest = 32 * 64
     depth = group or min(max(128 // item, 32), max(triton.next_power_of_2(width), 32))
     bound = next((most for most in _SIZES if rows <= most), max(_SIZES))
     for most in sorted((m for m in _SIZES if m <= bound), reverse=True):
@@ -517,12 +528,14 @@ class Behind(NamedTuple):
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of a product of floats."""
-    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+    """Of a product of floats. float32 on an NVIDIA card: x in three parts of tf32, which leaves out
+    less than float32's own rounding, by weights that tf32 holds exactly."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if dtype == torch.bfloat16 and interpreted:
         return "wide"
-    if dtype != torch.float32:
+    if dtype != torch.float32 or interpreted or torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def _kept(like: Tensor, rows: int, columns: int, tile: Tile, whole: bool) -> Tensor:

@@ -276,7 +276,8 @@ def built(kernel: str, kind: str, target: str, rows: int, dtype: torch.dtype, pl
     a, b = own.get(kind, (dtype, torch.uint8))
     constants = {
         "KIND": kind, "LEVELS": kind == "int8", "STEPS": whole, "SCALED": True, "FACTOR": 1.0,
-        "BIAS": True, "THEN": "gelu", "ADD": True, "EVEN": True, "PRECISION": "ieee",
+        "BIAS": True, "THEN": "gelu", "ADD": True, "EVEN": True,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
         "SIZE": size, "DYNAMIC": kind == "int4 dynamic", "ZERO": True, "WHOLE": True,
         **tile.arguments,
     }  # fmt: skip
@@ -326,7 +327,7 @@ MATRIX = [
 def test_products_compile_for_real_targets(given: tuple[str, str, str, int]) -> None:
     """Matrix instructions are used, shared memory suffices, and no register spills."""
     kernel, kind, target, rows = given
-    made = built(kernel, kind, target, rows, torch.bfloat16)
+    made = built(kernel, kind, target, rows, torch.float16 if rows == 16 else torch.bfloat16)
     own, text = TARGETS[target], assembly(made, target)
     assert re.search(own.instructions, text), f"no {own.instructions} in {kind} for {target}"
     assert 0 < made.metadata.shared <= own.shared
@@ -352,6 +353,19 @@ def test_no_tile_for_many_rows_spills(kind: str, target: str) -> None:
             break
         assert not spills(made, target), place
         assert made.metadata.shared <= TARGETS[target].shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [16, 128])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kind", ["int8 weight", "float8 weight", "int4"])
+def test_float32_is_multiplied_by_matrix_units_in_three_parts(
+    kind: str, target: str, rows: int
+) -> None:
+    kernel = "grouped" if kind == "int4" else "product"
+    made = built(kernel, kind, target, rows, torch.float32)
+    assert re.search(r"mma\S+tf32", assembly(made, target))
+    assert not spills(made, target)
 
 
 OTHERS = [
