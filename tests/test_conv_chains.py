@@ -206,7 +206,7 @@ def norm(channels: int, there: bool) -> nn.Module:
 @pytest.fixture(autouse=True)
 def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test goes by a time: one call for several operations counts as the faster one."""
-    monkeypatch.setattr(conv_chains, "fastest", lambda key, version, make, lead: list(make())[-1])
+    monkeypatch.setattr(conv_chains, "fastest", lambda key, version, make, *_: list(make())[-1])
     monkeypatch.setattr(int8, "pick_kernel", lambda *_: "native")
     monkeypatch.setattr("rewriter.engine.engine.Engine._lowering_pays", lambda _: True)
 

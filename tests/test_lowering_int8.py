@@ -30,7 +30,7 @@ def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = "torch" if int8_cpu.refusal() else "native"
     monkeypatch.setattr(choice, "pick_kernel", lambda *_: kernel)
     monkeypatch.setattr(static, "pick_kernel", lambda *_: kernel)
-    monkeypatch.setattr(integers, "fastest", lambda key, version, make, lead: list(make())[-1])
+    monkeypatch.setattr(integers, "fastest", lambda key, version, make, *_: list(make())[-1])
     monkeypatch.setattr("rewriter.engine.engine.Engine._lowering_pays", lambda _: True)
 
 

@@ -26,7 +26,7 @@ def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monarch, "pick_kernel", lambda *_: "native")
     monkeypatch.setattr("rewriter.kernels.int8_linear.pick_kernel", lambda *_: "native")
     monkeypatch.setattr("rewriter.kernels.int8_choice.pick_kernel", lambda *_: "native")
-    monkeypatch.setattr(int8_monarchs, "fastest", lambda key, version, make, lead: list(make())[-1])
+    monkeypatch.setattr(int8_monarchs, "fastest", lambda key, version, make, *_: list(make())[-1])
     monkeypatch.setattr("rewriter.engine.engine.Engine._lowering_pays", lambda _: True)
 
 

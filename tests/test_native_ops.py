@@ -37,7 +37,7 @@ def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_choice, "pick_kernel", lambda *_: "native")
     monkeypatch.setattr(static, "pick_kernel", lambda *_: "native")
     monkeypatch.setattr(attention, "pick", lambda *_: "native")
-    monkeypatch.setattr(integers, "fastest", lambda key, version, make, lead: list(make())[-1])
+    monkeypatch.setattr(integers, "fastest", lambda key, version, make, *_: list(make())[-1])
     monkeypatch.setattr("rewriter.engine.engine.Engine._lowering_pays", lambda _: True)
 
 

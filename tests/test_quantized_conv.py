@@ -389,7 +389,7 @@ IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 @pytest.fixture(autouse=True)
 def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test goes by a time: one call for several operations counts as the faster one."""
-    monkeypatch.setattr(conv_chains, "fastest", lambda key, version, make, lead: list(make())[-1])
+    monkeypatch.setattr(conv_chains, "fastest", lambda key, version, make, *_: list(make())[-1])
 
 
 @pytest.mark.parametrize("act", [nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU])
