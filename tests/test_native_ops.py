@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_equal, sqnr
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import rewriter
 from rewriter import rewrite
@@ -206,6 +207,72 @@ def test_without_a_compiler_the_op_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         native_ops._late("native_int8")(X, X, None, 3)
     with pytest.raises(RuntimeError, match="runs on a CPU alone, not on meta"):
         native_ops._late("native_int8")(X.to("meta"), X, None, 3)
+
+
+# torch.compile
+
+
+class Seen:
+    """A backend that runs graphs as they are, and keeps what they call."""
+
+    def __init__(self) -> None:
+        self.graphs: list[dict[str, int]] = []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs.append(called(module.graph))
+        return module.forward
+
+
+@pytest.fixture
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+asks_dynamo = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.13", reason="Dynamo hands on no objects"
+)
+
+
+@asks_dynamo
+@pytest.mark.usefixtures("_fresh")
+def test_compiled_code_runs_the_kernels_and_follows_the_weights() -> None:
+    model, seen = rewritten({}), Seen()
+    compiled: Any = torch.compile(model, backend=seen, fullgraph=True)
+    with torch.no_grad():
+        before = compiled(X)
+        assert seen.graphs == [{"rewriter::following": 1, **NATIVE}]
+        assert_equal(before, model(X))
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        model.up.scale.mul_(1.5)
+        model.norm.weight.add_(0.1)
+        changed = compiled(X)
+        assert_equal(changed, model(X))
+        assert not torch.equal(changed, before)
+        model.load_state_dict(state)
+        assert_equal(compiled(X), before)
+    assert len(seen.graphs) == 1
+    compiled(X)  # with gradients: the layers
+    assert set(seen.graphs[1]) == {"rewriter::int8_linear"}
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_the_backend_ends_in_the_kernels_and_follows_the_weights() -> None:
+    model = block()
+    compiled: Any = torch.compile(model, backend=rewriter.backend([Quantize()], inner="eager"))
+    with torch.no_grad():
+        assert_equal(compiled(X), rewrite(model, [Quantize()], X)(X))
+        (report,) = rewriter.last_reports()
+        assert "5 calls of" in report.steps[-1].notes[0]
+        assert "native_int8_two" in report.steps[-1].notes[0]
+        for tensor in (
+            model.up.weight,
+            model.norm.weight,
+        ):  # of a layer that is new, and of another
+            tensor.mul_(1.5)
+            assert_equal(compiled(X), rewrite(model, [Quantize()], X)(X))
+    assert len(rewriter.last_reports()) == 1
 
 
 # packages
