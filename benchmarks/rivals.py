@@ -33,7 +33,7 @@ from _harness import (
 from _models import Batch, minilm
 from torch import Tensor, nn
 
-from rewriter import rewrite
+from rewriter import export, rewrite
 from rewriter.kernels import int8_cpu
 from rewriter.passes import Quantize
 
@@ -63,6 +63,15 @@ def ours(model: nn.Module, batch: Batch, calibration: list[Batch], **recipe: Any
 def ours_compiled(model: nn.Module, batch: Batch, calibration: list[Batch]) -> Call:
     passes = [Quantize("int8-dynamic")]
     return hidden(torch.compile(model, backend="rewriter", options={"passes": passes}))
+
+
+def ours_exported(model: nn.Module, batch: Batch, calibration: list[Batch]) -> Call:
+    """The package of `rewriter.export`: compiled for any batch and length, and loaded again."""
+    sizes = {n: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for n in batch}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.pt2"
+        export(model, [Quantize("int8-dynamic")], batch, package=path, dynamic_shapes=sizes)
+        return hidden(torch._inductor.aoti_load_package(path))
 
 
 # torch -------------------------------------------------------------------------------------------
@@ -160,6 +169,7 @@ RIVALS: Mapping[str, tuple[Build, tuple[str, ...]]] = {
     "this package, int8-dynamic": (functools.partial(ours, scheme="int8-dynamic"), ()),
     "this package, int8-static": (functools.partial(ours, scheme="int8-static"), ()),
     "this package, int8-dynamic, compiled": (ours_compiled, ()),
+    "this package, int8-dynamic, exported": (ours_exported, ()),
     "OpenVINO, static int8 (NNCF)": (
         functools.partial(openvino, how="static"),
         ("openvino", "nncf"),

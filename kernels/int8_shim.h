@@ -93,4 +93,16 @@ AOTITorchError aoti_torch_cpu_native_int8_two(Handle x, Handle first, Handle sec
   run(x, one, &two, add, out, ret);
   return AOTI_TORCH_SUCCESS;
 }
+
+// The product of `unit` rows of x at a time, each handed on to next(to, number of the unit, y).
+void int8_handed_on(Handle x, Handle layer, int64_t unit, void (*next)(const void*, int64_t, const float*),
+                    const void* to) {
+  Layer one(layer);
+  const View in(x);
+  Call& c = one.call;
+  must(in.dim == 3 && in.sizes[2] == c.in, "rewriter: x does not fit the layer");
+  c.x = in.floats("rewriter: x must be float32 and contiguous"), c.stride = c.in;
+  c.rows = in.sizes[0] * in.sizes[1], c.threads = threads_now();
+  int8_units(&c, unit, next, to);
+}
 }

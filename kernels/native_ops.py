@@ -2,6 +2,7 @@
 
     native_int8(x, layer, add, out)                   one product and what follows it
     native_int8_two(x, first, second, add, mid, out)  two products in a row
+    native_int8_attention(x, layer, mask, …)          attention behind one product for q, k and v
     native_attention(q, k, v, mask, causal, scale, bf16)    softmax(q kᵀ·scale + mask) v
 
 A layer is one tensor of bytes: `rewriter.kernels.int8_cpu.Linear.layer` makes it of packed weights
@@ -40,6 +41,10 @@ _LIB.define(
 _LIB.define(
     "native_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int causal, float scale, "
     "int bf16) -> Tensor"
+)
+_LIB.define(
+    "native_int8_attention(Tensor x, Tensor layer, Tensor? mask, int heads, int shared, int depth, "
+    "int causal, float scale, int bf16) -> Tensor"
 )
 
 
@@ -151,10 +156,17 @@ def _fake_attention(
     return q.new_empty_strided((b, h, rows, depth), (rows * h * depth, depth, h * depth, 1))
 
 
+def _fake_int8_attention(
+    x: Tensor, layer: Tensor, mask: Tensor | None, heads: int, shared: int, depth: int, *_: Any
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], heads * depth)
+
+
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "native_int8": _fake_int8,
     "native_int8_two": _fake_two,
     "native_attention": _fake_attention,
+    "native_int8_attention": _fake_int8_attention,
 }
 for _name, _fake in _FAKES.items():
     _LIB.impl(_name, _late(_name), "CompositeExplicitAutograd")
@@ -166,6 +178,8 @@ _ARGUMENTS = {
     "native_int8": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, int64_t",
     "native_int8_two": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, "
     "int64_t, int64_t",
+    "native_int8_attention": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, int64_t, "
+    "int64_t, int64_t, int64_t, double, int64_t",
     "native_attention": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, "
     "int64_t, double, int64_t",
 }
@@ -197,10 +211,29 @@ def _two_flops(
     return 2 * math.prod(x[:-1]) * mid * (x[-1] + out)
 
 
+def _attended_sizes(
+    x: Tensor, layer: Tensor, mask: Any, heads: int, shared: int, depth: int, *_: Any
+) -> tuple[Any, ...]:
+    return math.prod(x.shape[:-1]), (heads + 2 * shared) * depth, x.shape[-1]
+
+
+def _attended_flops(
+    x: torch.Size, layer: Any, mask: Any, heads: int, shared: int, depth: int, *_: Any, **__: Any
+) -> int:
+    scores = 4 * x[0] * heads * x[1] * x[1] * depth
+    return 2 * math.prod(x) * (heads + 2 * shared) * depth + scores
+
+
 INT8 = (
     ops.Companion("rewriter::native_int8", _sizes, _flops, shim=_shim("native_int8")),
     ops.Companion(
         "rewriter::native_int8_two", _two_sizes, _two_flops, shim=_shim("native_int8_two")
+    ),
+    ops.Companion(
+        "rewriter::native_int8_attention",
+        _attended_sizes,
+        _attended_flops,
+        shim=_shim("native_int8_attention"),
     ),
 )
 """Companions of `rewriter::int8_linear`."""

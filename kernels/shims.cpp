@@ -12,6 +12,8 @@ typedef AtenTensorHandle Handle;
 extern "C" {
 AOTITorchError aoti_torch_cpu_native_int8(Handle, Handle, Handle*, int64_t, Handle*);
 AOTITorchError aoti_torch_cpu_native_int8_two(Handle, Handle, Handle, Handle*, int64_t, int64_t, Handle*);
+AOTITorchError aoti_torch_cpu_native_int8_attention(Handle, Handle, Handle*, int64_t, int64_t, int64_t, int64_t, double,
+                                                    int64_t, Handle*);
 AOTITorchError aoti_torch_cpu_native_attention(Handle, Handle, Handle, Handle*, int64_t, double, int64_t, Handle*);
 }
 
@@ -38,6 +40,13 @@ Tensor int8_two(Tensor x, Tensor first, Tensor second, std::optional<Tensor> add
   return Tensor(y);
 }
 
+Tensor int8_attention(Tensor x, Tensor layer, std::optional<Tensor> mask, int64_t heads, int64_t shared, int64_t depth,
+                      int64_t causal, double scale, int64_t bf16) {
+  Handle y;
+  aoti_torch_cpu_native_int8_attention(x.get(), layer.get(), Maybe(mask), heads, shared, depth, causal, scale, bf16, &y);
+  return Tensor(y);
+}
+
 Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, int64_t causal, double scale, int64_t bf16) {
   Handle y;
   aoti_torch_cpu_native_attention(q.get(), k.get(), v.get(), Maybe(mask), causal, scale, bf16, &y);
@@ -49,5 +58,6 @@ Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, int64
 STABLE_TORCH_LIBRARY_IMPL(rewriter, CPU, m) {
   m.impl("native_int8", TORCH_BOX(&int8));
   m.impl("native_int8_two", TORCH_BOX(&int8_two));
+  m.impl("native_int8_attention", TORCH_BOX(&int8_attention));
   m.impl("native_attention", TORCH_BOX(&attention));
 }

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_equal, sqnr
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import rewriter
 from rewriter import rewrite
@@ -52,10 +53,9 @@ class Block(nn.Module):
         self.last, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        b, s, _ = x.shape
+        q, k, v = (f(x).view(b, s, HEADS, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, s, -1)
         x = self.norm(self.out(mixed) + x)
         x = self.last(self.down(F.gelu(self.up(x))) + x)
         return self.head(x[:, 0])
@@ -67,10 +67,16 @@ def block() -> nn.Module:
 
 
 NATIVE = {
-    "rewriter::native_int8": 3,  # q, k and v as one; the output; the head
+    "rewriter::native_int8_attention": 1,
+    "rewriter::native_int8": 2,  # the output; the head
     "rewriter::native_int8_two": 1,
-    "rewriter::native_attention": 1,
 }
+APART = {
+    "rewriter::native_int8": 3,
+    "rewriter::native_attention": 1,
+    "rewriter::native_int8_two": 1,
+}
+"""With one range for all of x, which an element of the batch alone does not know."""
 SCHEMES: dict[str, dict[str, Any]] = {
     "per token": {},
     "per tensor": {"activation": "per_tensor"},
@@ -98,7 +104,7 @@ def test_a_trace_of_the_lowered_model_calls_its_kernels(options: dict[str, Any])
     with torch.no_grad(), lowered_in_traces(model) as any_:
         assert any_
         program = torch.export.export(model, (X,), dynamic_shapes=sizes)
-    assert called(program.graph) == NATIVE
+    assert called(program.graph) == (APART if options.get("activation") else NATIVE)
     with torch.no_grad():
         for x in (X, X[:, :2] * 3, X.repeat(4, 2, 1)):
             assert_equal(program.module()(x), model(x))
@@ -206,6 +212,72 @@ def test_without_a_compiler_the_op_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         native_ops._late("native_int8")(X, X, None, 3)
     with pytest.raises(RuntimeError, match="runs on a CPU alone, not on meta"):
         native_ops._late("native_int8")(X.to("meta"), X, None, 3)
+
+
+# torch.compile
+
+
+class Seen:
+    """A backend that runs graphs as they are, and keeps what they call."""
+
+    def __init__(self) -> None:
+        self.graphs: list[dict[str, int]] = []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs.append(called(module.graph))
+        return module.forward
+
+
+@pytest.fixture
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+asks_dynamo = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.13", reason="Dynamo hands on no objects"
+)
+
+
+@asks_dynamo
+@pytest.mark.usefixtures("_fresh")
+def test_compiled_code_runs_the_kernels_and_follows_the_weights() -> None:
+    model, seen = rewritten({}), Seen()
+    compiled: Any = torch.compile(model, backend=seen, fullgraph=True)
+    with torch.no_grad():
+        before = compiled(X)
+        assert seen.graphs == [{"rewriter::following": 1, **NATIVE}]
+        assert_equal(before, model(X))
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        model.up.scale.mul_(1.5)
+        model.norm.weight.add_(0.1)
+        changed = compiled(X)
+        assert_equal(changed, model(X))
+        assert not torch.equal(changed, before)
+        model.load_state_dict(state)
+        assert_equal(compiled(X), before)
+    assert len(seen.graphs) == 1
+    compiled(X)  # with gradients: the layers
+    assert set(seen.graphs[1]) == {"rewriter::int8_linear"}
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_the_backend_ends_in_the_kernels_and_follows_the_weights() -> None:
+    model = block()
+    compiled: Any = torch.compile(model, backend=rewriter.backend([Quantize()], inner="eager"))
+    with torch.no_grad():
+        assert_equal(compiled(X), rewrite(model, [Quantize()], X)(X))
+        (report,) = rewriter.last_reports()
+        assert "5 calls of" in report.steps[-1].notes[0]
+        assert "native_int8_two" in report.steps[-1].notes[0]
+        for tensor in (
+            model.up.weight,
+            model.norm.weight,
+        ):  # of a layer that is new, and of another
+            tensor.mul_(1.5)
+            assert_equal(compiled(X), rewrite(model, [Quantize()], X)(X))
+    assert len(rewriter.last_reports()) == 1
 
 
 # packages

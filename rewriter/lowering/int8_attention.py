@@ -154,18 +154,26 @@ def _bound(*given: Any) -> Callable[..., Tensor]:
         return _attention(joined(x), batch, rows, masks, *options, bf16, compute)
 
     def in_graph() -> InGraph | None:
-        """The product, and attention behind it: each keeps its result in the cache as it can."""
+        """One op, where the kernels take the mask; else the product, and attention behind it."""
         form = getattr(joined, "in_graph", None)  # none of layers with ranges of their own
         one, two = None if form is None else form(), compute.in_graph()
         if one is None or two is None:
             return None
+        times, whole = cut[2] ** -0.5 if scale is None else scale, attend is not None
 
         def call(
             held: Sequence[Tensor], x: Tensor, batch: int, rows: int, *masks: Tensor
         ) -> Tensor:
-            pieces, attend = one.call(held, x), functools.partial(two.call, ())
-            return _attention(pieces, batch, rows, masks, *options, bf16, attend)
+            mask = masks[0] if masks else None
+            fits = mask is None or (not causal and mask.dtype in (torch.bool, torch.float32))
+            if whole and fits and cut[2] % lanes == 0 and x.dtype == torch.float32:
+                own = x.contiguous(), held[0], mask, *cut, int(causal), times, int(bf16)
+                y: Tensor = torch.ops.rewriter.native_int8_attention.default(*own)
+                return y
+            pieces, attended = one.call(held, x), functools.partial(two.call, ())
+            return _attention(pieces, batch, rows, masks, *options, bf16, attended)
 
+        lanes = attention._library()[2]
         return InGraph(one.tensors, call)
 
     return _Ready(run, in_graph)
