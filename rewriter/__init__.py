@@ -30,7 +30,7 @@ from rewriter.store.old_names import find_moved
 from rewriter.training.optimizers import param_groups, remap_optimizer
 from rewriter.training.recovery import Recovery, recover
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "ACTIVATION",

@@ -98,7 +98,9 @@ def test_the_choice_is_measured_on_the_kernels_themselves(monkeypatch: pytest.Mo
     monkeypatch.setattr(monarch, "fastest", fastest)
     assert monarch.pick_kernel(7, 67, 45, (4, 4), 3) == KERNELS[0]
     assert monarch.kernel_name(7, 67, 45, (4, 4), 3) == KERNELS[0]
-    assert monarch.kernel_name(7, 67, 45, (4, 4), 3, device="cuda") == "torch"
+    if not torch.cuda.is_available():
+        on = monarch.kernel_name(7, 67, 45, (4, 4), 3, device="cuda")
+        assert on == "torch, simulated, slower: there is no GPU here"
 
 
 @NATIVE
