@@ -30,6 +30,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,10 @@ def main() -> None:
         "--compiled", action=argparse.BooleanOptionalAction, default=True,
         help="also with a static cache, compiled by Inductor",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-quality", action="store_true",
+        help="speeds alone, of weights that are rounded without GPTQ: decode_speed.md",
+    )  # fmt: skip
     args = parse(parser)
     count, rounds = (8, 2) if args.quick else (args.tokens, args.rounds)
     model, prompt, text, more = small_llama() if args.quick else smollm2(args.windows)
@@ -189,8 +194,11 @@ def main() -> None:
     warnings.simplefilter("ignore")  # generate() says that its prefix is not cached, and the like
     models = {DENSE: model}
     for name in args.only:
-        seen = None if SCHEMES[name].method == "round" else calibration
-        models[name] = rewrite(model, [SCHEMES[name]], {"input_ids": prompt}, calibration=seen)
+        recipe = SCHEMES[name]
+        if args.no_quality:  # levels do not change how long they take
+            recipe = replace(recipe, method="round")
+        seen = None if recipe.method == "round" else calibration
+        models[name] = rewrite(model, [recipe], {"input_ids": prompt}, calibration=seen)
         print(f"{name}: rewritten", flush=True)
     runs: dict[str, Callable[[], Tensor]] = {}
     for compiled in (False, True) if args.compiled else (False,):
@@ -210,6 +218,7 @@ def main() -> None:
     first = f"{DENSE}, eager"
     print("timing begins", flush=True)
     times = interleaved(runs, rounds, warmup=1)
+    alone = {name: linear_layers(own, rounds) for name, own in models.items()}
     print("timing ends", flush=True)
     speed = []
     for name, own in times.items():
@@ -224,24 +233,27 @@ def main() -> None:
                 f"first tokens as {DENSE}": same(said[name], said[first]),
             }
         )
-    dense, layers = perplexity(model, text), []
+    dense, layers = 0.0 if args.no_quality else perplexity(model, text), []
     for name, own in models.items():
-        found = dense if name == DENSE else perplexity(own, text)
+        found = dense if name == DENSE or args.no_quality else perplexity(own, text)
+        quality = {
+            "perplexity": round(found, 3),
+            "above fp32, %": round(100 * (found / (dense or 1) - 1), 2),
+        }
         layers.append(
             {
                 "weights": name,
                 "MB": round(stored(own) / 1e6, 1),
                 "packed layers": packed(own),
-                "linear layers, ms per token": round(1e3 * linear_layers(own, rounds), 2),
+                "linear layers, ms per token": round(1e3 * alone[name], 2),
                 "whole token, ms": round(
                     1e3 * statistics.median(times[f"{name}, eager"]) / count, 2
                 ),
-                "perplexity": round(found, 3),
-                "above fp32, %": round(100 * (found / dense - 1), 2),
+                **({} if args.no_quality else quality),
             }
         )
     write_results(
-        "decode",
+        "decode_speed" if args.no_quality else "decode",
         "Decoding with packed weights",
         {"Tokens per second": speed, "Weights": layers},
         command=command(),

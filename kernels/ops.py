@@ -24,6 +24,7 @@ import torch._decomp
 import torch._meta_registrations  # enters what stands in torch's table of meta functions by then
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, register_flop_formula, shape_wrapper
 
 __all__ = [
@@ -615,7 +616,11 @@ def _check_samples(record: Record, formula: Callable[..., Any] | None) -> None:
     assert record.sizes is not None
     # whoever imports the op's file may be in the middle of a trace
     with _disable_current_modes(), torch.device("meta"), torch.no_grad():
-        args = samples.arguments(*(axis[0] for axis in samples.axes))
+        # a device as a context misses the functions that some other library had replaced when torch
+        # first listed them, as transformers does with linspace while it loads a model
+        args = tree_map_only(
+            Tensor, lambda t: t.to("meta"), samples.arguments(*(axis[0] for axis in samples.axes))
+        )
         if not args or not isinstance(args[0], Tensor):
             raise RecordError(f"{said}: its samples must be a tuple that begins with a tensor")
         try:

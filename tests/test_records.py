@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -453,3 +454,21 @@ def test_a_packed_buffer_counts_the_weights_in_it() -> None:
     cost = storage_cost(FourBit())
     assert cost.params == 8 * 4 * 2 + 8
     assert cost.param_bytes == 8 * 4 + 8 * 4 + 5 * 4
+
+
+def test_records_hold_where_a_library_took_a_function_out_of_the_reach_of_device_contexts() -> None:
+    """transformers replaces `torch.linspace` while it loads a model; where torch lists what makes
+    tensors in the meantime, a device as a context misses `linspace` from then on."""
+    script = """
+import torch
+from torch.utils import _device
+own = torch.linspace
+torch.linspace = lambda *args, **more: own(*args, **more)
+_device._device_constructors.cache_clear()
+_device._device_constructors()
+torch.linspace = own
+with torch.device("meta"):
+    assert torch.linspace(0, 1, 3).device.type == "cpu"
+import rewriter.passes
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)

@@ -114,9 +114,7 @@ def test_no_write_to_a_computed_weight_is_lost(name: str, write: Callable[[Layer
         write(plain)
     if write in FREEZES:
         assert_equal(layer.dense_weight(), plain.weight)
-    elif isinstance(
-        layer, RoundedWeight
-    ):  # within a step of what was written
+    elif isinstance(layer, RoundedWeight):  # within a step of what was written
         levels = 2**4 if name.startswith("int4") else 2**8
         step = 2 * plain.weight.abs().amax(1, keepdim=True) / (levels - 2)
         assert ((layer.dense_weight() - plain.weight).abs() <= step).all()

@@ -16,6 +16,7 @@ from torch import nn
 
 from rewriter.base import Layer
 from rewriter.errors import StoreError
+from rewriter.kernels.ops import RecordError
 from rewriter.modules.pointwise import Channels
 from rewriter.modules.typed import depth_above, fits
 from rewriter.planner import MemoryBudget
@@ -174,6 +175,8 @@ def read(directory: pathlib.Path, extra: Sequence[type]) -> Saved:
         if depth_above(document, _DEEPEST):
             raise ValueError(f"tables are nested deeper than {_DEEPEST}")
         return _saved(document, extra)
+    except RecordError:  # of an op in a file that a layer's class needed: not the recipe's
+        raise
     except StoreError as error:  # says what, and not where
         raise StoreError(f"{path}: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
