@@ -317,7 +317,8 @@ def test_backend(tmp_path: pathlib.Path) -> None:
     assert row["gradients: off float64"] < 2 * row["eager's: off float64"] + 1e-6
     for row in found["Twenty shapes"]:
         assert row["compilations"] <= 2
-        assert row["largest difference"] < 1e-4
+        # in int8 a level may be the next one, where fused operations round otherwise
+        assert row["largest difference"] < (1e-2 if row["passes"] == "int8" else 1e-4)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def side_by_side(cls: Any, each: list[tuple[str, dict[str, Any]]]) -> nn.Module:
 MODELS = {"Quantize": (Quantize, OPTIONS), "QAT": (QAT, TRAINS + LEARNED)}
 EVERY = pytest.mark.parametrize("which", MODELS)
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Quantize.'fp8-dynamic'. is simulated"),
+    pytest.mark.filterwarnings("ignore:Quantize.*'fp8-dynamic'.* is simulated"),
     pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),  # torch's own
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
 ]

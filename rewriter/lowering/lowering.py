@@ -109,16 +109,14 @@ def lower(
     decisions: dict[str, dict[Key, Decision]] = {}
     for region in regions:
         root, graph = capture.root.get_submodule(region.prefix), region.graphs[False]
-        applications, refusals = places(graph, root, rules)
-        if applications and (why := _switches_modes(graph)):
+        decided: dict[str, bool] = {}
+        if why := _switches_modes(graph):
+            applications, refusals = places(graph, root, rules)
             refusals += [Refusal(a.rule, a.place, why) for a in applications]
-            applications = []
-        checker = _checked(region, root, graph, applications)
-        decided = dict.fromkeys(
-            [a.label for a in applications] + [r.label for r in refusals], False
-        )
-        applications = [a for a in applications if a.key in checker.errors]
-        decided.update((a.label, True) for a in applications)
+            applications, checker = [], _Checker(root, graph, [])
+        else:
+            applications, refusals, checker = _decided(region, root, graph, rules, decided)
+        decided.update((r.label, False) for r in refusals)
         refusals += checker.declined
         decisions[region.prefix] = _decisions(region.prefix, graph, applications, refusals, checker)
         if applications:
@@ -147,11 +145,8 @@ def lowered_again(capture: Capture, region: Region, verdicts: Verdicts) -> Lower
     root, graph = capture.root.get_submodule(region.prefix), region.graphs[False]
     if _switches_modes(graph):
         return None
-    applications, _ = places(graph, root, verdicts.rules)
-    new = [a for a in applications if a.label not in verdicts.places]
-    checker = _checked(region, root, graph, new)
-    verdicts.places.update((a.label, a.key in checker.errors) for a in new)
-    chosen = {a.key for a in applications if verdicts.places[a.label]}
+    applications, _, _ = _decided(region, root, graph, verdicts.rules, verdicts.places)
+    chosen = {a.key for a in applications}
     return Lowered(verdicts.rules, chosen) if chosen else None
 
 
@@ -283,15 +278,29 @@ def _rounding(results: Sequence[Tensor]) -> float:
     return _STEPS[eps > _HALF] * eps
 
 
-def _checked(
-    region: Region, root: nn.Module, graph: fx.Graph, applications: Sequence[Application]
-) -> _Checker:
-    """The run on the example inputs that shows which applications compute the same, quicker."""
-    checker = _Checker(root, graph, applications)
-    if applications:
+def _decided(
+    region: Region, root: nn.Module, graph: fx.Graph, rules: Sequence[Rule], known: dict[str, bool]
+) -> tuple[list[Application], list[Refusal], _Checker]:
+    """Where rules run: what a run on the example inputs declines at a place leaves its nodes to the
+    later rules.
+
+    Args:
+        known: by label, what was decided before; what is decided now is entered.
+    """
+    whole = _Checker(root, graph, [])
+    while True:
+        declined = {label for label, runs in known.items() if not runs}
+        found, refusals = places(graph, root, rules, declined=declined)
+        new = [a for a in found if a.label not in known]
+        if not new:
+            return found, refusals, whole
+        checker = _Checker(root, graph, new)
         with quiet_run(root, training=False):
             checker.run(*own_copy(tuple(region.leaves or ()), {})[0])
-    return checker
+        known.update((a.label, a.key in checker.errors) for a in new)
+        whole.errors |= checker.errors
+        whole.held |= checker.held
+        whole.declined += checker.declined
 
 
 # the report

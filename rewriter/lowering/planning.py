@@ -71,7 +71,11 @@ class Refusal:
 
 
 def places(
-    graph: fx.Graph, root: nn.Module, rules: Sequence[Rule], only: Collection[Key] | None = None
+    graph: fx.Graph,
+    root: nn.Module,
+    rules: Sequence[Rule],
+    only: Collection[Key] | None = None,
+    declined: Collection[str] = (),
 ) -> tuple[list[Application], list[Refusal]]:
     """Where rules apply: an earlier rule before a later one, and every node in one place at most.
 
@@ -80,6 +84,7 @@ def places(
         root: the module tree that it lives on.
         rules: in the order in which they are tried.
         only: keys of the applications to look for; None for all.
+        declined: labels of applications to pass over: later rules may have their nodes.
     """
     taken: set[fx.Node] = set()
     applications: list[Application] = []
@@ -92,6 +97,8 @@ def places(
                 continue
             found = _application(rule, place, seen)
             if not taken.isdisjoint(match.nodes) or (only is not None and found.key not in only):
+                continue
+            if found.label in declined:
                 continue
             reason = _against(rule, place)
             if reason is None:
