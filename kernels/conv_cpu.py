@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import int8_cpu
-from rewriter.kernels.native import library, parallel, why_not
+from rewriter.kernels.native import library, parallel, threads_for, why_not
 
 __all__ = ["THEN", "Chain", "fits", "levels", "refusal"]
 
@@ -80,7 +80,7 @@ def levels(x: Tensor) -> tuple[Tensor, float, int]:
     """
     made, start = _library()
     q, zero = torch.empty_like(x, dtype=torch.uint8), ctypes.c_int64()
-    threads = 1 if x.numel() < _ALONE else torch.get_num_threads()
+    threads = threads_for(x.numel(), _ALONE)
     step = made.conv_levels(
         x.data_ptr(), x.numel(), q.data_ptr(), ctypes.addressof(zero), start, threads
     )
@@ -183,8 +183,7 @@ class Chain:
             call.add = add.data_ptr()
         call.images, _, call.height, call.width = x.shape
         call.out_height, call.out_width = shape[2:]
-        alone = x.shape[0] * math.prod(shape[2:]) * self._each < _ALONE
-        call.threads = 1 if alone else torch.get_num_threads()
+        call.threads = threads_for(x.shape[0] * math.prod(shape[2:]) * self._each, _ALONE)
         return y, bool(self._made.conv_chain(ctypes.byref(call)))
 
 

@@ -18,15 +18,12 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels import native_ops
-from rewriter.kernels.native import library, parallel, why_not
+from rewriter.kernels.native import library, parallel, threads_for, why_not
 
 __all__ = ["THEN", "Linear", "Norm", "Product", "compiled", "isa", "pack", "refusal", "rows_of"]
 
 THEN = ("", "relu", "gelu", "silu", "relu6", "hardswish")
 """What may follow the product, by the number that C++ knows it as."""
-
-_ALONE = 1 << 22
-"""Products of two numbers, below which one thread is done before a second one has woken up."""
 
 _SOURCE = Path(__file__).with_name("int8_cpu.cpp")
 _POINTERS = "x weight scale sums bias add norm_weight norm_bias y q parallel"
@@ -248,8 +245,7 @@ class Linear:
     def _with(self, x: Tensor) -> _Call:
         call = _Call.from_buffer_copy(self._call)  # another thread may be in one, too
         call.x, call.rows = x.data_ptr(), (rows := x.numel() // self.width)
-        alone = rows * self.width * self.out < _ALONE
-        call.threads = 1 if alone else torch.get_num_threads()
+        call.threads = threads_for(rows * self.width * self.out)
         call.stride = x.stride(0) if x.ndim == 2 else self.width
         return call
 
@@ -288,9 +284,8 @@ class Two:
         one = _Call.from_buffer_copy(self.first._call)
         two = _Call.from_buffer_copy(self.second._call)
         one.x, one.stride, two.y = x.data_ptr(), self.width, y.data_ptr()
-        alone = rows * self.width * self.first.out < _ALONE
         one.rows = two.rows = rows
-        one.threads = two.threads = 1 if alone else torch.get_num_threads()
+        one.threads = two.threads = threads_for(rows * self.width * self.first.out)
         if add is not None:
             two.add = add.data_ptr()
         return y, bool(self._made.int8_two(ctypes.byref(one), ctypes.byref(two)))

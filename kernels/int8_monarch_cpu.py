@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels import int8_cpu
+from rewriter.kernels.native import threads_for
 
 __all__ = ["Monarch", "Pair", "by_outputs", "pack"]
-
-_ALONE = 1 << 22
-"""Products of two numbers, below which one thread is done before a second one has woken up."""
 
 _POINTERS = (
     "x right right_scale right_sums left left_scale left_sums bias add norm_weight norm_bias y "
@@ -111,7 +109,7 @@ class Monarch:
         nothing."""
         rows = x.numel() // self.width
         y = torch.empty(*x.shape[:-1], self.out)
-        call = self.call(rows, _threads(rows * self.products))
+        call = self.call(rows, threads_for(rows * self.products))
         call.x, call.y = x.data_ptr(), y.data_ptr()
         if add is not None:
             call.add = add.data_ptr()
@@ -122,10 +120,6 @@ class Monarch:
 
     def in_graph(self) -> None:
         """No compiled code can call it yet."""
-
-
-def _threads(products: int) -> int:
-    return 1 if products < _ALONE else torch.get_num_threads()
 
 
 class Pair:
@@ -144,7 +138,7 @@ class Pair:
         rows = x.numel() // self.width
         y = torch.empty(*x.shape[:-1], self.out)
         both = self.first, self.second
-        threads = _threads(rows * sum(layer.products for layer in both))
+        threads = threads_for(rows * sum(layer.products for layer in both))
         calls = (_Call * 2)(*(layer.call(rows, threads) for layer in both))
         calls[0].x, calls[1].y = x.data_ptr(), y.data_ptr()
         if add is not None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import platformdirs
+import torch
 
 __all__ = [
     "Unavailable",
@@ -37,6 +38,7 @@ __all__ = [
     "library",
     "parallel",
     "shared",
+    "threads_for",
     "why_not",
 ]
 
@@ -224,6 +226,12 @@ def parallel() -> int:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
     except (AttributeError, OSError, TypeError) as error:  # TypeError: Windows has no CDLL(None)
         raise Unavailable("torch's threads are not those of GNU OpenMP") from error
+
+
+def threads_for(products: int, alone: int = 1 << 22) -> int:
+    """Of a call that multiplies so many pairs of numbers: below `alone` of them one thread is done
+    before a second one has woken up."""
+    return 1 if products < alone else torch.get_num_threads()
 
 
 @functools.cache
