@@ -32,6 +32,15 @@ ISA = (
     "amx_bf16 asimddp i8mm bf16 sve sve2"
 ).split()
 
+SETS = {
+    "AMX-int8": "amx_int8",
+    "AVX-512-VNNI": "avx512_vnni",
+    "AVX-VNNI": "avx_vnni",
+    "AVX-512": "avx512f",
+    "AVX2": "avx2",
+}
+"""What decides how fast integers are multiplied, best first, and the flag that tells of each."""
+
 KEPT_HEAP = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 
 Rows = Sequence[Mapping[str, Any]]
@@ -200,6 +209,11 @@ def markdown_table(rows: Rows) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def instruction_set(isa: Sequence[str]) -> str:
+    """The best of SETS that these flags have, "other" where they have none."""
+    return next((name for name, flag in SETS.items() if flag in isa), "other")
+
+
 def write_results(
     name: str,
     title: str,
@@ -208,6 +222,7 @@ def write_results(
     command: str,
     notes: str = "",
     out: Path | None = RESULTS,
+    by_isa: bool = False,
 ) -> str:
     """Prints the results and writes `<out>/<name>.md` and `<out>/<name>.json`, each atomically.
 
@@ -216,9 +231,11 @@ def write_results(
         command: what repeats the run, typed from the repository's root.
         notes: a paragraph on what was measured and what the figures do not say.
         out: the folder; None to print only.
+        by_isa: whether the figures depend on the instruction set so much that those of CPUs with
+            another one are kept: a section each, and under "others" in the JSON file.
 
     Returns:
-        The Markdown.
+        The Markdown of this run.
 
     Raises:
         ValueError: the name is not a plain file name, the rows of a table differ in their columns,
@@ -226,35 +243,65 @@ def write_results(
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
         raise ValueError(f"result name {name!r}: use letters, digits, '-' and '_'")
-    here, with_versions = machine(), versions()
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     record = {
         "name": name,
         "title": title,
-        "date": date,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": command,
-        "machine": here,
-        "versions": with_versions,
+        "machine": machine(),
+        "versions": versions(),
         "notes": notes,
         "tables": {heading: [dict(row) for row in rows] for heading, rows in tables.items()},
     }
-    parts = [f"# {title}"]
-    parts += [f"## {heading}\n\n{markdown_table(rows)}" for heading, rows in tables.items()]
-    parts += [notes] if notes else []
-    parts.append(
-        f"`{command}`, {date}, {here['cpu']}, {here['cores']} cores, {here['threads']} threads "
-        f"({', '.join(here['isa']) or 'no listed instruction sets'}), "
-        + ", ".join(f"{package} {number}" for package, number in with_versions.items())
-        + "."
-    )
-    text = "\n\n".join(parts) + "\n"
-    data = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = f"# {title}\n\n" + _section(record)
+    json.dumps(record, allow_nan=False)
     print(text)
     if out is not None:
+        path = out / f"{name}.json"
+        others = _of_others(path, record) if by_isa else []
+        whole = text
+        if others:
+            runs = sorted([record, *others], key=_rank)
+            whole = f"# {title}\n\n" + "\n".join(
+                f"# On a CPU with {_set_of(run)}\n\n{_section(run)}" for run in runs
+            )
+            record = {**record, "others": others}
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / f"{name}.md", text)
-        _write(out / f"{name}.json", data)
+        _write(out / f"{name}.md", whole)
+        _write(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return text
+
+
+def _section(record: Mapping[str, Any]) -> str:
+    """Tables, notes and circumstances of one run, in Markdown."""
+    here = record["machine"]
+    parts = [f"## {key}\n\n{markdown_table(rows)}" for key, rows in record["tables"].items()]
+    parts += [record["notes"]] if record["notes"] else []
+    parts.append(
+        f"`{record['command']}`, {record['date']}, {here['cpu']}, {here['cores']} cores, "
+        f"{here['threads']} threads ({', '.join(here['isa']) or 'no listed instruction sets'}), "
+        + ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+        + "."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _set_of(record: Mapping[str, Any]) -> str:
+    return instruction_set(record["machine"]["isa"])
+
+
+def _rank(record: Mapping[str, Any]) -> int:
+    names = [*SETS, "other"]
+    return names.index(_set_of(record))
+
+
+def _of_others(path: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs kept in a file of results that CPUs with other instruction sets made."""
+    if not path.exists():
+        return []
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    runs = [{k: v for k, v in kept.items() if k != "others"}, *kept.get("others", [])]
+    return sorted((run for run in runs if _set_of(run) != _set_of(record)), key=_rank)
 
 
 def _cell(value: object) -> str:

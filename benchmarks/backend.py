@@ -391,6 +391,7 @@ def main() -> None:
         "hold elementwise operations alone are all that an epilogue of our operations could take "
         "over. Monarch starts from random factors: only its time is looked at.",
         out=args.out,
+        by_isa=True,
     )
 
 

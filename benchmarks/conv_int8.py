@@ -103,6 +103,7 @@ def main() -> None:
         command=command(),
         notes="Forward under inference_mode; medians, all in turns. " + " ".join(missing),
         out=args.out,
+        by_isa=True,
     )
 
 

@@ -272,6 +272,7 @@ def main() -> None:
         + " Aimed at: int8-weight 2.5×, int4-weight 3.2×, 0.8 of llama.cpp; perplexity within 1 % "
         "and 4 %.",
         out=args.out,
+        by_isa=True,
     )
 
 

@@ -338,6 +338,7 @@ def main() -> None:
             "this would do); with glibc's defaults, `--default-heap`, page faults come on top."
         ),
         out=args.out,
+        by_isa=True,
     )
 
 

@@ -154,6 +154,7 @@ def main() -> None:
         "untimed and six timed runs, without calls in which a thread waited for a core. Each batch "
         "is captured for itself. The C heap keeps what is freed. " + " ".join(missing),
         out=args.out,
+        by_isa=True,
     )
 
 

@@ -181,6 +181,7 @@ def main() -> None:
         "and words of a news corpus and a novel, then trained against the original for 2 minutes; "
         "it never sees the pairs of the test sets.",
         out=args.out,
+        by_isa=True,
     )
 
 

@@ -162,6 +162,7 @@ def main() -> None:
         'model runs; models are rewritten and lowered, BERT-base with random weights. "measured" '
         f'is the same recipe with objective="latency". The compiled kernels {kernels}.',
         out=args.out,
+        by_isa=True,
     )
 
 

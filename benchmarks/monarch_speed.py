@@ -213,6 +213,7 @@ def main() -> None:
             notes="A GPT-2-like model (4 layers of 768, 4 × 256 tokens, all linear layers but the "
             f"head), forward, loss, backward and AdamW. bf16 {bf16}. Compiled kernels: {kernels}.",
             out=args.out,
+            by_isa=True,
         )
 
 

@@ -194,6 +194,7 @@ def main() -> None:
         "other calls in train mode, so that it takes two. Aimed at: a geometric mean of 4, and "
         "none above 6.",
         out=args.out,
+        by_isa=True,
     )
 
 

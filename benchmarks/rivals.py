@@ -307,6 +307,7 @@ def main() -> None:
         + ", ".join(f"{n} {v}" for n, v in versions(*VERSIONS).items())
         + ".",
         out=args.out,
+        by_isa=True,
     )
 
 

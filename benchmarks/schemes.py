@@ -129,6 +129,7 @@ def main() -> None:
         "over rounds of eager fp32's time by the scheme's in the same round. Cosine: the least "
         "over 32 held-out texts of mean embeddings with those of fp32.",
         out=args.out,
+        by_isa=True,
     )
 
 

@@ -184,6 +184,32 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_part(harness, tmp_path,
     assert (tmp_path / "demo.md").read_text() == "old"
 
 
+def test_figures_of_another_instruction_set_are_kept(harness, tmp_path, monkeypatch):
+    def run(ms: int, flags: str, **kwargs: bool) -> str:
+        here = {**harness.machine(), "isa": flags.split()}
+        monkeypatch.setattr(harness, "machine", lambda: here)
+        rows = {"Speed": [{"ms": ms}]}
+        harness.write_results("d", "Demo", rows, command="c", out=tmp_path, **kwargs)
+        return (tmp_path / "d.md").read_text(encoding="utf-8")
+
+    run(1, "avx2 avx512f avx512_vnni", by_isa=True)
+    run(2, "avx2", by_isa=True)
+    run(3, "avx2 avx512_vnni amx_int8", by_isa=True)
+    text = run(4, "avx2", by_isa=True)  # the second run again: the weakest, and the newest
+    headings = [line for line in text.splitlines() if line.startswith("# ")]
+    cpus = ["AMX-int8", "AVX-512-VNNI", "AVX2"]
+    assert headings == ["# Demo", *(f"# On a CPU with {name}" for name in cpus)]
+    assert [line for line in text.splitlines() if line in {"| 1 |", "| 2 |", "| 3 |", "| 4 |"}] == [
+        "| 3 |",
+        "| 1 |",
+        "| 4 |",
+    ]
+    record = json.loads((tmp_path / "d.json").read_text(encoding="utf-8"))
+    assert record["tables"]["Speed"] == [{"ms": 4}]
+    assert [other["tables"]["Speed"] for other in record["others"]] == [[{"ms": 3}], [{"ms": 1}]]
+    assert "On a CPU" not in run(5, "avx2")  # where it makes no difference
+
+
 def test_quick_writes_nothing_unless_told_where(harness, tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     for argv, out in (
