@@ -492,6 +492,8 @@ long strip(const Call& c, long bytes) {
   long size = (STRIP + bytes - 1) / bytes;
   const long even = (c.out + 4 * c.threads - 1) / (4 * c.threads);  // four pieces for each thread
   if (size < even) size = least(even, 4 * size);
+  const long pieces = (c.out + size - 1) / size;
+  if (pieces > 1) size = (c.out + up(pieces, c.threads) - 1) / up(pieces, c.threads);  // as many for each thread
   return up(size, 4);
 }
 
