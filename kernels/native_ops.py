@@ -4,9 +4,13 @@
     native_int8_two(x, first, second, add, mid, out)  two products in a row
     native_int8_attention(x, layer, mask, …)          attention behind one product for q, k and v
     native_attention(q, k, v, mask, causal, scale, bf16)    softmax(q kᵀ·scale + mask) v
+    native_int8_weight_linear(x, qweight, scale, bias)      of `weight_only`, as all with weights of
+    native_int4_linear(x, packed, scale, zero, bias)        few bits: a layer's own tensors, as they
+    native_int4_dynamic_linear(x, packed, scale, zero, bias)    are stored
 
-A layer is one tensor of bytes: `rewriter.kernels.int8_cpu.Linear.layer` makes it of packed weights
-and all that goes with them. It holds on the CPU that it was made on, and says so elsewhere.
+A layer of the int8 ops is one tensor of bytes: `rewriter.kernels.int8_cpu.Linear.layer` makes it of
+packed weights and all that goes with them. It holds on the CPU that it was made on, and says so
+elsewhere.
 
 C++ is found in two ways, and made when either is first asked for. torch's dispatcher finds what
 `load` registers; code that Inductor generates in C++ calls the functions that `SHIMS` declares,
@@ -26,10 +30,21 @@ from torch import Tensor
 
 from rewriter.kernels import native, ops
 
-__all__ = ["INT8", "InGraph", "archive", "int8", "int8_two", "load", "refusal"]
+__all__ = [
+    "INT8",
+    "WEIGHT_ONLY",
+    "InGraph",
+    "archive",
+    "int8",
+    "int8_two",
+    "load",
+    "refusal",
+    "weight_only",
+]
 
 _SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.cpp") for name in ("int8_cpu", "attention_cpu", "shims")
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("int8_cpu", "attention_cpu", "weight_only_cpu", "shims")
 )
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
@@ -45,6 +60,14 @@ _LIB.define(
 _LIB.define(
     "native_int8_attention(Tensor x, Tensor layer, Tensor? mask, int heads, int shared, int depth, "
     "int causal, float scale, int bf16) -> Tensor"
+)
+for _few in ("int4_linear", "int4_dynamic_linear"):
+    _LIB.define(
+        f"native_{_few}(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias) "
+        "-> Tensor"
+    )
+_LIB.define(
+    "native_int8_weight_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor"
 )
 
 
@@ -117,6 +140,27 @@ def int8_two(layers: Sequence[Tensor], x: Tensor, add: Tensor | None, mid: int, 
     return y
 
 
+def weight_only(
+    op: str, x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """An op of `rewriter.kernels.weight_only`, as it stands in a graph.
+
+    Args:
+        op: its name.
+        x: [*, in] float32.
+        weight, scale, zero, bias: as of that op, contiguous; scale and zero float32, of 4 bits also
+            bfloat16, bias float32.
+    """
+    x = x.contiguous()
+    if op == "int8_weight_linear":
+        y: Tensor = torch.ops.rewriter.native_int8_weight_linear.default(x, weight, scale, bias)
+    elif op == "int4_linear":
+        y = torch.ops.rewriter.native_int4_linear.default(x, weight, scale, zero, bias)
+    else:
+        y = torch.ops.rewriter.native_int4_dynamic_linear.default(x, weight, scale, zero, bias)
+    return y
+
+
 # Registration ------------------------------------------------------------------------------------
 
 
@@ -162,11 +206,18 @@ def _fake_int8_attention(
     return x.new_empty(*x.shape[:-1], heads * depth)
 
 
+def _fake_weight_only(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "native_int8": _fake_int8,
     "native_int8_two": _fake_two,
     "native_attention": _fake_attention,
     "native_int8_attention": _fake_int8_attention,
+    "native_int8_weight_linear": _fake_weight_only,
+    "native_int4_linear": _fake_weight_only,
+    "native_int4_dynamic_linear": _fake_weight_only,
 }
 for _name, _fake in _FAKES.items():
     _LIB.impl(_name, _late(_name), "CompositeExplicitAutograd")
@@ -182,6 +233,13 @@ _ARGUMENTS = {
     "int64_t, int64_t, int64_t, double, int64_t",
     "native_attention": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, "
     "int64_t, double, int64_t",
+    "native_int8_weight_linear": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, "
+    "AtenTensorHandle*",
+    **dict.fromkeys(
+        ("native_int4_linear", "native_int4_dynamic_linear"),
+        "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, "
+        "AtenTensorHandle*",
+    ),
 }
 
 
@@ -237,6 +295,12 @@ INT8 = (
     ),
 )
 """Companions of `rewriter::int8_linear`."""
+
+WEIGHT_ONLY = {
+    name: ops.Companion(f"rewriter::native_{name}", shim=_shim(f"native_{name}"))
+    for name in ("int8_weight_linear", "int4_linear", "int4_dynamic_linear")
+}
+"""Of each op of `rewriter.kernels.weight_only` its companion, which takes the same arguments."""
 
 
 def _attention_reference(

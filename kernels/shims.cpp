@@ -1,5 +1,5 @@
 // The dispatcher's way to the kernels that compiled programs call: what C++ calls of Inductor's name
-// directly (int8_shim.h, attention_shim.h), others find by the op.
+// directly (int8_shim.h, attention_shim.h, weight_shim.h), others find by the op.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,6 +15,9 @@ AOTITorchError aoti_torch_cpu_native_int8_two(Handle, Handle, Handle, Handle*, i
 AOTITorchError aoti_torch_cpu_native_int8_attention(Handle, Handle, Handle*, int64_t, int64_t, int64_t, int64_t, double,
                                                     int64_t, Handle*);
 AOTITorchError aoti_torch_cpu_native_attention(Handle, Handle, Handle, Handle*, int64_t, double, int64_t, Handle*);
+AOTITorchError aoti_torch_cpu_native_int8_weight_linear(Handle, Handle, Handle, Handle*, Handle*);
+AOTITorchError aoti_torch_cpu_native_int4_linear(Handle, Handle, Handle, Handle*, Handle*, Handle*);
+AOTITorchError aoti_torch_cpu_native_int4_dynamic_linear(Handle, Handle, Handle, Handle*, Handle*, Handle*);
 }
 
 namespace {
@@ -53,6 +56,24 @@ Tensor attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, int64
   return Tensor(y);
 }
 
+Tensor int8_weight(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias) {
+  Handle y;
+  aoti_torch_cpu_native_int8_weight_linear(x.get(), weight.get(), scale.get(), Maybe(bias), &y);
+  return Tensor(y);
+}
+
+Tensor int4(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias) {
+  Handle y;
+  aoti_torch_cpu_native_int4_linear(x.get(), weight.get(), scale.get(), Maybe(zero), Maybe(bias), &y);
+  return Tensor(y);
+}
+
+Tensor int4_dynamic(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias) {
+  Handle y;
+  aoti_torch_cpu_native_int4_dynamic_linear(x.get(), weight.get(), scale.get(), Maybe(zero), Maybe(bias), &y);
+  return Tensor(y);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rewriter, CPU, m) {
@@ -60,4 +81,7 @@ STABLE_TORCH_LIBRARY_IMPL(rewriter, CPU, m) {
   m.impl("native_int8_two", TORCH_BOX(&int8_two));
   m.impl("native_int8_attention", TORCH_BOX(&int8_attention));
   m.impl("native_attention", TORCH_BOX(&attention));
+  m.impl("native_int8_weight_linear", TORCH_BOX(&int8_weight));
+  m.impl("native_int4_linear", TORCH_BOX(&int4));
+  m.impl("native_int4_dynamic_linear", TORCH_BOX(&int4_dynamic));
 }

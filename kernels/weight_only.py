@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import int8_linear as int8
-from rewriter.kernels import ops, quantized_gpu, weight_only_cpu
+from rewriter.kernels import native_ops, ops, quantized_gpu, weight_bound, weight_only_cpu
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.common import (
     owned,
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 _BLOCK, _HALF = 32, 16
-_VERSION = "weights-1"
+_VERSION = "weights-2"
 """Of the kernels: choices that another version of them measured do not count."""
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
@@ -195,8 +195,7 @@ def int8_weight_linear(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    y: Tensor = torch.ops.rewriter.int8_weight_linear.default(x, qweight, scale, bias)
-    return y
+    return _called("int8_weight_linear", x, qweight, scale, None, bias)
 
 
 def int4_linear(
@@ -223,8 +222,7 @@ def int4_linear(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    y: Tensor = torch.ops.rewriter.int4_linear.default(x, packed, scale, zero, bias)
-    return y
+    return _called("int4_linear", x, packed, scale, zero, bias)
 
 
 def int4_dynamic_linear(
@@ -238,8 +236,27 @@ def int4_dynamic_linear(
 
     The gradient of x is straight-through. NaN or inf in a row makes that row NaN.
     """
-    y: Tensor = torch.ops.rewriter.int4_dynamic_linear.default(x, packed, scale, zero, bias)
-    return y
+    return _called("int4_dynamic_linear", x, packed, scale, zero, bias)
+
+
+def _called(
+    op: str, x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """By the shortest way that the call allows; see `weight_bound`."""
+    if torch.compiler.is_compiling():
+        if weight_bound.stands_in_graph(x, weight, scale, zero, bias):
+            return native_ops.weight_only(op, x, weight, scale, zero, bias)
+    else:
+        y = weight_bound.direct(op, _check, _pick, x, weight, scale, zero, bias)
+        if y is not None:
+            return y
+    if op == "int8_weight_linear":
+        found: Tensor = torch.ops.rewriter.int8_weight_linear.default(x, weight, scale, bias)
+    elif op == "int4_linear":
+        found = torch.ops.rewriter.int4_linear.default(x, weight, scale, zero, bias)
+    else:
+        found = torch.ops.rewriter.int4_dynamic_linear.default(x, weight, scale, zero, bias)
+    return found
 
 
 def int8_weight_reference(
@@ -623,6 +640,7 @@ def _record(op: str, reference: Callable[..., Any], dtype: str) -> ops.Record:
                 place=lambda *sizes: sizes,
             ),
             kernels=lambda: refused_kernels(op),
+            companions=(native_ops.WEIGHT_ONLY[op],),
         )
     )
 

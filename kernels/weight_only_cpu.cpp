@@ -5,7 +5,8 @@
 //   dynamic   the same with x[r,k] ≈ s[r,g]·a[r,k]      s[r,g] = max|x[r,k]|/127 over the group g
 //
 // The weight lies as it is stored, row by row, and is read once for all rows of x up to 16: a row of
-// 4-bit weights is blocks of 32, of which byte i holds u[i] and 16·u[i + 16]. Of dynamic ones the
+// 4-bit weights is blocks of 32, of which byte i holds u[i] and 16·u[i + 16]. On one or two rows of
+// x, y[r,n] = Σ_g scale[n,g]·Σ_k x[r,k] (u[n,k] − 8) + zero[n,g]·Σ_k x[r,k] takes fewer operations. Of dynamic ones the
 // products within a group are integers, summed by vpdpbusd where there is one; they need no zero
 // point, as Σ(u − 8)a = Σ u·a − 8·Σa.
 //
@@ -36,7 +37,10 @@ typedef __m512 vec;
 INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE vec all(float v) { return _mm512_set1_ps(v); }
 INLINE vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE float sum_of(vec v) { return _mm512_reduce_add_ps(v); }
+INLINE __m256 half_of(vec v) {
+  const __m256d high = _mm512_extractf64x4_pd(_mm512_castps_pd(v), 1);
+  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(high));
+}
 #elif defined(__AVX2__) && defined(__FMA__)
 #define WIDE 0
 constexpr int V = 8, SUMS = 8;
@@ -44,6 +48,7 @@ typedef __m256 vec;
 INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE vec all(float v) { return _mm256_set1_ps(v); }
 INLINE vec fused(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE __m256 half_of(vec v) { return v; }
 #else
 #error "neither AVX-512 nor AVX2"
 #endif
@@ -53,9 +58,21 @@ INLINE float sum_of_8(__m256 v) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
-#if !WIDE
-INLINE float sum_of(vec v) { return sum_of_8(v); }
-#endif
+
+// The sum of each of R vectors, added in the same order for every R.
+template <int R>
+INLINE void sums_of(const vec* v, float* to) {
+  if constexpr (R == 4) {
+    const __m256 a = _mm256_hadd_ps(half_of(v[0]), half_of(v[1])), b = _mm256_hadd_ps(half_of(v[2]), half_of(v[3]));
+    const __m256 both = _mm256_hadd_ps(a, b);
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+  } else {
+    for (int i = 0; i < R; i++) {
+      const __m256 a = half_of(v[i]), pairs = _mm256_hadd_ps(a, a), fours = _mm256_hadd_ps(pairs, pairs);
+      to[i] = _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
+    }
+  }
+}
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && !defined(WEIGHT_NARROW)
 #define DOTS " and AVX-512-VNNI"
@@ -112,32 +129,43 @@ struct Levels {
 #endif
 };
 
+#if WIDE
+INLINE vec plain_levels() {
+  return _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+#endif
+
 INLINE Levels levels_of(const Call& c, long n, long g) {
   const long i = n * ((c.in + c.group - 1) / c.group) + g;
   const float scale = number(c.scale, i, c.floats);
   const float zero = c.zero ? number(c.zero, i, c.floats) : 0;
 #if WIDE
-  const vec plain = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  return {fused(plain, all(scale), all(zero))};
+  return {fused(plain_levels(), all(scale), all(zero))};
 #else
   return {all(scale), all(zero)};
 #endif
 }
 
-INLINE void unpack4(const uint8_t* p, const Levels& levels, vec* w) {
+INLINE void levels4(const uint8_t* p, [[maybe_unused]] const Levels* levels, vec* w) {
 #if WIDE
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-  w[0] = _mm512_permutexvar_ps(bytes, levels.of);  // it reads four bits of each index
-  w[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels.of);
+  w[0] = _mm512_permutexvar_ps(bytes, levels->of);  // it reads four bits of each index
+  w[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels->of);
 #else
   const __m128i bytes = _mm_loadu_si128((const __m128i*)p), four = _mm_set1_epi8(15);
   const __m128i half[2] = {_mm_and_si128(bytes, four), _mm_and_si128(_mm_srli_epi16(bytes, 4), four)};
   for (int i = 0; i < 2; i++) {
     const __m128i q = _mm_sub_epi8(half[i], _mm_set1_epi8(8));
-    const vec a = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
-    const vec b = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8)));
-    w[2 * i] = fused(a, levels.scale, levels.zero), w[2 * i + 1] = fused(b, levels.scale, levels.zero);
+    w[2 * i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
+    w[2 * i + 1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8)));
   }
+#endif
+}
+
+INLINE void unpack4(const uint8_t* p, const Levels& levels, vec* w) {
+  levels4(p, &levels, w);
+#if !WIDE
+  for (int i = 0; i < PARTS; i++) w[i] = fused(w[i], levels.scale, levels.zero);
 #endif
 }
 
@@ -152,6 +180,38 @@ INLINE void unpack8(const uint8_t* p, vec* w) {
 }
 
 // Products with floats ----------------------------------------------------------------------------
+
+// Weights are asked for before they are read, as they come late of memory: line by line, some bytes before, and behind
+// the rows that are read at the same time.
+struct Asked {
+  const char* next;
+  Asked(const uint8_t* from, long together) : next((const char*)from + (together > 4096 ? together : 4096)) {}
+  INLINE void lines(int count) {
+    for (int i = 0; i < count; i++, next += 64) _mm_prefetch(next, _MM_HINT_T0);
+  }
+};
+
+// n numbers from the i-th on, as floats; in `room` where they are none.
+INLINE const float* floats_of(const void* from, long i, long n, bool floats, float* room) {
+  if (floats) return (const float*)from + i;
+  const uint16_t* p = (const uint16_t*)from + i;
+  for (long j = 0; j < n; j++) {
+    const uint32_t bits = (uint32_t)p[j] << 16;
+    memcpy(room + j, &bits, 4);
+  }
+  return room;
+}
+
+// y of a row and R columns from n on: the vectors' sums, times the columns' scales where there are some.
+template <int R>
+INLINE void put(const Call& c, const vec* sum, long r, long n, const float* scale) {
+  float of[R];
+  sums_of<R>(sum, of);
+  for (int i = 0; i < R; i++) {
+    const float bias = c.bias ? c.bias[n + i] : 0;
+    c.y[r * c.out + n + i] = of[i] * (scale ? scale[n + i] : 1) + bias;
+  }
+}
 
 // M rows of x, `width` apart and long, zero beyond `in` × R rows of the weight from n on.
 template <int BITS, int M, int R>
@@ -185,27 +245,83 @@ __attribute__((noinline)) void product(const Call& c, const float* x, long width
 
   if constexpr (BITS == 8) {
     const long whole = c.in / BLOCK * BLOCK, rest = c.in - whole;
-    for (long k = 0; k < whole; k += BLOCK) add(row + k, bytes, k, nullptr);
+    Asked asked(row, R * bytes);
+    for (long k = 0; k < whole; k += BLOCK) {
+      asked.lines(R * BLOCK / 64);
+      add(row + k, bytes, k, nullptr);
+    }
     if (rest) {
       uint8_t tail[R][BLOCK] = {};
       for (int i = 0; i < R; i++) memcpy(tail[i], row + i * bytes + whole, rest);
       add(tail[0], BLOCK, whole, nullptr);
     }
   } else {
+    Asked asked(row, R * bytes);
     for (long k = 0, g = 0; k < width; k += c.group, g++) {
       Levels levels[R];
 #pragma GCC unroll 4
       for (int i = 0; i < R; i++) levels[i] = levels_of(c, n + i, g);
-      for (long j = k; j < k + c.group; j += BLOCK) add(row + j / 2, bytes, j, levels);
+      for (long j = k; j < k + c.group; j += BLOCK) {
+        asked.lines(R * BLOCK / 128);
+        add(row + j / 2, bytes, j, levels);
+      }
     }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < R; i++) {
-    const float scale = BITS == 8 ? ((const float*)c.scale)[n + i] : 1;
-    const float bias = c.bias ? c.bias[n + i] : 0;
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) c.y[(r + m) * c.out + n + i] = sum_of(sum[m][i]) * scale + bias;
+  for (int m = 0; m < M; m++) put<R>(c, sum[m], r + m, n, BITS == 8 ? (const float*)c.scale : nullptr);
+}
+
+// M rows of x × R rows of 4-bit weights from n on, with scales and zeros behind the sums of groups, in place of one table
+// of levels for each: for few rows of x, of which no group is so large that a sum of levels is not finite.
+template <int M, int R, bool ZERO>
+__attribute__((noinline)) void by_groups(const Call& c, const float* x, long groups, long r, long n, float* room) {
+  const long width = groups * c.group, bytes = width / 2;
+  const uint8_t* row = c.weight + n * bytes;
+  const float *scale = floats_of(c.scale, n * groups, R * groups, c.floats, room), *zero = nullptr;
+  if (ZERO) zero = floats_of(c.zero, n * groups, R * groups, c.floats, room + R * groups);
+  Levels levels{};
+#if WIDE
+  levels.of = plain_levels();
+#endif
+  vec sum[M][R];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) sum[m][i] = all(0);
+  Asked asked(row, R * bytes);
+  for (long k = 0, g = 0; g < groups; g++) {
+    vec part[M][R], inputs[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+      inputs[m] = all(0);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) part[m][i] = all(0);
+    }
+    for (const long end = k + c.group; k < end; k += BLOCK) {
+      asked.lines(R * BLOCK / 128);
+      vec w[R][PARTS];
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) levels4(row + i * bytes + k / 2, &levels, w[i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < PARTS; j++)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+          const vec v = load(x + m * width + k + j * V);
+          if (ZERO) inputs[m] = inputs[m] + v;
+#pragma GCC unroll 4
+          for (int i = 0; i < R; i++) part[m][i] = fused(w[i][j], v, part[m][i]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) {
+        sum[m][i] = fused(part[m][i], all(scale[i * groups + g]), sum[m][i]);
+        if (ZERO) sum[m][i] = fused(inputs[m], all(zero[i * groups + g]), sum[m][i]);
+      }
   }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++) put<R>(c, sum[m], r + m, n, nullptr);
 }
 
 constexpr int ROWS = WIDE ? 8 : 4;  // of x that are multiplied at once, at most
@@ -216,6 +332,29 @@ void columns(const Call& c, const float* x, long width, long r, long n, long end
   constexpr int R = 4 * M <= SUMS ? 4 : 2 * M <= SUMS ? 2 : 1;
   for (; n + R <= end; n += R) product<BITS, M, R>(c, x, width, r, n);
   for (; n < end; n++) product<BITS, M, 1>(c, x, width, r, n);
+}
+
+constexpr int FEW = 2;          // rows of x, for which scales come behind the sums
+constexpr long SCALES = 4096;  // and so many numbers of four rows of weights, for which there is room
+
+// All rows of 4-bit weights from n to end, with M rows of x.
+template <int M, bool ZERO>
+void few(const Call& c, const float* x, long groups, long r, long n, long end) {
+  alignas(64) float room[2 * SCALES];
+  for (; n + 4 <= end; n += 4) by_groups<M, 4, ZERO>(c, x, groups, r, n, room);
+  for (; n < end; n++) by_groups<M, 1, ZERO>(c, x, groups, r, n, room);
+}
+
+// Whether the sums of groups are finite wherever the result is: no number is large, or none.
+INLINE bool moderate(const float* x, long count) {
+  uint32_t most = 0;
+  for (long i = 0; i < count; i++) {
+    uint32_t bits;
+    memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  return most < 0x71000000;  // 2⁹⁹
 }
 
 // All rows of x, a power of two of them at a time.
@@ -353,6 +492,8 @@ long strip(const Call& c, long bytes) {
   long size = (STRIP + bytes - 1) / bytes;
   const long even = (c.out + 4 * c.threads - 1) / (4 * c.threads);  // four pieces for each thread
   if (size < even) size = least(even, 4 * size);
+  const long pieces = (c.out + size - 1) / size;
+  if (pieces > 1) size = (c.out + up(pieces, c.threads) - 1) / up(pieces, c.threads);  // as many for each thread
   return up(size, 4);
 }
 
@@ -399,10 +540,20 @@ void weight_linear(const Call* call) {
     memset(padded + r * width + c.in, 0, (width - c.in) * sizeof(float));
   }
   const float* x = padded ? padded : c.x;
+  const bool sums = c.group && c.rows <= FEW && 4 * groups <= SCALES && moderate(c.x, c.rows * c.in);
   over_strips(c, c.group ? width / 2 : c.in, [&](long n, long end) {
+    if (sums && c.rows == 1) return c.zero ? few<1, true>(c, x, groups, 0, n, end) : few<1, false>(c, x, groups, 0, n, end);
+    if (sums) return c.zero ? few<2, true>(c, x, groups, 0, n, end) : few<2, false>(c, x, groups, 0, n, end);
     c.group ? rows_of<4>(c, x, width, 0, n, end) : rows_of<8>(c, x, width, 0, n, end);
   });
   free(padded);
+}
+
+// One of many calls with the same weight: `fixed` has what does not change.
+void weight_run(const Call* fixed, const float* x, float* y, int64_t rows, int64_t threads) {
+  Call c = *fixed;
+  c.x = x, c.y = y, c.rows = rows, c.threads = threads;
+  weight_linear(&c);
 }
 
 // Rows of the weight as floats.
@@ -439,3 +590,7 @@ void weight_dense(const Call* call) {
   });
 }
 }
+
+#ifdef SHIM  // as ops of compiled programs
+#include "weight_shim.h"
+#endif

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rewriter.kernels.native import library, parallel, why_not
 
-__all__ = ["dense", "isa", "linear", "refusal"]
+__all__ = ["Linear", "dense", "isa", "linear", "refusal"]
 
 _SOURCE = Path(__file__).with_name("weight_only_cpu.cpp")
 _POINTERS = "x weight scale zero bias y parallel"
@@ -36,6 +36,8 @@ def _library() -> tuple[Any, int]:
     made.weight_isa.restype = ctypes.c_char_p
     for function in (made.weight_linear, made.weight_dense):
         function.argtypes, function.restype = [ctypes.c_void_p], None
+    made.weight_run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+    made.weight_run.restype = None
     return made, parallel()
 
 
@@ -81,17 +83,53 @@ def linear(
     made, start = _library()
     *rows, width = x.shape
     out = weight.shape[0]
-    y = torch.empty(*rows, out)
+    y = x.new_empty(*rows, out)
     count = y.numel() // out
     call = _call(x.data_ptr(), weight, scale, zero, bias, y, start, count, width, dynamic)
     made.weight_linear(ctypes.byref(call))
     return y
 
 
+class Linear:
+    """`linear` of one weight, any number of times, also at the same time.
+
+    Args:
+        width: of a row of x.
+        weight, scale, zero, bias, dynamic: as of `linear`; they must outlive it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        weight: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        dynamic: bool,
+    ) -> None:
+        made, start = _library()
+        self.width, self.out = width, weight.shape[0]
+        self._call = _call(None, weight, scale, zero, bias, None, start, 0, width, dynamic)
+        self._run, self._address = made.weight_run, ctypes.addressof(self._call)
+
+    def __call__(self, x: Tensor, rows: int, threads: int) -> Tensor:
+        """
+        Args:
+            x: [*, width] float32, contiguous, on a CPU, of so many rows, one at least.
+            threads: torch's number of them.
+
+        Returns:
+            [*, out].
+        """
+        y = x.new_empty((*x.shape[:-1], self.out))
+        self._run(self._address, x.data_ptr(), y.data_ptr(), rows, threads)
+        return y
+
+
 def dense(weight: Tensor, scale: Tensor, zero: Tensor | None, width: int) -> Tensor:
     """W [out, width] float32, of operands as `linear` takes them; width·out > 0."""
     made, start = _library()
-    y = torch.empty(weight.shape[0], width)
+    y = torch.empty(weight.shape[0], width, dtype=torch.float32)
     call = _call(None, weight, scale, zero, None, y, start, 0, width, False)
     made.weight_dense(ctypes.byref(call))
     return y
@@ -103,7 +141,7 @@ def _call(
     scale: Tensor,
     zero: Tensor | None,
     bias: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     start: int,
     rows: int,
     width: int,
@@ -116,7 +154,7 @@ def _call(
         scale.data_ptr(),
         None if zero is None else zero.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
+        None if y is None else y.data_ptr(),
         start,
         rows,
         width,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import subprocess
 import sys
@@ -11,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import assert_equal, sqnr
+from closeness import assert_equal, assert_reordered, sqnr
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 import rewriter
 from rewriter import rewrite
-from rewriter.kernels import attention, int8_choice, int8_cpu, native, native_ops, ops
+from rewriter.kernels import attention, int8_choice, int8_cpu, native, native_ops, ops, weight_only
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import int8_static as static
 from rewriter.kernels.int8_product import quantize_weight
@@ -212,6 +213,105 @@ def test_without_a_compiler_the_op_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         native_ops._late("native_int8")(X, X, None, 3)
     with pytest.raises(RuntimeError, match="runs on a CPU alone, not on meta"):
         native_ops._late("native_int8")(X.to("meta"), X, None, 3)
+
+
+# weights of few bits
+
+
+def levels(op: str, width: int, size: int, zeros: bool) -> list[Tensor | None]:
+    """weight, scale, zero and bias of 9 outputs, with every level."""
+    _, weight, scale, zero, bias = weight_only._made(op, 1, 9, width, size)
+    return [weight, scale, zero if zeros else None, bias]
+
+
+WEIGHT_ONLY = [
+    (op, size, zeros)
+    for op in native_ops.WEIGHT_ONLY
+    for size in ((32, 64, 128) if "int4" in op else (32,))
+    for zeros in ((False, True) if "int4" in op else (False,))
+]
+
+
+@pytest.mark.parametrize(("op", "size", "zeros"), WEIGHT_ONLY)
+def test_ops_of_few_bits_compute_the_formula(op: str, size: int, zeros: bool) -> None:
+    for width in (1, 31, 96, 200):
+        weight, scale, zero, bias = levels(op, width, size, zeros)
+        for rows in ((), (1,), (2,), (2, 3), (0, 4), (40,)):
+            x = torch.linspace(-3, 3, math.prod(rows) * width).view(*rows, width).sin()
+            for added in (None, bias):
+                found = native_ops.weight_only(op, x, weight, scale, zero, added)
+                want = weight_only._REFERENCES[op](x.double(), weight, scale, zero, added)
+                assert found.dtype == torch.float32
+                assert_reordered(found.double(), want, x.dtype)
+    x = torch.randn(200, 3).t()  # not contiguous
+    given = weight, scale, zero, bias
+    assert_equal(native_ops.weight_only(op, x, *given), native_ops.weight_only(op, 1 * x, *given))
+    none = [None if t is None or t.ndim == 1 else t[:, :0] for t in (weight, zero)]
+    if "int4" in op:
+        found = native_ops.weight_only(op, x[:, :0], none[0], scale[:, :0], none[1], bias)
+        assert_equal(found, bias.expand(3, 9))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"x": torch.ones(2, 64)}, "x does not fit the weight"),
+        ({"x": torch.ones(2, 72).double()}, "x must be float32"),
+        ({"weight": torch.ones(9, 48)}, "of 8-bit numbers"),
+        ({"scale": torch.ones(9)}, "in another form"),
+        ({"scale": torch.ones(9, 3).double()}, "scales do not fit"),
+        ({"scale": torch.ones(8, 3)}, "scales do not fit"),
+        ({"scale": torch.ones(9, 5)}, "x does not fit"),
+        ({"zero": torch.ones(9, 3)}, "zeros do not fit"),
+        ({"bias": torch.ones(3)}, "bias does not fit"),
+        ({"bias": torch.ones(9).double()}, "or is not float32"),
+    ],
+)
+def test_ops_of_few_bits_refuse_what_does_not_fit(change: dict[str, Tensor], said: str) -> None:
+    names = "weight", "scale", "zero", "bias"
+    given: Any = dict(zip(names, levels("int4_linear", 72, 32, True), strict=True))
+    with pytest.raises(RuntimeError, match=said):
+        native_ops.weight_only("int4_linear", **{"x": torch.ones(2, 72), **given, **change})
+
+
+OF_FEW_BITS = {
+    "int8-weight": Quantize("int8-weight"),
+    "int4-weight": Quantize("int4-weight", group_size=32, symmetric=False),
+    "int4-dynamic": Quantize("int4-dynamic", group_size=32),
+}
+THEIR_OPS = dict(zip(OF_FEW_BITS, native_ops.WEIGHT_ONLY, strict=True))
+
+
+@pytest.mark.parametrize("scheme", OF_FEW_BITS)
+def test_a_trace_calls_the_ops_of_few_bits(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_only, "_pick", lambda *_: "native")
+    model, op = rewrite(block(), [OF_FEW_BITS[scheme]], X), THEIR_OPS[scheme]
+    with torch.no_grad():
+        with lowered_in_traces(model):
+            program = torch.export.export(model, (X,))
+        plain = torch.export.export(model, (X,))
+        assert called(program.graph)[f"rewriter::native_{op}"] == 7
+        assert called(plain.graph)[f"rewriter::{op}"] == 7
+        assert_reordered(program.module()(X), model(X))
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("scheme", OF_FEW_BITS)
+def test_python_that_is_compiled_calls_the_ops_of_few_bits(scheme: str) -> None:
+    """As a language model that decodes is compiled: Dynamo sees the layers, not a graph."""
+    model, op = rewrite(block(), [OF_FEW_BITS[scheme]], X), THEIR_OPS[scheme]
+    layer, seen = model.down, Seen()
+    compiled: Any = torch.compile(layer, backend=seen, dynamic=False, fullgraph=True)
+    few, many = torch.randn(1, 2, 96), torch.randn(3, 9, 96)
+    with torch.no_grad():
+        for x in (few, few.mT.contiguous().mT, many):
+            assert_reordered(compiled(x), layer(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert compiled(few).dtype == torch.bfloat16
+    compiled(few.requires_grad_()).sum().backward()
+    assert few.grad is not None
+    short, whole = {f"rewriter::native_{op}": 1}, {f"rewriter::{op}": 1}
+    assert seen.graphs == [short, short, whole, whole, whole]
 
 
 # torch.compile

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from rewriter.kernels import native, weight_only, weight_only_cpu
+from rewriter.kernels import native, weight_bound, weight_only, weight_only_cpu
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.weight_only import GROUP_SIZES, dequantize_groups, pack, quantize_groups
 
@@ -182,6 +182,26 @@ def test_kernels_agree_with_the_formula(op: str, symmetric: bool, kernel: str) -
         assert_reordered(got.double(), formula(op, x, *operands), x.dtype)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_few_rows_of_the_largest_numbers(compiled: str, symmetric: bool) -> None:
+    """Sums of groups stand before their scales are applied: they must not overflow where the
+    result does not, nor make NaN of inf."""
+    kernel = weight_only._KERNELS["int4_linear"]["native"]
+    for rows in (1, 2, 3):
+        x, weight, scale, zero, _ = problem("int4_linear", rows, 96, 9, 32, symmetric)
+        scale = scale * 2**-10
+        zero = None if zero is None else zero * 2**-10
+        x[-1, 40] = 3e38
+        want = formula("int4_linear", x, weight, scale, zero, None)
+        assert_reordered(kernel(x, weight, scale, zero, None).double(), want, x.dtype)
+        x[-1, 40] = torch.inf
+        want = formula("int4_linear", x, weight, scale, zero, None)
+        found = kernel(x, weight, scale, zero, None).double()
+        assert_close(found[-1], want[-1], equal_nan=True)  # NaN where a weight is 0
+        x[-1, 41] = torch.nan
+        assert kernel(x, weight, scale, zero, None)[-1].isnan().all()
+
+
 def test_weights_that_fill_many_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_only, "_PANEL", 1)
     for op in OPS:
@@ -309,6 +329,81 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], said: str) -> N
     given = dict(zip(names, problem("int4_linear", symmetric=False), strict=True))
     with pytest.raises(ValueError, match=said):
         weight_only.int4_linear(**{**given, **change})
+
+
+# Calls that skip the dispatcher ------------------------------------------------------------------
+
+
+def direct(op: str, *given: Any) -> Tensor | None:
+    return weight_bound.direct(op, weight_only._check, lambda *_: "native", *given)
+
+
+with_kernel = pytest.mark.skipif(
+    weight_only_cpu.refusal() is not None, reason=f"no kernel: {weight_only_cpu.refusal()}"
+)
+
+
+@with_kernel
+@EVERY
+def test_a_plain_call_skips_the_dispatcher(op: str, symmetric: bool) -> None:
+    x, *operands = problem(op, 3, symmetric=symmetric)
+    want = weight_only._KERNELS[op]["native"](x, *operands)
+    for own in (x, x.view(3, 1, 72), x[0]):
+        found = direct(op, own, *operands)
+        assert found is not None
+        assert found.shape == (*own.shape[:-1], 12)
+        assert_reordered(found.view(-1, 12), want[: len(own.view(-1, 72))])
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert_equal(direct(op, x, *operands), want)
+    finally:
+        torch.set_default_dtype(default)
+
+
+@with_kernel
+def test_calls_that_others_have_a_say_in_go_through_the_op() -> None:
+    op = "int4_linear"
+    x, *operands = problem(op, symmetric=False)
+    assert direct(op, x, *operands) is not None
+    for own in (x.double(), x.bfloat16(), x[:0], x.t().contiguous().t(), x.to("meta")):
+        assert direct(op, own, *operands) is None
+    wanting = x.clone().requires_grad_()
+    assert direct(op, wanting, *operands) is None
+    assert direct(op, x, *operands[:3], operands[3].clone().requires_grad_()) is None
+    with torch.no_grad():
+        assert direct(op, wanting, *operands) is not None
+    for mode in (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.device("meta"),
+        FlopCounterMode(display=False),
+        torch.autograd.forward_ad.dual_level(),
+    ):
+        with mode:
+            assert direct(op, x, *operands) is None
+    seen = []
+    torch.vmap(lambda x: seen.append(direct(op, x, *operands)) or x)(x)
+    assert seen == [None]
+    assert direct(op, x, operands[0], *[t.double() for t in operands[1:3]], None) is None
+
+
+@with_kernel
+def test_a_plain_call_reads_the_tensors_of_now() -> None:
+    op = "int8_weight_linear"
+    x, weight, scale, zero, bias = problem(op)
+    bias = torch.nn.Parameter(bias, requires_grad=False)
+    before = direct(op, x, weight, scale, zero, bias)
+    weight.neg_(), scale.mul_(2)
+    bias.data = -2 * bias.data  # other memory
+    assert_close(direct(op, x, weight, scale, zero, bias), -2 * before)
+    assert_close(direct(op, x, weight, scale / 2, zero, bias * 0.5), -before)
+    key = id(weight)
+    assert key in weight_bound._bound
+    del weight
+    assert key not in weight_bound._bound
+    x, *operands = problem(op)
+    with pytest.raises(ValueError, match="does not fit"):
+        direct(op, x[:, :64].contiguous(), *operands)
 
 
 def test_the_kernel_of_a_call_is_told() -> None:

@@ -36,6 +36,7 @@ from rewriter.lowering.integers import (
     INT8_NORM,
 )
 from rewriter.lowering.rules import Rule
+from rewriter.lowering.weights import WEIGHT_ALONE
 from rewriter.modules.patterns import (
     activation,
     add,
@@ -136,5 +137,7 @@ FLOAT32_RULES = tuple(
 IN_GRAPHS = (
     # s·(q(x)·Qᵀ)·scale + …, which a model calls as a layer
     Rule(int8, INT8_ALONE),
+    # x·wᵀ + b with w of 8 or 4 bits, the same
+    Rule(op("int8_weight_linear") | op("int4_linear"), WEIGHT_ALONE),
 )
 """Further rules where a compiler traces the lowered graph: it calls no Python then."""
