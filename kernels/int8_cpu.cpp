@@ -19,7 +19,8 @@
 // The weight is packed once: panels of COLS columns, in each the groups of DOT values that one
 // instruction multiplies, column beside column. vpdpbusd (AVX-512-VNNI, AVX-VNNI) adds four products
 // of an unsigned and a signed byte; without it both are widened to int16 and added in pairs, as the
-// byte instructions of AVX2 saturate.
+// byte instructions of AVX2 saturate. Where the CPU has AMX, several rows are multiplied by it
+// (int8_amx.h), from the same panels.
 //
 // C++17 with Intel's intrinsics; threads as threads.h has them. Every output is summed by one thread,
 // and sums of integers are exact in any order: results do not depend on the number of threads.
@@ -43,6 +44,9 @@ namespace {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(INT8_NARROW)
 #define ISA "AVX-512-VNNI"
 #define WIDE 1
+#if defined(__AMX_INT8__) && defined(__linux__) && !defined(INT8_NO_AMX)
+#define AMX 1
+#endif
 constexpr int V = 16, DOT = 4;
 typedef __m512 vec;
 typedef __m512i ints;
@@ -152,10 +156,22 @@ constexpr int NV = 2;
 constexpr long COLS = NV * V;               // of the weight in one panel
 constexpr long GROUP = COLS * DOT;          // bytes of a panel that belong to DOT values of x
 constexpr int ROWS = WIDE ? 12 : 5;         // of x in one tile: ROWS × NV sums in registers
-constexpr long BLOCK = ROWS * (WIDE ? 8 : 16);  // rows of q that stay in the second-level cache
+
+#ifdef AMX
+constexpr long UNIT = 32;                // rows of x that are best multiplied together
+constexpr long DEPTH = 64;               // levels in one row of a tile
+#else
+constexpr long UNIT = ROWS, DEPTH = DOT;
+#endif
+constexpr long BLOCK = UNIT * (WIDE ? 128 / UNIT : 16);  // rows of q that stay in the second-level cache
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long up(long n, long to) { return (n + to - 1) / to * to; }
+
+// Levels of a row, with the zeros behind them: of few of them DEPTH would be mostly zeros.
+INLINE long width_of(long in) { return up(in, in < DEPTH * 3 / 4 ? DOT : DEPTH); }
+// Rows of q, with those that a tile reads beyond them.
+INLINE long height_of(long rows) { return DEPTH > DOT ? up(rows, 16) : rows; }
 
 }  // namespace
 
@@ -324,11 +340,39 @@ struct Row {
   int32_t zero;
 };
 
+// V columns of y from n on: what their sums become.
+struct Columns {
+  ints sums;
+  vec scale, offset, bias;
+  some part;
+  bool whole;
+
+  INLINE Columns(const Call& c, long n)
+      : part(first(c.out - n)), whole(n + V <= c.out) {
+    sums = load(c.sums + n, part), scale = load(c.scale + n, part), offset = floats(sums) * scale;
+    bias = c.bias ? load(c.bias + n, part) : all(0);
+  }
+
+  // Row r of y in these columns, which begin at n.
+  INLINE void finish(const Call& c, ints sum, const Row& row, long r, long n, int then) const {
+    const ints exact = c.one_range ? minus(sum, times(row.zero, sums)) : sum;
+    vec y = floats(exact) * scale;
+    y = c.bias ? fused(y, all(row.s), bias) : y * all(row.s);
+    if (!c.one_range) y = fused(all(row.lo), offset, y);
+    y = finished(then, y);
+    if (c.add) y = y + load(c.add + r * c.out + n, part);
+    if (whole)
+      store(c.y + r * c.out + n, y);
+    else
+      store(c.y + r * c.out + n, y, part);
+  }
+};
+
 // M rows × P panels of the weight, all of k.
 template <int M, int P>
 __attribute__((noinline)) void tile(const Call& c, const level* q, long width, const Row* row,
                                     long r, long panel, int then) {
-  const long groups = width / DOT, size = groups * GROUP;
+  const long groups = (c.in + DOT - 1) / DOT, size = width * COLS;
   const int8_t* w = c.weight + panel * size;
   ints sum[M][P * NV];
 #pragma GCC unroll 16
@@ -351,24 +395,9 @@ __attribute__((noinline)) void tile(const Call& c, const level* q, long width, c
   for (int j = 0; j < P * NV; j++) {
     const long n = n0 + j * V;
     if (n >= c.out) break;
-    const some part = first(c.out - n);
-    const ints sums = load(c.sums + n, part);
-    const vec scale = load(c.scale + n, part), offset = floats(sums) * scale;
-    const vec bias = c.bias ? load(c.bias + n, part) : all(0);
+    const Columns columns(c, n);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) {
-      const ints exact = c.one_range ? minus(sum[m][j], times(row[m].zero, sums)) : sum[m][j];
-      vec y = floats(exact) * scale;
-      y = c.bias ? fused(y, all(row[m].s), bias) : y * all(row[m].s);
-      if (!c.one_range) y = fused(all(row[m].lo), offset, y);
-      y = finished(then, y);
-      float* to = c.y + (r + m) * c.out + n;
-      if (c.add) y = y + load(c.add + (r + m) * c.out + n, part);
-      if (n + V <= c.out)
-        store(to, y);
-      else
-        store(to, y, part);
-    }
+    for (int m = 0; m < M; m++) columns.finish(c, sum[m][j], row[m], r + m, n, then);
   }
 }
 
@@ -388,9 +417,20 @@ void few_rows(long m, const Call& c, const level* q, long width, const Row* row,
   if constexpr (M > 1) few_rows<M - 1>(m, c, q, width, row, r, panel, end);
 }
 
+}  // namespace
+
+#ifdef AMX
+#include "int8_amx.h"
+#endif
+
+namespace {
+
 // Rows [r, r + count) of y in the columns of these panels.
 void block(const Call& c, const level* q, long width, const Row* row, long r, long count, long panel,
            long end) {
+#ifdef AMX
+  if (amx::takes(c, width, count)) return amx::block(c, q, width, row, r, count, panel, end);
+#endif
   const long step = 8;  // panels whose weights stay in the second-level cache while rows pass
   for (long p = panel; p < end; p += step)
     for (long m = 0; m < count; m += ROWS)
@@ -485,7 +525,7 @@ struct Rows {
 
   // Rows [r, r + count) of x as the rows from `to` on; whether one has no finite range of its own.
   bool quantize(const Call& c, const float* x, long r, long count, long to) {
-    const long width = up(c.in, DOT);
+    const long width = width_of(c.in);
     bool bad = false;
     for (const long end = r + count; r < end; r++, to++) {
       const float* from = x + r * c.stride;
@@ -532,16 +572,30 @@ Buffer& buffer() {
 
 extern "C" {
 
-const char* int8_isa() { return ISA; }
+const char* int8_isa() {
+#ifdef AMX
+  if (amx::on()) return "AMX-int8";
+#endif
+  return ISA;
+}
+
+// Multiplies by AMX from now on, where that can be, or no more; whether it does.
+int64_t int8_use_amx(int64_t wanted) {
+#ifdef AMX
+  return amx::use(wanted != 0);
+#else
+  return wanted & 0;
+#endif
+}
 
 // What a packed layer of one tensor depends on beside its own sizes.
-int64_t int8_layout() { return (1LL << 48) | ((int64_t)sizeof(Call) << 32) | (COLS << 16) | (DOT << 8) | V; }
+int64_t int8_layout() { return (2LL << 48) | ((int64_t)sizeof(Call) << 32) | (COLS << 24) | (DEPTH << 16) | (DOT << 8) | V; }
 
-int64_t int8_packed_size(int64_t out, int64_t in) { return up(out, COLS) * up(in, DOT); }
+int64_t int8_packed_size(int64_t out, int64_t in) { return up(out, COLS) * width_of(in); }
 
 // w [out, in] → panels; what is beyond `out` and `in` is zero.
 void int8_pack(const int8_t* w, int64_t out, int64_t in, int8_t* to) {
-  const long width = up(in, DOT);
+  const long width = width_of(in);
   for (long n0 = 0; n0 < out; n0 += COLS)
     for (long k = 0; k < width; k += DOT)
       for (long n = n0; n < n0 + COLS; n++)
@@ -549,17 +603,17 @@ void int8_pack(const int8_t* w, int64_t out, int64_t in, int8_t* to) {
 }
 
 int64_t int8_scratch(int64_t rows, int64_t in) {
-  return rows * (up(in, DOT) * (int64_t)sizeof(level) + (int64_t)sizeof(Row)) + 64;
+  return height_of(rows) * width_of(in) * (int64_t)sizeof(level) + rows * (int64_t)sizeof(Row) + 64;
 }
 
 // 1 where a row of x has no finite range: its y is NaN then.
 int64_t int8_linear(const Call* call) {
   const Call& c = *call;
-  const long width = up(c.in, DOT), panels = (c.out + COLS - 1) / COLS;
+  const long width = width_of(c.in), panels = (c.out + COLS - 1) / COLS;
   Rows rows(c, c.q, c.rows);
   std::atomic<long> spoiled{0};
   if (by_rows(c)) {  // a thread has its own rows
-    const long size = least(BLOCK, up((c.rows + c.threads - 1) / c.threads, ROWS));
+    const long size = least(BLOCK, up((c.rows + c.threads - 1) / c.threads, UNIT));
     for_each(c.parallel, c.threads, (c.rows + size - 1) / size, [&](long task) {
       const long r = task * size, count = least(size, c.rows - r);
       if (rows.quantize(c, c.x, r, count, r)) spoiled.store(1, std::memory_order_relaxed);
@@ -599,7 +653,7 @@ int64_t int8_two(const Call* one, const Call* two) {
     b.q = own.of(1, int8_scratch(b.rows, b.in));
     return spoiled | int8_linear(&b);
   }
-  const long size = least(4 * ROWS, up((a.rows + a.threads - 1) / a.threads, ROWS));
+  const long size = least(up(4 * ROWS, UNIT), up((a.rows + a.threads - 1) / a.threads, UNIT));
   std::atomic<long> spoiled{0};
   for_each(a.parallel, a.threads, (a.rows + size - 1) / size, [&](long task) {
     const long r = task * size, count = least(size, a.rows - r);
@@ -609,7 +663,7 @@ int64_t int8_two(const Call* one, const Call* two) {
     d.x = c.y, d.stride = c.out;
     bool bad = false;
     for (const Call* of : {&c, &d}) {
-      const long width = up(of->in, DOT), panels = (of->out + COLS - 1) / COLS;
+      const long width = width_of(of->in), panels = (of->out + COLS - 1) / COLS;
       Rows rows(*of, mine.of(1, int8_scratch(size, of->in)), size);
       bad |= rows.quantize(*of, of->x, r, count, 0);
       block(*of, rows.q, width, rows.row, r, count, 0, panels);
@@ -624,7 +678,7 @@ int64_t int8_two(const Call* one, const Call* two) {
 int64_t int8_units(const Call* call, int64_t unit, void (*next)(const void*, int64_t, const float*),
                    const void* to) {
   const Call& c = *call;
-  const long width = up(c.in, DOT), panels = (c.out + COLS - 1) / COLS;
+  const long width = width_of(c.in), panels = (c.out + COLS - 1) / COLS;
   std::atomic<long> spoiled{0};
   for_each(c.parallel, c.threads, c.rows / unit, [&](long task) {
     const long r = task * unit;

@@ -85,6 +85,7 @@ def _library() -> tuple[Any, int]:
     made.int8_pack.restype = None
     made.int8_linear.argtypes, made.int8_linear.restype = [ctypes.c_void_p], ctypes.c_int64
     made.int8_layout.restype = ctypes.c_int64
+    made.int8_use_amx.argtypes, made.int8_use_amx.restype = [ctypes.c_int64], ctypes.c_int64
     made.int8_two.argtypes, made.int8_two.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
     made.int8_monarch.restype = ctypes.c_int64
     made.int8_monarch.argtypes = [ctypes.c_void_p, ctypes.c_int64]

@@ -92,7 +92,7 @@ struct Block {
         bad(rows.quantize(c, c.x, 0, count, 0)) {}
 
   void multiply(long from, long to) const {
-    block(call, rows.q, up(call.in, DOT), rows.row, 0, count, first + from, first + to);
+    block(call, rows.q, width_of(call.in), rows.row, 0, count, first + from, first + to);
   }
 };
 
@@ -252,7 +252,7 @@ int64_t int8_monarch(const Monarch* layers, int64_t count) {
   bool few = one.rows < ROWS * one.threads && one.threads > 1;
   long widest = 0, floats = 0, bytes = 0;
   for (long i = 0; i < count; i++) few |= layers[i].one_range != 0;
-  const long size = least(4 * ROWS, up((one.rows + one.threads - 1) / one.threads, ROWS));
+  const long size = least(up(4 * ROWS, UNIT), up((one.rows + one.threads - 1) / one.threads, UNIT));
   for (long i = 0; i < count; i++) {
     if (i + 1 < count) widest = larger(widest, layers[i].out);
     floats = larger(floats, Room::floats(layers[i], size, false));
