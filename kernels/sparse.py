@@ -36,9 +36,11 @@ __all__ = [
     "active_reference",
     "by_columns",
     "held_bytes",
+    "importance_of",
     "kernel_name",
     "largest_share",
     "multiplied",
+    "straight_through",
 ]
 
 MOST_ROWS = 16
@@ -77,6 +79,19 @@ def active(x: Tensor, select: Select) -> Tensor:
     if x.device.type != "cpu" or x.dtype == torch.float64 or _refusal() is not None:
         return active_reference(x, select)
     return sparse_cpu.chosen(x.detach().float().contiguous(), select)
+
+
+def importance_of(weight: Tensor) -> Tensor:
+    """‖W[:, i]‖ of each input, [in] float32: what an entry of x is worth at most in the output.
+
+    Source: Chen et al. 2025, "WINA: Weight Informed Neuron Activation".
+    """
+    return torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32)
+
+
+def straight_through(x: Tensor, mask: Tensor) -> Tensor:
+    """x with zeros where the mask [*, width] is False; the gradient passes as if it were x."""
+    return x - x.where(~mask, 0.0).detach()
 
 
 # Weights by columns ------------------------------------------------------------------------------
