@@ -213,9 +213,11 @@ def kernel_name(weight: Tensor, rows: int, share: float | None) -> str:
         return "torch, dense"
     if (reason := _refusal()) is not None:
         return f"torch, dense: {reason}"
+    if rows > MOST_ROWS:
+        return f"dense at {rows} rows; sparse kernels take up to {MOST_ROWS}"
     most = largest_share(weight.dtype, rows, *weight.shape)
     if not most:
-        return f"dense at {rows} rows"
+        return f"dense at {rows} rows, where it is faster"
     if share is None:
         return f"sparse ({sparse_cpu.isa()}) up to {most:.0%} active, else dense"
     union = 1 - (1 - share) ** min(rows, _GROUP)
