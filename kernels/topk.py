@@ -1,8 +1,8 @@
 """`rewriter::topk_linear`: y = topk_k(h) Wᵀ + bias, with the gradient of exactly that.
 
-Per row of h the k entries of largest magnitude are kept and the others count as zero. Today a
-dense GEMM runs over the masked h: correct, and no faster than the dense layer; the FLOP formula
-counts what runs.
+Per row of h the k entries of largest score are kept and the others count as zero. With few rows on
+a CPU only the weights of kept entries are read (`rewriter.kernels.sparse`); else, and where a
+gradient is wanted, a dense GEMM runs over the masked h. The FLOP formula counts the dense GEMM.
 
 Saved for the backward are the kept values and their indices (int16 up to 32768 features, else
 int32), never the dense h: k·(2 + 2) bytes a row in bfloat16, k·(4 + 2) in float32, against 2 and 4
@@ -29,14 +29,19 @@ from rewriter.kernels.common import (
     register_gradient,
     register_vmap,
 )
+from rewriter.kernels.sparse import Select, active, active_reference, multiplied
 
 __all__ = ["topk_linear", "topk_linear_reference"]
 
 _library: Any = torch.library  # untyped in torch
 _lib = _library.Library("rewriter", "FRAGMENT")
-_lib.define("topk_linear(Tensor h, Tensor weight, Tensor? bias, int k) -> Tensor")
 _lib.define(
-    "topk_linear_train(Tensor h, Tensor weight, Tensor? bias, int k) -> (Tensor, Tensor, Tensor)"
+    "topk_linear(Tensor h, Tensor weight, Tensor? bias, int k, Tensor? importance=None, "
+    "int block=1) -> Tensor"
+)
+_lib.define(
+    "topk_linear_train(Tensor h, Tensor weight, Tensor? bias, int k, Tensor? importance=None, "
+    "int block=1) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "topk_linear_backward(Tensor grad, Tensor? values, Tensor indices, Tensor weight, "
@@ -44,18 +49,28 @@ _lib.define(
 )
 
 
-def topk_linear(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
-    """y = topk_k(h) weightᵀ + bias, where topk_k keeps the k entries of largest |h| in each row.
+def topk_linear(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    importance: Tensor | None = None,
+    block: int = 1,
+) -> Tensor:
+    """y = topk_k(h) weightᵀ + bias, where topk_k keeps the k entries of largest score in each row.
 
-    Exactly k entries are kept: among entries tied at the k-th magnitude, those that `torch.topk`
-    picks. A NaN counts as the largest. Kept entries have the gradient of a dense layer, the others
-    zero: dh = mask ∘ (g W), dW = gᵀ topk_k(h), db = Σ g.
+    The score is |h|·importance. Exactly k entries are kept: among entries tied at the k-th score,
+    those of lower index. A NaN counts as the largest. Kept entries have the gradient of a dense
+    layer, the others zero: dh = mask ∘ (g W), dW = gᵀ topk_k(h), db = Σ g.
 
     Args:
         h: [*, in_features].
         weight: [out_features, in_features], of h's dtype (under autocast, of any).
         bias: [out_features] or None.
         k: kept entries a row, 1 ≤ k ≤ in_features.
+        importance: [in_features] float32, not negative; None: all 1. It has no gradient.
+        block: as many neighbours are kept or dropped together, by the largest score among them;
+            divides k and in_features.
 
     Returns:
         [*, out_features].
@@ -63,26 +78,57 @@ def topk_linear(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tenso
     Raises:
         RuntimeError: a shape, a dtype or k does not fit.
 
-    Source: magnitude top-k as in TEAL (Liu et al. 2024), with a count in place of a threshold.
-    Differentiable twice.
+    Source: magnitude top-k as in TEAL (Liu et al. 2024), with a count in place of a threshold;
+    importance as in WINA (Chen et al. 2025). Differentiable twice.
     """
-    y: Tensor = torch.ops.rewriter.topk_linear(h, weight, bias, k)
+    y: Tensor = torch.ops.rewriter.topk_linear(h, weight, bias, k, importance, block)
     return y
 
 
-def topk_linear_reference(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
+def topk_linear_reference(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    importance: Tensor | None = None,
+    block: int = 1,
+) -> Tensor:
     """y = (mask ∘ h) weightᵀ + bias with a dense mask; autograd does the rest."""
-    kept = h.detach().abs().topk(k, dim=-1, sorted=False).indices
-    mask = torch.zeros_like(h, dtype=torch.bool).scatter(-1, kept, True)
+    mask = active_reference(h, Select(k, 0.0, importance, block))
     y = h.where(mask, 0.0) @ weight.t()
     return y if bias is None else y + bias
+
+
+def _for_onnx(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    importance: Tensor | None = None,
+    block: int = 1,
+) -> Tensor:
+    """The reference by ONNX's TopK, which takes the lower index of two that are tied."""
+    score = h.abs() if importance is None else h.abs() * importance
+    groups = score.unflatten(-1, (-1, block)).amax(-1)
+    kept = groups.topk(k // block, dim=-1).indices
+    mask = torch.zeros_like(groups).scatter(-1, kept, 1.0).bool()
+    y = h.where(mask.repeat_interleave(block, -1), 0.0) @ weight.t()
+    return y if bias is None else y + bias
+
+
+def _kept(h: Tensor, k: int, importance: Tensor | None, block: int) -> Tensor:
+    """Indices [*, k] of the entries that stay, ascending."""
+    mask = active(h, Select(k, 0.0, importance, block))
+    return mask.nonzero()[:, -1].view(*h.shape[:-1], k)
 
 
 def _index_dtype(features: int) -> torch.dtype:
     return torch.int16 if features <= 2**15 else torch.int32
 
 
-def _check(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> None:
+def _check(
+    h: Tensor, weight: Tensor, bias: Tensor | None, k: int, importance: Tensor | None, block: int
+) -> None:
     if weight.dim() != 2 or h.dim() == 0 or h.shape[-1] != weight.shape[1]:
         raise RuntimeError(
             f"topk_linear: h must be [*, in] and weight [out, in], not {tuple(h.shape)} and "
@@ -91,6 +137,16 @@ def _check(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> None:
     if not 1 <= k <= h.shape[-1]:
         raise RuntimeError(
             f"topk_linear: k must be from 1 to the {h.shape[-1]} entries of a row, not {k}"
+        )
+    if block < 1 or k % block or h.shape[-1] % block:
+        raise RuntimeError(
+            f"topk_linear: block must divide k={k} and the {h.shape[-1]} entries of a row, and "
+            f"{block} does not"
+        )
+    if importance is not None and importance.shape != h.shape[-1:]:
+        raise RuntimeError(
+            f"topk_linear: importance must have shape [{h.shape[-1]}], not "
+            f"{tuple(importance.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(
@@ -103,50 +159,94 @@ def _scatter(values: Tensor, indices: Tensor, features: int) -> Tensor:
     return values.new_zeros((*values.shape[:-1], features)).scatter_(-1, indices.long(), values)
 
 
-def _train(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _train(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    importance: Tensor | None = None,
+    block: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Also returns what the backward needs: values and indices of the kept entries, [*, k]."""
-    _check(h, weight, bias, k)
-    kept = h.abs().topk(k, dim=-1, sorted=False).indices
+    _check(h, weight, bias, k, importance, block)
+    kept = _kept(h, k, importance, block)
     values = h.gather(-1, kept)
     y = F.linear(_scatter(values, kept, h.shape[-1]), weight, bias)
     return owned(y.contiguous(), y.shape), values, kept.to(_index_dtype(h.shape[-1]))
 
 
 def _train_reference(
-    h: Tensor, weight: Tensor, bias: Tensor | None, k: int
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    importance: Tensor | None = None,
+    block: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = topk_linear_reference(h, weight, bias, k)
-    kept = h.detach().abs().topk(k, dim=-1, sorted=False).indices
+    y = topk_linear_reference(h, weight, bias, k, importance, block)
+    mask = active_reference(h, Select(k, 0.0, importance, block))
+    kept = mask.to(torch.int8).sort(stable=True, dim=-1, descending=True).indices[..., :k]
     return y, h.gather(-1, kept), kept.to(_index_dtype(h.shape[-1]))
 
 
 def _train_fake(
-    h: Tensor, weight: Tensor, bias: Tensor | None, k: int
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    importance: Tensor | None = None,
+    block: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(h, weight, bias, k)
+    _check(h, weight, bias, k, importance, block)
     y, values = (h.new_empty((*h.shape[:-1], n)) for n in (weight.shape[0], k))
     return y, values, h.new_empty(values.shape, dtype=_index_dtype(h.shape[-1]))
 
 
-def _forward(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
-    return _train(h, weight, bias, k)[0]
+def _forward(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    importance: Tensor | None = None,
+    block: int = 1,
+) -> Tensor:
+    _check(h, weight, bias, k, importance, block)
+    select = Select(k, 0.0, importance, block)
+    if h.dtype == weight.dtype and (y := multiplied(h, weight, None, bias, select)) is not None:
+        return y
+    y = F.linear(h.where(active(h, select), 0.0), weight, bias)
+    return owned(y.contiguous(), y.shape)
 
 
-def _forward_fake(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
-    return _train_fake(h, weight, bias, k)[0]
+def _forward_fake(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    importance: Tensor | None = None,
+    block: int = 1,
+) -> Tensor:
+    return _train_fake(h, weight, bias, k, importance, block)[0]
 
 
-def _forward_autograd(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Tensor:
+def _forward_autograd(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    importance: Tensor | None = None,
+    block: int = 1,
+) -> Tensor:
     """One node in a captured graph; where a gradient is wanted it becomes `topk_linear_train`."""
     if is_transformed((h, weight, bias)):
-        return topk_linear_reference(h, weight, bias, k)
+        return topk_linear_reference(h, weight, bias, k, importance, block)
     wanted = any(t is not None and t.requires_grad for t in (h, weight, bias))
     y: Tensor
     if wanted and torch.is_grad_enabled():
-        y = torch.ops.rewriter.topk_linear_train(h, weight, bias, k)[0]
+        y = torch.ops.rewriter.topk_linear_train(h, weight, bias, k, importance, block)[0]
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            y = torch.ops.rewriter.topk_linear(h, weight, bias, k)
+            y = torch.ops.rewriter.topk_linear(h, weight, bias, k, importance, block)
     return y
 
 
@@ -192,7 +292,7 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight, _, _ = inputs
+    weight = inputs[1]
     _, values, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, indices, weight)
@@ -202,7 +302,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _grad(
     ctx: Any, grad: Tensor | None, grad_values: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    need_h, need_weight, need_bias, _ = ctx.needs_input_grad
+    need_h, need_weight, need_bias = ctx.needs_input_grad[:3]
     values, indices, weight = ctx.saved_tensors
     dh = dw = db = None
     if grad is not None and (need_h or need_weight):
@@ -214,7 +314,7 @@ def _grad(
     if grad_values is not None and need_h:  # only in a second derivative: dW depends on values
         through = _scatter(grad_values, indices, weight.shape[1])
         dh = through if dh is None else dh + through
-    return dh, dw, db, None
+    return dh, dw, db, None, None, None
 
 
 for _device in ("CPU", "CUDA"):
@@ -252,7 +352,14 @@ def _backward_flops(
     return sum(needs) * 2 * grad[:-1].numel() * weight[0] * weight[1]
 
 
-def _sizes(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Any, ...]:
+def _sizes(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    importance: Tensor | None = None,
+    block: int = 1,
+) -> tuple[Any, ...]:
     return (math.prod(h.shape[:-1]), *weight.shape, k)
 
 
@@ -283,6 +390,7 @@ ops.register(
         "rewriter::topk_linear",
         kind="topk",
         reference=topk_linear_reference,
+        onnx=_for_onnx,
         size_names=("rows", "out", "in", "k"),
         sizes=_sizes,
         flops=_forward_flops,

@@ -14,7 +14,9 @@ from rewriter.passes.quantized_linear import QuantizedLinear
 from rewriter.passes.quantized_monarch import QuantizedMonarch
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
+from rewriter.passes.sparse_int8 import SparseInt8Linear
 from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear
+from rewriter.passes.threshold import Threshold, ThresholdLinear
 from rewriter.passes.topk import TopK, TopKLinear
 from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
@@ -44,8 +46,11 @@ __all__ = [
     "QuantizedMonarch",
     "RemoveBlocks",
     "ResizeMLP",
+    "SparseInt8Linear",
     "StaticOutlierLinear",
     "StaticQuantizedLinear",
+    "Threshold",
+    "ThresholdLinear",
     "TopK",
     "TopKLinear",
     "TrainedConv1d",

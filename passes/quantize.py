@@ -17,6 +17,8 @@ from rewriter.kernels.int8_linear import ACTIVATIONS
 from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import MonarchLinear
+from rewriter.passes.threshold import ThresholdLinear
+from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
 from rewriter.sites import CONV, EMBEDDING, LINEAR, Kind, Site, kind_name
@@ -43,7 +45,7 @@ class Scheme:
         dtype: of the weights as they are multiplied; for those who read the scheme, as `bits` is.
         storage: of the buffers that hold them; a layer without such a buffer is an error.
         layers: by kind of site, what makes the layer closest to the one there: (site, quantize) →
-            a `Layer` with a `dense_weight`, or a `Skip`. `quantize` is the pass, with its options.
+            a `Layer` with a `stored_weight`, or a `Skip`. `quantize` is the pass, with its options.
             The layer keeps a bias that is a Parameter.
         per_element: weights in one element of the buffer, as `Layer.packed` of its layers says.
         options: those of `Quantize` that the makers read; any other is an error beside this scheme.
@@ -107,7 +109,8 @@ class Quantize(Pass):
 
     "int8-static" needs `rewrite(…, calibration=batches)`; see `StaticQuantizedLinear`.
     After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`. After
-    `QAT` of the same options, the layers of equal outputs; see `TrainedLinear`.
+    `TopK` and `Threshold`, "int8-weight" quantizes the weight and keeps the selection. After `QAT`
+    of the same options, the layers of equal outputs; see `TrainedLinear`.
 
     Args:
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
@@ -153,6 +156,8 @@ class Quantize(Pass):
     matches: ClassVar[tuple[Kind, ...]] = (
         LINEAR,
         MonarchLinear,
+        TopKLinear,
+        ThresholdLinear,
         TrainedLinear,
         TrainedConv1d,
         TrainedConv2d,
@@ -213,7 +218,7 @@ class Quantize(Pass):
         old = site.module
         if isinstance(old, Layer):
             weights: list[Tensor] = [p for n, p in old.named_parameters() if n != "bias"]
-            bias, before = getattr(old, "bias", None), old.dense_weight
+            bias, before = getattr(old, "bias", None), old.stored_weight
         else:
             weights, bias, before = [site.weight], site.bias, lambda: site.weight
         if refused := unusable(*weights, bias):
@@ -224,7 +229,7 @@ class Quantize(Pass):
         _check_storage(SCHEMES[self.scheme], site, layer)
         layer.train(old is None or old.training)
         note = _FROZEN if any(w.requires_grad for w in weights) else ""
-        weight, made = before(), layer.dense_weight()
+        weight, made = before(), layer.stored_weight()
         output_error = None
         if site.sample is not None:  # what becomes of the inputs is part of it
             output_error = site.sample.output_error(weight, bias, layer)

@@ -29,6 +29,9 @@ from rewriter.passes.quantized_embedding import (
     int4_embedding,
     int8_embedding,
 )
+from rewriter.passes.sparse_int8 import SparseInt8Linear
+from rewriter.passes.threshold import ThresholdLinear
+from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear, trained
 from rewriter.sites import EMBEDDING, LINEAR, Site
 
@@ -244,6 +247,12 @@ def _int4(site: Site, quantize: Quantize) -> Layer:
     return Int4Linear.from_quantized(*levels, site.bias, weight.shape[1], dynamic)
 
 
+def _int8_of_sparse(site: Site, quantize: Quantize) -> Layer:
+    layer = site.module
+    assert isinstance(layer, TopKLinear | ThresholdLinear)
+    return SparseInt8Linear.of(layer)
+
+
 def _int8_of_trained(layer: TrainedLinear) -> Layer:
     qweight, scale, _ = layer.levels()
     return Int8WeightLinear.from_quantized(qweight, scale, layer.bias)
@@ -267,6 +276,8 @@ register(
         storage=torch.int8,
         layers={
             LINEAR: _int8,
+            TopKLinear: _int8_of_sparse,
+            ThresholdLinear: _int8_of_sparse,
             TrainedLinear: trained(_int8_of_trained),
             EMBEDDING: int8_embedding,
         },

@@ -163,6 +163,15 @@ class Layer(StandsForWeight):
         """
         raise OptionError(f"{type(self).__name__} has no dense weight: it is not linear")
 
+    def stored_weight(self) -> Tensor:
+        """The [out_features, in_features] matrix that the layer keeps; of a layer that is linear
+        in its input, what it multiplies by.
+
+        Raises:
+            OptionError: it keeps none of this shape.
+        """
+        return self.dense_weight()
+
     def lr_scales(self) -> Mapping[str, float]:
         """Of each parameter whose learning rate differs from a dense layer's: by which factor; see
         `rewriter.param_groups`."""

@@ -402,3 +402,59 @@ def test_skip_a_down_projection_of_another_kind():
 def test_impossible_options(k):
     with pytest.raises(OptionError, match=r"k=.* must be an int >= 1"):
         TopK(k)
+
+
+# --- scores and blocks
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 4), st.sampled_from([1, 2, 4]), st.booleans(), st.data())
+def test_blocks_and_importance_equal_the_reference(rows, block, weighted, data):
+    k = block * data.draw(st.integers(1, 8 // block))
+    h, weight, bias = tensors(rows, n=8)
+    importance = torch.rand(8) if weighted else None
+    own = k, importance, block
+    y, expected = topk_linear(h, weight, bias, *own), topk_linear_reference(h, weight, bias, *own)
+    assert_close(y, expected)
+    g, args = torch.randn_like(y), (h, weight, bias)
+    assert_close(torch.autograd.grad(y, args, g), torch.autograd.grad(expected, args, g))
+
+
+def test_a_block_stands_or_falls_as_one():
+    h = torch.tensor([[0.5, 9.0, 5.0, 5.0, 0.0, 0.0]])
+    assert topk_linear(h, torch.eye(6), None, 2, None, 2).tolist() == [[0.5, 9.0, 0, 0, 0, 0]]
+    with pytest.raises(RuntimeError, match="block must divide k=3 and the 6 entries"):
+        topk_linear(h, torch.eye(6), None, 3, None, 2)
+    with pytest.raises(RuntimeError, match=r"importance must have shape \[6\], not \(5,\)"):
+        topk_linear(h, torch.eye(6), None, 2, torch.ones(5))
+
+
+def test_wina_ranks_by_what_an_entry_adds_to_the_output():
+    mlp = Mlp(False)
+    found = TopK(4, score="wina").propose(mlp.site()).layer
+    assert_close(found.importance, mlp.down.weight.norm(dim=0))
+    h = torch.randn(3, 16)
+    expected = topk_linear_reference(h, found.weight, found.bias, 4, found.importance)
+    assert_close(found(h), expected)
+    assert set(found.state_dict()) == {"weight", "bias", "importance"}
+    again = TopKLinear(**found.config())
+    again.load_state_dict(found.state_dict())
+    assert_close(again(h), found(h))
+
+
+def test_counts_are_whole_blocks():
+    assert TopK(0.25, block=8).count(100) == 32
+    assert TopK(9, block=8).propose(Mlp(False).site()).reason == "k=16 keeps all 16 activations"
+    assert TopK(5, block=8).propose(Mlp(False).site()).layer.k == 8
+    mlp = Mlp(False, nn.Linear(20, 5))
+    mlp.up = nn.Linear(5, 20)
+    found = TopK(5, block=8).propose(mlp.site())
+    assert found.reason == "block=8 does not divide its 20 activations"
+    with pytest.raises(OptionError, match="block=8 must divide k=4 and 16"):
+        TopKLinear(16, 5, 4, block=8)
+
+
+@pytest.mark.parametrize("option", [{"score": "sum"}, {"block": 4}, {"straight_through": 1}])
+def test_impossible_further_options(option):
+    with pytest.raises(OptionError, match=next(iter(option))):
+        TopK(4, **option)

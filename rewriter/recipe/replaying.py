@@ -47,6 +47,11 @@ def replay(
                 f"{fqn}: its recipe needs {unknown}, which is not known here: name that class in "
                 "rewriter.load(..., layers=[...]), or rewrite again"
             )
+        if rewrite.plans:
+            raise refusal(
+                f"{fqn}: {rewrite} made its layer from a look at the whole model and at its "
+                "calibration batches, which other weights lack: rewrite the other model instead"
+            )
         try:
             answer = rewrite.propose(site_around(layer, fqn, kind, transposed))
         except Exception as error:

@@ -1,0 +1,419 @@
+// Layers on a CPU that read only the weights of active inputs.
+//
+//   sparse_linear   y[r,:] = Σ_{i ∈ S(r)} x[r,i]·w[i,:] + bias           w[i,:] is one contiguous row
+//   sparse_gated    a[r,n] = act(Σ_k x[r,k] gate[n,k]),   n ∈ S(r) by a
+//                   y[r,:] = Σ_{n ∈ S(r)} a[r,n]·(Σ_k x[r,k] up[n,k])·down[n,:] + bias
+//
+// S(r) holds the k entries of largest score |x[r,i]|·importance[i], ties by the lower index, or those
+// whose score is not below a threshold. With blocks, neighbours stand or fall together by the largest
+// score among them, which unlike a sum does not depend on an order. NaN counts as the largest.
+//
+// Rows of x are taken up to eight at a time, with the union of what is active in them: each row of w
+// is read once for all of them. More active rows than `limit` and nothing is multiplied: a dense
+// product is faster then, and the caller has one.
+//
+// Weights are float32, bfloat16, or int8 with a scale for each output (of `gate` and `up`: each
+// neuron). C++17 with vector extensions and Intel's intrinsics; threads as threads.h has them. Every
+// output is summed by one thread in an order that depends on sizes and active entries alone: results
+// do not depend on the number of threads.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <vector>
+
+#include "threads.h"
+#include "vectors.h"
+
+#if !defined(__AVX2__) || !defined(__FMA__)
+#error "neither AVX-512 nor AVX2"
+#endif
+
+// The arguments, as Python fills them in (kernels/sparse_cpu.py) -----------------------------------
+
+struct Select {
+  const float* importance;  // [width] or null
+  double threshold;         // of scores; used where k is 0
+  int64_t k, block;
+};
+
+struct Linear {
+  const float* x;     // [rows, in]
+  const void* weight; // [in, out]
+  const float *scale, *bias;  // [out] or null
+  float* y;           // [rows, out]
+  int64_t* active;    // result: rows of w that were read, over all groups of rows of x
+  Parallel parallel;
+  int64_t rows, in, out, type, limit, threads;
+  Select select;
+};
+
+struct Gated {
+  const float* x;  // [rows, in]
+  const void *gate, *up, *down;  // [hidden, in], [hidden, in], [hidden, out]
+  const float *gate_scale, *up_scale, *down_scale;  // [hidden], [hidden], [out] or null
+  const float *gate_bias, *up_bias, *bias;          // [hidden], [hidden], [out] or null
+  float* y;                                         // [rows, out]
+  int64_t* active;
+  Parallel parallel;
+  int64_t rows, in, hidden, out, type, then, limit, threads;
+  Select select;
+};
+
+namespace {
+
+constexpr long GROUP = 8;   // rows of x at once
+constexpr long BATCH = 8;   // rows of w at once
+enum { FLOAT, BF16, INT8 };
+
+// Weights as floats -------------------------------------------------------------------------------
+
+INLINE vec load(const uint16_t* p) {
+#if defined(__AVX512F__) && !defined(VECTORS_NARROW)
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#endif
+}
+
+INLINE vec load(const int8_t* p) {
+#if defined(__AVX512F__) && !defined(VECTORS_NARROW)
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#endif
+}
+
+INLINE float number(const float* p) { return *p; }
+INLINE float number(const int8_t* p) { return *p; }
+INLINE float number(const uint16_t* p) {
+  const uint32_t bits = (uint32_t)*p << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE float sum_of(vec v) {
+#if defined(__AVX512F__) && !defined(VECTORS_NARROW)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  const __m256 w = (__m256)v;
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+#endif
+}
+
+// Selection ---------------------------------------------------------------------------------------
+
+// Scores are never negative: as integers their bits have the same order, and NaN comes last.
+INLINE uint32_t bits_of(float score) {
+  uint32_t bits;
+  memcpy(&bits, &score, 4);
+  return bits & 0x7fffffff;
+}
+
+// The k-th largest of n numbers below 2³¹.
+uint32_t kth_largest(const uint32_t* keys, long n, long k, std::vector<uint32_t>& room) {
+  long counts[2048] = {};
+  for (long i = 0; i < n; i++) counts[keys[i] >> 20]++;
+  long bucket = 2047;
+  for (; counts[bucket] < k; bucket--) k -= counts[bucket];
+  room.clear();
+  for (long i = 0; i < n; i++)
+    if ((long)(keys[i] >> 20) == bucket) room.push_back(keys[i]);
+  std::nth_element(room.begin(), room.begin() + (k - 1), room.end(), std::greater<uint32_t>());
+  return room[k - 1];
+}
+
+// chosen[i] = 1 where entry i is active.
+void choose(const Select& s, const float* x, long width, uint8_t* chosen) {
+  thread_local std::vector<uint32_t> keys, room;
+  const long block = s.block, count = (width + block - 1) / block;
+  keys.resize(count);
+  for (long b = 0; b < count; b++) {
+    uint32_t most = 0;
+    for (long i = b * block; i < least((b + 1) * block, width); i++) {
+      const uint32_t key = bits_of(s.importance ? x[i] * s.importance[i] : x[i]);
+      most = key > most ? key : most;
+    }
+    keys[b] = most;
+  }
+  uint32_t from = bits_of((float)s.threshold);
+  long ties = count;
+  if (s.k) {
+    const long k = least((s.k + block - 1) / block, count);
+    from = kth_largest(keys.data(), count, k, room);
+    long above = 0;
+    for (long b = 0; b < count; b++) above += keys[b] > from;
+    ties = k - above;
+  }
+  for (long b = 0; b < count; b++) {
+    const bool own = keys[b] > from || (keys[b] == from && ties-- > 0);
+    for (long i = b * block; i < least((b + 1) * block, width); i++) chosen[i] = own;
+  }
+}
+
+// What is active in up to GROUP rows: entries, and their values in each row, zero where a row has not
+// chosen them; padded with zeros to whole batches.
+struct Active {
+  std::vector<int32_t> index;
+  std::vector<float> value;  // [batches, GROUP, BATCH]
+  long count = 0;
+};
+
+void gather(const float* x, long apart, long rows, long width, const uint8_t* chosen, Active& active) {
+  active.index.clear();
+  for (long i = 0; i < width; i++) {
+    bool any = false;
+    for (long r = 0; r < rows; r++) any |= chosen[r * width + i];
+    if (any) active.index.push_back((int32_t)i);
+  }
+  active.count = active.index.size();
+  const long batches = (active.count + BATCH - 1) / BATCH;
+  if (active.count) active.index.resize(batches * BATCH, active.index.back());
+  active.value.assign(batches * BATCH * GROUP, 0.0f);
+  for (long n = 0; n < active.count; n++) {
+    const long i = active.index[n];
+    for (long r = 0; r < rows; r++)
+      if (chosen[r * width + i]) active.value[(n / BATCH * GROUP + r) * BATCH + n % BATCH] = x[r * apart + i];
+  }
+}
+
+// Products ----------------------------------------------------------------------------------------
+
+// y[r, from:to] += Σ over one batch of value[r][n]·w[index[n], from:to]
+template <class T, int R>
+INLINE void add_batch(const T* const* row, const T* const* next, const float* value, float* y, long apart,
+                      long from, long to) {
+  long j = from;
+  for (; j + V <= to; j += V) {
+    vec sum[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) sum[r] = load(y + r * apart + j);
+#pragma GCC unroll 8
+    for (int n = 0; n < BATCH; n++) {
+      const vec w = load(row[n] + j);
+      if ((j * sizeof(T)) % 64 < V * sizeof(T)) _mm_prefetch((const char*)(next[n] + j), _MM_HINT_T0);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[r] += w * all(value[r * BATCH + n]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) store(y + r * apart + j, sum[r]);
+  }
+  for (; j < to; j++)
+    for (int r = 0; r < R; r++) {
+      float sum = y[r * apart + j];
+      for (int n = 0; n < BATCH; n++) sum = std::fma(number(row[n] + j), value[r * BATCH + n], sum);
+      y[r * apart + j] = sum;
+    }
+}
+
+// y[r, from:to] = Σ value·w (·scale) (+ bias)
+template <class T, int R>
+__attribute__((noinline)) void add_rows(const T* weight, long out, const Active& active, const float* scale,
+                                        const float* bias, float* y, long from, long to) {
+  for (int r = 0; r < R; r++) std::fill(y + r * out + from, y + r * out + to, 0.0f);
+  const long batches = (active.count + BATCH - 1) / BATCH;
+  const T *row[BATCH], *next[BATCH];
+  for (long b = 0; b < batches; b++) {
+    const long ahead = b + 1 < batches ? b + 1 : b;
+    for (int n = 0; n < BATCH; n++) {
+      row[n] = weight + active.index[b * BATCH + n] * out;
+      next[n] = weight + active.index[ahead * BATCH + n] * out;
+    }
+    add_batch<T, R>(row, next, active.value.data() + b * GROUP * BATCH, y, out, from, to);
+  }
+  for (int r = 0; r < R; r++)
+    for (long j = from; j < to; j++) {
+      float& to_ = y[r * out + j];
+      if (scale) to_ *= scale[j];
+      if (bias) to_ += bias[j];
+    }
+}
+
+template <class T>
+void add_rows(const T* weight, long out, const Active& active, const float* scale, const float* bias, float* y,
+              long rows, long from, long to) {
+  switch (rows) {
+    case 1: return add_rows<T, 1>(weight, out, active, scale, bias, y, from, to);
+    case 2: return add_rows<T, 2>(weight, out, active, scale, bias, y, from, to);
+    case 3: return add_rows<T, 3>(weight, out, active, scale, bias, y, from, to);
+    case 4: return add_rows<T, 4>(weight, out, active, scale, bias, y, from, to);
+    case 5: return add_rows<T, 5>(weight, out, active, scale, bias, y, from, to);
+    case 6: return add_rows<T, 6>(weight, out, active, scale, bias, y, from, to);
+    case 7: return add_rows<T, 7>(weight, out, active, scale, bias, y, from, to);
+    default: return add_rows<T, 8>(weight, out, active, scale, bias, y, from, to);
+  }
+}
+
+// Below so many products one thread is done before a second one has woken up.
+constexpr long ALONE = 1 << 16;
+
+template <class T>
+void over_strips(Parallel parallel, long threads, const T* weight, long out, const Active& active, const float* scale,
+                 const float* bias, float* y, long rows) {
+  threads = active.count * out * rows < ALONE ? 1 : threads;
+  const long strip = up(std::max(256L, (out + 2 * threads - 1) / (2 * threads)), 64);
+  for_each(parallel, threads, (out + strip - 1) / strip, [&](long task) {
+    add_rows<T>(weight, out, active, scale, bias, y, rows, task * strip, least((task + 1) * strip, out));
+  });
+}
+
+// R inner products of x with one row of w.
+template <class T, int R>
+INLINE void dots(const float* x, long in, const T* w, float* to) {
+  constexpr int U = R == 1 ? 4 : R <= 4 ? 2 : 1;  // sums that wait for no other
+  vec sum[U][R];
+  for (int u = 0; u < U; u++)
+    for (int r = 0; r < R; r++) sum[u][r] = all(0);
+  long k = 0;
+  for (; k + U * V <= in; k += U * V)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; u++) {
+      const vec v = load(w + k + u * V);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[u][r] += v * load(x + r * in + k + u * V);
+    }
+  for (; k + V <= in; k += V) {
+    const vec v = load(w + k);
+    for (int r = 0; r < R; r++) sum[0][r] += v * load(x + r * in + k);
+  }
+  for (int r = 0; r < R; r++) {
+    vec all_of = sum[0][r];
+    for (int u = 1; u < U; u++) all_of += sum[u][r];
+    to[r] = sum_of(all_of);
+  }
+  for (; k < in; k++)
+    for (int r = 0; r < R; r++) to[r] = std::fma(x[r * in + k], number(w + k), to[r]);
+}
+
+template <class T>
+void dots(const float* x, long rows, long in, const T* w, float* to) {
+  switch (rows) {
+    case 1: return dots<T, 1>(x, in, w, to);
+    case 2: return dots<T, 2>(x, in, w, to);
+    case 3: return dots<T, 3>(x, in, w, to);
+    case 4: return dots<T, 4>(x, in, w, to);
+    case 5: return dots<T, 5>(x, in, w, to);
+    case 6: return dots<T, 6>(x, in, w, to);
+    case 7: return dots<T, 7>(x, in, w, to);
+    default: return dots<T, 8>(x, in, w, to);
+  }
+}
+
+// Activations -------------------------------------------------------------------------------------
+
+enum { RELU = 1, GELU, SILU, GELU_TANH };
+
+INLINE float activated(float v, long then) {
+  if (then == RELU) return v != v ? v : v > 0 ? v : 0;
+  if (then == GELU) return 0.5f * v * (1 + std::erf(v * 0.70710678f));
+  if (then == GELU_TANH) return 0.5f * v * (1 + std::tanh(0.79788456f * (v + 0.044715f * v * v * v)));
+  if (then == SILU) return v / (1 + std::exp(-v));
+  return v;
+}
+
+// Whole layers ------------------------------------------------------------------------------------
+
+struct Room {
+  std::vector<uint8_t> chosen;
+  std::vector<float> hidden;
+  Active active;
+};
+
+void find_active(Parallel parallel, long threads, const Select& select, const float* x, long rows, long width,
+                 Room& room) {
+  room.chosen.resize(rows * width);
+  for_each(parallel, rows * width < 4096 ? 1 : threads, rows, [&](long r) {
+    choose(select, x + r * width, width, room.chosen.data() + r * width);
+  });
+  gather(x, width, rows, width, room.chosen.data(), room.active);
+}
+
+template <class T>
+bool linear(const Linear& c) {
+  thread_local Room kept;
+  Room& room = kept;
+  *c.active = 0;
+  for (long r = 0; r < c.rows; r += GROUP) {
+    const long rows = least(GROUP, c.rows - r);
+    find_active(c.parallel, c.threads, c.select, c.x + r * c.in, rows, c.in, room);
+    *c.active += room.active.count;
+    if (room.active.count > c.limit) return false;
+    over_strips<T>(c.parallel, c.threads, (const T*)c.weight, c.out, room.active, c.scale, c.bias,
+                   c.y + r * c.out, rows);
+  }
+  return true;
+}
+
+template <class T>
+bool gated(const Gated& c) {
+  thread_local Room kept;
+  Room& room = kept;
+  *c.active = 0;
+  const long strip = std::max(4L, (32L << 10) / (long)(c.in * sizeof(T)));  // neurons in one piece of work
+  const long threads = c.hidden * c.in < ALONE ? 1 : c.threads;
+  for (long r0 = 0; r0 < c.rows; r0 += GROUP) {
+    const long rows = least(GROUP, c.rows - r0);
+    const float* x = c.x + r0 * c.in;
+    room.hidden.resize(rows * c.hidden);
+    float* hidden = room.hidden.data();
+    for_each(c.parallel, threads, (c.hidden + strip - 1) / strip, [&](long task) {
+      float found[GROUP];
+      for (long n = task * strip; n < least((task + 1) * strip, c.hidden); n++) {
+        dots<T>(x, rows, c.in, (const T*)c.gate + n * c.in, found);
+        for (long r = 0; r < rows; r++) {
+          const float sum = found[r] * (c.gate_scale ? c.gate_scale[n] : 1) + (c.gate_bias ? c.gate_bias[n] : 0);
+          hidden[r * c.hidden + n] = activated(sum, c.then);
+        }
+      }
+    });
+    find_active(c.parallel, c.threads, c.select, hidden, rows, c.hidden, room);
+    Active& active = room.active;
+    *c.active += active.count;
+    if (room.active.count > c.limit) return false;
+    for_each(c.parallel, threads, (active.count + strip - 1) / strip, [&](long task) {
+      float found[GROUP];
+      for (long i = task * strip; i < least((task + 1) * strip, active.count); i++) {
+        const long n = active.index[i];
+        dots<T>(x, rows, c.in, (const T*)c.up + n * c.in, found);
+        float* value = active.value.data() + i / BATCH * GROUP * BATCH + i % BATCH;
+        for (long r = 0; r < rows; r++) {
+          const float sum = found[r] * (c.up_scale ? c.up_scale[n] : 1) + (c.up_bias ? c.up_bias[n] : 0);
+          if (room.chosen[r * c.hidden + n]) value[r * BATCH] *= sum;
+        }
+      }
+    });
+    over_strips<T>(c.parallel, c.threads, (const T*)c.down, c.out, active, c.down_scale, c.bias, c.y + r0 * c.out,
+                   rows);
+  }
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* sparse_isa() { return V == 16 ? "AVX-512" : "AVX2"; }
+
+// Whether the layer was computed; where it was not, more than `limit` rows of w are active.
+int sparse_linear(const Linear* c) {
+  return c->type == FLOAT ? linear<float>(*c) : c->type == BF16 ? linear<uint16_t>(*c) : linear<int8_t>(*c);
+}
+
+int sparse_gated(const Gated* c) {
+  return c->type == FLOAT ? gated<float>(*c) : c->type == BF16 ? gated<uint16_t>(*c) : gated<int8_t>(*c);
+}
+
+// chosen[r, i] = 1 where entry i of row r is active.
+void sparse_choose(const float* x, uint8_t* chosen, long rows, long width, const Select* select, Parallel parallel,
+                   long threads) {
+  for_each(parallel, rows * width < 4096 ? 1 : threads, rows, [&](long r) {
+    choose(*select, x + r * width, width, chosen + r * width);
+  });
+}
+}

@@ -1,0 +1,236 @@
+"""Layers that read only the weights of active inputs, on a CPU, by the compiled kernels of
+`sparse_cpu.cpp`.
+
+`refusal()` says why they are not used on this machine, or None; `isa()` by which instructions they
+multiply.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rewriter.kernels.native import library, parallel, why_not
+
+__all__ = ["THEN", "Gate", "Select", "chosen", "gated", "isa", "linear", "refusal"]
+
+THEN = ("", "relu", "gelu", "silu", "gelu_tanh")
+"""Activations of a gate, by the number that C++ knows them as."""
+
+_SOURCE = Path(__file__).with_name("sparse_cpu.cpp")
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+def _fields(pointers: str, sizes: str) -> list[tuple[str, Any]]:
+    return [(n, ctypes.c_void_p) for n in pointers.split()] + [
+        (n, ctypes.c_int64) for n in sizes.split()
+    ]
+
+
+class _Select(ctypes.Structure):
+    _fields_ = [
+        ("importance", ctypes.c_void_p),
+        ("threshold", ctypes.c_double),
+        ("k", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+    ]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *_fields(
+            "x weight scale bias y active parallel", "rows in_features out type limit threads"
+        ),
+        ("select", _Select),
+    ]
+
+
+class _Gated(ctypes.Structure):
+    _fields_ = [
+        *_fields(
+            "x gate up down gate_scale up_scale down_scale gate_bias up_bias bias y active "
+            "parallel",
+            "rows in_features hidden out type then limit threads",
+        ),
+        ("select", _Select),
+    ]
+
+
+class Select(NamedTuple):
+    """Which entries of a row are active.
+
+    Args:
+        k: how many of the largest score, ties by the lower index; 0: by the threshold.
+        threshold: scores that are not below it are active.
+        importance: [width] float32 ≥ 0, contiguous: scores are |x|·importance; None: |x|.
+        block: as many neighbours are active together, by the largest score among them.
+    """
+
+    k: int = 0
+    threshold: float = 0.0
+    importance: Tensor | None = None
+    block: int = 1
+
+    def made(self) -> _Select:
+        return _Select(_address(self.importance), self.threshold, self.k, self.block)
+
+
+class Gate(NamedTuple):
+    """One of the three matrices of a gated MLP.
+
+    Args:
+        weight: float32, bfloat16 or int8, contiguous: [hidden, in], of the last one [hidden, out].
+        scale: of int8 weights, [hidden] float32 of the first two, [out] of the last one.
+        bias: as scale, or None.
+    """
+
+    weight: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@functools.cache
+def _library() -> tuple[Any, int]:
+    made = library(_SOURCE)
+    made.sparse_isa.restype = ctypes.c_char_p
+    for function in (made.sparse_linear, made.sparse_gated):
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    made.sparse_choose.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
+    made.sparse_choose.restype = None
+    return made, parallel()
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why the compiled kernels do not run on this machine; None where they do."""
+    return why_not(_library)
+
+
+def isa() -> str:
+    """The instructions that multiply, e.g. "AVX-512".
+
+    Raises:
+        Unavailable: the kernels do not run here.
+    """
+    name: bytes = _library()[0].sparse_isa()
+    return name.decode()
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    select: Select,
+    limit: int,
+) -> tuple[Tensor | None, int]:
+    """y = x_S @ weight (·scale) + bias, where x_S is x with its inactive entries as zeros.
+
+    Args:
+        x: [*, in] float32, contiguous, on a CPU, of one row at least; in·out > 0.
+        weight: [in, out] float32, bfloat16 or int8, contiguous.
+        scale: [out] float32, of int8 weights; else None.
+        bias: [out] float32, contiguous, or None.
+        select: which entries are active.
+        limit: rows of the weight that may be active for eight rows of x together.
+
+    Returns:
+        y [*, out], or None where more are active; how many rows of the weight were read, over all
+        groups of eight rows of x.
+    """
+    made, start = _library()
+    *rows, width = x.shape
+    out = weight.shape[1]
+    y = torch.empty(*rows, out)
+    active = ctypes.c_int64()
+    call = _Linear(
+        x.data_ptr(),
+        weight.data_ptr(),
+        _address(scale),
+        _address(bias),
+        y.data_ptr(),
+        ctypes.addressof(active),
+        start,
+        y.numel() // out,
+        width,
+        out,
+        _TYPES[weight.dtype],
+        limit,
+        torch.get_num_threads(),
+        select.made(),
+    )
+    done = made.sparse_linear(ctypes.byref(call))
+    return (y if done else None), active.value
+
+
+def gated(
+    x: Tensor, gate: Gate, up: Gate, down: Gate, then: str, select: Select, limit: int
+) -> tuple[Tensor | None, int]:
+    """y = (a_S ∘ (x upᵀ)) down with a = then(x gateᵀ); only active rows of `up` and `down` are
+    read.
+
+    Args:
+        x: [*, in] float32, contiguous, on a CPU, of one row at least; no size is 0.
+        gate, up, down: see `Gate`; all three of one dtype.
+        then: one of `THEN`.
+        select: which entries of a are active.
+        limit: as of `linear`.
+
+    Returns:
+        As `linear` does.
+    """
+    made, start = _library()
+    *rows, width = x.shape
+    hidden, out = down.weight.shape
+    y = torch.empty(*rows, out)
+    active = ctypes.c_int64()
+    three = gate, up, down
+    call = _Gated(
+        x.data_ptr(),
+        *(g.weight.data_ptr() for g in three),
+        *(_address(g.scale) for g in three),
+        *(_address(g.bias) for g in three),
+        y.data_ptr(),
+        ctypes.addressof(active),
+        start,
+        y.numel() // out,
+        width,
+        hidden,
+        out,
+        _TYPES[gate.weight.dtype],
+        THEN.index(then),
+        limit,
+        torch.get_num_threads(),
+        select.made(),
+    )
+    done = made.sparse_gated(ctypes.byref(call))
+    return (y if done else None), active.value
+
+
+def chosen(x: Tensor, select: Select) -> Tensor:
+    """Whether each entry of x [*, width] float32, contiguous, is active: [*, width] bool."""
+    made, start = _library()
+    found = torch.empty(x.shape, dtype=torch.bool)
+    if x.numel():
+        own = select.made()
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        made.sparse_choose(
+            x.data_ptr(),
+            found.data_ptr(),
+            rows,
+            width,
+            ctypes.byref(own),
+            start,
+            torch.get_num_threads(),
+        )
+    return found
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,326 @@
+"""`Threshold`: entries of a linear layer's input below a calibrated threshold count as zeros."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.base import Layer, Pass, Phase, as_parameter, unusable
+from rewriter.edits import Edit, Keep, Replace, View
+from rewriter.errors import OptionError, given, of_type, one_of
+from rewriter.kernels.sparse import MOST_ROWS, held_bytes, importance_of, kernel_name
+from rewriter.kernels.sparse_linear import sparse_linear
+from rewriter.modules.moments import Sample
+from rewriter.passes.topk import SCORES, Score
+from rewriter.sites import LINEAR, MLP, Kind, Site
+
+__all__ = ["Threshold", "ThresholdLinear"]
+
+_FEWEST = 64
+"""Rows of calibration below which no quantile is taken."""
+_COMPARED = 256
+"""So many rows tell what each sparsity costs a layer."""
+_STEP = 0.05
+"""By which a greedy budget grows."""
+_MOST = 0.95
+"""No layer of a greedy budget is sparser."""
+
+
+class ThresholdLinear(Layer):
+    """y = x_S Wᵀ + bias, with x_S[i] = x[i] where |x[i]|·importance[i] ≥ t, else 0.
+
+    The gradient is that of this function: zero for entries below the threshold. With few rows on a
+    CPU only the weights of entries above it are read.
+
+    Args:
+        in_features, out_features: sizes of the last dimension of input and output.
+        bias: whether there is an additive bias.
+        weighted: whether there is an importance; else it is 1.
+        share: of the entries that are active, as calibration saw it; None where nobody knows.
+        straight_through: in training entries below the threshold have the gradient of a dense
+            layer too.
+        device, dtype: of the parameters.
+
+    Shapes:
+        input [*, in_features], output [*, out_features]; weight [out_features, in_features];
+        bias [out_features]; threshold [1] and importance [in_features], float32 buffers.
+    """
+
+    op: ClassVar[str] = "threshold_linear"
+    bias: nn.Parameter | None
+    threshold: Tensor
+    importance: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        weighted: bool = False,
+        share: float | None = None,
+        straight_through: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weighted, self.share, self.straight_through = weighted, share, straight_through
+        self.weight = nn.Parameter(
+            torch.empty((out_features, in_features), device=device, dtype=dtype)
+        )
+        self.register_bias(out_features if bias else None, device, dtype)
+        self.register_buffer("threshold", torch.zeros(1, device=device))
+        self.register_buffer(
+            "importance", torch.ones(in_features, device=device) if weighted else None
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_weights(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        threshold: float,
+        *,
+        importance: Tensor | None = None,
+        share: float | None = None,
+        straight_through: bool = False,
+    ) -> ThresholdLinear:
+        """The layer around a [out, in] weight; tensors that are Parameters stay the same."""
+        out_features, in_features = weight.shape
+        layer = cls(
+            in_features,
+            out_features,
+            bias=bias is not None,
+            weighted=importance is not None,
+            share=share,
+            straight_through=straight_through,
+            device="meta",
+        )
+        layer.weight = as_parameter(weight)
+        layer.bias = None if bias is None else as_parameter(bias)
+        layer.threshold = torch.full((1,), threshold, device=weight.device)
+        layer.importance = importance
+        return layer
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, uniform within ±1/√in_features; nothing is below 0."""
+        bound = 1 / math.sqrt(max(self.in_features, 1))
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.zeros_(self.threshold)
+
+    def forward(self, input: Tensor) -> Tensor:
+        own = {"threshold": self.threshold, "importance": self.importance}
+        if self.straight_through and self.training:
+            dropped = sparse_linear(input.detach(), self.weight, None, self.bias, **own)
+            whole = nn.functional.linear(input, self.weight.detach())
+            return dropped + (whole - whole.detach())
+        return sparse_linear(input, self.weight, None, self.bias, **own)
+
+    def stored_weight(self) -> Tensor:
+        return self.weight
+
+    def kernel(self, tokens: int) -> str:
+        return kernel_name(self.weight, tokens, self.share)
+
+    def held_bytes(self, tokens: int) -> int:
+        return held_bytes(self.weight) if tokens <= MOST_ROWS else 0
+
+
+@dataclass(frozen=True)
+class Threshold(Pass):
+    """y = W x + b becomes y = W x_S + b: entries of x with a score below t count as zeros.
+
+    t is a quantile of the scores of the layer's inputs over `rewrite(…, calibration=batches)`: it
+    leaves the share 1 − sparsity of them, so each token keeps as many as it needs. Weight and bias
+    stay the very Parameters they were. With up to 16 tokens on a CPU only the weights of entries
+    above t are read, of a copy of the weight by columns that is kept beside it.
+
+    Args:
+        sparsity: which share of the entries is to be zero, between 0 and 1.
+        score: "magnitude": |x|; "wina": |x[i]|·‖W[:, i]‖, what the entry adds to the output at
+            most.
+        budget: "uniform": every layer has this sparsity. "greedy": the layers of one block (all
+            below `layers.3`) have it on average, weighted by their sizes; it is given out in steps
+            of 0.05, each to the layer whose output it disturbs least for the weights that it saves.
+        inputs: "mlp": of the down projections of MLPs alone; "all": of every linear layer, which is
+            where the time goes.
+        straight_through: in training entries below t have the gradient of a dense layer, too.
+        where: which sites; a name pattern, a predicate, or None for all.
+
+    Leaves a site whose calibration has fewer than 64 rows or does not reach it, and one whose
+    weights hold NaN or inf or are not real floating point numbers of 16 bits or more. Calibrate on
+    text like that to come: the report states the sparsity on batches that were held out, and within
+    how many points the number of rows lets it be known.
+
+    Raises:
+        OptionError: an option is impossible.
+
+    Source: Liu et al. 2024, "Training-Free Activation Sparsity in Large Language Models" (TEAL);
+    Lee et al. 2024, "CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models";
+    "wina": Chen et al. 2025, "WINA: Weight Informed Neuron Activation".
+    """
+
+    matches: ClassVar[tuple[Kind, ...]] = (MLP, LINEAR)
+    phase: ClassVar[Phase] = Phase.SPARSITY
+
+    sparsity: float = 0.5
+    score: Score = "magnitude"
+    budget: Literal["uniform", "greedy"] = "uniform"
+    inputs: Literal["mlp", "all"] = "mlp"
+    straight_through: bool = False
+
+    def __post_init__(self) -> None:
+        share: object = self.sparsity
+        if not isinstance(share, float) or not 0 < share < 1:
+            raise OptionError(
+                f"Threshold: sparsity must be a fraction between 0 and 1, not {given(share)}"
+            )
+        one_of("Threshold: score", self.score, SCORES)
+        one_of("Threshold: budget", self.budget, ("uniform", "greedy"))
+        one_of("Threshold: inputs", self.inputs, ("mlp", "all"))
+        of_type("Threshold", "straight_through", self.straight_through, bool, "True or False")
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return (MLP,) if self.inputs == "mlp" else (LINEAR,)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    def plan(self, view: View) -> list[Edit]:
+        edits: list[Edit] = []
+        blocks: dict[str, list[Site]] = {}
+        for site in view.chosen:
+            if reason := _against(site, view):
+                edits.append(Keep(site, reason))
+            else:
+                blocks.setdefault(_block(site.fqn), []).append(site)
+        for sites in blocks.values():
+            shares = [self.sparsity] * len(sites)
+            if self.budget == "greedy":
+                shares = _greedy(
+                    [self._costs(s) for s in sites],
+                    [s.weight.numel() for s in sites],
+                    self.sparsity,
+                )
+            edits += [self._edit(s, share) for s, share in zip(sites, shares, strict=True)]
+        return edits
+
+    def _edit(self, site: Site, sparsity: float) -> Edit:
+        sample, weight = site.sample, site.weight
+        assert sample is not None
+        importance = importance_of(weight) if self.score == "wina" else None
+        if not isinstance(weight, nn.Parameter):  # a view: it gets storage of its own
+            weight = weight.clone(memory_format=torch.contiguous_format)
+        scores = _scores(sample.rows, importance)
+        threshold = quantile(scores.flatten(), sparsity)
+        held = _scores(sample.held, importance)
+        reached = float((held < threshold).float().mean())
+        layer = ThresholdLinear.from_weights(
+            weight,
+            site.bias,
+            threshold,
+            importance=importance,
+            share=round(1 - reached, 3),
+            straight_through=self.straight_through,
+        )
+        error = sample.output_error(weight, site.bias, layer)
+        lost = "" if error is None else f", outputs off by {error:.1%}"
+        reason = (
+            f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(sample.held)} rows "
+            f"held out (asked: {sparsity:.0%}, known within {_doubt(scores < threshold):.1%}){lost}"
+        )
+        return Replace(site, layer, reason, error=None)
+
+    def _costs(self, site: Site) -> list[float]:
+        """What sparsities of 0, 0.05, … lose: ‖W (x − x_S)‖² / ‖W x‖²."""
+        sample, weight = site.sample, site.weight.detach()
+        assert sample is not None
+        importance = importance_of(weight) if self.score == "wina" else None
+        rows = sample.rows[:_COMPARED]
+        scores = _scores(rows, importance)
+        wide = weight.to(rows.dtype)
+        total = float((rows @ wide.t()).square().sum()) or 1.0
+        found = [0.0]
+        for i in range(1, round(_MOST / _STEP) + 1):
+            lost = rows.where(scores < quantile(scores.flatten(), i * _STEP), 0.0)
+            found.append(float((lost @ wide.t()).square().sum()) / total)
+        return found
+
+
+def quantile(scores: Tensor, share: float) -> float:
+    """The score that the share of all scores lies below, up to ties.
+
+    Args:
+        scores: [n] float32, n > 0.
+        share: from 0 to 1.
+    """
+    at = min(int(share * len(scores)), len(scores) - 1) + 1
+    return float(scores.kthvalue(at).values)
+
+
+def _scores(rows: Tensor, importance: Tensor | None) -> Tensor:
+    return rows.abs() if importance is None else rows.abs() * importance
+
+
+def _doubt(below: Tensor) -> float:
+    """Twice the standard error of the share of inputs below, rows being drawn at random."""
+    shares = below.float().mean(1)
+    return 2 * float(shares.std()) / math.sqrt(len(shares))
+
+
+def _against(site: Site, view: View) -> str:
+    """Why a site stays as it is; "" where nothing speaks against it."""
+    if site.kind == MLP and site.parts["down"].kind != LINEAR:
+        return f"the down projection {site.fqn} was rewritten before"
+    refused = unusable(site.weight, site.bias) or view.unsafe(site)
+    if refused:
+        return refused.reason
+    sample: Sample | None = site.sample
+    if sample is None:
+        return "the calibration batches do not reach it"
+    if len(sample.rows) < _FEWEST:
+        return (
+            f"the calibration batches give it {len(sample.rows)} rows, and a quantile takes "
+            f"{_FEWEST}: pass more text"
+        )
+    return ""
+
+
+def _block(fqn: str) -> str:
+    """The block that a layer belongs to: its name up to the first number."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", fqn)
+    return found[0] if found else ""
+
+
+def _greedy(costs: Sequence[Sequence[float]], sizes: Sequence[int], sparsity: float) -> list[float]:
+    """Sparsities whose mean over weights is the one asked for, given out step by step to where a
+    step costs least for a weight; the last step is cut.
+
+    Args:
+        costs: of each layer, at sparsities 0, 0.05, …
+        sizes: of each layer, in weights.
+    """
+    steps, left = [0] * len(costs), sparsity * sum(sizes)
+    shares = [0.0] * len(costs)
+    while left > 0:
+        open_ = [i for i, step in enumerate(steps) if step + 1 < len(costs[i])]
+        if not open_:
+            break
+        best = min(open_, key=lambda i: (costs[i][steps[i] + 1] - costs[i][steps[i]]) / sizes[i])
+        steps[best] += 1
+        taken = min(_STEP * sizes[best], left)
+        shares[best] += taken / sizes[best]
+        left -= taken
+    return shares
