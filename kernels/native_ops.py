@@ -61,11 +61,14 @@ _LIB.define(
     "native_int8_attention(Tensor x, Tensor layer, Tensor? mask, int heads, int shared, int depth, "
     "int causal, float scale, int bf16) -> Tensor"
 )
-for _few in ("int4_linear", "int4_dynamic_linear"):
-    _LIB.define(
-        f"native_{_few}(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias) "
-        "-> Tensor"
-    )
+_LIB.define(
+    "native_int4_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias) "
+    "-> Tensor"
+)
+_LIB.define(
+    "native_int4_dynamic_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias) "
+    "-> Tensor"
+)
 _LIB.define(
     "native_int8_weight_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor"
 )

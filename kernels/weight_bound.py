@@ -117,7 +117,7 @@ def direct(
         return None
     key = id(operands[0])
     found = _bound.get(key)
-    if found is None or not found.holds(op, operands):  # type: ignore[arg-type]
+    if found is None or not found.holds(op, operands):
         if not all(t is None or type(t) in _PLAIN for t in operands):
             return None  # which have no address
         check(op, x, *operands)
@@ -126,7 +126,7 @@ def direct(
             if (own := _bound.get(key)) is not None and own.weight is gone:
                 del _bound[key]
 
-        found = _bound[key] = _Bound(op, x.shape[-1], pick, operands, forget)  # type: ignore[arg-type]
+        found = _bound[key] = _Bound(op, x.shape[-1], pick, operands, forget)
     run = found.run
     if run is None or x.ndim == 0 or x.shape[-1] != run.width:
         return None

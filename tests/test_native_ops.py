@@ -413,3 +413,29 @@ def test_a_package_holds_the_kernels_and_runs_with_torch_alone(tmp_path: pathlib
     with torch.no_grad():
         for x, found in zip(given, torch.load(paths[2]), strict=True):
             assert_equal(found, model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scheme", ["int8-weight", "int4-weight"])
+def test_a_package_holds_weights_of_few_bits(
+    scheme: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_only, "_pick", lambda *_: "native")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(72, 64), nn.ReLU(), nn.Linear(64, 40, bias=False)).eval()
+    given = [torch.randn(3, 72), torch.randn(1, 72), torch.randn(40, 72)]
+    sizes, how = ({0: torch.export.Dim.AUTO},), [OF_FEW_BITS[scheme]]
+    made = rewriter.export(model, how, given[0], package=tmp_path / "m.pt2", dynamic_shapes=sizes)
+    assert made.package_ops == {}
+    torch.save(given, tmp_path / "given.pt")
+    paths = [made.package, tmp_path / "given.pt", tmp_path / "found.pt"]
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOAD), *map(str, paths)],
+        capture_output=True, text=True, cwd="/",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    own = rewrite(model, how, given[0])
+    with torch.no_grad():
+        for x, found in zip(given, torch.load(paths[2]), strict=True):
+            assert_reordered(found, own(x))
