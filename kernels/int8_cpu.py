@@ -20,7 +20,7 @@ from torch import Tensor
 from rewriter.kernels import native_ops
 from rewriter.kernels.native import library, parallel, threads_for, why_not
 
-__all__ = ["THEN", "Linear", "Norm", "Product", "compiled", "isa", "pack", "refusal", "rows_of"]
+__all__ = ["THEN", "Linear", "Norm", "Product", "compiled", "isa", "pack", "refusal", "rows_of", "use_amx"]
 
 THEN = ("", "relu", "gelu", "silu", "relu6", "hardswish")
 """What may follow the product, by the number that C++ knows it as."""
@@ -111,13 +111,26 @@ def refusal() -> str | None:
 
 
 def isa() -> str:
-    """The instructions that multiply, e.g. "AVX-512-VNNI".
+    """The instructions that multiply, e.g. "AVX-512-VNNI"; "AMX-int8" where a few rows or more are
+    multiplied by that, and fewer by AVX-512-VNNI.
 
     Raises:
         Unavailable: the kernels do not run here.
     """
     name: bytes = _library()[0].int8_isa()
     return name.decode()
+
+
+def use_amx(wanted: bool) -> bool:
+    """Multiplies by AMX from now on, or no more, in this process: the results are the same.
+
+    Returns:
+        Whether it does: the CPU has AMX and the system lets the process use it.
+
+    Raises:
+        Unavailable: the kernels do not run here.
+    """
+    return bool(_library()[0].int8_use_amx(wanted))
 
 
 def rows_of() -> int:
