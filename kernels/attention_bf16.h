@@ -256,6 +256,21 @@ INLINE __m512 most_of(const float* s, long used) {
   return high;
 }
 
+// Of a thread, kept from head to head: what is freed may go back to the system, and come page by page.
+struct Memory {
+  void* held = nullptr;
+  long size = 0;
+  void* of(long bytes) {
+    if (size < bytes) {
+      free(held);
+      size = up(bytes, 64), held = aligned_alloc(64, size);
+      if (!held) std::abort();
+    }
+    return held;
+  }
+  ~Memory() { free(held); }
+};
+
 // What a mask adds to one row of scores, times log₂e; −∞ beyond the keys.
 void begin_row(const Call& c, long b, long h, long row, long columns, float* to) {
   for (long t = 0; t < columns; t++) to[t] = t < c.keys ? 0 : NEVER;
@@ -277,8 +292,8 @@ void head(const Call& c, long b, long h, long from, long to) {
   long columns = up(c.keys, PAD);
   if (tiles && columns % 512 == 0) columns += PAD;  // or rows of a tile would share lines of the cache
   const long words = columns * depth + columns * (size + size / 2 + own) + size * depth / 2;
-  uint32_t* k = (uint32_t*)aligned_alloc(64, up(words * 4, 64));
-  if (!k) std::abort();
+  static thread_local Memory kept;
+  uint32_t* k = (uint32_t*)kept.of(words * 4);
   uint32_t* v = k + columns * depth / 2;
   float* s = (float*)(v + columns * depth / 2);
   uint16_t* p = (uint16_t*)(s + size * columns);
@@ -335,7 +350,6 @@ void head(const Call& c, long b, long h, long from, long to) {
       mixed<ROWS, 2>(p, v + d, depth, used, columns, by, rows, y + d, y_row);
     for (; d < depth; d += V) mixed<ROWS, 1>(p, v + d, depth, used, columns, by, rows, y + d, y_row);
   }
-  free(k);
 }
 
 }  // namespace bf16
