@@ -71,7 +71,8 @@ def _library() -> tuple[Any, int, int]:
     made = library(_SOURCE)
     made.attention.argtypes, made.attention.restype = [ctypes.c_void_p], None
     made.attention_lanes.restype = made.attention_bf16.restype = ctypes.c_int64
-    made.attention_use_amx.argtypes, made.attention_use_amx.restype = [ctypes.c_int64], ctypes.c_int64
+    made.attention_use_amx.argtypes = [ctypes.c_int64]
+    made.attention_use_amx.restype = ctypes.c_int64
     return made, parallel(), int(made.attention_lanes())
 
 

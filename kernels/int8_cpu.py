@@ -20,7 +20,18 @@ from torch import Tensor
 from rewriter.kernels import native_ops
 from rewriter.kernels.native import library, parallel, threads_for, why_not
 
-__all__ = ["THEN", "Linear", "Norm", "Product", "compiled", "isa", "pack", "refusal", "rows_of", "use_amx"]
+__all__ = [
+    "THEN",
+    "Linear",
+    "Norm",
+    "Product",
+    "compiled",
+    "isa",
+    "pack",
+    "refusal",
+    "rows_of",
+    "use_amx",
+]
 
 THEN = ("", "relu", "gelu", "silu", "relu6", "hardswish")
 """What may follow the product, by the number that C++ knows it as."""
@@ -85,7 +96,8 @@ def _library() -> tuple[Any, int]:
     made.int8_pack.restype = None
     made.int8_linear.argtypes, made.int8_linear.restype = [ctypes.c_void_p], ctypes.c_int64
     made.int8_layout.restype = ctypes.c_int64
-    made.int8_use_amx.argtypes, made.int8_use_amx.restype = [ctypes.c_int64], ctypes.c_int64
+    made.int8_use_amx.argtypes = [ctypes.c_int64]
+    made.int8_use_amx.restype = ctypes.c_int64
     made.int8_two.argtypes, made.int8_two.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
     made.int8_monarch.restype = ctypes.c_int64
     made.int8_monarch.argtypes = [ctypes.c_void_p, ctypes.c_int64]

@@ -141,7 +141,8 @@ def multiplied(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @needs_bf16
 @pytest.mark.parametrize(
-    "sizes", [*SIZES, (1, 2, 13, 130, 48), (1, 1, 12, 64, 128), (1, 1, 33, 512, 32), (2, 1, 4, 3, 64)]
+    "sizes",
+    [*SIZES, (1, 2, 13, 130, 48), (1, 1, 12, 64, 128), (1, 1, 33, 512, 32), (2, 1, 4, 3, 64)],
 )
 def test_products_of_bfloat16_numbers_are_near(multiplied: str, sizes: tuple[int, ...]) -> None:
     q, k, v = operands(*sizes)
