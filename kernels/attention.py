@@ -5,7 +5,8 @@ Kernels, chosen by measurement per size (`rewriter.kernels.choice`):
     native   of attention_cpu.cpp: both products and the softmax in one pass, a mask of truths read
              as it is, operands where they lie, the result as the next linear layer reads it;
              float32 on the CPU; where a call allows it and the CPU has AVX512-BF16, its products
-             are of bfloat16 numbers, summed in float32 (attention_bf16.h)
+             are of bfloat16 numbers, summed in float32, by AMX where it has that too
+             (attention_bf16.h)
     torch    torch's own `scaled_dot_product_attention`; every device and dtype
 
 Both give zeros for a query that may look at nothing.
@@ -38,10 +39,11 @@ __all__ = [
     "pick",
     "refusal",
     "unavailable",
+    "use_amx",
 ]
 
 _SOURCE = Path(__file__).with_name("attention_cpu.cpp")
-_VERSION = "attention 2"
+_VERSION = "attention 3"
 _LEAD = 0.05
 _MOST = 512, 128
 """Longer sequences, and more heads in all of a batch, are taken to run as these do: to measure them
@@ -69,6 +71,8 @@ def _library() -> tuple[Any, int, int]:
     made = library(_SOURCE)
     made.attention.argtypes, made.attention.restype = [ctypes.c_void_p], None
     made.attention_lanes.restype = made.attention_bf16.restype = ctypes.c_int64
+    made.attention_use_amx.argtypes = [ctypes.c_int64]
+    made.attention_use_amx.restype = ctypes.c_int64
     return made, parallel(), int(made.attention_lanes())
 
 
@@ -89,6 +93,15 @@ def bf16_unavailable() -> str | None:
     if not _library()[0].attention_bf16():
         return "this CPU, or the compiler, has no AVX512-BF16"
     return _wrong(True, 0.02)
+
+
+def use_amx(wanted: bool) -> bool:
+    """Multiplies bfloat16 numbers by AMX from now on, or no more, in this process; whether it does.
+
+    Raises:
+        Unavailable: the kernels do not run here.
+    """
+    return bool(_library()[0].attention_use_amx(wanted))
 
 
 def _wrong(bf16: bool, atol: float) -> str | None:

@@ -193,6 +193,15 @@ int64_t attention_lanes() { return V; }
 // Whether a call may ask for bfloat16.
 int64_t attention_bf16() { return BF16; }
 
+// Multiplies by AMX from now on, where that can be, or no more; whether it does.
+int64_t attention_use_amx(int64_t wanted) {
+#if BF16 && TILES
+  return amx::use(wanted != 0);
+#else
+  return wanted & 0;
+#endif
+}
+
 void attention(const Call* call) {
   const Call& c = *call;
   // a task is a few heads beside each other in memory; or one; or a part of one, so that all threads

@@ -31,7 +31,7 @@ FAST = ("native", "onednn", "int_mm")
 PACKED = ("native", "onednn")
 """Kernels that hold a copy of the weight in a layout of their own."""
 
-_VERSION = "int8-3"
+_VERSION = "int8-4"
 """Of the kernels: choices that another version of them measured do not count."""
 
 

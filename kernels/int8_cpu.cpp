@@ -44,7 +44,7 @@ namespace {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(INT8_NARROW)
 #define ISA "AVX-512-VNNI"
 #define WIDE 1
-#if defined(__AMX_INT8__) && defined(__linux__) && !defined(INT8_NO_AMX)
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__) && !defined(INT8_NO_AMX)
 #define AMX 1
 #endif
 constexpr int V = 16, DOT = 4;
@@ -296,6 +296,16 @@ INLINE vec absolute(vec x) {
 #endif
 }
 
+// 1/x of normal numbers, to 1 ulp.
+INLINE vec inverse(vec x) {
+#if WIDE
+  const vec near = _mm512_rcp14_ps(x);  // 14 bits, and twice as many by a step of Newton's
+  return fused(near, fused(all(0) - x, near, all(1)), near);
+#else
+  return all(1) / x;
+#endif
+}
+
 // where x < 0: a, else b
 INLINE vec below(vec x, vec a, vec b) {
 #if WIDE
@@ -316,7 +326,7 @@ INLINE vec gelu(vec x) {
   p = fused(p, u, all(-7.34990630326855e-04f)), q = fused(q, u, all(-1.42647390514189e-02f));
   p = fused(p, u, all(-2.95459980854025e-03f)), p = fused(p, u, all(-1.60960333262415e-02f));
   const vec half = x * all(0.5f);
-  return fused(half, z * p / q, half);
+  return fused(half, z * p * inverse(q), half);
 }
 
 INLINE vec silu(vec x) {
@@ -340,31 +350,40 @@ struct Row {
   int32_t zero;
 };
 
-// V columns of y from n on: what their sums become.
+// V columns of y from n on: what their sums become. All that it reads is in registers, as what it
+// writes might be anything.
 struct Columns {
-  ints sums;
+  ints zeros;
   vec scale, offset, bias;
   some part;
-  bool whole;
+  bool whole, one_range;
+  float* y;
+  const float* add;
+  long out;
 
-  INLINE Columns(const Call& c, long n)
-      : part(first(c.out - n)), whole(n + V <= c.out) {
-    sums = load(c.sums + n, part), scale = load(c.scale + n, part), offset = floats(sums) * scale;
+  // The first row is r, and quantized by `row`.
+  INLINE Columns(const Call& c, const Row& row, long r, long n)
+      : part(first(c.out - n)), whole(n + V <= c.out), one_range(c.one_range), y(c.y + r * c.out + n),
+        add(c.add ? c.add + r * c.out + n : nullptr), out(c.out) {
+    const ints sums = load(c.sums + n, part);
+    zeros = times(one_range ? row.zero : 0, sums);
+    scale = load(c.scale + n, part), offset = floats(sums) * scale;
     bias = c.bias ? load(c.bias + n, part) : all(0);
   }
 
-  // Row r of y in these columns, which begin at n.
-  INLINE void finish(const Call& c, ints sum, const Row& row, long r, long n, int then) const {
-    const ints exact = c.one_range ? minus(sum, times(row.zero, sums)) : sum;
-    vec y = floats(exact) * scale;
-    y = c.bias ? fused(y, all(row.s), bias) : y * all(row.s);
-    if (!c.one_range) y = fused(all(row.lo), offset, y);
-    y = finished(then, y);
-    if (c.add) y = y + load(c.add + r * c.out + n, part);
-    if (whole)
-      store(c.y + r * c.out + n, y);
-    else
-      store(c.y + r * c.out + n, y, part);
+  // Row m after the first one.
+  INLINE void finish(ints sum, const Row& row, long m, int then) const {
+    vec v = fused(floats(minus(sum, zeros)) * scale, all(row.s), bias);
+    if (!one_range) v = fused(all(row.lo), offset, v);
+    v = finished(then, v);
+    asm("" : "+v"(v));  // what is added is not fused with it, whichever function this becomes a part of
+    if (whole) {
+      if (add) v = v + load(add + m * out);
+      store(y + m * out, v);
+    } else {
+      if (add) v = v + load(add + m * out, part);
+      store(y + m * out, v, part);
+    }
   }
 };
 
@@ -395,9 +414,9 @@ __attribute__((noinline)) void tile(const Call& c, const level* q, long width, c
   for (int j = 0; j < P * NV; j++) {
     const long n = n0 + j * V;
     if (n >= c.out) break;
-    const Columns columns(c, n);
+    const Columns columns(c, row[0], r, n);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) columns.finish(c, sum[m][j], row[m], r + m, n, then);
+    for (int m = 0; m < M; m++) columns.finish(sum[m][j], row[m], m, then);
   }
 }
 

@@ -20,7 +20,18 @@ from torch import Tensor
 from rewriter.kernels import native_ops
 from rewriter.kernels.native import library, parallel, threads_for, why_not
 
-__all__ = ["THEN", "Linear", "Norm", "Product", "compiled", "isa", "pack", "refusal", "rows_of"]
+__all__ = [
+    "THEN",
+    "Linear",
+    "Norm",
+    "Product",
+    "compiled",
+    "isa",
+    "pack",
+    "refusal",
+    "rows_of",
+    "use_amx",
+]
 
 THEN = ("", "relu", "gelu", "silu", "relu6", "hardswish")
 """What may follow the product, by the number that C++ knows it as."""
@@ -85,7 +96,8 @@ def _library() -> tuple[Any, int]:
     made.int8_pack.restype = None
     made.int8_linear.argtypes, made.int8_linear.restype = [ctypes.c_void_p], ctypes.c_int64
     made.int8_layout.restype = ctypes.c_int64
-    made.int8_use_amx.argtypes, made.int8_use_amx.restype = [ctypes.c_int64], ctypes.c_int64
+    made.int8_use_amx.argtypes = [ctypes.c_int64]
+    made.int8_use_amx.restype = ctypes.c_int64
     made.int8_two.argtypes, made.int8_two.restype = [ctypes.c_void_p] * 2, ctypes.c_int64
     made.int8_monarch.restype = ctypes.c_int64
     made.int8_monarch.argtypes = [ctypes.c_void_p, ctypes.c_int64]
@@ -111,13 +123,26 @@ def refusal() -> str | None:
 
 
 def isa() -> str:
-    """The instructions that multiply, e.g. "AVX-512-VNNI".
+    """The instructions that multiply, e.g. "AVX-512-VNNI"; "AMX-int8" where a few rows or more are
+    multiplied by that, and fewer by AVX-512-VNNI.
 
     Raises:
         Unavailable: the kernels do not run here.
     """
     name: bytes = _library()[0].int8_isa()
     return name.decode()
+
+
+def use_amx(wanted: bool) -> bool:
+    """Multiplies by AMX from now on, or no more, in this process: the results are the same.
+
+    Returns:
+        Whether it does: the CPU has AMX and the system lets the process use it.
+
+    Raises:
+        Unavailable: the kernels do not run here.
+    """
+    return bool(_library()[0].int8_use_amx(wanted))
 
 
 def rows_of() -> int:

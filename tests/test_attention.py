@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_equal, assert_reordered, sqnr
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -129,9 +129,22 @@ needs_bf16 = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(params=["AMX-BF16", "AVX512-BF16"])
+def multiplied(request: pytest.FixtureRequest) -> Iterator[str]:
+    """By which instructions bfloat16 numbers are multiplied."""
+    tiles = request.param == "AMX-BF16"
+    if attention.use_amx(tiles) is not tiles:
+        pytest.skip("no AMX here")
+    yield request.param
+    attention.use_amx(True)
+
+
 @needs_bf16
-@pytest.mark.parametrize("sizes", [*SIZES, (1, 2, 13, 130, 48), (1, 1, 12, 64, 128)])
-def test_products_of_bfloat16_numbers_are_near(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [*SIZES, (1, 2, 13, 130, 48), (1, 1, 12, 64, 128), (1, 1, 33, 512, 32), (2, 1, 4, 3, 64)],
+)
+def test_products_of_bfloat16_numbers_are_near(multiplied: str, sizes: tuple[int, ...]) -> None:
     q, k, v = operands(*sizes)
     b, h, rows, keys, _ = sizes
     g = torch.Generator().manual_seed(0)
@@ -158,7 +171,9 @@ def test_products_of_bfloat16_numbers_are_near(sizes: tuple[int, ...]) -> None:
 
 
 @needs_bf16
-def test_products_of_bfloat16_numbers_mask_spoil_and_share_as_the_others_do() -> None:
+def test_products_of_bfloat16_numbers_mask_spoil_and_share_as_the_others_do(
+    multiplied: str,
+) -> None:
     q, k, v = operands(2, 6, 20, 20, 32, shared=2)
     clean = attention.native(q, k, v, causal=True, bf16=True)
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -176,9 +191,11 @@ def test_products_of_bfloat16_numbers_mask_spoil_and_share_as_the_others_do() ->
 
 
 @needs_bf16
-@settings(max_examples=20)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 40), st.integers(1, 100), st.booleans())
-def test_bfloat16_on_any_number_of_threads(b: int, h: int, s: int, t: int, causal: bool) -> None:
+def test_bfloat16_on_any_number_of_threads(
+    multiplied: str, b: int, h: int, s: int, t: int, causal: bool
+) -> None:
     q, k, v = operands(b, h, s, t, 32)
     threads, found = torch.get_num_threads(), []
     try:

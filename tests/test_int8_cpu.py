@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 SETS = {
-    "AVX-512-VNNI": ([], "avx512_vnni"),
+    "AMX-int8": ([], "amx_int8"),
+    "AVX-512-VNNI": (["-DINT8_NO_AMX"], "avx512_vnni"),
     "AVX-VNNI": (["-DINT8_NARROW"], "avx_vnni"),
     "AVX2": (["-DINT8_NARROW", "-DINT8_PLAIN"], "avx2"),
 }

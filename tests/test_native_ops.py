@@ -124,9 +124,9 @@ def test_what_wants_gradients_is_traced_as_layers() -> None:
 # the ops
 
 
-def layer(gain: float = 1.0, **after: Any) -> tuple[Any, native_ops.InGraph]:
+def layer(gain: float = 1.0, width: int = 24, **after: Any) -> tuple[Any, native_ops.InGraph]:
     torch.manual_seed(0)
-    qweight, scale = quantize_weight(torch.randn(40, 24) * gain)
+    qweight, scale = quantize_weight(torch.randn(40, width) * gain)
     bound = int8.bound(qweight, scale, torch.randn(40), "per_token", **after)
     form = bound.in_graph()
     assert form is not None
@@ -139,6 +139,13 @@ def test_an_op_computes_what_the_model_runs(then: str, shape: tuple[int, ...]) -
     bound, form = layer(then=then)
     x = torch.linspace(-3, 3, max(torch.Size(shape).numel(), 1))[: torch.Size(shape).numel()]
     assert_equal(form.call(form.tensors, x.view(shape)), bound(x.view(shape)))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33, 130])
+def test_an_op_as_wide_as_the_tiles_of_amx(rows: int) -> None:
+    bound, form = layer(width=96, then="gelu")
+    x = torch.randn(rows, 96)
+    assert_equal(form.call(form.tensors, x), bound(x))
 
 
 def test_what_is_added_and_normed() -> None:
