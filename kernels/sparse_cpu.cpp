@@ -4,6 +4,9 @@
 //   sparse_gated    a[r,n] = act(Σ_k x[r,k] gate[n,k]),   n ∈ S(r) by a
 //                   y[r,:] = Σ_{n ∈ S(r)} a[r,n]·(Σ_k x[r,k] up[n,k])·down[n,:] + bias
 //
+// With `screen`, levels of 8 bits of the gate, S(r) goes by those, and of the gate itself only the rows
+// in S(r) are read: a quarter of the bytes of a float gate for a choice that is seldom another one.
+//
 // S(r) holds the k entries of largest score |x[r,i]|·importance[i], ties by the lower index, or those
 // whose score is not below a threshold. With blocks, neighbours stand or fall together by the largest
 // score among them, which unlike a sum does not depend on an order. NaN counts as the largest.
@@ -56,6 +59,8 @@ struct Gated {
   const void *gate, *up, *down;  // [hidden, in], [hidden, in], [hidden, out]
   const float *gate_scale, *up_scale, *down_scale;  // [hidden], [hidden], [out] or null
   const float *gate_bias, *up_bias, *bias;          // [hidden], [hidden], [out] or null
+  const int8_t* screen;       // [hidden, in] or null: S is chosen by these levels of the gate
+  const float* screen_scale;  // [hidden]
   float* y;                                         // [rows, out]
   int64_t* active;
   Parallel parallel;
@@ -350,6 +355,10 @@ bool linear(const Linear& c) {
   return true;
 }
 
+INLINE float finished(float sum, const float* scale, const float* bias, long n) {
+  return sum * (scale ? scale[n] : 1) + (bias ? bias[n] : 0);
+}
+
 template <class T>
 bool gated(const Gated& c) {
   thread_local Room kept;
@@ -365,11 +374,13 @@ bool gated(const Gated& c) {
     for_each(c.parallel, threads, (c.hidden + strip - 1) / strip, [&](long task) {
       float found[GROUP];
       for (long n = task * strip; n < least((task + 1) * strip, c.hidden); n++) {
-        dots<T>(x, rows, c.in, (const T*)c.gate + n * c.in, found);
-        for (long r = 0; r < rows; r++) {
-          const float sum = found[r] * (c.gate_scale ? c.gate_scale[n] : 1) + (c.gate_bias ? c.gate_bias[n] : 0);
-          hidden[r * c.hidden + n] = activated(sum, c.then);
-        }
+        if (c.screen)
+          dots<int8_t>(x, rows, c.in, c.screen + n * c.in, found);
+        else
+          dots<T>(x, rows, c.in, (const T*)c.gate + n * c.in, found);
+        const float* scale = c.screen ? c.screen_scale : c.gate_scale;
+        for (long r = 0; r < rows; r++)
+          hidden[r * c.hidden + n] = activated(finished(found[r], scale, c.gate_bias, n), c.then);
       }
     });
     find_active(c.parallel, c.threads, c.select, hidden, rows, c.hidden, room);
@@ -377,14 +388,16 @@ bool gated(const Gated& c) {
     *c.active += active.count;
     if (room.active.count > c.limit) return false;
     for_each(c.parallel, threads, (active.count + strip - 1) / strip, [&](long task) {
-      float found[GROUP];
+      float found[GROUP], gates[GROUP];
       for (long i = task * strip; i < least((task + 1) * strip, active.count); i++) {
         const long n = active.index[i];
+        if (c.screen) dots<T>(x, rows, c.in, (const T*)c.gate + n * c.in, gates);
         dots<T>(x, rows, c.in, (const T*)c.up + n * c.in, found);
         float* value = active.value.data() + i / BATCH * GROUP * BATCH + i % BATCH;
         for (long r = 0; r < rows; r++) {
-          const float sum = found[r] * (c.up_scale ? c.up_scale[n] : 1) + (c.up_bias ? c.up_bias[n] : 0);
-          if (room.chosen[r * c.hidden + n]) value[r * BATCH] *= sum;
+          if (!room.chosen[r * c.hidden + n]) continue;
+          if (c.screen) value[r * BATCH] = activated(finished(gates[r], c.gate_scale, c.gate_bias, n), c.then);
+          value[r * BATCH] *= finished(found[r], c.up_scale, c.up_bias, n);
         }
       }
     });

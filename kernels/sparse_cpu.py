@@ -53,8 +53,8 @@ class _Linear(ctypes.Structure):
 class _Gated(ctypes.Structure):
     _fields_ = [
         *_fields(
-            "x gate up down gate_scale up_scale down_scale gate_bias up_bias bias y active "
-            "parallel",
+            "x gate up down gate_scale up_scale down_scale gate_bias up_bias bias screen "
+            "screen_scale y active parallel",
             "rows in_features hidden out type then limit threads",
         ),
         ("select", _Select),
@@ -170,7 +170,14 @@ def linear(
 
 
 def gated(
-    x: Tensor, gate: Gate, up: Gate, down: Gate, then: str, select: Select, limit: int
+    x: Tensor,
+    gate: Gate,
+    up: Gate,
+    down: Gate,
+    then: str,
+    select: Select,
+    limit: int,
+    screen: Gate | None = None,
 ) -> tuple[Tensor | None, int]:
     """y = (a_S ∘ (x upᵀ)) down with a = then(x gateᵀ); only active rows of `up` and `down` are
     read.
@@ -181,6 +188,7 @@ def gated(
         then: one of `THEN`.
         select: which entries of a are active.
         limit: as of `linear`.
+        screen: `gate` in int8: entries are chosen by it, and of `gate` active rows alone are read.
 
     Returns:
         As `linear` does.
@@ -196,6 +204,8 @@ def gated(
         *(g.weight.data_ptr() for g in three),
         *(_address(g.scale) for g in three),
         *(_address(g.bias) for g in three),
+        None if screen is None else screen.weight.data_ptr(),
+        None if screen is None else _address(screen.scale),
         y.data_ptr(),
         ctypes.addressof(active),
         start,

@@ -597,3 +597,20 @@ def test_quantize_llm() -> None:
     assert "15 of 15 linear layers rewritten" in printed
     assert "model.embed_tokens.weight keeps the weight that it was tied to" in printed
     assert printed.count("tokens per second") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_activation_sparsity(tmp_path: pathlib.Path) -> None:
+    """Every variant beside the dense model of the same run."""
+    run("benchmarks/activation_sparsity.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "activation_sparsity")
+    assert len(found["Gated MLP 128 → 256 → 128, float32"]) == 2 * (1 + 2 * 3)
+    assert len(found["Gated MLP 128 → 256 → 128, int8"]) == 2 * (1 + 3)
+    assert [row["what"] for row in found["One Llama block, 128 and 256, one token"]] == [
+        "dense", "25% of inputs active", "dense", "50% of inputs active",
+    ]  # fmt: skip
+    (quality,) = found["Perplexity, half of the inputs zero"]
+    assert quality["random"] > 0 < quality["random, dense"]
+    speeds = {row["what"] for row in found["Decoding"]}
+    assert {"dense", "int8", f"{quality['what']}", f"{quality['what']}, int8"} == speeds

@@ -258,3 +258,52 @@ def test_the_largest_share_that_pays_is_measured(monkeypatch: pytest.MonkeyPatch
 
 
 MEASURED = sparse._measured
+
+
+# Gated MLPs --------------------------------------------------------------------------------------
+
+ACTS: dict[str, Any] = {
+    "": lambda a: a,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("then", sparse_cpu.THEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("rows", "out", "width", "hidden"), [(1, 33, 70, 100), (11, 64, 32, 300)])
+@pytest.mark.parametrize("screened", [False, True])
+def test_a_gated_mlp_computes_its_formula(
+    compiled: str,
+    rows: int,
+    out: int,
+    width: int,
+    hidden: int,
+    dtype: Any,
+    then: str,
+    screened: bool,
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, width, generator=g)
+    gates, floats, biases = [], [], []
+    for shape in ((hidden, width), (hidden, width), (out, hidden)):
+        weight, bias = torch.randn(shape, generator=g) / 8, torch.randn(shape[0], generator=g)
+        own, scale = quantize_weight(weight) if dtype == torch.int8 else (weight.to(dtype), None)
+        floats.append(own.double() if scale is None else own.double() * scale.double()[:, None])
+        own = own if len(gates) < 2 else own.t()
+        gates.append(sparse_cpu.Gate(own.contiguous(), scale, bias))
+        biases.append(bias.double())
+    levels, scale = quantize_weight(floats[0].float())
+    screen = sparse_cpu.Gate(levels, scale, gates[0].bias) if screened else None
+    select = Select(hidden // 4)
+    y, read = sparse_cpu.gated(x, *gates, then, select, hidden, screen)
+    assert y is not None
+    seen = levels.double() * scale.double()[:, None] if screened else floats[0]
+    chosen = active_reference(ACTS[then](x.double() @ seen.t() + biases[0]), select)
+    a = ACTS[then](x.double() @ floats[0].t() + biases[0]) * chosen
+    h = a * (x.double() @ floats[1].t() + biases[1])
+    assert_reordered(y, (h @ floats[2].t() + biases[2]).float())
+    assert read == sum(int(chosen[i : i + 8].any(0).sum()) for i in range(0, rows, 8))
+    assert sparse_cpu.gated(x, *gates, then, select, hidden // 5, screen)[0] is None

@@ -24,6 +24,7 @@ from rewriter.passes import (
     Quantize,
     RemoveBlocks,
     ResizeMLP,
+    Threshold,
     TopK,
 )
 
@@ -66,6 +67,7 @@ RECIPES = (
     Recipe("MonarchResidual", (MonarchResidual(nblocks=4),)),
     Recipe("Quadratic", (Quadratic(),)),
     Recipe("TopK", (TopK(k=12),)),
+    Recipe("Threshold", (Threshold(0.5, inputs="all"),)),
     Recipe("RemoveBlocks", (RemoveBlocks(where="*layer*.1"),)),
     Recipe("ResizeMLP", (ResizeMLP(keep=0.5),)),
     Recipe("Monarch, Densify", (Monarch(nblocks=4), Densify())),
