@@ -287,14 +287,21 @@ import sys, torch
 given = torch.load(sys.argv[2])
 package = torch._inductor.aoti_load_package(sys.argv[1])
 assert not any(m.split('.')[0] == 'rewriter' for m in sys.modules)
-torch.save([package(x) for x in given], sys.argv[3])
+refused = []
+for x in (given[0].double(), given[0][..., 1:], given[0][:, :0]):
+    try:
+        package(x)
+    except RuntimeError as error:
+        refused.append(str(error))
+torch.save([*(package(x) for x in given), refused], sys.argv[3])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_package_holds_the_kernels_and_runs_with_torch_alone(tmp_path: pathlib.Path) -> None:
-    given = [X, X[:, :3].contiguous(), X.repeat(3, 2, 1)]
+    strided = X[:, :3], X.mT.contiguous().mT, X[:1].expand(5, -1, -1), X[::2, 1::2]
+    given = [X, X.repeat(3, 2, 1), *strided]
     sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
     made = rewriter.export(
         block(), [Quantize()], X, package=tmp_path / "m.pt2", dynamic_shapes=sizes
@@ -310,6 +317,13 @@ def test_a_package_holds_the_kernels_and_runs_with_torch_alone(tmp_path: pathlib
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     model = rewritten({})
+    *found, (dtype, size, empty) = torch.load(paths[2])
+    assert "rewriter: x has another dtype than it was exported with" in dtype
+    assert (
+        "has the sizes [2, 6, 63], and the package was exported for [1 or more, 1 or more, 64]"
+        in size
+    )
+    assert "has the sizes [2, 0, 64]" in empty
     with torch.no_grad():
-        for x, found in zip(given, torch.load(paths[2]), strict=True):
-            assert_equal(found, model(x))
+        for x, y in zip(given, found, strict=True):
+            assert_equal(y, model(x))
