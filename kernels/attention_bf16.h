@@ -276,7 +276,10 @@ void begin_row(const Call& c, long b, long h, long row, long columns, float* to)
   for (long t = 0; t < columns; t++) to[t] = t < c.keys ? 0 : NEVER;
   add_mask(c, to, b, h, row);
   if (c.mask && !c.truths)
-    for (long t = 0; t < c.keys; t++) to[t] *= LOG2E;
+    for (long t = 0; t < c.keys; t++) {  // the lowest number stays one: −∞ would empty the row
+      const float by = to[t] * LOG2E;
+      to[t] = to[t] != NEVER && by < -__FLT_MAX__ ? -__FLT_MAX__ : by;
+    }
 }
 
 // Queries [from, to) of one head.

@@ -227,8 +227,8 @@ def export(
         package: where to write compiled code (`.pt2`), for `torch._inductor.aoti_load_package`, or
             with format="onnx" the model (`.onnx`). On a CPU the code has the fused ops of the
             lowered model, and holds the compiled kernels of its int8 layers and of attention: it
-            is for CPUs like this one, and its weights are those of now. It takes contiguous
-            inputs; AOTInductor does not check that they are.
+            is for CPUs like this one, and its weights are those of now. Inputs of any strides
+            are copied to those of the example; other sizes or dtypes are an error.
         dynamic_shapes: as `torch.export.export` takes it; where left out, the sizes are those of
             the example, and in ONNX batch and length vary as far as the model lets them.
         inductor: options of Inductor's for the package.

@@ -163,6 +163,7 @@ MAY_MUTATE = {
     "rewriter/capture/submodules.py": "notes the calls of submodules, and undoes it",
     "rewriter/sites.py": "builds a root around a free-standing module",
     "rewriter/lowering/lowering.py": "makes the lowered graph, a copy of the eval graph",
+    "rewriter/lowering/inputs.py": "checks the inputs of a packaged program, and undoes it",
     "rewriter/lowering/planning.py": "makes the lowered graph, a copy of the eval graph",
     "rewriter/modules/pointwise.py": "hands a parameter that user code sets to the layer inside",
     "rewriter/modules/generated.py": "copies a graph whose names cannot be written as code",

@@ -290,6 +290,19 @@ def test_why_the_kernel_does_not_take_an_operand() -> None:
     assert why(q[:, :, :0], k, v) == "it is empty"
 
 
+def test_a_query_whose_every_key_is_masked_by_the_lowest_number(compiled: str) -> None:
+    """As transformers mask in numbers: all keys count as much as each other then, as in torch."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 9, 32) for _ in range(3))
+    mask = torch.zeros(2, 1, 9, 9)
+    mask[0, :, :3] = mask[:, :, :, 7:] = torch.finfo(torch.float32).min
+    want = F.scaled_dot_product_attention(q, k, v, mask)
+    for bf16 in (False, True):
+        if not bf16 or attention.bf16_unavailable() is None:
+            found = attention.native(q, k, v, mask, bf16=bf16)
+            torch.testing.assert_close(found, want, rtol=0, atol=0.02 if bf16 else 1e-5)
+
+
 def test_what_is_masked_and_no_number_spoils_its_query_as_in_torch(compiled: str) -> None:
     q, k, v = operands(1, 2, 6, 9, 32)
     mask = torch.ones(6, 9, dtype=torch.bool)

@@ -391,17 +391,39 @@ def test_the_backend_ends_in_the_kernels_and_follows_the_weights() -> None:
 
 LOAD = """
 import sys, torch
-given = torch.load(sys.argv[2])
+given, wrong = torch.load(sys.argv[2])
 package = torch._inductor.aoti_load_package(sys.argv[1])
 assert not any(m.split('.')[0] == 'rewriter' for m in sys.modules)
-torch.save([package(x) for x in given], sys.argv[3])
+refused = []
+for x in wrong:
+    try:
+        package(x)
+    except RuntimeError as error:
+        refused.append(str(error))
+torch.save(([package(x) for x in given], refused), sys.argv[3])
 """
+
+
+def run_alone(
+    made: rewriter.Exported, given: list[Tensor], wrong: list[Tensor], folder: pathlib.Path
+) -> tuple[list[Tensor], list[str]]:
+    """What a package gives, and its errors about wrong inputs, in a process without rewriter."""
+    torch.save((given, wrong), folder / "given.pt")
+    paths = [made.package, folder / "given.pt", folder / "found.pt"]
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOAD), *map(str, paths)],
+        capture_output=True, text=True, cwd="/",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found: tuple[list[Tensor], list[str]] = torch.load(folder / "found.pt")
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_package_holds_the_kernels_and_runs_with_torch_alone(tmp_path: pathlib.Path) -> None:
-    given = [X, X[:, :3].contiguous(), X.repeat(3, 2, 1)]
+    strided = X[:, :3], X.mT.contiguous().mT, X[:1].expand(5, -1, -1), X[::2, 1::2]
+    given = [X, X.repeat(3, 2, 1), *strided]
     sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
     made = rewriter.export(
         block(), [Quantize()], X, package=tmp_path / "m.pt2", dynamic_shapes=sizes
@@ -409,17 +431,18 @@ def test_a_package_holds_the_kernels_and_runs_with_torch_alone(tmp_path: pathlib
     assert set(made.own_ops) == {"rewriter::int8_linear"}
     assert made.package_ops == {}
     assert made.needs.startswith("the package loads and runs with torch alone; the program calls")
-    torch.save(given, tmp_path / "given.pt")
-    paths = [made.package, tmp_path / "given.pt", tmp_path / "found.pt"]
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(LOAD), *map(str, paths)],
-        capture_output=True, text=True, cwd="/",
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    wrong = [X.double(), X[..., 1:], X[:, :0]]
+    found, (dtype, size, empty) = run_alone(made, given, wrong, tmp_path)
+    assert "rewriter: x has another dtype than it was exported with" in dtype
+    assert (
+        "has the sizes [2, 6, 63], and the package was exported for [1 or more, 1 or more, 64]"
+        in size
+    )
+    assert "has the sizes [2, 0, 64]" in empty
     model = rewritten({})
     with torch.no_grad():
-        for x, found in zip(given, torch.load(paths[2]), strict=True):
-            assert_equal(found, model(x))
+        for x, y in zip(given, found, strict=True):
+            assert_equal(y, model(x))
 
 
 @pytest.mark.slow
@@ -435,14 +458,8 @@ def test_a_package_holds_weights_of_few_bits(
     sizes, how = ({0: torch.export.Dim.AUTO},), [OF_FEW_BITS[scheme]]
     made = rewriter.export(model, how, given[0], package=tmp_path / "m.pt2", dynamic_shapes=sizes)
     assert made.package_ops == {}
-    torch.save(given, tmp_path / "given.pt")
-    paths = [made.package, tmp_path / "given.pt", tmp_path / "found.pt"]
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(LOAD), *map(str, paths)],
-        capture_output=True, text=True, cwd="/",
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    found, _ = run_alone(made, given, [], tmp_path)
     own = rewrite(model, how, given[0])
     with torch.no_grad():
-        for x, found in zip(given, torch.load(paths[2]), strict=True):
-            assert_reordered(found, own(x))
+        for x, y in zip(given, found, strict=True):
+            assert_reordered(y, own(x))

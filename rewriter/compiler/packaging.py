@@ -132,10 +132,12 @@ def _program(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any) -> E
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         except Exception as error:
-            said = str(error).strip().splitlines()
+            first, *more = str(error).strip().splitlines() or [""]
+            reasons = [line.strip(" -") for line in more if line.strip().startswith("- ")]
+            said = " ".join([first, *reasons])
             raise CaptureError(
                 f"{type(model).__name__} cannot be exported whole ({type(error).__name__}: "
-                f"{said[0] if said else ''}): use torch.compile(model, backend='rewriter')"
+                f"{said}): use torch.compile(model, backend='rewriter')"
             ) from error
 
 
@@ -179,9 +181,11 @@ def _packaged(
     """The file, and the ops with a record that it does not hold."""
     import torch._inductor
 
-    called = _own_ops(program)
-    held, linked = linked_in(called)
-    with quietly():  # of Inductor's own imports
+    from rewriter.lowering.inputs import inputs_checked  # which loads kernels
+
+    with inputs_checked(program), quietly():  # of Inductor's own imports
+        called = _own_ops(program)
+        held, linked = linked_in(called)
         try:
             written = torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs={**linked, **config}
