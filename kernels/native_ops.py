@@ -80,10 +80,12 @@ class InGraph(NamedTuple):
     Args:
         tensors: that it reads beside its inputs, made of weights.
         call: (tensors, *inputs) → the result, in torch's operations alone.
+        borrowed: whether the tensors are a layer's own, not made of them: nobody writes to them.
     """
 
     tensors: tuple[Tensor, ...]
     call: Callable[..., Any]
+    borrowed: bool = False
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 import rewriter
-from rewriter import rewrite
+from rewriter import RewriteError, rewrite
 from rewriter.kernels import attention, int8_choice, int8_cpu, native, native_ops, ops, weight_only
 from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import int8_static as static
@@ -385,6 +385,30 @@ def test_the_backend_ends_in_the_kernels_and_follows_the_weights() -> None:
             tensor.mul_(1.5)
             assert_equal(compiled(X), rewrite(model, [Quantize()], X)(X))
     assert len(rewriter.last_reports()) == 1
+
+
+@asks_dynamo
+@pytest.mark.usefixtures("_fresh")
+def test_compiled_code_never_writes_to_the_layers_own_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weight_only, "_pick", lambda *_: "native")
+    model = rewrite(block(), [OF_FEW_BITS["int8-weight"]], X)
+    compiled: Any = torch.compile(model, backend=Seen(), fullgraph=True)
+    with torch.no_grad():
+        assert_reordered(compiled(X), model(X))
+        kept = model.up.qweight
+        before = kept.clone()
+        kept.copy_(kept.flip(0))  # in place: it is what the code reads
+        assert_reordered(compiled(X), model(X))
+        kept.copy_(before)
+        model.load_state_dict({k: v.flip(0) for k, v in model.state_dict().items()}, assign=True)
+        for _ in range(2):  # the second call is as stale as the first
+            with pytest.raises(RewriteError, match="call torch.compiler.reset"):
+                compiled(X)
+        assert torch.equal(kept, before)
+        torch.compiler.reset()
+        assert_reordered(compiled(X), model(X))
 
 
 # packages

@@ -52,10 +52,7 @@ class Following:
         self.key = f"{type(root).__name__} {next(_keys)}"
         self.lowered, self.root, self.program = lowered, root, program
         self._lock = threading.Lock()
-        self._pack()
-
-    def _pack(self) -> None:
-        self.bound = self.lowered.bound_in_graphs(self.root, self.program)
+        self.bound = self.lowered.bound_in_graphs(root, program)
         self.stamp = Stamp(self.bound.layers.tensors(), keep=True)
         self.traced = self.bound.in_graph()
 
@@ -77,19 +74,30 @@ class Following:
             layers = self.bound.layers
             if layers.same() and self.stamp.holds(layers.tensors()):
                 return
-            before = self.traced
-            assert before is not None
-            self._pack()
-            after, self.traced = self.traced, before
-            old = [t for form in before.ready for t in form.tensors]
-            new = [] if after is None else [t for form in after.ready for t in form.tensors]
-            if [t.shape for t in old] != [t.shape for t in new]:
-                raise RewriteError(
-                    f"{self.key}: its layers are others than those that were compiled: call "
-                    "torch.compiler.reset() and compile it again"
-                )
-            for packed, tensor in zip(old, new, strict=True):
+            bound = self.lowered.bound_in_graphs(self.root, self.program)
+            stamp = Stamp(bound.layers.tensors(), keep=True)
+            for packed, tensor in self._renewed(bound.in_graph()):
                 packed.copy_(tensor)
+            self.bound, self.stamp = bound, stamp
+
+    def _renewed(self, after: Any) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that compiled code reads and is to write to, with what they are to hold."""
+        assert self.traced is not None
+        pairs: list[tuple[Tensor, Tensor]] = []
+        forms = () if after is None else after.ready
+        same = len(forms) == len(self.traced.ready)
+        for old, new in zip(self.traced.ready, forms, strict=False):
+            same &= [t.shape for t in old.tensors] == [t.shape for t in new.tensors]
+            if old.borrowed:  # they are the layers' own, and have their numbers already
+                same &= [t.data_ptr() for t in old.tensors] == [t.data_ptr() for t in new.tensors]
+            else:
+                pairs += zip(old.tensors, new.tensors, strict=False)
+        if not same:
+            raise RewriteError(
+                f"{self.key}: its layers, or the tensors in them, are others than those that were "
+                "compiled: call torch.compiler.reset() and compile it again"
+            )
+        return pairs
 
 
 _keys = itertools.count()

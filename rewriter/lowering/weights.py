@@ -69,7 +69,7 @@ class _Bound:
             weight, scale, zero, bias = (next(each) if given else None for given in there)
             return native_ops.weight_only(self.op, x, weight, scale, zero, bias)  # type: ignore[arg-type]
 
-        return InGraph(tuple(t for t in self.operands if t is not None), call)
+        return InGraph(tuple(t for t in self.operands if t is not None), call, borrowed=True)
 
 
 def _bound(
