@@ -9,6 +9,8 @@ import torch
 from closeness import assert_equal
 from torch import Tensor, nn
 
+import rewriter
+from rewriter.errors import CaptureError
 from rewriter.kernels import package_inputs
 from rewriter.kernels.package_inputs import package_input
 from rewriter.lowering.inputs import inputs_checked
@@ -92,3 +94,15 @@ def test_other_sizes_and_dtypes_are_refused() -> None:
         package_input(X[:0], "x", [-1, 3, 4], 0, 0)
     with pytest.raises(RuntimeError, match="ids is torch.float32, not torch.int64"):
         package_input(X, "ids", [2, 3, 4], 4, 0)
+
+
+class Fixed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ones(3, 4)
+
+
+def test_why_a_size_cannot_vary_is_said() -> None:
+    sizes = ({1: torch.export.Dim("n")},)
+    said = r"Constraints violated \(n\)!.* You marked n as dynamic but your code specialized it"
+    with pytest.raises(CaptureError, match=said):
+        rewriter.export(Fixed().eval(), [], X, dynamic_shapes=sizes)
