@@ -236,7 +236,7 @@ class Quantize(Pass):
         elif site.moments is not None:
             output_error = site.moments.output_error(weight, made)
         error = relative_error(weight, made)
-        return Replacement(layer, error, note, output_error, cuts_ties=self.untie)
+        return Replacement(layer, error, note, output_error, cuts_ties=self.untie, tie_remedy=_TIED)
 
 
 def _check_outliers(outliers: object) -> None:
@@ -257,6 +257,7 @@ def _check_smooth(smooth: object) -> None:
         )
 
 
+_TIED = "untie=True gives it weights of its own, embeddings=True rounds both where that is possible"
 _OF_KINDS: Mapping[Kind, str] = {EMBEDDING: "embeddings", CONV: "convolutions"}
 """Kinds of sites that are taken where an option says so."""
 

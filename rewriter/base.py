@@ -72,6 +72,7 @@ class Replacement:
         note: what else the user should know, one sentence.
         cuts_ties: an embedding that shares the site's weight may keep it: the tie is cut. Else the
             site stays as it is, as both are rewritten together or not at all.
+        tie_remedy: what the user may set to have it otherwise, for the reason of that skip.
     """
 
     layer: nn.Module
@@ -79,6 +80,7 @@ class Replacement:
     note: str = ""
     output_error: float | None = None
     cuts_ties: bool = False
+    tie_remedy: str = ""
 
 
 @dataclass(frozen=True)

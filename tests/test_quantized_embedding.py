@@ -343,6 +343,15 @@ def test_a_tied_head_with_a_bias_stays_tied() -> None:
     )
 
 
+def test_the_reason_of_a_skipped_head_names_the_options() -> None:
+    made = rewrite(tied(), [Quantize()], IDS)
+    (reason,) = (d.reason for d in made.report.skipped if d.site == "head")
+    assert reason == (
+        "its weight is tied to embed.weight: rewritten together or not at all (untie=True gives it "
+        "weights of its own, embeddings=True rounds both where that is possible)"
+    )
+
+
 def test_a_head_is_cut_off_where_the_user_says_so() -> None:
     made = rewrite(tied(), [Quantize(untie=True)], IDS)
     assert type(made.embed) is nn.Embedding

@@ -302,8 +302,11 @@ def ties(
     refused: list[tuple[Proposal, str]] = []
     for i, ((weight, _), group) in enumerate(shared.items()):
         others = _others(root, group, names.get(weight, set()))
-        cut = sorted(others) if _may_cut(root, group, others) else []
+        apart = _may_be_apart(root, group, others)
+        cut = sorted(others) if apart and all(p.replacement.cuts_ties for p in group) else []
         reason = _untouched(group, set() if cut else others, readers.get(weight, set()))
+        if apart and reason and (remedy := group[0].replacement.tie_remedy):
+            reason += f" ({remedy})"
         leader = _leader(group)
         if leader is None and not reason:
             kinds = ", ".join(f"{p.site.fqn} ({kind_name(p.site.kind)})" for p in group)
@@ -351,13 +354,13 @@ def _others(root: nn.Module, group: Sequence[Proposal], names: set[str]) -> set[
     return others | (names - own)
 
 
-def _may_cut(root: nn.Module, group: Sequence[Proposal], others: set[str]) -> bool:
-    """Whether others may keep a weight for which a group of sites gets layers of its own."""
+def _may_be_apart(root: nn.Module, group: Sequence[Proposal], others: set[str]) -> bool:
+    """Whether others could keep a weight for which a group of sites gets layers of its own."""
     holders = [root.get_submodule(name.rpartition(".")[0]) for name in others]
     return (
         bool(others)
         and all(isinstance(m, nn.Embedding) for m in holders)
-        and all(p.replacement.cuts_ties and p.site.place is not None for p in group)
+        and all(p.site.place is not None for p in group)
     )
 
 
