@@ -71,7 +71,8 @@ def active_reference(x: Tensor, select: Select) -> Tensor:
         mask = torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
     else:
         mask = ~(score < select.threshold)
-    return mask if block == 1 else mask.repeat_interleave(block, -1)[..., :width]
+    whole: Tensor = mask if block == 1 else mask.repeat_interleave(block, -1)[..., :width]
+    return whole
 
 
 def active(x: Tensor, select: Select) -> Tensor:
