@@ -87,7 +87,8 @@ def importance_of(weight: Tensor) -> Tensor:
 
     Source: Chen et al. 2025, "WINA: Weight Informed Neuron Activation".
     """
-    return torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32)
+    return norms
 
 
 def straight_through(x: Tensor, mask: Tensor) -> Tensor:
