@@ -88,8 +88,23 @@ def mlp(rows: int, width: int, hidden: int, rounds: int, levels: bool) -> Rows:
             runs[f"{kind}, {share:.0%} of neurons"] = partial(
                 sparse_cpu.gated, x, *gates, "silu", select, hidden, screen
             )
+    if not levels:
+        columns = [w.t().contiguous() for w in dense[:2]]
+        for share in SHARES:
+            few, many = Select(int(share * width)), Select(int(share * hidden))
+            runs[f"fp32, {share:.0%} of all three inputs"] = partial(
+                of_inputs, x, [*columns, own[2].weight], few, many
+            )
     first = next(iter(runs))
     return [{"tokens": rows, **row} for row in ratios(runs, rounds, first)]
+
+
+def of_inputs(x: Tensor, columns: list[Tensor], few: Select, many: Select) -> Tensor | None:
+    """The MLP over some of the inputs of each layer, as `Threshold(inputs="all")` has it."""
+    gate, up = (sparse_cpu.linear(x, w, None, None, few, w.shape[0])[0] for w in columns[:2])
+    assert gate is not None and up is not None
+    h = F.silu(gate) * up
+    return sparse_cpu.linear(h, columns[2], None, None, many, len(columns[2]))[0]
 
 
 # One block ---------------------------------------------------------------------------------------
