@@ -102,7 +102,8 @@ def mlp(rows: int, width: int, hidden: int, rounds: int, levels: bool) -> Rows:
 def of_inputs(x: Tensor, columns: list[Tensor], few: Select, many: Select) -> Tensor | None:
     """The MLP over some of the inputs of each layer, as `Threshold(inputs="all")` has it."""
     gate, up = (sparse_cpu.linear(x, w, None, None, few, w.shape[0])[0] for w in columns[:2])
-    assert gate is not None and up is not None
+    assert gate is not None
+    assert up is not None
     h = F.silu(gate) * up
     return sparse_cpu.linear(h, columns[2], None, None, many, len(columns[2]))[0]
 
