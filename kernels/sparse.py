@@ -71,7 +71,8 @@ def active_reference(x: Tensor, select: Select) -> Tensor:
         mask = torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
     else:
         mask = ~(score < select.threshold)
-    return mask if block == 1 else mask.repeat_interleave(block, -1)[..., :width]
+    whole: Tensor = mask if block == 1 else mask.repeat_interleave(block, -1)[..., :width]
+    return whole
 
 
 def active(x: Tensor, select: Select) -> Tensor:
@@ -86,7 +87,8 @@ def importance_of(weight: Tensor) -> Tensor:
 
     Source: Chen et al. 2025, "WINA: Weight Informed Neuron Activation".
     """
-    return torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=torch.float32)
+    return norms
 
 
 def straight_through(x: Tensor, mask: Tensor) -> Tensor:

@@ -148,10 +148,13 @@ def _mask(
     score = x.detach().abs()
     if importance is not None:
         score = score.float() * importance
+    mask: Tensor
     if block == 1:
-        return ~(score < threshold)
-    blocks = score.unflatten(-1, (-1, block)).amax(-1)
-    return (~(blocks < threshold)).repeat_interleave(block, -1)
+        mask = ~(score < threshold)
+    else:
+        blocks = score.unflatten(-1, (-1, block)).amax(-1)
+        mask = (~(blocks < threshold)).repeat_interleave(block, -1)
+    return mask
 
 
 def _select(threshold: Tensor | None, importance: Tensor | None, k: int, block: int) -> Select:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewriter.base import Layer, as_parameter
 from rewriter.errors import OptionError, whole_number
@@ -47,6 +47,7 @@ class SparseInt8Linear(Layer):
     op: ClassVar[str] = "sparse_int8_linear"
     qweight: Tensor
     scale: Tensor
+    bias: nn.Parameter | None
     threshold: Tensor | None
     importance: Tensor | None
 
@@ -83,9 +84,12 @@ class SparseInt8Linear(Layer):
     def of(cls, sparse: TopKLinear | ThresholdLinear) -> SparseInt8Linear:
         """The layer closest to one with float weights; its selection, and a bias that is a
         Parameter, are kept."""
-        of_count = isinstance(sparse, TopKLinear)
-        k, block = (sparse.k, sparse.block) if of_count else (0, 1)
-        share = sparse.k / sparse.in_features if of_count else sparse.share
+        k, block, threshold = 0, 1, None
+        if isinstance(sparse, TopKLinear):
+            k, block = sparse.k, sparse.block
+            share: float | None = k / sparse.in_features
+        else:
+            share, threshold = sparse.share, sparse.threshold
         sizes = sparse.in_features, sparse.out_features
         bias, weighted = sparse.bias is not None, sparse.weighted
         layer = cls(*sizes, bias, k, weighted, block, share, device="meta")
@@ -93,7 +97,7 @@ class SparseInt8Linear(Layer):
         layer.qweight, layer.scale = qweight.t().contiguous().t(), scale
         layer.importance = sparse.importance
         layer.bias = None if sparse.bias is None else as_parameter(sparse.bias)
-        layer.threshold = None if of_count else sparse.threshold
+        layer.threshold = threshold
         return layer
 
     def forward(self, input: Tensor) -> Tensor:

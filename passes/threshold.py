@@ -119,12 +119,20 @@ class ThresholdLinear(Layer):
         nn.init.zeros_(self.threshold)
 
     def forward(self, input: Tensor) -> Tensor:
-        own = {"threshold": self.threshold, "importance": self.importance}
         if self.straight_through and self.training:
-            dropped = sparse_linear(input.detach(), self.weight, None, self.bias, **own)
             whole = nn.functional.linear(input, self.weight.detach())
-            return dropped + (whole - whole.detach())
-        return sparse_linear(input, self.weight, None, self.bias, **own)
+            return self._selected(input.detach()) + (whole - whole.detach())
+        return self._selected(input)
+
+    def _selected(self, input: Tensor) -> Tensor:
+        return sparse_linear(
+            input,
+            self.weight,
+            None,
+            self.bias,
+            threshold=self.threshold,
+            importance=self.importance,
+        )
 
     def stored_weight(self) -> Tensor:
         return self.weight

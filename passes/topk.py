@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,13 @@ class TopKLinear(Layer):
         layer.bias = None if bias is None else as_parameter(bias)
         layer.importance = importance
         return layer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As pickle calls it; layers up to version 0.5.0 have magnitudes and no blocks."""
+        super().__setstate__(state)
+        for name, value in {"weighted": False, "block": 1, "straight_through": False}.items():
+            vars(self).setdefault(name, value)
+        self._buffers.setdefault("importance", None)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew: uniform within ±1/√k; the importance follows the weight."""

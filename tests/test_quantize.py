@@ -20,6 +20,8 @@ from rewriter.passes.quantize import (
     Scheme,
     register,
 )
+from rewriter.passes.threshold import ThresholdLinear
+from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
 from rewriter.sites import CONV, EMBEDDING, LINEAR, Site
@@ -73,8 +75,9 @@ def test_monarch_close_to_float(activation):
 
 def test_site_kinds_and_phase():
     trained = TrainedLinear, TrainedConv1d, TrainedConv2d
-    assert Quantize.matches == (LINEAR, MonarchLinear, *trained, EMBEDDING, CONV)
-    assert Quantize().kinds == (LINEAR, MonarchLinear, *trained)
+    layers = MonarchLinear, TopKLinear, ThresholdLinear, *trained
+    assert Quantize.matches == (LINEAR, *layers, EMBEDDING, CONV)
+    assert Quantize().kinds == (LINEAR, *layers)
     assert Quantize.phase is Phase.PRECISION
     assert Quantize("int8-dynamic", "per_tensor").activation == "per_tensor"
 
