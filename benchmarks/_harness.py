@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -195,7 +196,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 def command() -> str:
     """This run, as typed from the repository's root."""
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def markdown_table(rows: Rows) -> str:
