@@ -232,7 +232,8 @@ class Threshold(Pass):
         if not isinstance(weight, nn.Parameter):  # a view: it gets storage of its own
             weight = weight.clone(memory_format=torch.contiguous_format)
         scores = _scores(sample.rows, importance)
-        threshold = quantile(scores.flatten(), sparsity)
+        # above 0: entries that are 0 already (behind a ReLU) count among those that are not read
+        threshold = max(quantile(scores.flatten(), sparsity), torch.finfo(torch.float32).tiny)
         held = _scores(sample.held, importance)
         reached = float((held < threshold).float().mean())
         layer = ThresholdLinear.from_weights(
@@ -244,12 +245,11 @@ class Threshold(Pass):
             straight_through=self.straight_through,
         )
         error = sample.output_error(weight, site.bias, layer)
-        lost = "" if error is None else f", outputs off by {error:.1%}"
         reason = (
             f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(sample.held)} rows "
-            f"held out (asked: {sparsity:.0%}, known within {_doubt(scores < threshold):.1%}){lost}"
+            f"held out (asked: {sparsity:.0%}, known within {_doubt(scores < threshold):.1%})"
         )
-        return Replace(site, layer, reason, error=None)
+        return Replace(site, layer, reason, error=None, output_error=error)
 
     def _costs(self, site: Site) -> list[float]:
         """What sparsities of 0, 0.05, … lose: ‖W (x − x_S)‖² / ‖W x‖²."""

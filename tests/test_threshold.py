@@ -102,7 +102,19 @@ def test_mlp_takes_what_enters_down_projections_alone() -> None:
     (step,) = [s for s in out.report.steps if s.name.startswith("Threshold")]
     reasons = [d.reason for d in step.decisions]
     assert all("rows held out (asked: 50%, known within" in r for r in reasons), reasons
-    assert all("outputs off by" in r for r in reasons)
+    assert all(0 < d.output_error < 1 for d in step.decisions)
+    assert "of outputs" in str(out.report)
+
+
+def test_zeros_behind_a_relu_count_among_what_is_not_read() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 8)).eval()
+    out = thresholded(model, Threshold(0.2, inputs="all", where="2"))
+    x = torch.randn(500, 16)
+    assert 0.4 < reached(out, x)["2"] < 0.6
+    assert_reordered(out(x), model(x))  # zeros alone went
+    (reason,) = (d.reason for d in out.report.decisions if d.site == "2" and d.changed)
+    assert float(reason.split("%")[0]) > 40
 
 
 def test_wina_counts_an_entry_by_what_it_adds() -> None:

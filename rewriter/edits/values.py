@@ -77,12 +77,14 @@ class Width:
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Another layer at a site; `error` is that of its weights, as of a `Replacement`."""
+    """Another layer at a site; `error` is that of its weights, `output_error` that of its outputs, as
+    of a `Replacement`."""
 
     site: Site
     layer: nn.Module
     reason: str
     error: float | None = 0.0
+    output_error: float | None = None
 
     def __post_init__(self) -> None:
         _check_reason(self)

@@ -106,7 +106,7 @@ class PassRun:
             self.matching += self._wide_sites()
         check_patterns(self.rewrite, self.matching, self.options.where, self.rewrite.where)
         if not self.matching:
-            kinds = ", ".join(map(_kind, self.rewrite.kinds))
+            kinds = ", ".join(dict.fromkeys(map(_kind, self.rewrite.kinds)))
             self.notes.append(f"nothing to do: the model has no site of kind {kinds}")
             warn(f"{self.rewrite}: {self.notes[-1]}")
 

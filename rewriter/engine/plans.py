@@ -208,7 +208,7 @@ def _proposal(rewrite: Pass, view: View, edit: Replace) -> Proposal:
     if not isinstance(edit.layer, nn.Module):
         raise PassError(f"{rewrite}: {named(edit)} has a {type(edit.layer).__name__}, no nn.Module")
     layer = edit.site.fitted(edit.layer)
-    return Proposal(edit.site, Replacement(layer, edit.error, edit.reason))
+    return Proposal(edit.site, Replacement(layer, edit.error, edit.reason, edit.output_error))
 
 
 def _apart(rewrite: Pass, edits: Iterable[Edit], widths: Mapping[int, Width]) -> None:
