@@ -77,8 +77,7 @@ class Width:
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Another layer at a site; `error` is that of its weights, `output_error` that of its outputs, as
-    of a `Replacement`."""
+    """Another layer at a site; its errors, of weights and of outputs, are those of a `Replacement`."""
 
     site: Site
     layer: nn.Module
