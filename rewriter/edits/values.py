@@ -77,7 +77,7 @@ class Width:
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Another layer at a site; its errors, of weights and of outputs, are those of a `Replacement`."""
+    """Another layer at a site; its errors (weights, outputs) are those of a `Replacement`."""
 
     site: Site
     layer: nn.Module
