@@ -52,7 +52,7 @@ def test_every_pass_has_a_column() -> None:
 
 @pytest.mark.clients
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2700)
 def test_the_table_is_what_the_run_gives(tmp_path: pathlib.Path) -> None:
     """`make interop` writes it anew."""
     path = os.pathsep.join(str(ROOT / p) for p in ("benchmarks", "tests", "tests/helpers"))
