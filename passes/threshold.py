@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from rewriter.kernels.sparse import MOST_ROWS, held_bytes, importance_of, kernel
 from rewriter.kernels.sparse_linear import sparse_linear
 from rewriter.modules.moments import Sample
 from rewriter.passes.topk import SCORES, Score
-from rewriter.sites import LINEAR, MLP, Kind, Site
+from rewriter.sites import EMBEDDING, LINEAR, MLP, Kind, Site
 
 __all__ = ["Threshold", "ThresholdLinear"]
 
@@ -134,6 +134,16 @@ class ThresholdLinear(Layer):
             importance=self.importance,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As of any module; what selects keeps its dtype, or other entries would be selected."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            if tensor is not self.threshold and tensor is not self.importance:
+                return fn(tensor)
+            return fn(tensor.view(torch.int32)).view(torch.float32)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+
     def stored_weight(self) -> Tensor:
         return self.weight
 
@@ -210,7 +220,7 @@ class Threshold(Pass):
         edits: list[Edit] = []
         blocks: dict[str, list[Site]] = {}
         for site in view.chosen:
-            if reason := _against(site, view):
+            if reason := _against(site, view) or _tied(site, view):
                 edits.append(Keep(site, reason))
             else:
                 blocks.setdefault(_block(site.fqn), []).append(site)
@@ -304,6 +314,13 @@ def _against(site: Site, view: View) -> str:
             f"{_FEWEST}: pass more text"
         )
     return ""
+
+
+def _tied(site: Site, view: View) -> str:
+    """Why a site stays that shares its weight; a plan is done whole or not at all."""
+    users = (s for s in view.sites if s.kind in (LINEAR, EMBEDDING) and s.fqn != site.fqn)
+    tied = sorted(s.fqn for s in users if s.weight is site.weight)
+    return f"its weight is tied to {', '.join(tied)}" if tied else ""
 
 
 def _block(fqn: str) -> str:

@@ -106,6 +106,16 @@ def test_mlp_takes_what_enters_down_projections_alone() -> None:
     assert "of outputs" in str(out.report)
 
 
+def test_a_tied_head_stays_and_the_others_do_not() -> None:
+    model = nn.Sequential(nn.Embedding(16, 16), nn.Linear(16, 16), nn.Linear(16, 16, bias=False))
+    model[2].weight = model[0].weight
+    ids = torch.randint(16, (8, 16))
+    out = rewrite(model.eval(), [Threshold(0.5, inputs="all")], ids, calibration=[ids])
+    assert list(layers(out)) == ["1"]
+    assert out[2].weight is out[0].weight
+    assert {d.reason for d in out.report.skipped if d.site == "2"} == {"its weight is tied to 0"}
+
+
 def test_zeros_behind_a_relu_count_among_what_is_not_read() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 8)).eval()

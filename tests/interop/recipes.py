@@ -184,7 +184,7 @@ INPUTS: Mapping[Callable[[], nn.Module], Callable[[], Any]] = {
 def calibrated(recipe: Recipe, example: Any) -> dict[str, Any]:
     """The option of `rewrite` for passes that cannot do without."""
     needed = any(p.needs_calibration for p in recipe.passes)
-    return {"calibration": [example]} if needed else {}
+    return {"calibration": [example] * 32} if needed else {}
 
 
 def rewritten(recipe: Recipe, model: nn.Module, example: Any, **options: Any) -> nn.Module:
