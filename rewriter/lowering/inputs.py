@@ -45,8 +45,9 @@ def inputs_checked(program: ExportedProgram) -> Iterator[None]:
 
 def _is_on_cpu(node: Node) -> bool:
     value = node.meta.get("val")
-    dense = isinstance(value, Tensor) and value.layout == torch.strided
-    return dense and value.device.type == "cpu"
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return value.device.type == "cpu"
 
 
 def _is_written(node: Node) -> bool:
