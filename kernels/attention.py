@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter.kernels import native_ops
 from rewriter.kernels.choice import fastest, rows_bucket
-from rewriter.kernels.native import library, parallel, why_not
+from rewriter.kernels.native import fields, library, parallel, why_not
 
 __all__ = [
     "Bound",
@@ -59,8 +59,7 @@ _SIZES = (
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        *((name, ctypes.c_int64) for name in _SIZES.split()),
+        *fields(_POINTERS, _SIZES),
         ("scale", ctypes.c_double),
         ("bf16", ctypes.c_int64),
     ]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import int8_cpu
-from rewriter.kernels.native import library, parallel, threads_for, why_not
+from rewriter.kernels.native import fields, library, parallel, threads_for, why_not
 
 __all__ = ["THEN", "Chain", "fits", "levels", "refusal"]
 
@@ -41,10 +41,7 @@ Sides = Sequence[tuple[int, int]]
 
 
 class _Call(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        *((name, ctypes.c_int64) for name in _SIZES.split()),
-    ]
+    _fields_ = fields(_POINTERS, _SIZES)
 
 
 @functools.cache

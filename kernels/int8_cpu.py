@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels import native_ops
-from rewriter.kernels.native import library, parallel, threads_for, why_not
+from rewriter.kernels.native import fields, library, parallel, threads_for, why_not
 
 __all__ = [
     "THEN",
@@ -47,8 +47,7 @@ _SIZES = "rows in_features out_features stride then one_range norm threads"
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        *((name, ctypes.c_int64) for name in _SIZES.split()),
+        *fields(_POINTERS, _SIZES),
         ("eps", ctypes.c_double),
         ("multiplier", ctypes.c_void_p),
         ("step", ctypes.c_double),

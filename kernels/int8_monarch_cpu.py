@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels import int8_cpu
-from rewriter.kernels.native import threads_for
+from rewriter.kernels.native import fields, threads_for
 
 __all__ = ["Monarch", "Pair", "by_outputs", "pack"]
 
@@ -21,8 +21,7 @@ _SIZES = "rows in_features out_features inputs outputs rank interleaved then one
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        *((name, ctypes.c_int64) for name in _SIZES.split()),
+        *fields(_POINTERS, _SIZES),
         ("eps", ctypes.c_double),
     ]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.choice import fastest, rows_bucket
-from rewriter.kernels.native import library, parallel, why_not
+from rewriter.kernels.native import fields, library, parallel, why_not
 
 __all__ = ["backward", "forward", "pick_kernel", "refusal", "serves", "worth_compiling"]
 
@@ -38,10 +38,7 @@ _TILE = 64
 
 
 class _Call(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        *((name, ctypes.c_int64) for name in _SIZES.split()),
-    ]
+    _fields_ = fields(_POINTERS, _SIZES)
 
 
 class _Gradient(ctypes.Structure):

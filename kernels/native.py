@@ -25,7 +25,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import platformdirs
 import torch
@@ -34,6 +34,7 @@ __all__ = [
     "Unavailable",
     "archive",
     "cache_folder",
+    "fields",
     "fingerprint",
     "library",
     "parallel",
@@ -49,6 +50,12 @@ _USERS = Path(platformdirs.user_cache_dir("rewriter"))
 
 class Unavailable(Exception):
     """A compiled kernel cannot be had on this machine; the message says why."""
+
+
+def fields(pointers: str, sizes: str) -> list[tuple[str, Any]]:
+    """Of a `ctypes.Structure`: addresses, then whole numbers of 64 bits, by their names."""
+    own: list[tuple[str, Any]] = [(name, ctypes.c_void_p) for name in pointers.split()]
+    return own + [(name, ctypes.c_int64) for name in sizes.split()]
 
 
 def why_not(load: Callable[[], object]) -> str | None:

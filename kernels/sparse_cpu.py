@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rewriter.kernels.native import library, parallel, why_not
+from rewriter.kernels.native import fields, library, parallel, why_not
 
 __all__ = ["THEN", "Gate", "Select", "chosen", "gated", "isa", "linear", "refusal"]
 
@@ -24,12 +24,6 @@ THEN = ("", "relu", "gelu", "silu", "gelu_tanh")
 
 _SOURCE = Path(__file__).with_name("sparse_cpu.cpp")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-
-
-def _fields(pointers: str, sizes: str) -> list[tuple[str, Any]]:
-    return [(n, ctypes.c_void_p) for n in pointers.split()] + [
-        (n, ctypes.c_int64) for n in sizes.split()
-    ]
 
 
 class _Select(ctypes.Structure):
@@ -43,16 +37,14 @@ class _Select(ctypes.Structure):
 
 class _Linear(ctypes.Structure):
     _fields_ = [
-        *_fields(
-            "x weight scale bias y active parallel", "rows in_features out type limit threads"
-        ),
+        *fields("x weight scale bias y active parallel", "rows in_features out type limit threads"),
         ("select", _Select),
     ]
 
 
 class _Gated(ctypes.Structure):
     _fields_ = [
-        *_fields(
+        *fields(
             "x gate up down gate_scale up_scale down_scale gate_bias up_bias bias screen "
             "screen_scale y active parallel",
             "rows in_features hidden out type then limit threads",
@@ -66,18 +58,18 @@ class Select(NamedTuple):
 
     Args:
         k: how many of the largest score, ties by the lower index; 0: by the threshold.
-        threshold: scores that are not below it are active.
+        threshold: scores that are not below it are active; a number, or [1].
         importance: [width] float32 ≥ 0, contiguous: scores are |x|·importance; None: |x|.
         block: as many neighbours are active together, by the largest score among them.
     """
 
     k: int = 0
-    threshold: float = 0.0
+    threshold: float | Tensor = 0.0
     importance: Tensor | None = None
     block: int = 1
 
     def made(self) -> _Select:
-        return _Select(_address(self.importance), self.threshold, self.k, self.block)
+        return _Select(_address(self.importance), float(self.threshold), self.k, self.block)
 
 
 class Gate(NamedTuple):

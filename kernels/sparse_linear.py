@@ -87,7 +87,7 @@ def sparse_linear_reference(
     block: int = 1,
 ) -> Tensor:
     """The same, written as the formula; autograd does the rest."""
-    mask = _mask(x, threshold, importance, k, block)
+    mask = active_reference(x, _select(threshold, importance, k, block))
     return _dense(x.where(mask, 0.0), weight, scale, bias)
 
 
@@ -139,28 +139,10 @@ def _check(
             )
 
 
-def _mask(
-    x: Tensor, threshold: Tensor | None, importance: Tensor | None, k: int, block: int
-) -> Tensor:
-    """Whether each entry is active, in torch's operations: it may be traced."""
-    if threshold is None:
-        return active_reference(x, Select(k, 0.0, importance, block))
-    score = x.detach().abs()
-    if importance is not None:
-        score = score.float() * importance
-    mask: Tensor
-    if block == 1:
-        mask = ~(score < threshold)
-    else:
-        blocks = score.unflatten(-1, (-1, block)).amax(-1)
-        mask = (~(blocks < threshold)).repeat_interleave(block, -1)
-    return mask
-
-
 def _select(threshold: Tensor | None, importance: Tensor | None, k: int, block: int) -> Select:
     if threshold is None:
         return Select(k, 0.0, importance, block)
-    return Select(0, float(threshold), importance, block)
+    return Select(0, threshold, importance, block)
 
 
 def _forward(
@@ -204,7 +186,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, threshold, importance = ctx.saved_tensors
-    mask = _mask(x, threshold, importance, *ctx.sizes)
+    mask = active_reference(x, _select(threshold, importance, *ctx.sizes))
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
         own = weight if scale is None else weight.to(grad.dtype) * scale.to(grad.dtype)[:, None]

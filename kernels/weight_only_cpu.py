@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels.native import library, parallel, why_not
+from rewriter.kernels.native import fields, library, parallel, why_not
 
 __all__ = ["Linear", "dense", "isa", "linear", "refusal"]
 
@@ -24,10 +24,7 @@ _SIZES = "rows in_features out_features group floats dynamic threads"
 
 
 class _Call(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        *((name, ctypes.c_int64) for name in _SIZES.split()),
-    ]
+    _fields_ = fields(_POINTERS, _SIZES)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -49,6 +49,7 @@ class BFloat16Linear(RoundedLinear):
 
     op = "bfloat16_linear"
     levels = ("qweight",)
+    keeps_dtype = ("qweight",)
     qweight: Tensor
 
     def __init__(
@@ -78,16 +79,6 @@ class BFloat16Linear(RoundedLinear):
             y = F.linear(input.to(torch.bfloat16), self.qweight).to(input.dtype)
             return y if self.bias is None else y + self.bias
         return F.linear(input, self.qweight.to(input.dtype), self.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As of any module; the weight goes along to devices, and keeps its dtype."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            if tensor is not self.qweight:
-                return fn(tensor)
-            return fn(tensor.view(torch.int16)).view(torch.bfloat16)
-
-        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
     def dense_weight(self) -> Tensor:
         """W, [out_features, in_features], in float32."""

@@ -45,6 +45,7 @@ class SparseInt8Linear(Layer):
     """
 
     op: ClassVar[str] = "sparse_int8_linear"
+    keeps_dtype: ClassVar[tuple[str, ...]] = ("threshold", "importance")
     qweight: Tensor
     scale: Tensor
     bias: nn.Parameter | None

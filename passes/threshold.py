@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rewriter.base import Layer, Pass, Phase, as_parameter, unusable
 from rewriter.edits import Edit, Keep, Replace, View
 from rewriter.errors import OptionError, given, of_type, one_of
-from rewriter.kernels.sparse import MOST_ROWS, held_bytes, importance_of, kernel_name
+from rewriter.kernels.sparse import (
+    MOST_ROWS,
+    Select,
+    active_reference,
+    held_bytes,
+    importance_of,
+    kernel_name,
+    straight_through,
+)
 from rewriter.kernels.sparse_linear import sparse_linear
 from rewriter.modules.moments import Sample
 from rewriter.passes.topk import SCORES, Score
@@ -53,6 +62,7 @@ class ThresholdLinear(Layer):
     """
 
     op: ClassVar[str] = "threshold_linear"
+    keeps_dtype: ClassVar[tuple[str, ...]] = ("threshold", "importance")
     bias: nn.Parameter | None
     threshold: Tensor
     importance: Tensor | None
@@ -120,11 +130,8 @@ class ThresholdLinear(Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.straight_through and self.training:
-            whole = nn.functional.linear(input, self.weight.detach())
-            return self._selected(input.detach()) + (whole - whole.detach())
-        return self._selected(input)
-
-    def _selected(self, input: Tensor) -> Tensor:
+            above = active_reference(input, Select(0, self.threshold, self.importance))
+            return F.linear(straight_through(input, above), self.weight, self.bias)
         return sparse_linear(
             input,
             self.weight,
@@ -133,16 +140,6 @@ class ThresholdLinear(Layer):
             threshold=self.threshold,
             importance=self.importance,
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As of any module; what selects keeps its dtype, or other entries would be selected."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            if tensor is not self.threshold and tensor is not self.importance:
-                return fn(tensor)
-            return fn(tensor.view(torch.int32)).view(torch.float32)
-
-        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
     def stored_weight(self) -> Tensor:
         return self.weight

@@ -53,6 +53,7 @@ class TopKLinear(Layer):
     """
 
     op: ClassVar[str] = "topk_linear"
+    keeps_dtype: ClassVar[tuple[str, ...]] = ("importance",)
     bias: nn.Parameter | None
     importance: Tensor | None
 

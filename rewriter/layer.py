@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -89,6 +89,9 @@ class Layer(StandsForWeight):
     packed: ClassVar[Mapping[str, int]] = {}
     """Of each buffer that holds more than one weight an element, how many: of 4-bit weights 2."""
 
+    keeps_dtype: ClassVar[tuple[str, ...]] = ()
+    """Buffers that go along to devices, but stay in their dtype when the module is cast."""
+
     once_scalars: ClassVar[tuple[str, ...]] = ()
     """Parameters [1] that version 0.1.0 had as scalars: `fully_shard` takes none."""
 
@@ -99,6 +102,18 @@ class Layer(StandsForWeight):
             OptionError: always.
         """
         raise unscriptable(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As of any module, but for `keeps_dtype`."""
+        kept = [t for name in self.keeps_dtype if (t := getattr(self, name)) is not None]
+
+        def moved(tensor: Tensor) -> Tensor:
+            if all(tensor is not own for own in kept):
+                return fn(tensor)
+            bits = torch.int16 if tensor.element_size() == 2 else torch.int32
+            return fn(tensor.view(bits)).view(tensor.dtype)
+
+        return super()._apply(moved if kept else fn, recurse)  # type: ignore[no-untyped-call]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """A parameter under the name of a property is that property's to take or to refuse.

@@ -116,6 +116,20 @@ def test_a_tied_head_stays_and_the_others_do_not() -> None:
     assert {d.reason for d in out.report.skipped if d.site == "2"} == {"its weight is tied to 0"}
 
 
+@pytest.mark.parametrize("passes", [
+    (Threshold(0.5, score="wina"),), (TopK(12, score="wina"),),
+    (Threshold(0.5, score="wina"), Quantize("int8-weight")),
+])  # fmt: skip
+def test_what_selects_keeps_its_dtype_when_the_model_is_cast(passes: Any) -> None:
+    out = thresholded(Blocks(), *passes)
+    before = {n: b.clone() for n, b in out.named_buffers() if "threshold" in n or "importance" in n}
+    after = dict(out.to(torch.bfloat16).named_buffers())
+    assert before
+    for name, buffer in before.items():
+        assert after[name].dtype == torch.float32
+        assert torch.equal(after[name], buffer)
+
+
 def test_zeros_behind_a_relu_count_among_what_is_not_read() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 8)).eval()
