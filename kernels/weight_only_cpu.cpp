@@ -191,15 +191,21 @@ struct Asked {
   }
 };
 
-// n numbers from the i-th on, as floats; in `room` where they are none.
-INLINE const float* floats_of(const void* from, long i, long n, bool floats, float* room) {
-  if (floats) return (const float*)from + i;
-  const uint16_t* p = (const uint16_t*)from + i;
-  for (long j = 0; j < n; j++) {
-    const uint32_t bits = (uint32_t)p[j] << 16;
-    memcpy(room + j, &bits, 4);
+// Numbers of R rows of scales or zeros, so many from the g-th group on, as floats in `room`: a row every `apart` of them, with
+// nothing behind it.
+template <int R>
+INLINE void floats_of(const Call& c, const void* from, long n, long g, long count, long groups, long apart, float* room) {
+  for (int i = 0; i < R; i++, room += apart) {
+    const long first = (n + i) * groups + g;
+    if (c.floats)
+      memcpy(room, (const float*)from + first, count * sizeof(float));
+    else
+      for (long j = 0; j < count; j++) {
+        const uint32_t bits = (uint32_t)((const uint16_t*)from)[first + j] << 16;
+        memcpy(room + j, &bits, 4);
+      }
+    memset(room + count, 0, (apart - count) * sizeof(float));
   }
-  return room;
 }
 
 // y of a row and R columns from n on: the vectors' sums, times the columns' scales where there are some.
@@ -271,14 +277,20 @@ __attribute__((noinline)) void product(const Call& c, const float* x, long width
   for (int m = 0; m < M; m++) put<R>(c, sum[m], r + m, n, BITS == 8 ? (const float*)c.scale : nullptr);
 }
 
+constexpr int FEW = 2;          // rows of x, for which scales come behind the sums
+constexpr long SCALES = 4096;  // and so many numbers of four rows of weights, for which there is room
+
 // M rows of x × R rows of 4-bit weights from n on, with scales and zeros behind the sums of groups, in place of one table
-// of levels for each: for few rows of x, of which no group is so large that a sum of levels is not finite.
+// of levels for each: for few rows of x, of which no group is so large that a sum of levels is not finite. `inputs` has the
+// sum of x over each group, `apart` of them a row, with zeros behind.
 template <int M, int R, bool ZERO>
-__attribute__((noinline)) void by_groups(const Call& c, const float* x, long groups, long r, long n, float* room) {
+__attribute__((noinline)) void by_groups(const Call& c, const float* x, const float* inputs, long groups, long apart, long r,
+                                         long n, float* room) {
   const long width = groups * c.group, bytes = width / 2;
   const uint8_t* row = c.weight + n * bytes;
-  const float *scale = floats_of(c.scale, n * groups, R * groups, c.floats, room), *zero = nullptr;
-  if (ZERO) zero = floats_of(c.zero, n * groups, R * groups, c.floats, room + R * groups);
+  const float *scale = room, *zero = room + R * apart;
+  floats_of<R>(c, c.scale, n, 0, groups, groups, apart, room);
+  if (ZERO) floats_of<R>(c, c.zero, n, 0, groups, groups, apart, room + R * apart);
   Levels levels{};
 #if WIDE
   levels.of = plain_levels();
@@ -290,13 +302,11 @@ __attribute__((noinline)) void by_groups(const Call& c, const float* x, long gro
     for (int i = 0; i < R; i++) sum[m][i] = all(0);
   Asked asked(row, R * bytes);
   for (long k = 0, g = 0; g < groups; g++) {
-    vec part[M][R], inputs[M];
+    vec part[M][R];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; m++) {
-      inputs[m] = all(0);
+    for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
       for (int i = 0; i < R; i++) part[m][i] = all(0);
-    }
     for (const long end = k + c.group; k < end; k += BLOCK) {
       asked.lines(R * BLOCK / 128);
       vec w[R][PARTS];
@@ -307,7 +317,6 @@ __attribute__((noinline)) void by_groups(const Call& c, const float* x, long gro
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {
           const vec v = load(x + m * width + k + j * V);
-          if (ZERO) inputs[m] = inputs[m] + v;
 #pragma GCC unroll 4
           for (int i = 0; i < R; i++) part[m][i] = fused(w[i][j], v, part[m][i]);
         }
@@ -315,13 +324,24 @@ __attribute__((noinline)) void by_groups(const Call& c, const float* x, long gro
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-      for (int m = 0; m < M; m++) {
-        sum[m][i] = fused(part[m][i], all(scale[i * groups + g]), sum[m][i]);
-        if (ZERO) sum[m][i] = fused(inputs[m], all(zero[i * groups + g]), sum[m][i]);
-      }
+      for (int m = 0; m < M; m++) sum[m][i] = fused(part[m][i], all(scale[i * apart + g]), sum[m][i]);
   }
+  for (long g = 0; ZERO && g < apart; g += V)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) sum[m][i] = fused(load(zero + i * apart + g), load(inputs + m * apart + g), sum[m][i]);
 #pragma GCC unroll 4
   for (int m = 0; m < M; m++) put<R>(c, sum[m], r + m, n, nullptr);
+}
+
+// Σ x over each group of one row.
+void sums_of_groups(const float* x, long group, long groups, long apart, float* to) {
+  for (long g = 0; g < apart; g++) {
+    vec sum = all(0);
+    for (long k = 0; g < groups && k < group; k += V) sum = sum + load(x + g * group + k);
+    to[g] = sum_of_8(half_of(sum));
+  }
 }
 
 constexpr int ROWS = WIDE ? 8 : 4;  // of x that are multiplied at once, at most
@@ -334,15 +354,13 @@ void columns(const Call& c, const float* x, long width, long r, long n, long end
   for (; n < end; n++) product<BITS, M, 1>(c, x, width, r, n);
 }
 
-constexpr int FEW = 2;          // rows of x, for which scales come behind the sums
-constexpr long SCALES = 4096;  // and so many numbers of four rows of weights, for which there is room
-
 // All rows of 4-bit weights from n to end, with M rows of x.
 template <int M, bool ZERO>
-void few(const Call& c, const float* x, long groups, long r, long n, long end) {
+void few(const Call& c, const float* x, const float* inputs, long groups, long n, long end) {
   alignas(64) float room[2 * SCALES];
-  for (; n + 4 <= end; n += 4) by_groups<M, 4, ZERO>(c, x, groups, r, n, room);
-  for (; n < end; n++) by_groups<M, 1, ZERO>(c, x, groups, r, n, room);
+  const long apart = up(groups, V);
+  for (; n + 4 <= end; n += 4) by_groups<M, 4, ZERO>(c, x, inputs, groups, apart, 0, n, room);
+  for (; n < end; n++) by_groups<M, 1, ZERO>(c, x, inputs, groups, apart, 0, n, room);
 }
 
 // Whether the sums of groups are finite wherever the result is: no number is large, or none.
@@ -366,9 +384,13 @@ void rows_of(const Call& c, const float* x, long width, long r, long n, long end
 
 // Products with activations of 8 bits -------------------------------------------------------------
 
-struct Quantized {  // one group of one row
-  float s, sum;     // sum = s·Σa
-  int32_t eighth;   // −Σa: what each of the eight partial sums of (u − 8)·a starts from
+// The groups of rows of x, `apart` of them a row, with zeros behind.
+struct Quantized {
+  float *s, *sum;   // sum = s·Σa
+  int32_t* eighth;  // −Σa: what each of the eight partial sums of (u − 8)·a starts from
+  long apart;
+
+  Quantized row(long r) const { return {s + r * apart, sum + r * apart, eighth + r * apart, apart}; }
 };
 
 INLINE float most_of_8(__m256 v) {
@@ -378,7 +400,7 @@ INLINE float most_of_8(__m256 v) {
 }
 
 // Levels and scales of one row; what is beyond `in` is zero. A group that is not finite is NaN.
-void quantize_row(const float* x, long in, long group, long groups, int8_t* a, Quantized* of) {
+void quantize_row(const float* x, long in, long group, long groups, int8_t* a, const Quantized& of) {
   const long whole = in / BLOCK * BLOCK;
   float last[BLOCK] = {}, none[BLOCK] = {};
   memcpy(last, x + whole, (in - whole) * sizeof(float));
@@ -413,74 +435,87 @@ void quantize_row(const float* x, long in, long group, long groups, int8_t* a, Q
     _mm256_storeu_si256((__m256i*)lanes, sums);
     for (int i = 0; i < 8; i++) sum += lanes[i];
     const float s = odd ? __builtin_nanf("") : some ? most / 127 : 0;
-    of[g] = {s, s * sum, -sum};
+    of.s[g] = s, of.sum[g] = s * sum, of.eighth[g] = -sum;
   }
+  for (long g = groups; g < of.apart; g++) of.s[g] = of.sum[g] = 0, of.eighth[g] = 0;
 }
+
+constexpr long TOGETHER = 256;  // groups whose scales are made floats at once
 
 // M rows of levels × R rows of the weight from n on.
 template <int M, int R>
-__attribute__((noinline)) void integers(const Call& c, const int8_t* a, const Quantized* of, long r,
-                                        long n) {
+__attribute__((noinline)) void integers(const Call& c, const int8_t* a, const Quantized& of, long r, long n) {
   const long groups = (c.in + c.group - 1) / c.group, width = groups * c.group, bytes = width / 2;
   const uint8_t* row = c.weight + n * bytes;
+  alignas(64) float scale[R * TOGETHER], zero[R * TOGETHER];
   __m256 sum[M][R];
-  float offset[M][R] = {};
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++) sum[m][i] = _mm256_setzero_ps();
-  for (long g = 0; g < groups; g++) {
-    __m256i exact[M][R];
+  Asked asked(row, R * bytes);
+  for (long first = 0; first < groups; first += TOGETHER) {
+    const long count = least(TOGETHER, groups - first), apart = up(count, 8);
+    floats_of<R>(c, c.scale, n, first, count, groups, apart, scale);
+    for (long j = 0; j < count; j++) {
+      const long g = first + j;
+      __m256i exact[M][R];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
+      for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-      for (int i = 0; i < R; i++) exact[m][i] = _mm256_set1_epi32(of[m * groups + g].eighth);
-    for (long k = g * c.group; k < (g + 1) * c.group; k += BLOCK) {
-      __m256i u[R];
+        for (int i = 0; i < R; i++) exact[m][i] = _mm256_set1_epi32(of.eighth[m * of.apart + g]);
+      for (long k = g * c.group; k < (g + 1) * c.group; k += BLOCK) {
+        asked.lines(R * BLOCK / 128);
+        __m256i u[R];
 #pragma GCC unroll 4
-      for (int i = 0; i < R; i++) {
-        const __m128i v = _mm_loadu_si128((const __m128i*)(row + i * bytes + k / 2));
-        const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(v), _mm_srli_epi16(v, 4), 1);
-        u[i] = _mm256_and_si256(both, _mm256_set1_epi8(15));
+        for (int i = 0; i < R; i++) {
+          const __m128i v = _mm_loadu_si128((const __m128i*)(row + i * bytes + k / 2));
+          const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(v), _mm_srli_epi16(v, 4), 1);
+          u[i] = _mm256_and_si256(both, _mm256_set1_epi8(15));
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+          const __m256i v = _mm256_loadu_si256((const __m256i*)(a + m * width + k));
+#pragma GCC unroll 4
+          for (int i = 0; i < R; i++) exact[m][i] = dot(exact[m][i], u[i], v);
+        }
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
-        const __m256i v = _mm256_loadu_si256((const __m256i*)(a + m * width + k));
+        const __m256 own = _mm256_set1_ps(of.s[m * of.apart + g]);
 #pragma GCC unroll 4
-        for (int i = 0; i < R; i++) exact[m][i] = dot(exact[m][i], u[i], v);
+        for (int i = 0; i < R; i++) {
+          const __m256 times = _mm256_mul_ps(_mm256_set1_ps(scale[i * apart + j]), own);
+          sum[m][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact[m][i]), times, sum[m][i]);
+        }
       }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < R; i++) {
-      const long at = (n + i) * groups + g;
-      const float scale = number(c.scale, at, c.floats);
+    if (!c.zero) continue;
+    floats_of<R>(c, c.zero, n, first, count, groups, apart, zero);
+    for (long j = 0; j < count; j += 8)
 #pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
-        const Quantized& own = of[m * groups + g];
-        const __m256 times = _mm256_set1_ps(scale * own.s);
-        sum[m][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact[m][i]), times, sum[m][i]);
-        if (c.zero) offset[m][i] += number(c.zero, at, c.floats) * own.sum;
+        const __m256 own = _mm256_loadu_ps(of.sum + m * of.apart + first + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++) sum[m][i] = _mm256_fmadd_ps(_mm256_loadu_ps(zero + i * apart + j), own, sum[m][i]);
       }
-    }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
-      c.y[(r + m) * c.out + n + i] = sum_of_8(sum[m][i]) + offset[m][i] + (c.bias ? c.bias[n + i] : 0);
+    for (int m = 0; m < M; m++) c.y[(r + m) * c.out + n + i] = sum_of_8(sum[m][i]) + (c.bias ? c.bias[n + i] : 0);
 }
 
 // All rows of x, a power of two of them at a time.
 template <int M = 4>
-void levels_of_rows(const Call& c, const int8_t* a, long width, const Quantized* of, long groups, long r,
-                    long n, long end) {
+void levels_of_rows(const Call& c, const int8_t* a, long width, const Quantized& of, long r, long n, long end) {
   constexpr int R = M == 1 ? 4 : M == 2 || WIDE ? 2 : 1;
   for (; r + M <= c.rows; r += M) {
     long i = n;
-    for (; i + R <= end; i += R) integers<M, R>(c, a + r * width, of + r * groups, r, i);
-    for (; i < end; i++) integers<M, 1>(c, a + r * width, of + r * groups, r, i);
+    for (; i + R <= end; i += R) integers<M, R>(c, a + r * width, of.row(r), r, i);
+    for (; i < end; i++) integers<M, 1>(c, a + r * width, of.row(r), r, i);
   }
-  if constexpr (M > 1) levels_of_rows<M / 2>(c, a, width, of, groups, r, n, end);
+  if constexpr (M > 1) levels_of_rows<M / 2>(c, a, width, of, r, n, end);
 }
 
 // Work --------------------------------------------------------------------------------------------
@@ -522,15 +557,15 @@ void weight_linear(const Call* call) {
   const long groups = c.group ? (c.in + c.group - 1) / c.group : 0;
   const long width = c.group ? groups * c.group : up(c.in, BLOCK);
   if (c.dynamic) {
-    const long head = up(c.rows * groups * sizeof(Quantized), 64);
-    void* scratch = room(head + c.rows * width);
-    Quantized* of = (Quantized*)scratch;
-    int8_t* a = (int8_t*)scratch + head;
+    const long apart = up(groups, 8), each = c.rows * apart;
+    float* scratch = (float*)room(3 * each * sizeof(float) + c.rows * width);
+    const Quantized of = {scratch, scratch + each, (int32_t*)scratch + 2 * each, apart};
+    int8_t* a = (int8_t*)(scratch + 3 * each);
     for_each(c.parallel, c.rows < 32 ? 1 : c.threads, c.rows, [&](long r) {
-      quantize_row(c.x + r * c.in, c.in, c.group, groups, a + r * width, of + r * groups);
+      quantize_row(c.x + r * c.in, c.in, c.group, groups, a + r * width, of.row(r));
     });
     over_strips(c, width / 2, [&](long n, long end) {
-      levels_of_rows(c, a, width, of, groups, 0, n, end);
+      levels_of_rows(c, a, width, of, 0, n, end);
     });
     return free(scratch);
   }
@@ -540,10 +575,13 @@ void weight_linear(const Call* call) {
     memset(padded + r * width + c.in, 0, (width - c.in) * sizeof(float));
   }
   const float* x = padded ? padded : c.x;
-  const bool sums = c.group && c.rows <= FEW && 4 * groups <= SCALES && moderate(c.x, c.rows * c.in);
+  const long apart = up(groups, V);
+  const bool sums = c.group && c.rows <= FEW && 4 * apart <= SCALES && moderate(c.x, c.rows * c.in);
+  alignas(64) float inputs[FEW * SCALES / 4];
+  for (long r = 0; sums && c.zero && r < c.rows; r++) sums_of_groups(x + r * width, c.group, groups, apart, inputs + r * apart);
   over_strips(c, c.group ? width / 2 : c.in, [&](long n, long end) {
-    if (sums && c.rows == 1) return c.zero ? few<1, true>(c, x, groups, 0, n, end) : few<1, false>(c, x, groups, 0, n, end);
-    if (sums) return c.zero ? few<2, true>(c, x, groups, 0, n, end) : few<2, false>(c, x, groups, 0, n, end);
+    if (sums && c.rows == 1) return c.zero ? few<1, true>(c, x, inputs, groups, n, end) : few<1, false>(c, x, inputs, groups, n, end);
+    if (sums) return c.zero ? few<2, true>(c, x, inputs, groups, n, end) : few<2, false>(c, x, inputs, groups, n, end);
     c.group ? rows_of<4>(c, x, width, 0, n, end) : rows_of<8>(c, x, width, 0, n, end);
   });
   free(padded);
