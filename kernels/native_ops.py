@@ -7,6 +7,8 @@
     native_int8_weight_linear(x, qweight, scale, bias)      of `weight_only`, as all with weights of
     native_int4_linear(x, packed, scale, zero, bias)        few bits: a layer's own tensors, as they
     native_int4_dynamic_linear(x, packed, scale, zero, bias)    are stored
+    native_weight_linears(x, four operands of each of two weights or three, kind)    their products
+                                                      with one x, side by side
 
 A layer of the int8 ops is one tensor of bytes: `rewriter.kernels.int8_cpu.Linear.layer` makes it of
 packed weights and all that goes with them. It holds on the CPU that it was made on, and says so
@@ -32,6 +34,8 @@ from rewriter.kernels import native, ops
 
 __all__ = [
     "INT8",
+    "KINDS",
+    "TOGETHER",
     "WEIGHT_ONLY",
     "InGraph",
     "archive",
@@ -72,6 +76,13 @@ _LIB.define(
 _LIB.define(
     "native_int8_weight_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor"
 )
+_LIB.define(
+    "native_weight_linears(Tensor x, Tensor w1, Tensor s1, Tensor? z1, Tensor? b1, "
+    "Tensor w2, Tensor s2, Tensor? z2, Tensor? b2, "
+    "Tensor? w3, Tensor? s3, Tensor? z3, Tensor? b3, int kind) -> Tensor"
+)
+KINDS = ("native_int8_weight_linear", "native_int4_linear", "native_int4_dynamic_linear")
+"""Ops whose products with one x `native_weight_linears` makes together, in the order of its kinds."""
 
 
 class InGraph(NamedTuple):
@@ -215,6 +226,11 @@ def _fake_weight_only(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _fake_weights(x: Tensor, w1: Tensor, *more: Any) -> Tensor:
+    there = [w for w in (w1, more[3], more[7]) if w is not None]
+    return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in there))
+
+
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "native_int8": _fake_int8,
     "native_int8_two": _fake_two,
@@ -223,6 +239,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "native_int8_weight_linear": _fake_weight_only,
     "native_int4_linear": _fake_weight_only,
     "native_int4_dynamic_linear": _fake_weight_only,
+    "native_weight_linears": _fake_weights,
 }
 for _name, _fake in _FAKES.items():
     _LIB.impl(_name, _late(_name), "CompositeExplicitAutograd")
@@ -244,6 +261,14 @@ _ARGUMENTS = {
         ("native_int4_linear", "native_int4_dynamic_linear"),
         "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, "
         "AtenTensorHandle*",
+    ),
+    "native_weight_linears": ", ".join(
+        [
+            "AtenTensorHandle",
+            *2 * ("AtenTensorHandle, AtenTensorHandle", "AtenTensorHandle*, AtenTensorHandle*"),
+        ]
+        + ["AtenTensorHandle*"] * 4
+        + ["int64_t"]
     ),
 }
 
@@ -302,10 +327,28 @@ INT8 = (
 """Companions of `rewriter::int8_linear`."""
 
 WEIGHT_ONLY = {
-    name: ops.Companion(f"rewriter::native_{name}", shim=_shim(f"native_{name}"))
-    for name in ("int8_weight_linear", "int4_linear", "int4_dynamic_linear")
+    name.removeprefix("native_"): ops.Companion(f"rewriter::{name}", shim=_shim(name))
+    for name in KINDS
 }
 """Of each op of `rewriter.kernels.weight_only` its companion, which takes the same arguments."""
+
+
+def _together_sizes(x: Tensor, *given: Any) -> tuple[Any, ...]:
+    out = sum(w.shape[0] for w in given[:-1:4] if w is not None)
+    return math.prod(x.shape[:-1]), out, x.shape[-1]
+
+
+def _together_flops(x: torch.Size, *given: Any, **_: Any) -> int:
+    return 2 * math.prod(x) * sum(w[0] for w in given[:-1:4] if w is not None)
+
+
+TOGETHER = ops.Companion(
+    "rewriter::native_weight_linears",
+    _together_sizes,
+    _together_flops,
+    shim=_shim("native_weight_linears"),
+)
+"""The companion of them all, priced as the first: so many products of one x in one call."""
 
 
 def _attention_reference(

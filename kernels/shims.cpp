@@ -18,6 +18,8 @@ AOTITorchError aoti_torch_cpu_native_attention(Handle, Handle, Handle, Handle*, 
 AOTITorchError aoti_torch_cpu_native_int8_weight_linear(Handle, Handle, Handle, Handle*, Handle*);
 AOTITorchError aoti_torch_cpu_native_int4_linear(Handle, Handle, Handle, Handle*, Handle*, Handle*);
 AOTITorchError aoti_torch_cpu_native_int4_dynamic_linear(Handle, Handle, Handle, Handle*, Handle*, Handle*);
+AOTITorchError aoti_torch_cpu_native_weight_linears(Handle, Handle, Handle, Handle*, Handle*, Handle, Handle, Handle*, Handle*,
+                                                    Handle*, Handle*, Handle*, Handle*, int64_t, Handle*);
 }
 
 namespace {
@@ -74,6 +76,15 @@ Tensor int4_dynamic(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor>
   return Tensor(y);
 }
 
+Tensor weights(Tensor x, Tensor w1, Tensor s1, std::optional<Tensor> z1, std::optional<Tensor> b1, Tensor w2, Tensor s2,
+               std::optional<Tensor> z2, std::optional<Tensor> b2, std::optional<Tensor> w3, std::optional<Tensor> s3,
+               std::optional<Tensor> z3, std::optional<Tensor> b3, int64_t kind) {
+  Handle y;
+  aoti_torch_cpu_native_weight_linears(x.get(), w1.get(), s1.get(), Maybe(z1), Maybe(b1), w2.get(), s2.get(), Maybe(z2), Maybe(b2),
+                                       Maybe(w3), Maybe(s3), Maybe(z3), Maybe(b3), kind, &y);
+  return Tensor(y);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rewriter, CPU, m) {
@@ -84,4 +95,5 @@ STABLE_TORCH_LIBRARY_IMPL(rewriter, CPU, m) {
   m.impl("native_int8_weight_linear", TORCH_BOX(&int8_weight));
   m.impl("native_int4_linear", TORCH_BOX(&int4));
   m.impl("native_int4_dynamic_linear", TORCH_BOX(&int4_dynamic));
+  m.impl("native_weight_linears", TORCH_BOX(&weights));
 }

@@ -623,6 +623,7 @@ def _record(op: str, reference: Callable[..., Any], dtype: str) -> ops.Record:
         x, weight, scale, zero, bias = _made(op, rows, out, width)
         return (x, weight, scale, bias) if weight.dtype == torch.int8 else (x, weight, scale)
 
+    together = (native_ops.TOGETHER,) if op == "int8_weight_linear" else ()
     sides = (96, 1600)  # few: a calibration fills three such tables, and has seconds for all
     return ops.register(
         ops.Record(
@@ -640,7 +641,7 @@ def _record(op: str, reference: Callable[..., Any], dtype: str) -> ops.Record:
                 place=lambda *sizes: sizes,
             ),
             kernels=lambda: refused_kernels(op),
-            companions=(native_ops.WEIGHT_ONLY[op],),
+            companions=(native_ops.WEIGHT_ONLY[op], *together),
         )
     )
 

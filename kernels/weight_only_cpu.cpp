@@ -103,9 +103,9 @@ struct Call {
   const void* scale;      // 8 bits: float [out]; 4 bits: bfloat16 or float [out, groups]
   const void* zero;       // as scale, or null
   const float* bias;      // [out] or null
-  float* y;               // [rows, out]; of weight_dense: [out, in]
+  float* y;               // [rows, out], rows `apart` numbers apart; of weight_dense: [out, in]
   Parallel parallel;
-  int64_t rows, in, out, group, floats, dynamic, threads;  // group 0: 8 bits
+  int64_t rows, in, out, apart, group, floats, dynamic, threads;  // group 0: 8 bits
 };
 
 namespace {
@@ -215,7 +215,7 @@ INLINE void put(const Call& c, const vec* sum, long r, long n, const float* scal
   sums_of<R>(sum, of);
   for (int i = 0; i < R; i++) {
     const float bias = c.bias ? c.bias[n + i] : 0;
-    c.y[r * c.out + n + i] = of[i] * (scale ? scale[n + i] : 1) + bias;
+    c.y[r * c.apart + n + i] = of[i] * (scale ? scale[n + i] : 1) + bias;
   }
 }
 
@@ -503,7 +503,7 @@ __attribute__((noinline)) void integers(const Call& c, const int8_t* a, const Qu
 #pragma GCC unroll 4
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) c.y[(r + m) * c.out + n + i] = sum_of_8(sum[m][i]) + (c.bias ? c.bias[n + i] : 0);
+    for (int m = 0; m < M; m++) c.y[(r + m) * c.apart + n + i] = sum_of_8(sum[m][i]) + (c.bias ? c.bias[n + i] : 0);
 }
 
 // All rows of x, a power of two of them at a time.
@@ -522,21 +522,27 @@ void levels_of_rows(const Call& c, const int8_t* a, long width, const Quantized&
 
 constexpr long STRIP = 32 << 10;  // bytes of weights for which another thread pays
 
-// Rows of the weight in one piece of work.
-long strip(const Call& c, long bytes) {
+// Rows of the weights in one piece of work, of so many rows in all.
+long strip(const Call& c, long out, long bytes) {
   long size = (STRIP + bytes - 1) / bytes;
-  const long even = (c.out + 4 * c.threads - 1) / (4 * c.threads);  // four pieces for each thread
+  const long even = (out + 4 * c.threads - 1) / (4 * c.threads);  // four pieces for each thread
   if (size < even) size = least(even, 4 * size);
-  const long pieces = (c.out + size - 1) / size;
-  if (pieces > 1) size = (c.out + up(pieces, c.threads) - 1) / up(pieces, c.threads);  // as many for each thread
+  const long pieces = (out + size - 1) / size;
+  if (pieces > 1) size = (out + up(pieces, c.threads) - 1) / up(pieces, c.threads);  // as many for each thread
   return up(size, 4);
 }
 
+// work(call, first row of its weight, the row behind the last), over all rows of the weights of all calls.
 template <class Work>
-void over_strips(const Call& c, long bytes, const Work& work) {
-  const long size = strip(c, bytes), tasks = (c.out + size - 1) / size;
-  for_each(c.parallel, c.threads, tasks, [&](long task) {
-    work(task * size, least((task + 1) * size, c.out));
+void over_strips(const Call* calls, long count, long bytes, const Work& work) {
+  long out = 0, tasks = 0;
+  for (long i = 0; i < count; i++) out += calls[i].out;
+  const long size = strip(calls[0], out, bytes);
+  for (long i = 0; i < count; i++) tasks += (calls[i].out + size - 1) / size;
+  for_each(calls[0].parallel, calls[0].threads, tasks, [&](long task) {
+    const Call* c = calls;
+    for (long own; task >= (own = (c->out + size - 1) / size); task -= own) c++;
+    work(*c, task * size, least((task + 1) * size, c->out));
   });
 }
 
@@ -552,8 +558,9 @@ extern "C" {
 
 const char* weight_isa() { return (WIDE ? "AVX-512" DOTS : "AVX2" DOTS); }
 
-void weight_linear(const Call* call) {
-  const Call& c = *call;
+// Products of one x, with weights in one form.
+void weight_linears(const Call* calls, int64_t count) {
+  const Call& c = *calls;
   const long groups = c.group ? (c.in + c.group - 1) / c.group : 0;
   const long width = c.group ? groups * c.group : up(c.in, BLOCK);
   if (c.dynamic) {
@@ -564,7 +571,7 @@ void weight_linear(const Call* call) {
     for_each(c.parallel, c.rows < 32 ? 1 : c.threads, c.rows, [&](long r) {
       quantize_row(c.x + r * c.in, c.in, c.group, groups, a + r * width, of.row(r));
     });
-    over_strips(c, width / 2, [&](long n, long end) {
+    over_strips(calls, count, width / 2, [&](const Call& c, long n, long end) {
       levels_of_rows(c, a, width, of, 0, n, end);
     });
     return free(scratch);
@@ -578,14 +585,16 @@ void weight_linear(const Call* call) {
   const long apart = up(groups, V);
   const bool sums = c.group && c.rows <= FEW && 4 * apart <= SCALES && moderate(c.x, c.rows * c.in);
   alignas(64) float inputs[FEW * SCALES / 4];
-  for (long r = 0; sums && c.zero && r < c.rows; r++) sums_of_groups(x + r * width, c.group, groups, apart, inputs + r * apart);
-  over_strips(c, c.group ? width / 2 : c.in, [&](long n, long end) {
+  for (long r = 0; sums && r < c.rows; r++) sums_of_groups(x + r * width, c.group, groups, apart, inputs + r * apart);
+  over_strips(calls, count, c.group ? width / 2 : c.in, [&](const Call& c, long n, long end) {
     if (sums && c.rows == 1) return c.zero ? few<1, true>(c, x, inputs, groups, n, end) : few<1, false>(c, x, inputs, groups, n, end);
     if (sums) return c.zero ? few<2, true>(c, x, inputs, groups, n, end) : few<2, false>(c, x, inputs, groups, n, end);
     c.group ? rows_of<4>(c, x, width, 0, n, end) : rows_of<8>(c, x, width, 0, n, end);
   });
   free(padded);
 }
+
+void weight_linear(const Call* call) { weight_linears(call, 1); }
 
 // One of many calls with the same weight: `fixed` has what does not change.
 void weight_run(const Call* fixed, const float* x, float* y, int64_t rows, int64_t threads) {
@@ -598,7 +607,7 @@ void weight_run(const Call* fixed, const float* x, float* y, int64_t rows, int64
 void weight_dense(const Call* call) {
   const Call& c = *call;
   const long bytes = c.group ? (c.in + c.group - 1) / c.group * c.group / 2 : c.in;
-  over_strips(c, bytes, [&](long n, long end) {
+  over_strips(call, 1, bytes, [&](const Call& c, long n, long end) {
     for (; n < end; n++) {
       const uint8_t* row = c.weight + n * bytes;
       float* to = c.y + n * c.in;

@@ -20,7 +20,7 @@ __all__ = ["Linear", "dense", "isa", "linear", "refusal"]
 
 _SOURCE = Path(__file__).with_name("weight_only_cpu.cpp")
 _POINTERS = "x weight scale zero bias y parallel"
-_SIZES = "rows in_features out_features group floats dynamic threads"
+_SIZES = "rows in_features out_features apart group floats dynamic threads"
 
 
 class _Call(ctypes.Structure):
@@ -155,6 +155,7 @@ def _call(
         start,
         rows,
         width,
+        out,
         out,
         2 * stored // scale.shape[1] if scale.ndim == 2 else 0,
         scale.dtype == torch.float32,

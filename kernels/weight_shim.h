@@ -13,9 +13,9 @@ bool is(const View& of, int32_t dtype, int64_t dim, int64_t first, int64_t secon
   return of.dtype == dtype && of.dim == dim && of.sizes[0] == first && (dim < 2 || of.sizes[1] == second) && of.contiguous();
 }
 
-// y = x @ wᵀ + bias; 4 bits where `four`.
-void linear(Handle x, Handle weight, Handle scale, Handle* zero, Handle* bias, bool four, bool dynamic, Handle* ret) {
-  const View in(x), w(weight), s(scale);
+// x @ wᵀ + bias without its output; 4 bits where `four`.
+Call prepared(const View& in, Handle weight, Handle scale, Handle* zero, Handle* bias, bool four, bool dynamic) {
+  const View w(weight), s(scale);
   must(in.dim > 0 && in.dim <= 64 && w.dim == 2 && s.dim == 1 + four, "rewriter: a packed weight was given in another form");
   Call c{};
   c.x = in.floats("rewriter: x must be float32 and contiguous");
@@ -40,17 +40,35 @@ void linear(Handle x, Handle weight, Handle scale, Handle* zero, Handle* bias, b
     must(is(own, plain, 1, c.out), "rewriter: the bias does not fit the weight, or is not float32");
     c.bias = (const float*)own.data;
   }
-  int64_t sizes[64], strides[64], size = 1;
+  c.parallel = (Parallel)own_threads(), c.threads = threads_now();
   c.rows = 1;
-  for (int64_t d = 0; d < in.dim; d++) sizes[d] = d + 1 < in.dim ? in.sizes[d] : c.out;
-  for (int64_t d = 0; d + 1 < in.dim; d++) c.rows *= sizes[d];
+  for (int64_t d = 0; d + 1 < in.dim; d++) c.rows *= in.sizes[d];
+  return c;
+}
+
+// The products of one x, side by side in a row.
+void run(const View& in, Call* calls, int64_t count, Handle* ret) {
+  int64_t out = 0, sizes[64], strides[64], size = 1;
+  for (int64_t i = 0; i < count; i++) {
+    out += calls[i].out;
+    must(calls[i].group == calls[0].group, "rewriter: weights that are multiplied together must have groups of one size");
+  }
+  for (int64_t d = 0; d < in.dim; d++) sizes[d] = d + 1 < in.dim ? in.sizes[d] : out;
   for (int64_t d = in.dim - 1; d >= 0; size *= sizes[d--]) strides[d] = size ? size : 1;
   *ret = made(in.dim, sizes, strides);
-  c.y = (float*)data_of(*ret);
-  c.parallel = (Parallel)own_threads(), c.threads = threads_now();
-  if (!c.rows || !c.out) return;
-  if (c.in) return weight_linear(&c);
-  for (int64_t i = 0; i < c.rows * c.out; i++) c.y[i] = c.bias ? c.bias[i % c.out] : 0;
+  float* y = (float*)data_of(*ret);
+  for (int64_t i = 0; i < count; y += calls[i++].out) calls[i].y = y, calls[i].apart = out;
+  if (!calls[0].rows || !out) return;
+  if (calls[0].in) return weight_linears(calls, count);
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t r = 0; r < calls[i].rows; r++)
+      for (int64_t n = 0; n < calls[i].out; n++) calls[i].y[r * out + n] = calls[i].bias ? calls[i].bias[n] : 0;
+}
+
+void linear(Handle x, Handle weight, Handle scale, Handle* zero, Handle* bias, bool four, bool dynamic, Handle* ret) {
+  const View in(x);
+  Call c = prepared(in, weight, scale, zero, bias, four, dynamic);
+  run(in, &c, 1, ret);
 }
 
 }  // namespace
@@ -70,6 +88,19 @@ AOTITorchError aoti_torch_cpu_native_int4_linear(Handle x, Handle weight, Handle
 AOTITorchError aoti_torch_cpu_native_int4_dynamic_linear(Handle x, Handle weight, Handle scale, Handle* zero, Handle* bias,
                                                          Handle* ret) {
   linear(x, weight, scale, zero, bias, true, true, ret);
+  return AOTI_TORCH_SUCCESS;
+}
+
+// Two products or three of one x; kind 0: weights of 8 bits, 1: of 4, 2: of 4 and x in 8 bits.
+AOTITorchError aoti_torch_cpu_native_weight_linears(Handle x, Handle w1, Handle s1, Handle* z1, Handle* b1, Handle w2, Handle s2,
+                                                    Handle* z2, Handle* b2, Handle* w3, Handle* s3, Handle* z3, Handle* b3,
+                                                    int64_t kind, Handle* ret) {
+  must(kind >= 0 && kind <= 2 && !w3 == !s3, "rewriter: weights are of another kind, or a weight has no scales");
+  const View in(x);
+  const bool four = kind > 0, dynamic = kind == 2;
+  Call calls[3] = {prepared(in, w1, s1, z1, b1, four, dynamic), prepared(in, w2, s2, z2, b2, four, dynamic), {}};
+  if (w3) calls[2] = prepared(in, *w3, *s3, z3, b3, four, dynamic);
+  run(in, calls, w3 ? 3 : 2, ret);
   return AOTI_TORCH_SUCCESS;
 }
 }

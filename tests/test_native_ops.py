@@ -281,6 +281,34 @@ def test_ops_of_few_bits_refuse_what_does_not_fit(change: dict[str, Tensor], sai
         native_ops.weight_only("int4_linear", **{"x": torch.ones(2, 72), **given, **change})
 
 
+@pytest.mark.parametrize(("op", "size", "zeros"), WEIGHT_ONLY)
+@pytest.mark.parametrize("count", [2, 3])
+def test_products_of_one_input_are_made_together(
+    op: str, size: int, zeros: bool, count: int
+) -> None:
+    kind = list(native_ops.WEIGHT_ONLY).index(op)
+    for width in (31, 96):
+        each = [levels(op, width, size, zeros) for _ in range(count)]
+        each[1] = [None if t is None else t[:5].contiguous() for t in each[1]]
+        each[0][3] = None
+        given = [t for own in each for t in own] + [None] * 4 * (3 - count)
+        for rows in ((), (1,), (2, 3), (0, 4), (19,)):
+            x = torch.linspace(-3, 3, math.prod(rows) * width).view(*rows, width).sin()
+            found = torch.ops.rewriter.native_weight_linears.default(x, *given, kind)
+            pieces = found.split([len(own[0]) for own in each], -1)
+            for piece, own in zip(pieces, each, strict=True):
+                assert_equal(piece, native_ops.weight_only(op, x, *own))
+
+
+def test_weights_whose_groups_differ_are_not_multiplied_together() -> None:
+    one, other = (levels("int4_linear", 128, size, False) for size in (32, 64))
+    op = torch.ops.rewriter.native_weight_linears.default
+    with pytest.raises(RuntimeError, match="groups of one size"):
+        op(torch.ones(128), *one, *other, None, None, None, None, 1)
+    with pytest.raises(RuntimeError, match="another kind"):
+        op(torch.ones(128), *one, *one, None, None, None, None, 3)
+
+
 OF_FEW_BITS = {
     "int8-weight": Quantize("int8-weight"),
     "int4-weight": Quantize("int4-weight", group_size=32, symmetric=False),
@@ -367,6 +395,35 @@ def test_compiled_code_runs_the_kernels_and_follows_the_weights() -> None:
     assert len(seen.graphs) == 1
     compiled(X)  # with gradients: the layers
     assert set(seen.graphs[1]) == {"rewriter::int8_linear"}
+
+
+class Decoding(nn.Module):
+    """The layers of a block called by Python, as where a language model decodes."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.of = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x) for layer in (self.of.q, self.of.k, self.of.v))
+        y: Tensor = self.of.down(F.gelu(self.of.up(q * k + v)))
+        return y
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.usefixtures("_fresh")
+def test_the_backend_makes_products_of_one_input_together() -> None:
+    seen: list[dict[str, int]] = []
+    model = Decoding(rewrite(block(), [OF_FEW_BITS["int4-weight"]], X))
+    backend = rewriter.backend(
+        inductor={"post_grad_custom_pre_pass": lambda graph: seen.append(called(graph))}
+    )
+    compiled: Any = torch.compile(model, backend=backend, dynamic=False)
+    x = X[:1, :2]
+    with torch.no_grad():
+        assert_reordered(compiled(x), model(x))
+    assert seen == [{"rewriter::native_weight_linears": 1, "rewriter::native_int4_linear": 2}]
 
 
 @pytest.mark.usefixtures("_fresh")

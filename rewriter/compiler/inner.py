@@ -347,10 +347,15 @@ class Inner:
     def _inductor(
         self, module: fx.GraphModule, inputs: Sequence[Any], on_plan: Callable[[Any], None]
     ) -> Callable[..., Any]:
+        from torch._inductor import config as inductor
         from torch._inductor.compile_fx import compile_fx
+
+        from rewriter.compiler.joining import JoinedProducts
 
         _check_devices(inputs)
         patches = {**self._mode(), **self.config}
+        place = "post_grad_custom_pre_pass"
+        patches[place] = JoinedProducts(patches.get(place, getattr(inductor, place)))
         if self.memory_budget is not None:
             from rewriter.planner import inductor_partitioner
 
