@@ -82,7 +82,7 @@ _LIB.define(
     "Tensor? w3, Tensor? s3, Tensor? z3, Tensor? b3, int kind) -> Tensor"
 )
 KINDS = ("native_int8_weight_linear", "native_int4_linear", "native_int4_dynamic_linear")
-"""Ops whose products with one x `native_weight_linears` makes together, in the order of its kinds."""
+"""Ops of which `native_weight_linears` makes products with one x, in the order of its kinds."""
 
 
 class InGraph(NamedTuple):

@@ -90,13 +90,18 @@ def _join(graph: fx.Graph, calls: Sequence[fx.Node]) -> None:
     values = [call.meta["val"] for call in calls]
     with graph.inserting_before(calls[0]):
         joined = graph.call_function(op, (calls[0].args[0], *operands, _kind(calls[0])))
-        joined.meta = {**calls[0].meta, "val": torch.cat(values, -1)}
+        joined.meta = {**_origin(calls[0]), "val": torch.cat(values, -1)}
         start = 0
         for call, value in zip(calls, values, strict=True):
             end = start + value.shape[-1]
             piece = graph.call_function(torch.ops.aten.slice.Tensor, (joined, -1, start, end))
-            piece.meta = {**call.meta, "val": joined.meta["val"][..., start:end]}
+            piece.meta = {**_origin(call), "val": joined.meta["val"][..., start:end]}
             call.replace_all_uses_with(piece)
             start = end
     for call in calls:
         graph.erase_node(call)
+
+
+def _origin(call: fx.Node) -> dict[str, Any]:
+    """Where a call comes from; what else is known of it, as of its arguments, is of it alone."""
+    return {k: v for k, v in call.meta.items() if k in ("stack_trace", "nn_module_stack")}
