@@ -171,7 +171,7 @@ def language_model(quick: bool, rounds: int, windows: int, tokens: int) -> tuple
         texts = {"Wikipedia": text, "news": news(windows, text.shape[1])}
     calibration = [{"input_ids": window[None]} for window in more[:8]]
     own: dict[str, Any] = {"calibration": calibration}
-    dense = {name: decode.perplexity(model, t) for name, t in texts.items()}
+    dense = {name: decode.read(model, t)[0] for name, t in texts.items()}
     quality: Rows = []
     fast: dict[str, Callable[[], object]] = {DENSE: partial(decode.generate, model, prompt, tokens)}
     levels = Quantize("int8-weight", where="model.layers.*")
@@ -182,7 +182,7 @@ def language_model(quick: bool, rounds: int, windows: int, tokens: int) -> tuple
         given = own if recipe[0].needs_calibration else {}
         made = rewrite(model, recipe, {"input_ids": prompt}, **given)
         seconds = time.perf_counter() - start
-        found = {n: decode.perplexity(made, t) for n, t in texts.items()}
+        found = {n: decode.read(made, t)[0] for n, t in texts.items()}
         row: dict[str, Any] = {"what": name, "rewritten in s": round(seconds)}
         for n, value in found.items():
             row[f"{n}, dense"] = round(dense[n], 2)

