@@ -470,8 +470,8 @@ ADD = Lost.add
 def timed(
     monkeypatch: pytest.MonkeyPatch, old: float, new: float, whole: float, spread: float = 0.0
 ) -> list[str]:
-    """Every layer takes `old` seconds, what replaces it `new`, the rewritten model `whole`, and a
-    second time `spread` more, the model three times that; the names of the layers that are timed."""
+    """Every layer takes `old` seconds, what replaces it `new`, the whole rewritten model `whole`; a
+    second time `spread` more, the model three times that. Gives the names of the layers timed."""
     names: list[str] = []
 
     def of(site: Site, *_: object, **__: object) -> tuple[list[float], list[float]]:
