@@ -15,6 +15,15 @@ int32_t (*const DTYPES[])() = {
     aoti_torch_dtype_int64,   aoti_torch_dtype_int32,   aoti_torch_dtype_int16,   aoti_torch_dtype_int8,
     aoti_torch_dtype_uint8,   aoti_torch_dtype_bool,
 };
+const char* const NAMES[] = {
+    "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+};
+
+std::string named(int32_t dtype) {
+  for (size_t i = 0; i < sizeof(NAMES) / sizeof(*NAMES); i++)
+    if (DTYPES[i]() == dtype) return NAMES[i];
+  return "of another dtype";
+}
 
 std::string listed(const int64_t* sizes, int64_t count) {
   std::string text = "[";
@@ -35,7 +44,8 @@ extern "C" AOTITorchError aoti_torch_cpu_package_input(Handle x, const char* nam
                              ", and the package was exported for " + listed(sizes, count) +
                              " (export's dynamic_shapes= lets sizes vary)");
   if (dtype >= 0 && DTYPES[dtype]() != in.dtype)
-    throw std::runtime_error(std::string("rewriter: ") + name + " has another dtype than it was exported with");
+    throw std::runtime_error(std::string("rewriter: ") + name + " is " + named(in.dtype) +
+                             ", and the package was exported for " + NAMES[dtype]);
   int64_t strides[64], size = 1;
   must(count <= 64, "rewriter: an input has too many dimensions");
   const auto next = [&](int64_t d) { strides[d] = size, size *= in.sizes[d] ? in.sizes[d] : 1; };

@@ -214,7 +214,11 @@ class Quantize(Pass):
     def propose(self, site: Site) -> Replacement | Skip:
         make = SCHEMES[self.scheme].layers.get(site.kind)
         if make is None:
-            return Skip("scheme {} has no layer for a {}", self.scheme, kind_name(site.kind))
+            kind = kind_name(site.kind)
+            takes = ", ".join(sorted(n for n, s in SCHEMES.items() if site.kind in s.layers))
+            if not takes:
+                return Skip("scheme {} has no layer for a {}", self.scheme, kind)
+            return Skip("scheme {} has no layer for a {}; taken by {}", self.scheme, kind, takes)
         old = site.module
         if isinstance(old, Layer):
             weights: list[Tensor] = [p for n, p in old.named_parameters() if n != "bias"]

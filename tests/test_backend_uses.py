@@ -245,6 +245,7 @@ def test_an_export_says_which_ops_it_needs() -> None:
     made = rewriter.export(net(), INT8, X)
     assert made.own_ops == {"rewriter::int8_linear": 2}
     assert not made.stands_alone
+    assert repr(made) == "<Exported Sequential: a program, calls 2 own ops, see needs>"
     assert "rewriter::int8_linear (2 calls)" in made.needs
     assert "import rewriter.kernels.int8_linear before" in made.needs
     assert torch.equal(made.program.module()(X), rewrite(net(), INT8)(X))

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_close, assert_equal
+from closeness import assert_close, assert_equal, assert_reordered
 
-from rewriter import RewriteWarning, rewrite
+from rewriter import Layer, RewriteWarning, rewrite
+from rewriter.passes import Quantize
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -70,6 +71,42 @@ def test_generate_with_a_cache_is_right() -> None:
     reasons = [f.reason for f in rewritten.report.forms if f.python]
     assert reasons
     assert all("DynamicCache" in reason for reason in reasons)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::rewriter.RewriteWarning")  # that a cache runs Python
+@pytest.mark.parametrize("scheme", ["int8-weight", "int4-weight", "int8-dynamic"])
+def test_generate_in_few_bits_is_that_of_the_same_weights(scheme: str) -> None:
+    """Beams, samples, and prompts of different lengths, padded on the left."""
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2,
+            bos_token_id=1, eos_token_id=95, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    ids, mask = torch.randint(3, 90, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
+    for row, padded in enumerate((0, 3, 6)):
+        ids[row, :padded] = mask[row, :padded] = 0
+    call = {"input_ids": ids, "attention_mask": mask}
+    rewritten = rewrite(llama, [Quantize(scheme)], call)
+    with torch.no_grad():  # the same weights, dense
+        layers = {n: m for n, m in rewritten.named_modules() if isinstance(m, Layer)}
+        for name, layer in layers.items():
+            llama.get_submodule(name).weight.copy_(layer.dense_weight())
+    assert len(layers) == 15
+    few = {"max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
+    for how in ({"num_beams": 2}, {"do_sample": True, "top_k": 20}, {"do_sample": False}):
+        outputs = []
+        for model in (rewritten, llama):
+            torch.manual_seed(1)
+            outputs.append(model.generate(**call, **few, **{"do_sample": False, **how}))
+        got, want = outputs
+        assert_equal(got.sequences, want.sequences)
+        if scheme.endswith("weight"):
+            for a, b in zip(got.logits, want.logits, strict=True):
+                assert_reordered(a, b)
 
 
 @pytest.mark.clients

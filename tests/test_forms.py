@@ -23,7 +23,7 @@ from rewriter import MemoryBudget, RewriteWarning, SignatureError, load, rewrite
 from rewriter.capture.forms import MAX_FORMS
 from rewriter.capture.reads import recording
 from rewriter.errors import CaptureError
-from rewriter.passes import Monarch, Quantize
+from rewriter.passes import Monarch, Quantize, Threshold, TopK
 
 X = torch.arange(128.0).view(8, 16) / 64 - 1
 
@@ -171,6 +171,59 @@ def test_the_other_branch_on_a_size_is_another_form() -> None:
     for n in (1, 2, 4, 5, 9):
         assert_equal(model(torch.ones(n, 16)), original(torch.ones(n, 16)))
     assert sorted(runs(model)) == [(2, 0), (3, 0)]
+
+
+class _Attention(nn.Module):
+    """Whose layers a graph alone reaches: its Python hands the weights to a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        *([Quantize(scheme)] for scheme in (
+            "int8-dynamic", "int8-static", "int8-weight", "int4-weight", "int4-dynamic",
+            "fp8-weight", "bf16",
+        )),
+        [Monarch(nblocks=4)],
+        [TopK(0.25)],
+        [Threshold(0.5, inputs="all")],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_rows_give_no_rows(passes: Any) -> None:
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    x = torch.randn(128, 64)
+    some = passes[0]
+    needs = isinstance(some, Threshold) or getattr(some, "scheme", "") == "int8-static"
+    model = rewrite(original, passes, x, calibration=[x] * 2 if needs else None)
+    for grad, empty in ((False, x[:0]), (True, x[:0]), (False, x.new_empty(2, 0, 64))):
+        with torch.set_grad_enabled(grad):
+            assert_equal(model(empty), original(empty))
+            assert model(x).shape == x.shape  # as before
+
+
+def test_no_rows_are_served_where_only_a_graph_reaches_the_layers() -> None:
+    torch.manual_seed(0)
+    original, x = _Attention().eval(), torch.randn(4, 8, 16)
+    model = rewrite(original, [Quantize("int8-weight")], x)
+    for _ in range(2):
+        assert_equal(model(x[:0]), original(x[:0]))
+    assert runs(model) == [(0, 0), (2, 0)]
+
+
+def test_a_call_on_another_device_is_not_told_of_example_inputs() -> None:
+    model = rewrite(_Attention().eval(), [Quantize("int8-weight")], torch.randn(4, 8, 16))
+    with pytest.raises(SignatureError, match="inputs are on meta, the model is on cpu") as error:
+        model(torch.empty(4, 8, 16, device="meta").double())
+    assert "example_inputs are" not in str(error.value)
 
 
 def test_the_number_of_forms_is_bounded(model: nn.Module) -> None:

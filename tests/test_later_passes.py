@@ -33,8 +33,11 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[type, type]]:
         found.append((type(site.place if old is None else old), type(layer)))
         return seconds[found[-1][0]], seconds[found[-1][1]]
 
+    def sampled(site: Any, layer: nn.Module, old: Any = None, **_: Any) -> Any:
+        return [[1e3 * t] for t in timed(site, layer, old)]
+
     monkeypatch.setattr(decide, "timed", timed)
-    monkeypatch.setattr(slower, "timed", timed)
+    monkeypatch.setattr(slower, "sampled", sampled)
     monkeypatch.setattr(Lost, "add", ADD)
     return found
 
@@ -63,8 +66,14 @@ def test_without_an_objective_the_report_says_it(pairs: list[Any]) -> None:
     (reason, _) = (d.reason for d in rewritten.report.steps[1].decisions)
     assert reason == (
         "slower by itself than the layer it replaces, both after "
-        "Quantize(scheme='int8-dynamic'): 2 µs, 1 µs"
+        "Quantize(scheme='int8-dynamic'): 2000 µs, 1000 µs"
     )
+
+
+def test_what_nobody_minds_is_not_said(pairs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slower, "sampled", lambda *_, **__: ([10e-6], [30e-6]))
+    report = rewrite(model(), PASSES, X).report  # 40 µs in all
+    assert "slower" not in str(report)
 
 
 def test_a_prediction_is_one_of_both_after_later_passes(monkeypatch: pytest.MonkeyPatch) -> None:

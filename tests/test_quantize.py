@@ -176,7 +176,7 @@ def test_a_scheme_of_ones_own(schemes):
     got = propose(dense, "toy").layer.dense_weight()
     assert_close(got, dense.weight.detach().sign())
     assert propose(MonarchLinear(8, 8, 2), "toy").reason == (
-        "scheme toy has no layer for a monarch_linear"
+        "scheme toy has no layer for a monarch_linear; taken by int8-dynamic"
     )
     with pytest.raises(OptionError, match="did you mean 'toy'"):
         Quantize("toys")

@@ -342,7 +342,7 @@ def test_other_sites_and_impossible_options() -> None:
         nn.Sequential(nn.Linear(32, 32)), [Monarch(nblocks=4), STATIC], data[0], calibration=data
     )
     assert report.steps[-1].decisions[0].reason == (
-        "scheme int8-static has no layer for a monarch_linear"
+        "scheme int8-static has no layer for a monarch_linear; taken by int8-dynamic"
     )
     assert str(STATIC.propose(_site()).reason) == (
         "scheme int8-static needs calibration batches that reach it"

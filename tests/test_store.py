@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,7 @@ from rewriter.base import as_parameter
 from rewriter.engine import Engine
 from rewriter.passes import Densify, Monarch, MonarchChain, MonarchLinear, Quadratic, TopK
 from rewriter.passes.quantize import Quantize
+from rewriter.recipe.likeness import likeness
 from rewriter.store import reading, writing
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
@@ -1234,3 +1236,79 @@ def test_hooks_of_a_layer_of_several_operations_run_after_load(recipe: Any, tmp_
     assert torch.equal(loaded(x), model(x))
     nodes = vars(loaded)["_rewriter"].forms[0].programs[False].graph.nodes
     assert [n.target for n in nodes if n.op == "call_module"] == ["0", "1"]
+
+
+# another model of the same tensors
+
+
+class _Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of then."""
+        return self.b(self.a(x).relu())  # in this order
+
+
+class _Other(_Own):
+    pass
+
+
+def _redone(forward: Callable[..., Any]) -> type[nn.Module]:
+    """A class of the same name, whose forward is another."""
+    return type("_Own", (_Own,), {"forward": forward})
+
+
+def _as_then(self: Any, x: Any) -> Any:
+    # as ever
+    return self.b(self.a(x).relu())
+
+
+def _turned(self: Any, x: Tensor) -> Tensor:
+    return self.a(self.b(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "says"),
+    [
+        (_Own, _Other, "the model is a _Other, and was a _Own"),
+        (_Own, lambda: _redone(_turned)(), "the forward of the model, a _Own, reads otherwise"),
+        (
+            lambda: nn.Sequential(nn.Linear(32, 32), nn.GELU()),
+            lambda: nn.Sequential(nn.Linear(32, 32), nn.ReLU()),
+            "'1' is a ReLU, and was a GELU",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(32, 32)),
+            lambda: nn.Sequential(nn.Linear(32, 32), nn.ReLU()),
+            "'1' is a ReLU, and was nothing",
+        ),
+    ],
+)
+def test_another_model_that_fits_is_named(
+    then: Callable[[], nn.Module], now: Callable[[], nn.Module], says: str, tmp_path: pathlib.Path
+) -> None:
+    rewritten(then().eval(), [Quantize()]).save(tmp_path)
+    load(tmp_path, then())
+    with pytest.warns(RewriteWarning, match=f"was saved of another model .*{re.escape(says)}"):
+        load(tmp_path, now())
+
+
+def test_a_forward_in_another_layout_is_the_same(tmp_path: pathlib.Path) -> None:
+    rewritten(_Own().eval(), [Quantize()]).save(tmp_path)
+    again = _redone(_as_then)()
+    assert likeness(again) == likeness(_Own())
+    assert likeness(again)["a"] == "Linear"  # of an installed package
+    load(tmp_path, again)
+
+
+def test_a_save_that_says_the_class_alone(tmp_path: pathlib.Path) -> None:
+    rewritten(_Own().eval(), [Quantize()]).save(tmp_path)
+    recipe = tmp_path / "recipe.json"
+    document = json.loads(recipe.read_text())
+    del document["likeness"]  # as versions up to 0.5.0 write it
+    recipe.write_text(json.dumps(document))
+    load(tmp_path, _redone(_turned)())
+    with pytest.warns(RewriteWarning, match="the model is a _Other, and was a _Own"):
+        load(tmp_path, _Other())

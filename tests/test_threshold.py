@@ -273,7 +273,9 @@ def test_other_schemes_leave_such_a_layer_and_say_so() -> None:
     assert isinstance(out.down, ThresholdLinear)
     (step,) = [s for s in out.report.steps if s.name.startswith("Quantize")]
     reason = next(d.reason for d in step.decisions if d.site == "down")
-    assert reason == "scheme int8-dynamic has no layer for a threshold_linear"
+    assert reason == (
+        "scheme int8-dynamic has no layer for a threshold_linear; taken by int8-weight"
+    )
 
 
 # Refusals ----------------------------------------------------------------------------------------

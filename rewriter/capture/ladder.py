@@ -238,7 +238,7 @@ def _warn_of_limit(result: Capture, seconds: float) -> None:
 def _prepared(root: nn.Module, given: Any) -> tuple[Call, Any, Any, bool]:
     """(call, args, kwargs, whether they were moved to meta) of one of the example's calls."""
     args, kwargs = arguments(given)
-    _check_inputs(root, args, kwargs)
+    _check_inputs(root, args, kwargs, a_call=isinstance(given, Arguments))
     args, kwargs, moved = _usable(root, args, kwargs)
     call = _bind(root, args, kwargs)
     if isinstance(given, Arguments):
@@ -314,14 +314,20 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _check_inputs(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_inputs(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], a_call: bool
+) -> None:
+    """Raises CaptureError for what is no batch to capture by; `a_call` of a rewritten model may be
+    an empty one, which has graphs of its own."""
     leaves: list[Any] = []
     flatten([list(args), dict(kwargs)], leaves, objects=True, opaque=True)
+    if not leaves and a_call:
+        raise CaptureError("it is called without a tensor")
     if not leaves:
         raise CaptureError("example_inputs holds no tensor: pass one real batch of the model")
     parameter = next((p for p in root.parameters()), None)
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.numel() == 0:
+        if isinstance(leaf, Tensor) and leaf.numel() == 0 and not a_call:
             raise CaptureError(
                 f"example_inputs holds an empty tensor of shape {tuple(leaf.shape)}: pass a batch "
                 "with at least one row"
@@ -332,9 +338,10 @@ def _check_inputs(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             and parameter is not None
             and parameter.device.type not in ("meta", leaf.device.type)
         ):
+            given = "inputs" if a_call else "example_inputs"
             raise CaptureError(
-                f"example_inputs are on {leaf.device}, the model is on {parameter.device}: move "
-                f"one of them, e.g. batch.to({str(parameter.device)!r})"
+                f"{given} are on {leaf.device}, the model is on {parameter.device}: move one of "
+                f"them, e.g. batch.to({str(parameter.device)!r})"
             )
 
 

@@ -31,7 +31,7 @@ _ONE_FILE = 2**31 - 2**20
 """Bytes of weights that fit ONNX's one file, a protobuf; larger ones lie in a file beside it."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Exported:
     """What `export` made.
 
@@ -49,6 +49,12 @@ class Exported:
     package: Path | None = None
     own_ops: Mapping[str, int] = field(default_factory=dict)
     package_ops: Mapping[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        ops = self.own_ops if self.package is None else self.package_ops
+        needs = f"calls {sum(ops.values())} own ops, see needs" if ops else "needs torch alone"
+        what = "a program" if self.package is None else str(self.package)
+        return f"<Exported {self.report.model}: {what}, {needs}>"
 
     @property
     def stands_alone(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import numbers
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from rewriter.lowering import Rule
 from rewriter.modules.patterns import Pattern
 from rewriter.modules.pointwise import inner
 from rewriter.modules.running import modes
-from rewriter.modules.timing import medians
+from rewriter.modules.timing import samples
 from rewriter.modules.tree import attribute, has_hooks, submodule
 from rewriter.planner.budget import MemoryBudget
 from rewriter.sites import CONV, EMBEDDING, LINEAR, MLP, Kind, Site, is_leaf
@@ -54,6 +55,7 @@ __all__ = [
     "device_of",
     "objections",
     "ties",
+    "sampled",
     "timed",
     "unsafe",
     "unselected",
@@ -599,10 +601,17 @@ def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> fl
     return seconds
 
 
-def timed(
+def timed(site: Site, layer: nn.Module, old: nn.Module | None = None) -> tuple[float, float] | None:
+    """Median seconds of the site's calls in one forward, (the old layer, the new one); see
+    `sampled`."""
+    found = sampled(site, layer, old)
+    return None if found is None else (statistics.median(found[0]), statistics.median(found[1]))
+
+
+def sampled(
     site: Site, layer: nn.Module, old: nn.Module | None = None, *, only: str = "", **how: Any
-) -> tuple[float, float] | None:
-    """Median seconds of the site's calls in one forward, (the old layer, the new one): eval mode,
+) -> tuple[list[float], list[float]] | None:
+    """Seconds of the site's calls in one forward, (of the old layer, of the new one): eval mode,
     without gradients, interleaved, on random inputs of the sizes that the example has.
 
     None where there are no shapes, or no data on the device.
@@ -612,7 +621,7 @@ def timed(
         layer: the new one, as the model would call it.
         old: what counts as the old one; None for the site as it is.
         only: the one type of device that is timed; "" for any.
-        how: options of `medians`.
+        how: options of `samples`.
     """
     inputs = []
     for node in site.nodes[: site.calls]:
@@ -635,8 +644,8 @@ def timed(
     old_modes = nullcontext() if place is None else modes(place, False)
     with torch.no_grad(), modes(layer, False), old_modes, autocast_at(site.nodes[0]):
         calls = run, lambda: [layer.forward(x) for x in xs]
-        old_time, new_time = medians(calls, xs[0].device, **how)
-    return old_time, new_time
+        old_times, new_times = samples(calls, xs[0].device, **how)
+    return old_times, new_times
 
 
 def _runner(site: Site, module: nn.Module | None, xs: Sequence[Tensor]) -> Callable[[], Any]:

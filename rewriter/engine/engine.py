@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -178,31 +179,33 @@ class Engine:
     def speed(self) -> float | None:
         """How fast the model is beside the original, by the layers that were timed; None where
         those are no slower, or nothing is known. It runs the model."""
-        if self.lost is None or self.lost.seconds < (1 - content.CLEARLY) * content.SHORTEST:
+        if self.lost is None or self.lost.seconds < content.LEAST_LOST:
             return None
         fused = bool(self.lowering.lowered)
         if fused:
             self._attach_lowering(on=False)
-        plain = after = self._seconds()
+        plain = now = self._seconds()
         if fused:
             self._attach_lowering()
-            after = self._seconds()
-        before = plain - self.lost.seconds
-        known = before >= max(content.SHORTEST, _BELIEVED * plain)
-        return before / after if known else None
+            now = self._seconds()
+        before, after = min(plain) - self.lost.seconds, min(now)
+        known = before >= max(content.SHORTEST, _BELIEVED * min(plain))
+        clear = after - before > max(statistics.median(t) - min(t) for t in (plain, now))
+        return before / after if known and clear else None
 
-    def _seconds(self) -> float:
-        """Seconds of a forward on the example inputs, the least of some."""
+    def _seconds(self) -> list[float]:
+        """Seconds of forwards on the example inputs, which what else the machine does only adds
+        to; the first one, which makes things ready, does not count."""
         example, root = self.capture.example, self.capture.root
         assert example is not None
         with quiet_run(root, training=False, grad=self.capture.asks_for_grad):
             args, kwargs = own_copy(*example)
             times: list[float] = []
-            while len(times) < 2 or (len(times) < 10 and sum(times) < _SHORT_CALL):
+            while len(times) < 3 or (len(times) < 10 and sum(times[1:]) < _SHORT_CALL):
                 start = time.perf_counter()
                 root(*args, **kwargs)
                 times.append(time.perf_counter() - start)
-        return min(times)
+        return times[1:]
 
     def plan_memory(self, budget: MemoryBudget) -> Step:
         """Plans what a training step keeps; the model then trains by that plan.

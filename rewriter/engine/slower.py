@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from rewriter.base import Pass, Where
-from rewriter.engine.decide import Proposal, ahead, timed
+from rewriter.engine.decide import Proposal, ahead, sampled
 from rewriter.layer import Layer
 from rewriter.modules.comparing import type_of
 from rewriter.modules.pointwise import inner
-from rewriter.report.content import CLEARLY
+from rewriter.modules.timing import longer
+from rewriter.report.content import CLEARLY, LEAST_LOST
 from rewriter.spellings import source_of
 
 __all__ = ["Lost"]
@@ -47,8 +48,8 @@ class Lost:
         """Times the kinds of replacement that are new, those of the most arithmetic first, until
         the time for it is used up; what was not timed counts as equally fast.
 
-        A replacement that is the slower layer in the end, as later passes will make both, gets a
-        note.
+        Replacements that are the slower layers in the end, as later passes will make both, get a
+        note, if they are by what anybody minds.
 
         Args:
             proposals: of one pass.
@@ -67,22 +68,27 @@ class Lost:
                 self._time(kind, members[0])
             self.seconds += self.known[kind] * len(members)
         for _, members in ordered:
-            said = self._slower_after(members[0], later, where)
+            said = self._slower_after(members, later, where)
             for p in members if said else ():
                 note = "; ".join(filter(None, (p.replacement.note, said)))
                 p.replacement = replace(p.replacement, note=note)
 
-    def _slower_after(self, p: Proposal, later: Sequence[Pass], where: Where) -> str:
+    def _slower_after(
+        self, members: Sequence[Proposal], later: Sequence[Pass], where: Where
+    ) -> str:
         if self._used_up():
             return ""
-        start = time.perf_counter()
+        start, p = time.perf_counter(), members[0]
         if (both := ahead(p, later, where)) is None:
             return ""
-        times = timed(p.site, both.new, both.old, only="cpu", rounds=_ROUNDS, warm=2, pick=min)
+        times = sampled(p.site, both.new, both.old, only="cpu", rounds=_ROUNDS, warm=2)
         self.spent += time.perf_counter() - start
-        if times is None or times[1] <= times[0] / CLEARLY:
+        if times is None:
             return ""
-        new_us, old_us = times[1] * 1e6, times[0] * 1e6
+        old, new = min(times[0]), min(times[1])
+        if new <= old / CLEARLY or longer(*times) * len(members) < LEAST_LOST:
+            return ""
+        new_us, old_us = new * 1e6, old * 1e6
         times_said = f"{new_us:.0f} µs, {old_us:.0f} µs"
         return f"slower by itself than the layer it replaces{both.said}: {times_said}"
 
@@ -91,10 +97,9 @@ class Lost:
 
     def _time(self, kind: object, p: Proposal) -> None:
         start = time.perf_counter()
-        # the least of a few: what else the machine does only ever adds
-        times = timed(p.site, p.replacement.layer, only="cpu", rounds=_ROUNDS, warm=2, pick=min)
+        times = sampled(p.site, p.replacement.layer, only="cpu", rounds=_ROUNDS, warm=2)
         self.spent += time.perf_counter() - start
-        self.known[kind] = 0.0 if times is None else times[1] - times[0]
+        self.known[kind] = 0.0 if times is None else longer(*times)
 
 
 def _kind(p: Proposal) -> object:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["medians"]
+__all__ = ["longer", "medians", "samples"]
 
 _SAMPLE = 200e-6  # seconds of one sample, at least: a clock ticks, a call has overhead
 
@@ -21,10 +21,24 @@ def medians(
     rounds: int = 15,
     warm: int = 3,
     limit: float = 10.0,
-    pick: Callable[[list[float]], float] = statistics.median,
 ) -> list[float]:
-    """Median seconds of each call. The calls take turns, so a machine that is busy for a while
-    slows them all.
+    """Median seconds of each call; see `samples`."""
+    return [
+        statistics.median(own)
+        for own in samples(calls, device, rounds=rounds, warm=warm, limit=limit)
+    ]
+
+
+def samples(
+    calls: Sequence[Callable[[], Any]],
+    device: torch.device,
+    *,
+    rounds: int = 15,
+    warm: int = 3,
+    limit: float = 10.0,
+) -> list[list[float]]:
+    """Seconds of each call, once per round. The calls take turns, so a machine that is busy for a
+    while slows them all.
 
     Args:
         calls: what to time; runs several times.
@@ -32,18 +46,28 @@ def medians(
         rounds: samples of each call.
         warm: runs of each call before the first sample.
         limit: seconds after which no further round begins; three are always run.
-        pick: what of the samples counts; `min` where there are few, on a machine that is busy.
     """
     once = min(_seconds(call, 1, device) for call in calls for _ in range(warm))
     repeats = max(1, round(_SAMPLE / max(once, 1e-7)))
-    samples: list[list[float]] = [[] for _ in calls]
+    found: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - start > limit:
             break
-        for call, own in zip(calls, samples, strict=True):
+        for call, own in zip(calls, found, strict=True):
             own.append(_seconds(call, repeats, device))
-    return [pick(s) for s in samples]
+    return found
+
+
+def longer(old: Sequence[float], new: Sequence[float]) -> float:
+    """Seconds that the new call takes longer, below 0 where the old one does; 0 where that is
+    within the spread of the samples.
+
+    What else the machine does only ever adds, so the least of few samples counts, and differences
+    count where the least of the one is above the median of the other.
+    """
+    slow, fast = (old, new) if min(old) > min(new) else (new, old)
+    return min(new) - min(old) if min(slow) > statistics.median(fast) else 0.0
 
 
 def _seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> float:

@@ -17,6 +17,7 @@ from rewriter.modules.tensors import named_tensors
 from rewriter.modules.typed import fits
 from rewriter.planner.budget import MemoryBudget
 from rewriter.recipe.edits import Record, Removed
+from rewriter.recipe.likeness import likeness
 from rewriter.recipe.names import dtype_name, dtype_of
 from rewriter.report import Report
 
@@ -79,6 +80,8 @@ class Recipe:
         edits_in_graph: the Python forward does not go through the edited places.
         refuses: why calls unlike the captured one are refused, found by running the Python forward
             over the rewritten layers; "" where they are not; None where nobody has looked.
+        likeness: the classes of the original's modules, by which a save knows it again; {} where
+            they are not known.
     """
 
     installed: dict[str, Installed] = field(default_factory=dict)
@@ -90,10 +93,12 @@ class Recipe:
     edits: list[Record] = field(default_factory=list)
     edits_in_graph: bool = False
     refuses: str | None = None
+    likeness: dict[str, str] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # version 0.1.0 has no edits, and 0.2.0 none of the last
-        vars(self).update({"edits": [], "edits_in_graph": False, "refuses": None, **state})
+        # version 0.1.0 has no edits, 0.2.0 no reason to refuse, and 0.5.0 no likeness
+        new = {"edits": [], "edits_in_graph": False, "refuses": None, "likeness": {}}
+        vars(self).update({**new, **state})
 
     def note(self, edit: Record) -> None:
         """Notes an edit; layers that were installed inside of a removed block go with it."""
@@ -119,7 +124,7 @@ class Recipe:
         named = root.named_modules(remove_duplicate=False)
         layers = [(n, inner(m)) for n, m in named]
         origins = {n: (type(m), dict(m.config())) for n, m in layers if isinstance(m, Layer)}
-        return cls(dtypes=dtypes, origins=origins)
+        return cls(dtypes=dtypes, origins=origins, likeness=likeness(root))
 
 
 def example_to_json(arguments: Mapping[str, Any]) -> Any:

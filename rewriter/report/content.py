@@ -179,7 +179,10 @@ def slower(report: Ledger) -> str:
 
 
 CLEARLY, SHORTEST = 0.95, 1e-3
-"""Of the original's speed, above which it may be noise, and seconds, below which nobody minds."""
+"""Of the original's speed, above which it may be noise, and seconds of a forward, below which
+nobody minds."""
+LEAST_LOST = (1 - CLEARLY) * SHORTEST
+"""Seconds of a forward that are worth a word where they are lost."""
 
 
 def freezing(report: Ledger) -> str:

@@ -79,7 +79,7 @@ class Saved:
         lowering: per module that ran graphs, where fused ops ran there; None where none did.
         edits: what was removed and cut.
         edits_in_graph: the Python forward does not go through the edited places.
-        refuses: as in `Recipe`.
+        refuses, likeness: as in `Recipe`; of saves that do not say, the model's class alone.
     """
 
     model: str
@@ -98,6 +98,7 @@ class Saved:
     edits: tuple[Record, ...]
     edits_in_graph: bool
     refuses: str | None
+    likeness: dict[str, str]
 
     @property
     def in_graph(self) -> bool:
@@ -125,6 +126,7 @@ _OPTIONAL: Mapping[str, tuple[Any, Any]] = {
     "extra_state": (list[str], []),
     "complex": (dict[str, str], {}),
     "refuses": (str | None, None),
+    "likeness": (dict[str, str], {}),
 }
 """Type, and what stands for it in saves of versions that did not write it."""
 _ENTRY: Mapping[str, Any] = {
@@ -212,6 +214,7 @@ def _saved(document: Mapping[str, Any], extra: Sequence[type]) -> Saved:
         tuple(edit_from_json(e) for e in given["edits"]),
         given["edits_in_graph"],
         given["refuses"],
+        given["likeness"] or {"": document["model"].rpartition(".")[2]},
     )
 
 

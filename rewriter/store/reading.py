@@ -23,6 +23,7 @@ from rewriter.modules.paths import path_of
 from rewriter.modules.tensors import named_tensors, tell_replaced
 from rewriter.planner import MemoryBudget
 from rewriter.recipe.edits import replayed
+from rewriter.recipe.likeness import differences
 from rewriter.recipe.names import check_extra, class_name
 from rewriter.recipe.recipe import Recipe, example_from_json
 from rewriter.store.document import Entry, Saved, check_config, read
@@ -66,7 +67,8 @@ def load(
         capture_seconds: as of `rewrite`, where the model is captured at once.
 
     Returns:
-        The rewritten model, with the saved report.
+        The rewritten model, with the saved report. A warning says where its classes, or a `forward`
+        of your own, are not those of the model that was saved.
 
     Raises:
         OptionError: `directory` is no path, or `model` no module; `layers` holds something else, or
@@ -113,7 +115,15 @@ def load(
         if saved.refuses is None and saved.in_graph and engine.capture.regions:
             engine.outputs = engine.capture.outputs()  # to find out
         engine.lower_again(_verdicts(saved, engine.capture))
-        engine.finish(saved.report, _recipe(saved, model))
+        recipe = _recipe(saved, model)
+        engine.finish(saved.report, recipe)
+    if other := differences(saved.likeness, recipe.likeness):
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        warn(
+            f"{directory} was saved of another model than the {type(model).__name__} it is loaded "
+            f"into, though the tensors fit ({'; '.join(other[:3])}{more}): what it computes may "
+            "be something else. Pass the model that was rewritten"
+        )
     return root
 
 

@@ -108,6 +108,7 @@ def save(
     document: dict[str, Any] = {
         "format": FORMAT,
         "model": class_name(original_class(own_class(model))),
+        "likeness": recipe.likeness,
         "layers": _entries(model, recipe),
         "edits": [edit_to_json(e) for e in recipe.edits],
         "edits_in_graph": recipe.edits_in_graph,
