@@ -339,7 +339,8 @@ def _together_sizes(x: Tensor, *given: Any) -> tuple[Any, ...]:
 
 
 def _together_flops(x: torch.Size, *given: Any, **_: Any) -> int:
-    return 2 * math.prod(x) * sum(w[0] for w in given[:-1:4] if w is not None)
+    outs: list[int] = [w[0] for w in given[:-1:4] if w is not None]
+    return 2 * math.prod(x) * sum(outs)
 
 
 TOGETHER = ops.Companion(

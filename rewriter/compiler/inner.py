@@ -350,7 +350,7 @@ class Inner:
         from torch._inductor import config as inductor
         from torch._inductor.compile_fx import compile_fx
 
-        from rewriter.compiler.joining import JoinedProducts
+        from rewriter.lowering.joining import JoinedProducts
 
         _check_devices(inputs)
         patches = {**self._mode(), **self.config}

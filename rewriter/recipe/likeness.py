@@ -10,6 +10,7 @@ import ast
 import hashlib
 import inspect
 import pathlib
+import sys
 import textwrap
 from collections.abc import Mapping
 
@@ -38,8 +39,9 @@ def likeness(root: nn.Module) -> dict[str, str]:
 
 
 def _forward(cls: type[nn.Module]) -> str:
-    """Equal of forwards that differ in comments, docstring, types and layout alone; "" of foreign
-    code, and where there is no source."""
+    """Equal of forwards that differ in comments, docstring, types and layout alone, read by one
+    version of Python, each of which writes code its own way; "" of foreign code, and where there is
+    no source."""
     try:
         file = inspect.getsourcefile(cls.forward)
         if issubclass(cls, Layer) or file is None or _INSTALLED & set(pathlib.Path(file).parts):
@@ -53,7 +55,8 @@ def _forward(cls: type[nn.Module]) -> str:
     names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
     code = node.body if ast.get_docstring(node) is None else node.body[1:]
     text = "\n".join([*names, *map(ast.unparse, code)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"{python} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -63,11 +66,11 @@ def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         now = {name: now[name] for name in then}
     found = []
     for name in sorted(then.keys() | now.keys()):
-        old, new = (known.get(name, "").partition(" ") for known in (then, now))
+        old, new = (known.get(name, "").split() or [""] for known in (then, now))
         what = repr(name) if name else "the model"
         if old[0] != new[0]:
             found.append(f"{what} is {_a(new[0])}, and was {_a(old[0])}")
-        elif old[2] and new[2] and old[2] != new[2]:
+        elif len(old) == len(new) == 3 and old[1] == new[1] and old[2] != new[2]:
             found.append(f"the forward of {what}, a {new[0]}, reads otherwise")
     return found
 

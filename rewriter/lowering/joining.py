@@ -24,7 +24,7 @@ _AT_ONCE = 3
 _KINDS = {f"rewriter::{name}": kind for kind, name in enumerate(native_ops.KINDS)}
 
 
-class JoinedProducts(CustomGraphPass):  # type: ignore[misc]
+class JoinedProducts(CustomGraphPass):
     """One call for products of one input; a pass on Inductor's functional graphs.
 
     Args:
