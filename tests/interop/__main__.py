@@ -22,7 +22,8 @@ def main() -> None:
     parser.add_argument("--part", help="one table of the page; needs --out")
     parser.add_argument("--out", type=pathlib.Path, default=PAGE, help="where to write the page")
     given = parser.parse_args()
-    if given.part and given.out == PAGE:
+    printed = bool(given.only or given.columns)
+    if given.part and given.out == PAGE and not printed:
         parser.error("a part of the page is not the page: give another --out")
     torch.set_num_threads(1)
     names = [n for n in [*clients.CLIENTS, *group.CLIENTS] if given.only.lower() in n.lower()]
@@ -31,7 +32,7 @@ def main() -> None:
         if given.columns.lower() in r.name.lower() and given.part in (None, r.part)
     ]  # fmt: skip
     page = markdown(run(names, columns, said=True), columns)
-    if given.only or given.columns:
+    if printed:
         print(page)
     else:
         given.out.write_text(page)
