@@ -12,13 +12,18 @@ BENCHES := $(filter-out benchmarks/_% $(addprefix benchmarks/,zoo.py gpu.py spot
 # Models and data come from packages; nothing may ask a model hub.
 export HF_HUB_OFFLINE := 1
 
+# Where the environment forbids Python to keep bytecode, every process would compile all of torch and
+# transformers anew, which takes longer than most benchmarks' short forms.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all interop fuzz lint bench
 
 demo: $(VENV)/.stamp
 	$(PY) examples/minilm.py $(ARGS)
 
 # Two workers of one thread each, as most of a test is Python; `make test ARGS=tests/test_api.py`.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
+# Inductor compiles in the worker: a pool of processes would import torch for each that compiles.
+PYTEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal
 
 test: $(VENV)/.stamp
 	$(PYTEST) -m "not slow and not clients" $(ARGS)

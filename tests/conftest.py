@@ -41,10 +41,13 @@ def rare_collections() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+FIRST = ["test_fuzz.py", "test_interop.py", "test_benchmarks.py"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The fuzzed cases first: in a process that has run thousands of tests they take twice as long,
-    and workers that share out what is left end together."""
-    items.sort(key=lambda item: item.path.name != "test_fuzz.py")
+    """The fuzzed cases first: in a process that has run thousands of tests they take twice as long;
+    then what takes minutes a test, so that workers that share out what is left end together."""
+    items.sort(key=lambda i: FIRST.index(i.path.name) if i.path.name in FIRST else len(FIRST))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

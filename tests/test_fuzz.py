@@ -15,7 +15,7 @@ from marks import slow_but
 
 from rewriter.passes import Densify, Monarch, MonarchChain, Quantize
 
-CASES, PART = 200, 20
+CASES, PART = 120, 20
 FAILED: dict[str, tuple[Source, list[Any]]] = {
     "a weight of a function before an LSTM: load by the recorded example found another model": (
         Source(

@@ -6,10 +6,11 @@ pytest's importlib mode.
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -54,21 +55,23 @@ def stepped(model: nn.Module, x: Tensor) -> Values:
     return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in found.items()}
 
 
-def on_two_ranks(check: Callable[[int, str, pathlib.Path], None], path: pathlib.Path) -> None:
+Check = Callable[[int, str, pathlib.Path], None]
+
+
+def on_two_ranks(checks: Sequence[Check], path: pathlib.Path) -> None:
+    """All of them in the same two processes, as these import torch anew."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, (port, check, path), nprocs=2)
+    mp.spawn(_rank, (port, checks, path), nprocs=2)
 
 
-def _rank(
-    rank: int, port: int, check: Callable[[int, str, pathlib.Path], None], path: pathlib.Path
-) -> None:
+def _rank(rank: int, port: int, checks: Sequence[Check], path: pathlib.Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        for recipe in RECIPES:
+        for check, recipe in itertools.product(checks, RECIPES):
             check(rank, recipe, path)
     finally:
         dist.destroy_process_group()

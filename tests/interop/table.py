@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -68,6 +69,25 @@ def markdown(table: Table, recipes: Sequence[Recipe] = RECIPES) -> str:
         lines += [f"## {part}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     foot = [f"[^{number}]: {_plain(reason)}" for reason, number in notes.items()]
     return "\n".join([HEAD, *lines, *foot]).rstrip() + "\n"
+
+
+def read(page: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """(client, recipe) → (status, reason as the page has it) of a page that `markdown` gave."""
+    notes = dict(re.findall(r"^\[\^(\d+)\]: (.*)$", page, re.MULTILINE))
+    cells: dict[tuple[str, str], tuple[str, str]] = {}
+    columns: list[str] = []
+    for line in page.splitlines():
+        if line.startswith("|"):
+            client, *row = (text.strip() for text in line[1:-1].split("|"))
+            if not client:
+                columns = row
+            elif client != "---":
+                found = [re.fullmatch(r"(.*?)(?:\[\^(\d+)\])?", text) for text in row]
+                cells |= {
+                    (client, column): (match[1], notes.get(match[2], ""))
+                    for column, match in zip(columns, found, strict=True) if match
+                }  # fmt: skip
+    return cells
 
 
 def _plain(text: str) -> str:
