@@ -258,7 +258,7 @@ def main() -> None:
     for name, own in models.items():
         quality = {}
         if not args.no_quality:
-            found, tokens = read(own, text)
+            found, tokens = (dense, likeliest) if own is model else read(own, text)
             quality = {
                 "perplexity": round(found, 3),
                 "above fp32, %": round(100 * (found / dense - 1), 2),
