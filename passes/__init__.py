@@ -12,6 +12,7 @@ from rewriter.passes.quantized_conv import QuantizedConv1d, QuantizedConv2d
 from rewriter.passes.quantized_embedding import Int4Embedding, QuantizedEmbedding
 from rewriter.passes.quantized_linear import QuantizedLinear
 from rewriter.passes.quantized_monarch import QuantizedMonarch
+from rewriter.passes.reluify import Reluify, SparseReLU
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.sparse_int8 import SparseInt8Linear
@@ -44,9 +45,11 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedMonarch",
+    "Reluify",
     "RemoveBlocks",
     "ResizeMLP",
     "SparseInt8Linear",
+    "SparseReLU",
     "StaticOutlierLinear",
     "StaticQuantizedLinear",
     "Threshold",

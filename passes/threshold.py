@@ -254,7 +254,7 @@ class Threshold(Pass):
         error = sample.output_error(weight, site.bias, layer)
         reason = (
             f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(sample.held)} rows "
-            f"held out (asked: {sparsity:.0%}, known within {_doubt(scores < threshold):.1%})"
+            f"held out (asked: {sparsity:.0%}, known within {doubt(scores < threshold):.1%})"
         )
         return Replace(site, layer, reason, error=None, output_error=error)
 
@@ -289,7 +289,7 @@ def _scores(rows: Tensor, importance: Tensor | None) -> Tensor:
     return rows.abs() if importance is None else rows.abs() * importance
 
 
-def _doubt(below: Tensor) -> float:
+def doubt(below: Tensor) -> float:
     """Twice the standard error of the share of inputs below, rows being drawn at random."""
     shares = below.float().mean(1)
     return 2 * float(shares.std()) / math.sqrt(len(shares))

@@ -297,7 +297,7 @@ def _settings(
     batches = None if calibration is None else Calibration.of(calibration, like=example_inputs)
     if batches is None:
         check_calibrated(passes, "pass calibration=[batch, …] like example_inputs, better ten")
-    if batches is not None and not any(p.calibrates or p.needs_calibration for p in passes):
+    if batches is not None and not any(p.calibrates or p.samples for p in passes):
         warn("calibration is given, but none of the passes makes use of it")
     return Options(
         objective, max_error, where, found, bool(measure), batches, memory, rules, capture_seconds

@@ -125,6 +125,11 @@ class Pass:
         return False
 
     @property
+    def samples(self) -> bool:
+        """True where `propose` makes use of `site.sample`, which is None without calibration."""
+        return self.needs_calibration
+
+    @property
     def simulates(self) -> bool:
         """True where its layers stand for others while these train: nobody judges their speed."""
         return False

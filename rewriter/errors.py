@@ -7,6 +7,7 @@ what to change without opening this package.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import sys
@@ -141,3 +142,15 @@ def whole_number(name: str, value: object, least: int = 1, most: int | None = No
     if number < least or (most is not None and number > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise OptionError(f"{name} must be an integer {bounds}, got {value!r}")
+
+
+def finite_number(name: str, value: object) -> float:
+    """Checks an option that is a number; True and False are none.
+
+    Raises:
+        OptionError: it is no finite number.
+    """
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not math.isfinite(value):  # type: ignore[arg-type]
+        raise OptionError(f"{name} must be a finite number, got {value!r}")
+    return float(value)  # type: ignore[arg-type]

@@ -82,6 +82,9 @@ class Layer(StandsForWeight):
     op: ClassVar[str] = ""
     """The name that printed graphs show, e.g. `low_rank`."""
 
+    acts: ClassVar[bool] = False
+    """Whether it is an activation: its sites are of that kind, and MLPs are found around it."""
+
     serves: ClassVar[tuple[str, ...]] = ()
     """Kinds of sites that a layer serves as well where they share the weight that it stands for:
     that in an embedding's place the head that is tied to it."""
@@ -94,6 +97,11 @@ class Layer(StandsForWeight):
 
     once_scalars: ClassVar[tuple[str, ...]] = ()
     """Parameters [1] that version 0.1.0 had as scalars: `fully_shard` takes none."""
+
+    @property
+    def operation(self) -> str:
+        """`op`, or the name of the operation of torch that it is with its options."""
+        return self.op
 
     def __prepare_scriptable__(self) -> Layer:
         """What `torch.jit.script` asks first.

@@ -32,6 +32,7 @@ from rewriter.spellings import (
     kind_of,
     op_name,
     operands,
+    operation_of,
     source_of,
     spelled,
     swaps,
@@ -132,6 +133,27 @@ class Site:
     def place(self) -> nn.Module | None:
         """The module at `fqn`, which is what the model calls."""
         return submodule(self.root, self.fqn)
+
+    @property
+    def operation(self) -> str:
+        """What the site computes, under the one name of it: `gelu` of a module and of a
+        function."""
+        module = self.module
+        return spelled(self.nodes[0]) if module is None else operation_of(module)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """What an activation makes of x, with the options that the model gives it;
+        x itself, where the model works in place."""
+        module = self.module
+        if module is not None:
+            found: Tensor = module.forward(x)
+            return found
+        node = self.nodes[0]
+        function: Any = node.target
+        if node.op == "call_method":
+            function = getattr(Tensor, str(node.target))
+        made: Tensor = function(x, *node.args[1:], **node.kwargs)
+        return made
 
     def fitted(self, layer: nn.Module) -> nn.Module:
         """A layer as the model calls it in this place."""

@@ -192,7 +192,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     """The kind of site a leaf module is; None for those that no pass looks at."""
     module = inner(module)
     if isinstance(module, Layer):
-        return type(module)
+        return ACTIVATION if module.acts else type(module)
     if type(module).forward in _KIND_OF_FORWARD:
         return _KIND_OF_FORWARD[type(module).forward]
     name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -247,7 +247,7 @@ def op_name(node: Node, root: nn.Module | None = None) -> str:
 def _class_name(module: nn.Module | None) -> str:
     """The operation that a module is: that of a layer of ours, else its class in snake case."""
     if isinstance(module, Layer) and module.op:
-        return module.op
+        return module.operation
     name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(module).__name__)
     return "linear" if name == "Conv1D" else name.lower()
 
@@ -261,6 +261,12 @@ def spelled(node: Node, root: nn.Module | None = None) -> str:
         if not is_leaf(root.get_submodule(str(node.target))):
             return "module"
     name = op_name(node, root).rstrip("_")
+    return _SPELLED.get(name, name)
+
+
+def operation_of(module: nn.Module) -> str:
+    """`spelled` of a call of a module."""
+    name = _class_name(module).rstrip("_")
     return _SPELLED.get(name, name)
 
 

@@ -17,7 +17,7 @@ from rewriter.capture import Capture, capture
 from rewriter.capture.hosted import Program
 from rewriter.compiler.dynamo import capture_dynamo
 from rewriter.engine import Engine, Options
-from rewriter.passes import Monarch, Quadratic, RemoveBlocks, ResizeMLP, TopK
+from rewriter.passes import Monarch, Quadratic, Reluify, RemoveBlocks, ResizeMLP, TopK
 from rewriter.report.graph_text import graph_text
 
 FRONT_ENDS = ["symbolic", "export", "dynamo"]
@@ -139,6 +139,22 @@ def test_quadratic(front_end: str, golden: Golden) -> None:
         %0 = quadratic_linear(%x, fc) : f32[2,64]   # was linear
         %1 = gelu(%0) : f32[2,64]
         %2 = quadratic_linear(%1, out) : f32[2,10]  # was linear
+        """,
+    )
+
+
+def test_reluify(front_end: str, golden: Golden) -> None:
+    model, x = MLP().eval(), torch.randn(2, 32)
+    hidden = model.fc(x).detach()
+    expected = model.out(hidden * (hidden >= 0.25)).detach()
+    text, result = rewritten(front_end, model, x, [Reluify("fatrelu", 0.25)])
+    torch.testing.assert_close(result, expected)
+    golden(
+        text.replace("gelu_0", "act"),  # Dynamo hands over a function
+        """
+        %0 = linear(%x, fc) : f32[2,64]
+        %1 = sparse_relu(%0, act) : f32[2,64]  # was activation
+        %2 = linear(%1, out) : f32[2,10]
         """,
     )
 

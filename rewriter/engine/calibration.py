@@ -18,7 +18,7 @@ from rewriter.modules.moments import Sample
 from rewriter.modules.pointwise import Channels
 from rewriter.modules.progress import bar
 from rewriter.modules.running import first_line, own_copy, quiet_run
-from rewriter.sites import Site
+from rewriter.sites import ACTIVATION, Site
 from rewriter.spellings import source_of
 
 __all__ = ["Gathered", "gather"]
@@ -113,9 +113,13 @@ class _Seen:
 
 @dataclass
 class _Watch:
-    """What one value, the input of one or more sites, has shown."""
+    """What one value, the input of one or more sites, has shown.
 
-    width: int
+    Args:
+        width: of its rows; None, of an activation, for that of the first ones.
+    """
+
+    width: int | None
     calls: list[fx.Node]
     module: nn.Module | None
     fitted: _Seen
@@ -130,6 +134,8 @@ class _Watch:
         own = x
         if self.channels is not None and isinstance(x, Tensor):
             own = self.channels.rows(x)
+        if self.width is None and isinstance(x, Tensor) and x.dim():
+            self.width = x.shape[-1]
         if self.current is not None and isinstance(x, Tensor) and own.shape[-1:] == (self.width,):
             own = own.detach()
             if self.mask is not None and own.shape[:-1] == self.mask.shape:
@@ -213,7 +219,8 @@ def _watches(capture: Capture, sites: Sequence[Site], asked: tuple[bool, bool]) 
         if calls or site.place is not None:
             sources: object = (tuple(source_of(n) for n in calls) or site.fqn, site.channels)
             seen = _Seen(asked), _Seen(asked)
-            new = _Watch(site.in_features, calls, site.place, *seen, site.channels)
+            width = None if site.kind == ACTIVATION else site.in_features
+            new = _Watch(width, calls, site.place, *seen, site.channels)
             watch = watches.setdefault(sources, new)
             watch.sites.append(site)
     return list(watches.values())
@@ -226,7 +233,7 @@ def _groups(watches: Sequence[_Watch]) -> Iterator[list[_Watch]]:
     for watch in watches:
         moments, sample = watch.fitted.asked
         # fitted, held out, and one on its way
-        size = 3 * (8.0 * moments * watch.width**2 + 4.0 * sample * _SAMPLE)
+        size = 3 * (8.0 * moments * (watch.width or 0) ** 2 + 4.0 * sample * _SAMPLE)
         if group and held + size > _BYTES:
             yield group
             group, held = [], 0.0

@@ -516,7 +516,7 @@ def ahead(p: Proposal, later: Sequence[Pass], where: Where) -> Ahead | None:
         and not (q.plans or q.simulates)
         and unselected(p.site, where, q.where) is None
     ]
-    if old is None or not asked or any(q.calibrates or q.needs_calibration for q in asked):
+    if old is None or not asked or any(q.calibrates or q.samples for q in asked):
         return None
     before, after = (_finished(layer, asked, p.site) for layer in (old, new))
     if before is old and after is new:
@@ -658,11 +658,7 @@ def _runner(site: Site, module: nn.Module | None, xs: Sequence[Tensor]) -> Calla
         if channels is not None:
             return lambda: [channels.convolve(x, weight, bias) for x in xs]
         return lambda: [nn.functional.linear(x, weight, bias) for x in xs]
-    node = site.nodes[0]
-    function: Any = node.target
-    if node.op == "call_method":
-        function = getattr(Tensor, str(node.target))
-    return lambda: [function(x, *node.args[1:], **node.kwargs) for x in xs]
+    return lambda: [site.activated(x) for x in xs]
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, most: int) -> Tensor:

@@ -117,7 +117,7 @@ class PassRun:
             CalibrationError: the model is on meta, or fails on the batches.
         """
         calibration, needs = self.options.calibration, self.rewrite.needs_calibration
-        if calibration is None or not (self.rewrite.calibrates or needs):
+        if calibration is None or not (self.rewrite.calibrates or self.rewrite.samples):
             return
         if self.capture.on_meta:
             raise CalibrationError(
@@ -127,7 +127,8 @@ class PassRun:
         rows = [s for s in self.matching if s.kind not in (CONV, EMBEDDING)]
         wanted = [s for s in rows if self._unasked(s) is None]
         moments = self.rewrite.calibrates
-        found, missing = gather(self.capture, wanted, calibration, moments, sample=needs)
+        sample = self.rewrite.samples
+        found, missing = gather(self.capture, wanted, calibration, moments, sample)
         self.uncalibrated = missing if needs else {}
         reasons: dict[str, list[str]] = {}
         for name, why in missing.items():

@@ -287,7 +287,7 @@ def check_config(entry: Entry, shapes: Mapping[str, Sequence[int]]) -> None:
     named = {n for n, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
     figures = entry.config if ours else {n: entry.config.get(n) for n in _FEATURES}
     for name, value in figures.items():
-        if name in named:
+        if name in named or hints.get(name) is float:  # no size
             continue
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not isinstance(value, bool) and number > most:

@@ -96,6 +96,8 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if wrong:
         raise StoreError(f"the state_dict has tensors of other shapes: {sorted(wrong)}")
     for fqn, spelling in chosen:
+        if not spelling:
+            continue  # an activation: nothing of it follows from weights
         originals = {role: given[key] for role, key in spelling.items()}
         new = _again(fqn, recipe, originals, modules[fqn])
         values.update({f"{fqn}.{k}": t for k, t in new.items()})
