@@ -130,8 +130,7 @@ class ThresholdLinear(Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.straight_through and self.training:
-            above = active_reference(input, Select(0, self.threshold, self.importance))
-            return F.linear(straight_through(input, above), self.weight, self.bias)
+            return F.linear(straight_through(input, self.kept(input)), self.weight, self.bias)
         return sparse_linear(
             input,
             self.weight,
@@ -140,6 +139,10 @@ class ThresholdLinear(Layer):
             threshold=self.threshold,
             importance=self.importance,
         )
+
+    def kept(self, input: Tensor) -> Tensor:
+        """Which entries of an input [*, in_features] are not below the threshold, bool."""
+        return active_reference(input, Select(0, self.threshold, self.importance))
 
     def stored_weight(self) -> Tensor:
         return self.weight

@@ -134,9 +134,12 @@ class TopKLinear(Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.straight_through and self.training:
-            kept = active_reference(input, Select(self.k, 0.0, self.importance, self.block))
-            return F.linear(straight_through(input, kept), self.weight, self.bias)
+            return F.linear(straight_through(input, self.kept(input)), self.weight, self.bias)
         return topk_linear(input, self.weight, self.bias, self.k, self.importance, self.block)
+
+    def kept(self, input: Tensor) -> Tensor:
+        """Which entries of an input [*, in_features] are kept, bool."""
+        return active_reference(input, Select(self.k, 0.0, self.importance, self.block))
 
     def stored_weight(self) -> Tensor:
         return self.weight

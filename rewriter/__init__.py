@@ -29,6 +29,7 @@ from rewriter.store import RewrittenModule, from_pretrained, load, load_original
 from rewriter.store.old_names import find_moved
 from rewriter.training.optimizers import param_groups, remap_optimizer
 from rewriter.training.recovery import Recovery, recover
+from rewriter.training.sparsity import SparsityPenalty, TopKSchedule
 
 __version__ = "0.5.0"
 
@@ -65,7 +66,9 @@ __all__ = [
     "SignatureError",
     "Site",
     "Skip",
+    "SparsityPenalty",
     "StoreError",
+    "TopKSchedule",
     "VerifyError",
     "View",
     "backend",

@@ -174,6 +174,7 @@ MAY_MUTATE = {
     "rewriter/recipe/replaying.py": "builds the layer that stood at a place",
     "rewriter/store/filling.py": "fills a loaded model",
     "rewriter/training/recovery.py": "looks at outputs of modules, and undoes it",
+    "rewriter/training/sparsity.py": "looks at what layers are given and give, and undoes it",
     "rewriter/training/peft.py": "looks at the inputs of adapted layers, and undoes it",
     "rewriter/training/optimizers.py": "says on an optimizer what was remapped",
     # compilers

@@ -236,6 +236,13 @@ def test_under_a_compiler_and_exported(tmp_path: pathlib.Path) -> None:
     assert_reordered(exported(x), out(x))
 
 
+def test_a_function_is_replaced_in_calls_of_other_types_too() -> None:
+    out = relued(Functional(), Reluify("fatrelu", 0.25)).to(torch.bfloat16)
+    x = torch.randn(3, 16).bfloat16()
+    h = out.up(x)
+    assert_reordered(out(x), out.down(h.masked_fill(h < 0.25, 0.0)), torch.bfloat16)
+
+
 def test_recovers_towards_the_original() -> None:
     model = Plain().eval()
     out = relued(model, Reluify("fatrelu", sparsity=0.8))

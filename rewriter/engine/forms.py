@@ -24,7 +24,7 @@ from rewriter.modules.tensors import CONSTANT
 from rewriter.modules.tree import hooked, is_hook_dict, own_class
 from rewriter.recipe.recipe import Recipe
 from rewriter.recipe.replaying import layer_before
-from rewriter.sites import MLP
+from rewriter.sites import ACTIVATION, MLP
 
 __all__ = ["capture_form", "finished"]
 
@@ -96,6 +96,10 @@ def _originals_back(twin: nn.Module, state: State) -> dict[str, nn.Module]:
         if recipe is None or own is None or name in recipe.origins or not isinstance(layer, Layer):
             raise CaptureError(f"what it was before {name} was rewritten is not kept")
         layers[inside] = layer
+        if own.chain[0][0] == ACTIVATION:  # a function again
+            owner, _, last = inside.rpartition(".")
+            del twin.get_submodule(owner)._modules[last]
+            continue
         given = _dense(layer, own.transposed, recipe.dtypes.get(own.weight_ref or ""))
         if own.bias_ref != f"{name}.bias":
             given.pop("bias", None)
