@@ -614,3 +614,30 @@ def test_activation_sparsity(tmp_path: pathlib.Path) -> None:
     assert quality["random"] > 0 < quality["random, dense"]
     speeds = {row["what"] for row in found["Decoding"]}
     assert {"dense", "int8", f"{quality['what']}", f"{quality['what']}, int8"} == speeds
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_sparsity_quality(tmp_path: pathlib.Path) -> None:
+    """Scores, budgets and kinds of layers, with what is reached on the text measured."""
+    run("benchmarks/sparsity_quality.py", "--quick", "--out", str(tmp_path))
+    found = tables(tmp_path, "sparsity_quality")
+    assert [row["score"] for row in found["At equal sparsity"]] == ["magnitude", "wina", "rotation"]
+    for row in found["At equal sparsity"]:
+        assert abs(row["random, sparsity of these layers"] - 0.5) < 0.1
+    assert {row["what"].rpartition("of ")[2] for row in found["By kind of layer"]} == {
+        "q, k, v", "o", "gate, up", "down",
+    }  # fmt: skip
+    assert len(found["Budgets"]) == 4
+    assert all(row["loss, nats"] > 0 for row in found["Loss by layers, predicted at 50 %"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_activation_recovery(tmp_path: pathlib.Path) -> None:
+    """MiniLM as rewritten and recovered."""
+    run("benchmarks/activation_recovery.py", "--quick", "--out", str(tmp_path))
+    (row,) = tables(tmp_path, "activation_recovery")["Quality"]
+    assert row["zeros before"] == row["zeros after"] == 0.75
+    assert 0.6 < row["WordSim-353"] < 0.73
+    assert 0.6 < row["recovered"]
