@@ -45,6 +45,7 @@ class Zeroed:
         self.shares: Mapping[str, float] = {}
         self.score = "magnitude"
         self.counts = [0, 0]
+        self.dense: dict[str, float] = {}
         self.samples = self._sampled(text)
         self.importance = {n: importance_of(m.weight) for n, m in self.layers.items()}
         self._bases: dict[tuple[str, int], Tensor] = {}
@@ -108,10 +109,11 @@ class Zeroed:
         """A row: perplexity over that of the dense model, and the sparsity of what was read."""
         row: dict[str, Any] = {"what": what, "score": score}
         for text, windows in texts.items():
-            self.shares = {}
-            dense = self.perplexity(windows)
+            if text not in self.dense:
+                self.shares = {}
+                self.dense[text] = self.perplexity(windows)
             self.shares, self.score, self.counts = shares, score, [0, 0]
-            row[f"{text}, %"] = round(100 * (self.perplexity(windows) / dense - 1), 1)
+            row[f"{text}, %"] = round(100 * (self.perplexity(windows) / self.dense[text] - 1), 1)
             row[f"{text}, sparsity of these layers"] = round(self.counts[0] / self.counts[1], 3)
         self.shares = {}
         print(row, flush=True)

@@ -140,7 +140,7 @@ class _Watch:
             own = own.detach()
             if self.mask is not None and own.shape[:-1] == self.mask.shape:
                 own = own[self.mask]  # padding is nothing that a layer should be good at
-            own = own.reshape(-1, self.width).float()
+            own = own.reshape(-1, own.shape[-1]).float()
             if not bool(torch.isfinite(own).all()):
                 self.unfit = "the calibration batches give it inputs with NaN or inf"
             elif len(own):
