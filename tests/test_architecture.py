@@ -162,6 +162,7 @@ MAY_MUTATE = {
     "rewriter/capture/settling.py": "sets the constants that a first call sets",
     "rewriter/capture/submodules.py": "notes the calls of submodules, and undoes it",
     "rewriter/sites.py": "builds a root around a free-standing module",
+    "rewriter/lowering/alone.py": "puts layers to be timed into a graph of their own",
     "rewriter/lowering/lowering.py": "makes the lowered graph, a copy of the eval graph",
     "rewriter/lowering/inputs.py": "checks the inputs of a packaged program, and undoes it",
     "rewriter/lowering/joining.py": "joins calls in a graph that Inductor compiles",

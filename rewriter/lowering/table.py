@@ -125,6 +125,9 @@ DEFAULT_RULES = (
     Rule(fan(int8_monarch), INT8_MONARCH_JOINED),
     # both products of one in a single call
     Rule(int8_monarch, INT8_MONARCH),
+    # a product behind which nothing stands that it could take in, past the dispatcher
+    Rule(int8_linear, INT8_ALONE),
+    Rule(int8_static_linear, INT8_ALONE),
 )
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
 
@@ -135,7 +138,7 @@ FLOAT32_RULES = tuple(
 """The same, with all of attention in float32, also between layers of 8 bits."""
 
 IN_GRAPHS = (
-    # s·(q(x)·Qᵀ)·scale + …, which a model calls as a layer
+    # the same, where a layer's own way of calling it is as fast
     Rule(int8, INT8_ALONE),
     # x·wᵀ + b with w of 8 or 4 bits, the same
     Rule(op("int8_weight_linear") | op("int4_linear"), WEIGHT_ALONE),
