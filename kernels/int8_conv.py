@@ -272,7 +272,8 @@ def _formula(
     """The reference, with derivatives: rounding counts as the identity."""
     taps = _taps(x, qweight, groups, kernel_size)
     given: Any = stride, padding, dilation, groups
-    y = int8_conv_reference(x.detach(), taps, scale.detach(), bias, *given, activation)
+    rest: Any = *given, activation
+    y = int8_conv_reference(x.detach(), taps, scale.detach(), bias, *rest)
     weight = (taps.to(scale.dtype) * scale.detach().view(-1, 1, 1, 1)).to(x.dtype)
     return y + F.conv2d(x - x.detach(), weight, None, *given)
 
