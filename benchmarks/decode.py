@@ -176,6 +176,12 @@ def stored(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def same(tokens: Tensor, others: Tensor) -> int:
+    """How many tokens two continuations have in common from their beginning on."""
+    differ = (tokens != others).nonzero()
+    return int(differ[0]) if len(differ) else len(tokens)
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--tokens", type=int, default=64)
@@ -208,19 +214,22 @@ def main() -> None:
         models[name] = rewrite(model, [recipe], {"input_ids": prompt}, calibration=seen)
         print(f"{name}: rewritten", flush=True)
     runs: dict[str, Callable[[], Tensor]] = {}
+    of: dict[str, str] = {}  # the model of a run
     for how in (EAGER, COMPILED, WRAPPED) if args.compiled else (EAGER,):
         for name, own in models.items():
             if how != WRAPPED or (name in args.wrapped and not args.quick):
                 each = copy.deepcopy(own) if how == WRAPPED else own  # transformers keeps one code
+                of[f"{name}, {how}"] = name
                 runs[f"{name}, {how}"] = partial(generate, each, prompt, count, how)
     rival = not args.quick and importlib.util.find_spec("llama_cpp") is not None
     scratch = tempfile.TemporaryDirectory()
     if rival:
         runs.update(llama_cpp(prompt, count, Path(scratch.name)))
-    begun = {}
+    begun: dict[str, float] = {}
+    said: dict[str, Tensor] = {}
     for name, run in runs.items():
         start = time.perf_counter()
-        run()
+        said[name] = run()
         begun[name] = time.perf_counter() - start
         print(f"{name}: first call, {begun[name]:.1f} s", flush=True)
     first = f"{DENSE}, eager"
@@ -230,6 +239,7 @@ def main() -> None:
     print("timing ends", flush=True)
     speed = []
     for name, own in times.items():
+        alike = said.get(f"{of[name]}, {EAGER}") if name in of else None
         slow, rate, fast = quartiles([count / t for t in own])
         ratio = statistics.median(a / b for a, b in zip(times[first], own, strict=True))
         speed.append(
@@ -238,6 +248,7 @@ def main() -> None:
                 "tokens per s": round(rate, 1),
                 "quartiles": f"{slow:.1f} – {fast:.1f}",
                 f"× over {first}": round(ratio, 2),
+                "first tokens as eager": None if alike is None else same(said[name], alike),
                 "first call, s": round(begun[name], 1),
             }
         )

@@ -255,7 +255,11 @@ def _class_name(module: nn.Module | None) -> str:
 def spelled(node: Node, root: nn.Module | None = None) -> str:
     """The operation of a node whichever front end, module or function wrote it: `conv` of every
     convolution, `relu` of a module, a function and its form that works in place. What patterns of
-    `rewriter.modules.patterns` are made of."""
+    `rewriter.modules.patterns` are made of. `module` of one that computes something of its own,
+    whatever it is called: PEFT's adapted layer is a `Linear` too."""
+    if node.op == "call_module" and root is not None:
+        if not is_leaf(root.get_submodule(str(node.target))):
+            return "module"
     name = op_name(node, root).rstrip("_")
     return _SPELLED.get(name, name)
 

@@ -228,6 +228,36 @@ def test_what_changes_is_noticed_at_the_next_call(change: str, model: Any, x: Te
         assert not torch.allclose(model(x), before)
 
 
+class Adapted(nn.Module):
+    """As an adapter stands around a layer, whose weight it shows."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = 2 * self.base_layer(x) + x
+        return y
+
+
+Adapted.__name__ = "Linear"  # as PEFT's class is called
+
+
+def test_a_layer_that_computes_more_is_not_taken_for_what_its_class_is_called(
+    model: Any, x: Tensor
+) -> None:
+    assert_as_unlowered(model, x, 5)
+    with torch.no_grad():
+        before = model(x)
+        model.q = Adapted(model.q)
+    assert_as_unlowered(model, x, 4)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), before)
+
+
 @pytest.mark.parametrize("fused_step", [False, True])
 def test_a_step_of_an_optimizer_is_noticed(fused_step: bool, model: Any, x: Tensor) -> None:
     assert_as_unlowered(model, x, 5)

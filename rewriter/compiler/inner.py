@@ -354,8 +354,9 @@ class Inner:
 
         _check_devices(inputs)
         patches = {**self._mode(), **self.config}
-        place = "post_grad_custom_pre_pass"
-        patches[place] = JoinedProducts(patches.get(place, getattr(inductor, place)))
+        if own := own_ops(module):
+            place = "post_grad_custom_pre_pass"
+            patches[place] = JoinedProducts(patches.get(place, getattr(inductor, place)))
         if self.memory_budget is not None:
             from rewriter.planner import inductor_partitioner
 
@@ -364,7 +365,7 @@ class Inner:
             )
         compile_it: Any = functools.partial(compile_fx, config_patches=patches)
         compiler_config: Any = torch.compiler.config
-        if not own_ops(module):
+        if not own:
             return cast("Callable[..., Any]", compile_it(module, inputs))
         # a cached forward holds what our ops' backward formulas said when it was traced
         tag = f"{compiler_config.cache_key_tag}:rewriter:{_sources(_modules(module))}"
