@@ -258,7 +258,7 @@ def main() -> None:
     for name, own in models.items():
         quality = {}
         if not args.no_quality:
-            found, tokens = read(own, text)
+            found, tokens = (dense, likeliest) if own is model else read(own, text)
             quality = {
                 "perplexity": round(found, 3),
                 "above fp32, %": round(100 * (found / dense - 1), 2),
@@ -287,9 +287,14 @@ def main() -> None:
         f"included; medians of {rounds} rounds in turns. Groups of 32. The head is tied to the "
         "embedding in fp32, and has packed weights of its own in the others, whose embedding stays "
         'float32 and counts in MB. Compiled: backend="rewriter" (Inductor), a static cache; the '
-        "first call compiles, or finds the code in Inductor's cache on disk. Perplexity on "
-        f"{text.numel()} {'random' if args.quick else 'Wikipedia'} tokens in windows of "
-        f"{text.shape[1]}. llama.cpp: "
+        "first call compiles, or finds the code in Inductor's cache on disk. "
+        + (
+            "Weights rounded without GPTQ, no perplexity. "
+            if args.no_quality
+            else f"Perplexity on {text.numel()} {'random' if args.quick else 'Wikipedia'} tokens "
+            f"in windows of {text.shape[1]}. "
+        )
+        + "llama.cpp: "
         + (
             f"{versions('llama_cpp_python')['llama_cpp_python']}, all matrices in its "
             "format, its own greedy loop, as many threads."

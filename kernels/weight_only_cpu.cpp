@@ -585,7 +585,9 @@ void weight_linears(const Call* calls, int64_t count) {
   const long apart = up(groups, V);
   const bool sums = c.group && c.rows <= FEW && 4 * apart <= SCALES && moderate(c.x, c.rows * c.in);
   alignas(64) float inputs[FEW * SCALES / 4];
-  for (long r = 0; sums && r < c.rows; r++) sums_of_groups(x + r * width, c.group, groups, apart, inputs + r * apart);
+  bool zeros = false;
+  for (long i = 0; i < count; i++) zeros |= calls[i].zero != nullptr;
+  for (long r = 0; sums && zeros && r < c.rows; r++) sums_of_groups(x + r * width, c.group, groups, apart, inputs + r * apart);
   over_strips(calls, count, c.group ? width / 2 : c.in, [&](const Call& c, long n, long end) {
     if (sums && c.rows == 1) return c.zero ? few<1, true>(c, x, inputs, groups, n, end) : few<1, false>(c, x, inputs, groups, n, end);
     if (sums) return c.zero ? few<2, true>(c, x, inputs, groups, n, end) : few<2, false>(c, x, inputs, groups, n, end);

@@ -14,19 +14,9 @@ __all__ = ["longer", "medians", "samples"]
 _SAMPLE = 200e-6  # seconds of one sample, at least: a clock ticks, a call has overhead
 
 
-def medians(
-    calls: Sequence[Callable[[], Any]],
-    device: torch.device,
-    *,
-    rounds: int = 15,
-    warm: int = 3,
-    limit: float = 10.0,
-) -> list[float]:
-    """Median seconds of each call; see `samples`."""
-    return [
-        statistics.median(own)
-        for own in samples(calls, device, rounds=rounds, warm=warm, limit=limit)
-    ]
+def medians(calls: Sequence[Callable[[], Any]], device: torch.device, **how: Any) -> list[float]:
+    """Median seconds of each call; arguments as of `samples`."""
+    return [statistics.median(own) for own in samples(calls, device, **how)]
 
 
 def samples(
