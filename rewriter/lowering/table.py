@@ -10,6 +10,7 @@ from rewriter.lowering.conv_chains import (
     INT8_CHAIN,
     INT8_CHAIN_ADD,
     INT8_DEPTHWISE,
+    INTEGER_CONVS,
     POINTWISE,
     is_depthwise,
 )
@@ -57,7 +58,7 @@ __all__ = ["DEFAULT_RULES", "FLOAT32_RULES", "IN_GRAPHS"]
 int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
 int8_monarch = op("int8_monarch_linear")
 int8 = int8_linear | int8_static_linear | int8_monarch
-int8_conv, pointwise_int8 = op("int8_conv"), op("pointwise_int8_linear")
+int8_conv, pointwise_int8 = op(*INTEGER_CONVS), op("pointwise_int8_linear")
 pad, any_conv, any_pointwise = op("pad"), op(*CONVS), op(*POINTWISE)
 wide = any_pointwise >> maybe(batch_norm) >> maybe(activation)
 deep = any_conv >> maybe(batch_norm) >> maybe(activation)
