@@ -81,7 +81,11 @@ MODELS: Mapping[type[MLP | CNN], Mapping[str, QAT]] = {
         "int4-weight, learned steps": QAT("int4-weight", learned_step=True),
         "int4-dynamic": QAT("int4-dynamic"),
     },
-    CNN: {"int8-dynamic, convolutions": QAT("int8-dynamic", convolutions=True)},
+    CNN: {
+        "int8-dynamic, convolutions": QAT("int8-dynamic", convolutions=True),
+        "int4-dynamic, convolutions": QAT("int4-dynamic", convolutions=True),
+        "int4-dynamic, learned steps": QAT("int4-dynamic", convolutions=True, learned_step=True),
+    },
 }
 """Model → what it is trained for."""
 

@@ -6,7 +6,8 @@
 //   y[i,d] = Σ_t p[i,t] v[t,d] / Σ_t p[i,t]               zeros where all of a row is −∞
 //
 // The keys of a head are transposed once, so that neighbours lie beside each other in a register; the
-// scores of ROWS queries stay in the nearest cache between the two products. Operands are read where
+// scores of ROWS queries stay in the nearest cache between the two products. For one query, as a
+// language model decodes, keys are read as they lie, once for all heads that share them. Operands are read where
 // they lie, heads apart by any stride; y is written as [batch, S, heads, D], which is what the next
 // linear layer reads.
 //
@@ -169,6 +170,67 @@ void head(const Call& c, long b, long h, long from, long to) {
   free(held);
 }
 
+// The sum of the numbers of a vector, by halves.
+INLINE float total(vec v) {
+  float each[V];
+  memcpy(each, &v, sizeof(v));
+#pragma GCC unroll 4
+  for (int n = V / 2; n; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) each[i] += each[i + n];
+  return each[0];
+}
+
+// s[m,t] = Σ_d q[m,d] k[t,d] of M rows of q, `columns` scores a row.
+template <int M>
+void dots(const float* q, const float* k, long k_row, long keys, long depth, long columns, float* s) {
+  for (long t = 0; t < keys; t++) {
+    vec sum[M];
+    for (int m = 0; m < M; m++) sum[m] = vec{};
+    for (long d = 0; d < depth; d += V) {
+      const vec x = load(k + t * k_row + d);
+      for (int m = 0; m < M; m++) sum[m] += x * load(q + m * depth + d);
+    }
+    for (int m = 0; m < M; m++) s[m * columns + t] = total(sum[m]);
+  }
+}
+
+template <int M = ROWS>
+void dots_of(long rows, const float* q, const float* k, long k_row, long keys, long depth, long columns, float* s) {
+  if constexpr (M > 1)
+    if (rows < M) return dots_of<M - 1>(rows, q, k, k_row, keys, depth, columns, s);
+  dots<M>(q, k, k_row, keys, depth, columns, s);
+}
+
+constexpr long SINGLE = 1 << 18;  // products of one query each, for which another thread pays
+
+// One query of each head that reads the kv-th keys; they are read once for ROWS heads, and as they lie.
+void single(const Call& c, long b, long kv) {
+  const long keys = c.keys, columns = up(keys, V), depth = c.depth;
+  float* held = (float*)aligned_alloc(64, up(ROWS * (columns + depth) * 4, 64));
+  if (!held) std::abort();
+  float *s = held, *own = s + ROWS * columns;
+  memset(s, 0, ROWS * columns * 4);
+  const float *k = c.k + b * c.k_batch + kv * c.k_head, *v = c.v + b * c.v_batch + kv * c.v_head;
+  for (long first = 0; first < c.shared; first += ROWS) {
+    const long rows = least(ROWS, c.shared - first), h = kv * c.shared + first;
+    const float* q = c.q + b * c.q_batch + h * c.q_head;
+    for (long m = 0; m < rows; m++)
+      for (long d = 0; d < depth; d++) own[m * depth + d] = q[m * c.q_head + d] * (float)c.scale;
+    dots_of(rows, own, k, c.k_row, keys, depth, columns, s);
+    float by[ROWS] = {};
+    for (long m = 0; m < rows; m++) {
+      add_mask(c, s + m * columns, b, h + m, 0);
+      by[m] = softmax(s + m * columns, keys, columns);
+    }
+    float* y = c.y + (b * c.heads + h) * depth;
+    long d = 0;
+    for (; d + WIDTH * V <= depth; d += WIDTH * V) mixed<WIDTH>(s, v + d, c.v_row, keys, columns, by, rows, y + d, depth);
+    for (; d < depth; d += V) mixed<1>(s, v + d, c.v_row, keys, columns, by, rows, y + d, depth);
+  }
+  free(held);
+}
+
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define BF16 1
 #include "attention_bf16.h"
@@ -204,6 +266,10 @@ int64_t attention_use_amx(int64_t wanted) {
 
 void attention(const Call* call) {
   const Call& c = *call;
+  if (c.queries == 1 && !c.bf16) {
+    const long few = c.batch * c.heads * c.keys * c.depth < SINGLE ? 1 : c.threads, heads = c.heads / c.shared;
+    return for_each(c.parallel, few, c.batch * heads, [&](long i) { single(c, i / heads, i % heads); });
+  }
   // a task is a few heads beside each other in memory; or one; or a part of one, so that all threads
   // have work
   const long heads = c.batch * c.heads, rows = up(c.queries, ROWS) / ROWS;

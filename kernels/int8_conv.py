@@ -1,11 +1,12 @@
-"""Int8 convolution: a scale for each output channel, activations quantized at run time.
+"""Integer convolution: a scale for each output channel, activations quantized at run time.
 
     lo = min(0, min x),  hi = max(0, max x),  s = (hi − lo + ε)/255,  z = round(−lo/s)
     q = round(x/s) + z                                                       uint8
     y[n,o] = s·scale[o]·(conv(q − z, qweight))[n,o] + bias[o]
 
 with a range for each sample of the batch, or one for all of it. A zero is z exactly, so that
-padding is exact. The sum over taps is exact in int32.
+padding is exact. The sum over taps is exact in int32. qweight is of 8 bits, or of 4, two in a byte:
+those are unpacked when a kernel makes its own layout of them, and the products are the same.
 
 On the CPU oneDNN multiplies, where a probe with extreme values finds it right (u8·s8 instructions
 without VNNI saturate their int16 pair sums); it takes weights in a layout of its own, which is made
@@ -31,6 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rewriter.kernels import conv_cpu, ops
 from rewriter.kernels.common import register_autocast, register_gradient, register_vmap, widened
 from rewriter.kernels.linear_act import act_
+from rewriter.kernels.nibbles import row_bytes, unpack_rows
 
 __all__ = [
     "RANGES",
@@ -66,7 +68,8 @@ _THEN: dict[str, tuple[str, list[float]]] = {
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
     "int8_conv(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, SymInt[] stride, "
-    "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation='per_sample') -> Tensor"
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation='per_sample', "
+    "SymInt[]? kernel_size=None) -> Tensor"
 )
 _LIB.define(
     "int8_conv_act(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, SymInt[] stride, "
@@ -84,6 +87,7 @@ def int8_conv(
     dilation: Sequence[int],
     groups: int,
     activation: str = "per_sample",
+    kernel_size: Sequence[int] | None = None,
 ) -> Tensor:
     """y = s·scale[:, None, None]·conv(q(x) − z, qweight) + bias; see the module for q, s and z.
 
@@ -93,12 +97,14 @@ def int8_conv(
 
     Args:
         x: [N, in_channels, H, W], any real floating dtype, contiguous or channels last.
-        qweight: [out_channels, in_channels/groups, kH, kW] int8.
+        qweight: [out_channels, in_channels/groups, kH, kW] int8; or its rows in 4 bits, as
+            `nibbles.pack_rows` gives them.
         scale: [out_channels].
         bias: [out_channels] or None.
         stride, padding, dilation: two numbers each; what is padded are zeros.
         groups: of channels.
         activation: "per_sample" or "per_tensor".
+        kernel_size: kH and kW of a qweight in 4 bits; None beside one of 8.
 
     Returns:
         [N, out_channels, H', W'] in x's dtype (the autocast dtype under autocast), and in the
@@ -108,7 +114,7 @@ def int8_conv(
         ValueError: shapes or dtypes do not fit.
     """
     y: Tensor = torch.ops.rewriter.int8_conv.default(
-        x, qweight, scale, bias, stride, padding, dilation, groups, activation
+        x, qweight, scale, bias, stride, padding, dilation, groups, activation, kernel_size
     )
     return y
 
@@ -148,6 +154,8 @@ def convolve(
     groups: int,
     activation: str,
     then: str | None = None,
+    kernel_size: Sequence[int] | None = None,
+    last: bool = False,
 ) -> Tensor:
     """`int8_conv` of what a convolution of one or two dimensions takes, with a batch or without.
 
@@ -160,13 +168,17 @@ def convolve(
         stride, dilation: of each dimension.
         groups, activation: as of `int8_conv`.
         then: None for the result that has gradients; else as of `int8_conv_act`.
+        kernel_size: None; or, beside a qweight in 4 bits and no `then`, of each dimension.
+        last: whether the result is channels last, as where a weight of 8 bits is.
 
     Raises:
         RuntimeError: x has another number of dimensions.
     """
     given, geometry, back = as_images(x, spatial, around, stride, dilation, groups)
     if then is None:
-        return back(int8_conv(given, qweight, scale, bias, *geometry, activation))
+        kernel = None if kernel_size is None else [*[1] * (2 - spatial), *kernel_size]
+        y = int8_conv(given, qweight, scale, bias, *geometry, activation, kernel)
+        return back(y.contiguous(memory_format=torch.channels_last) if last else y)
     return back(int8_conv_act(given, qweight, scale, bias, *geometry, activation, then))
 
 
@@ -221,8 +233,10 @@ def int8_conv_reference(
     dilation: Sequence[int],
     groups: int,
     activation: str = "per_sample",
+    kernel_size: Sequence[int] | None = None,
 ) -> Tensor:
     """The same function as `int8_conv`, written as the formula (float64 inside)."""
+    qweight = _taps(x, qweight, groups, kernel_size)
     q, s = _quantized(x.to(torch.float64), activation)
     y = F.conv2d(
         q, qweight.to(torch.float64), None, tuple(stride), tuple(padding), tuple(dilation), groups
@@ -243,12 +257,25 @@ def _quantized(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return ((x / s).round() + zero).clamp(0, 255) - zero, s
 
 
-def _formula(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+def _taps(x: Tensor, qweight: Tensor, groups: int, kernel_size: Sequence[int] | None) -> Tensor:
+    """[out_channels, in_channels/groups, kH, kW] int8."""
+    if kernel_size is None:
+        return qweight
+    return unpack_rows(qweight, (x.shape[1] // groups, *kernel_size))
+
+
+def _formula(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str = "per_sample",
+    kernel_size: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
     """The reference, with derivatives: rounding counts as the identity."""
-    stride, padding, dilation, groups, *_ = rest
-    y = int8_conv_reference(x.detach(), qweight, scale.detach(), bias, *rest)
-    weight = (qweight.to(scale.dtype) * scale.detach().view(-1, 1, 1, 1)).to(x.dtype)
-    return y + F.conv2d(x - x.detach(), weight, None, stride, padding, dilation, groups)
+    taps = _taps(x, qweight, groups, kernel_size)
+    given: Any = stride, padding, dilation, groups
+    rest: Any = *given, activation
+    y = int8_conv_reference(x.detach(), taps, scale.detach(), bias, *rest)
+    weight = (taps.to(scale.dtype) * scale.detach().view(-1, 1, 1, 1)).to(x.dtype)
+    return y + F.conv2d(x - x.detach(), weight, None, *given)
 
 
 # Choice of the kernel ----------------------------------------------------------------------------
@@ -321,8 +348,10 @@ def _packed(qweight: Tensor, scale: Tensor, key: _Key) -> Tensor:
 
 
 def _prepacked(qweight: Tensor, scale: Tensor, key: _Key) -> Tensor:
-    shape, *options = key
+    shape, *options, kernel_size = key
     given = [list(o) if isinstance(o, tuple) else o for o in options]
+    if kernel_size is not None:
+        qweight = unpack_rows(qweight, (shape[1] // options[-1], *kernel_size))
     packed: Tensor = torch.ops.onednn.qconv_prepack(
         qweight.contiguous(), torch.ones_like(scale), 1.0, 0, *given, list(shape)
     )
@@ -335,15 +364,17 @@ def _prepacked(qweight: Tensor, scale: Tensor, key: _Key) -> Tensor:
 def _onednn(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str, then: str,
+    kernel_size: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """x float32 on a CPU, not empty; all other floating operands of its dtype."""
     parts = [x] if activation == "per_tensor" else list(x.split(1))
     done = []
-    options = tuple(stride), tuple(padding), tuple(dilation), groups
+    kernel = None if kernel_size is None else tuple(kernel_size)
+    options = tuple(stride), tuple(padding), tuple(dilation), groups, kernel
     for part in parts:
         q, s, zero = _bytes(part)
         if s > _LARGE:
-            rest = stride, padding, dilation, groups, activation, then
+            rest = stride, padding, dilation, groups, activation, then, kernel_size
             done.append(_plain(part, qweight, scale, bias, *rest))
             continue
         packed = _packed(qweight, scale, (tuple(part.shape), *options))
@@ -374,9 +405,11 @@ def _bytes(x: Tensor) -> tuple[Tensor, float, int]:
 def _plain(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str, then: str,
+    kernel_size: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The formula on any device, with sums of whole numbers that are exact."""
     q, s = _quantized(x, activation)
+    qweight = _taps(x, qweight, groups, kernel_size)
     taps = qweight[0].numel()
     exact = x.dtype if taps <= _EXACT else torch.float64
     y = F.conv2d(
@@ -390,10 +423,10 @@ def _plain(
 def _forward(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str = "per_sample",
-    then: str = "",
+    kernel_size: Sequence[int] | None = None, then: str = "",
 ) -> Tensor:  # fmt: skip
     given = stride, padding, dilation, groups, activation
-    shape = _check(x, qweight, scale, bias, *given)
+    shape = _check(x, qweight, scale, bias, *given, kernel_size)
     dtype, wide = x.dtype, widened(x.dtype)
     layout = _layout(x, qweight)
     if math.prod(shape) * qweight[0].numel() * x.numel() == 0:
@@ -404,12 +437,20 @@ def _forward(
     bias = None if bias is None else bias.to(wide)
     own = x.device.type == "cpu" and wide == torch.float32 and _refusal() is None
     if own and then in _THEN:
-        y = _onednn(x, qweight, scale, bias, *given, then)
+        y = _onednn(x, qweight, scale, bias, *given, then, kernel_size)
     elif own:
-        y = act_(_onednn(x, qweight, scale, bias, *given, ""), then)
+        y = act_(_onednn(x, qweight, scale, bias, *given, "", kernel_size), then)
     else:
-        y = _plain(x, qweight, scale, bias, *given, then)
+        y = _plain(x, qweight, scale, bias, *given, then, kernel_size)
     return y.to(dtype).contiguous(memory_format=layout)
+
+
+def _forward_act(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str, then: str,
+) -> Tensor:  # fmt: skip
+    given = stride, padding, dilation, groups, activation
+    return _forward(x, qweight, scale, bias, *given, None, then)
 
 
 def _layout(x: Tensor, qweight: Tensor) -> torch.memory_format:
@@ -422,6 +463,7 @@ def _layout(x: Tensor, qweight: Tensor) -> torch.memory_format:
 def _check(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str,
+    kernel_size: Sequence[int] | None,
 ) -> list[int]:  # fmt: skip
     """The shape of the result.
 
@@ -430,18 +472,21 @@ def _check(
     """
     if activation not in RANGES:
         raise ValueError(f"int8_conv: activation must be one of {RANGES}: {activation!r}")
-    if qweight.dtype != torch.int8 or qweight.ndim != 4:
+    whole = kernel_size is None
+    if (qweight.dtype, qweight.ndim) != ((torch.int8, 4) if whole else (torch.uint8, 2)):
+        wanted = "a 4-D int8 tensor" if whole else "2-D uint8, of 4 bits, beside a kernel_size"
         raise ValueError(
-            f"int8_conv: qweight must be a 4-D int8 tensor, got {qweight.dtype} "
-            f"{list(qweight.shape)}"
+            f"int8_conv: qweight must be {wanted}, got {qweight.dtype} {list(qweight.shape)}"
         )
     if not x.is_floating_point():
         raise ValueError(f"int8_conv: x must be real floating point, got {x.dtype}")
-    out, inside, *kernel = qweight.shape
-    if x.ndim != 4 or x.shape[1] != inside * groups or out % groups:
+    out = qweight.shape[0]
+    kernel = qweight.shape[2:] if kernel_size is None else kernel_size
+    if len(kernel) != 2 or not _fits(x, qweight, groups, kernel_size):
+        of = "" if whole else f" of a {list(kernel)} kernel"
         raise ValueError(
-            f"int8_conv: x of shape {list(x.shape)} does not fit qweight {list(qweight.shape)} in "
-            f"{groups} groups"
+            f"int8_conv: x of shape {list(x.shape)} does not fit qweight {list(qweight.shape)}{of} "
+            f"in {groups} groups"
         )
     for name, t in (("scale", scale), ("bias", bias)):
         if t is not None and (t.ndim != 1 or t.shape[0] != out):
@@ -452,27 +497,45 @@ def _check(
     sides = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in spread]
     if not torch.compiler.is_compiling() and any(isinstance(n, int) and n <= 0 for n in sides):
         raise ValueError(
-            f"int8_conv: the kernel {kernel} is larger than the padded {list(x.shape)}"
+            f"int8_conv: the kernel {list(kernel)} is larger than the padded {list(x.shape)}"
         )
     return [x.shape[0], out, *sides]
+
+
+def _fits(x: Tensor, qweight: Tensor, groups: int, kernel_size: Sequence[int] | None) -> bool:
+    """Whether x has the channels of a weight in so many groups."""
+    if x.ndim != 4 or qweight.shape[0] % groups:
+        return False
+    if kernel_size is None:
+        return bool(x.shape[1] == qweight.shape[1] * groups)
+    numbers = x.shape[1] // groups * math.prod(kernel_size)
+    return bool(x.shape[1] % groups == 0 and qweight.shape[1] == row_bytes(numbers))
 
 
 def _fake(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str = "per_sample",
-    then: str = "",
+    kernel_size: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    shape = _check(x, qweight, scale, bias, stride, padding, dilation, groups, activation)
+    given = stride, padding, dilation, groups, activation
+    shape = _check(x, qweight, scale, bias, *given, kernel_size)
     return x.new_empty(shape).contiguous(memory_format=_layout(x, qweight))
+
+
+def _fake_act(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str, then: str,
+) -> Tensor:  # fmt: skip
+    return _fake(x, qweight, scale, bias, stride, padding, dilation, groups, activation)
 
 
 # Backward and registration -----------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scale, bias, *options, _ = inputs
+    x, qweight, scale, bias, *options, _, kernel_size = inputs
     ctx.save_for_backward(qweight, scale)
-    ctx.shape, ctx.options = x.shape, options
+    ctx.shape, ctx.options, ctx.kernel_size = x.shape, options, kernel_size
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -483,13 +546,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         stride, padding, dilation, groups = ctx.options
         like = grad.new_empty(1).expand(ctx.shape)
+        qweight = _taps(like, qweight, groups, ctx.kernel_size)
         dx = torch.ops.aten.convolution_backward.default(
             grad * scale.to(grad.dtype).view(-1, 1, 1), like, qweight.to(grad.dtype), None, stride,
             padding, dilation, False, [0, 0], groups, [True, False, False],
         )[0]  # fmt: skip
     if ctx.needs_input_grad[3]:
         dbias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
-    return (dx, None, None, dbias, *[None] * 5)
+    return (dx, None, None, dbias, *[None] * 6)
 
 
 _LIB.impl("int8_conv", _forward, "CompositeExplicitAutograd")
@@ -497,31 +561,42 @@ register_autocast(_LIB, "int8_conv", casts=1)
 register_gradient(_LIB, "int8_conv", _formula, _setup_context, _backward)
 register_vmap(_LIB, "int8_conv", _formula, casts=1)
 torch.library.register_fake("rewriter::int8_conv", _fake, lib=_LIB)
-_LIB.impl("int8_conv_act", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("rewriter::int8_conv_act", _fake, lib=_LIB)
+_LIB.impl("int8_conv_act", _forward_act, "CompositeExplicitAutograd")
+torch.library.register_fake("rewriter::int8_conv_act", _fake_act, lib=_LIB)
 
 
 # Record ------------------------------------------------------------------------------------------
 
 
-def _sizes(x: Tensor, qweight: Tensor, *rest: Any, **options: Any) -> tuple[Any, ...]:
-    return math.prod(x.shape[:1] + x.shape[2:]), qweight.shape[0], math.prod(qweight.shape[1:])
+def _sizes(x: Tensor, qweight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    taps = _numbers(x.shape, qweight.shape, *rest)
+    return math.prod(x.shape[:1] + x.shape[2:]), qweight.shape[0], taps
 
 
 def _flops(x: Any, qweight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """2·positions·out·taps integer operations, from shapes."""
-    found: int = 2 * math.prod(out_shape) * math.prod(qweight[1:])
+    found: int = 2 * math.prod(out_shape) * _numbers(x, qweight, *args)
     return found
+
+
+def _numbers(x: Any, qweight: Any, *args: Any) -> Any:
+    """Taps of an output channel, from shapes and what else the op is given."""
+    if len(qweight) == 4:
+        return math.prod(qweight[1:])
+    groups, kernel_size = args[5], args[7]
+    return x[1] // groups * math.prod(kernel_size)
 
 
 def _onnx(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, activation: str = "per_sample",
+    kernel_size: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The formula in float32: ONNX Runtime has no convolution in float64, and none of bytes whose
     zero is another for each sample. Sums over more than `_EXACT` taps are rounded."""
     given = tuple(stride), tuple(padding), tuple(dilation), groups
     q, s = _quantized(x.to(torch.float32), activation)
+    qweight = _taps(x, qweight, groups, kernel_size)
     y = F.conv2d(q, qweight.to(torch.float32), None, *given)
     y = y * s * scale.to(torch.float32).view(-1, 1, 1)
     return (y if bias is None else y + bias.view(-1, 1, 1)).to(x.dtype)

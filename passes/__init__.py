@@ -8,7 +8,7 @@ from rewriter.passes.monarchresidual import MonarchResidual, MonarchResidualLine
 from rewriter.passes.qat import QAT
 from rewriter.passes.quadratic import Quadratic, QuadraticLinear
 from rewriter.passes.quantize import Quantize
-from rewriter.passes.quantized_conv import QuantizedConv1d, QuantizedConv2d
+from rewriter.passes.quantized_conv import Int4Conv1d, Int4Conv2d, QuantizedConv1d, QuantizedConv2d
 from rewriter.passes.quantized_embedding import Int4Embedding, QuantizedEmbedding
 from rewriter.passes.quantized_linear import QuantizedLinear
 from rewriter.passes.quantized_monarch import QuantizedMonarch
@@ -28,6 +28,8 @@ __all__ = [
     "BFloat16Linear",
     "Densify",
     "Float8Linear",
+    "Int4Conv1d",
+    "Int4Conv2d",
     "Int4Embedding",
     "Int4Linear",
     "Int8WeightLinear",

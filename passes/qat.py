@@ -29,8 +29,8 @@ class QAT(Pass):
             "int4-dynamic".
         activation, group_size, symmetric: as of `Quantize`.
         convolutions: whether convolutions train with rounding, too, as of `Quantize`.
-        learned_step: of linear layers, the steps between the levels of weights train, too (Esser et
-            al. 2020).
+        learned_step: whether the steps between the levels of weights train, too (Esser et al.
+            2020).
         where: which sites; a name pattern, a predicate, or None for all.
 
     Skips a site whose weights are not floating point numbers of 16 bits or more, or hold NaN or
@@ -57,10 +57,11 @@ class QAT(Pass):
         del own["learned_step"]
         Quantize(**own)  # refuses what the scheme does not read
         of_type("QAT", "convolutions", self.convolutions, bool, "True or False")
-        if self.convolutions and self.scheme != CONVOLUTIONS_TRAIN_FOR:
+        if self.convolutions and self.scheme not in CONVOLUTIONS_TRAIN_FOR:
+            known = " and ".join(map(repr, CONVOLUTIONS_TRAIN_FOR))
             raise OptionError(
-                f"QAT: convolutions train for {CONVOLUTIONS_TRAIN_FOR!r} alone, not for "
-                f"{self.scheme!r}"
+                f"QAT: convolutions train for {known} alone, not for {self.scheme!r}, which has no "
+                "layer for them"
             )
 
     @property
@@ -94,5 +95,6 @@ class QAT(Pass):
         if isinstance(conv, Skip):
             return conv
         cls = TRAINED_CONVOLUTIONS[conv.weight.dim() - 2]
-        layer: Layer = cls.from_conv(conv, range_of_convolution(self.activation))
+        options = {"scheme": self.scheme, "learned_step": self.learned_step}
+        layer: Layer = cls.from_conv(conv, range_of_convolution(self.activation), **options)
         return layer

@@ -23,7 +23,7 @@ from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
 from rewriter.sites import CONV, EMBEDDING, LINEAR, Kind, Site, kind_name
 
-__all__ = ["SCHEMES", "Quantize", "Scheme", "register"]
+__all__ = ["SCHEMES", "Maker", "Quantize", "Scheme", "register"]
 
 Activation = Literal["per_token", "per_tensor"]
 Smooth = float | Literal["auto"] | None
@@ -61,7 +61,7 @@ class Scheme:
     bits: int
     dtype: torch.dtype
     storage: torch.dtype
-    layers: Mapping[Kind, Callable[[Site, Quantize], Layer | Skip]]
+    layers: Mapping[Kind, Maker]
     per_element: int = 1
     options: tuple[str, ...] = ()
     calibrates: Callable[[Quantize], bool] = _never
@@ -86,6 +86,9 @@ class Scheme:
         for option in self.options:
             one_of(f"scheme {self.name!r}: option", option, OPTIONS)
 
+
+Maker = Callable[[Site, "Quantize"], Layer | Skip]
+"""What a scheme makes of a site."""
 
 SCHEMES: dict[str, Scheme] = {}
 """What `Quantize(scheme=…)` knows, by name; `register` adds to it."""
@@ -128,15 +131,18 @@ class Quantize(Pass):
             of their own.
         outliers: channels of the inputs, those of the widest range, that stay in float: how many,
             or below 1 their share.
-        group_size: weights of a row that share a scale, of 4 bits: 32 (closer), 64 or 128.
-        symmetric: whether groups of weights have a scale alone, and no zero (closer).
+        group_size: weights of a row that share a scale, of 4 bits: 32 (closer), 64 or 128. Those of
+            a convolution's output channel share one, whatever this is.
+        symmetric: whether groups of weights have a scale alone, and no zero (closer);
+            convolutions have none.
         method: how levels of 4 bits are chosen: "round" takes the nearest; "awq" searches for the
             range of each group, and "gptq" lets each column make good what those before it lost,
             for the inputs of `rewrite(…, calibration=batches)`. A site whose inputs are not known
-            is rounded, with a warning.
+            is rounded, with a warning; so are convolutions.
         convolutions: whether convolutions that mix positions, or work on groups of channels, are
             quantized, too (1×1 ones are linear layers, and always are); "per_token" is then a range
-            for each sample.
+            for each sample. Of 4 bits "int4-dynamic" alone takes them: no kernel multiplies floats
+            by 4-bit weights there.
         embeddings: whether embeddings are stored in fewer bits, too: most of a small model's bytes,
             but no time, and their rows do not train any more. A head that is tied to one is
             quantized with it, both by one tensor, or both stay.

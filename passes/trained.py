@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from rewriter.kernels.int8_linear import (
     int8_linear,
 )
 from rewriter.kernels.straight_through import straight_through
-from rewriter.kernels.weight_levels import GROUPS, ROWS, grouped, weight_levels
+from rewriter.kernels.weight_levels import LEVELS, first_step, stepped, weight_levels
 from rewriter.kernels.weight_only import (
     GROUP_SIZES,
     dequantize_groups,
@@ -104,7 +103,8 @@ class TrainedLinear(Layer, nn.Linear):
     def levels(self) -> Levels:
         """What the scheme's layer will hold: W rounded. No gradient passes."""
         with torch.no_grad():
-            return weight_levels(self.weight, self.step, self._group_size(), self.symmetric)
+            own = self._group_size(), self.symmetric, TRAINED[self.scheme].bits
+            return weight_levels(self.weight, self.step, *own)
 
     def forward(self, input: Tensor) -> Tensor:
         levels = self.levels()
@@ -126,23 +126,14 @@ class TrainedLinear(Layer, nn.Linear):
     # steps that are learned
 
     def _first_step(self) -> nn.Parameter:
-        """max|w|/(highest level), of each row or group: no weight lies beyond the levels. (The
-        paper's 2·mean|w|/√(highest level) leaves a row of 8 bits 40 levels of 255.)"""
-        w = grouped(self.weight.detach().abs(), self._group_size())
-        first = w.amax(-1) / TRAINED[self.scheme].range[1]
-        return nn.Parameter(torch.where(first > 0, first, torch.ones_like(first)).to(w.dtype))
+        bits = TRAINED[self.scheme].bits
+        return nn.Parameter(first_step(self.weight, bits, self._group_size()))
 
     def _slope(self, levels: Levels) -> Tensor:
         """Ŵ, with derivatives in W and step."""
         assert self.step is not None
-        (low, high), (q, stored, _) = TRAINED[self.scheme].range, levels
-        w = grouped(self.weight, self._group_size())
-        gentle = 1 / math.sqrt(w.shape[-1] * high)
-        step = self.step.abs() * gentle
-        step = (stored.to(step.dtype) + (step - step.detach()))[..., None]
-        inside = (w / step).clamp(low, high)
-        rounded = q.view_as(w).to(w.dtype)
-        return ((inside + (rounded - inside).detach()) * step).flatten(1)[:, : self.in_features]
+        bits = TRAINED[self.scheme].bits
+        return stepped(self.weight, self.step, *levels[:2], bits, self._group_size())
 
     def _group_size(self) -> int:
         return self.group_size if TRAINED[self.scheme].groups else 0
@@ -163,9 +154,14 @@ class _Way:
     groups: bool = False
 
     @property
+    def bits(self) -> int:
+        """Of a level."""
+        return 4 if self.groups else 8
+
+    @property
     def range(self) -> tuple[int, int]:
         """Lowest and highest level."""
-        return GROUPS if self.groups else ROWS
+        return LEVELS[self.bits]
 
 
 def _own(weight: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Schemes of `Quantize` that leave activations alone: weights of 8 bits with a scale per output
-channel, of 4 bits with one per group; and of 4 bits on activations of 8."""
+channel, of 4 bits with one per group; and of 4 bits on activations of 8, convolutions too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from rewriter.kernels.weight_only import (
     kernel_name,
 )
 from rewriter.layer import RoundedLinear
-from rewriter.passes.quantize import Method, Quantize, Scheme, register
+from rewriter.passes.quantize import Maker, Method, Quantize, Scheme, register
+from rewriter.passes.quantized_conv import conv_of_trained, int4_conv
 from rewriter.passes.quantized_embedding import (
     FOUR_BITS,
     NEAREST,
@@ -33,7 +35,8 @@ from rewriter.passes.sparse_int8 import SparseInt8Linear
 from rewriter.passes.threshold import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear, trained
-from rewriter.sites import EMBEDDING, LINEAR, Site
+from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
+from rewriter.sites import CONV, EMBEDDING, LINEAR, Kind, Site
 
 __all__ = ["Int4Linear", "Int8WeightLinear"]
 
@@ -284,20 +287,36 @@ register(
         options=("embeddings",),
     )
 )
-for _name, _dtype in (("int4-weight", torch.float32), ("int4-dynamic", torch.int8)):
-    register(
-        Scheme(
-            _name,
-            bits=4,
-            dtype=_dtype,
-            storage=torch.uint8,
-            layers={
-                LINEAR: _int4,
-                TrainedLinear: trained(_int4_of_trained),
-                EMBEDDING: int4_embedding,
-            },
-            per_element=2,
-            options=("group_size", "symmetric", "method", "embeddings"),
-            calibrates=_always,
-        )
+
+_LAYERS: dict[Kind, Maker] = {
+    LINEAR: _int4,
+    TrainedLinear: trained(_int4_of_trained),
+    EMBEDDING: int4_embedding,
+}
+_OF_IMAGES: dict[Kind, Maker] = {
+    CONV: int4_conv,
+    TrainedConv1d: trained(conv_of_trained),
+    TrainedConv2d: trained(conv_of_trained),
+}
+_OPTIONS = ("group_size", "symmetric", "method", "embeddings")
+
+_weight = Scheme(
+    "int4-weight",
+    bits=4,
+    dtype=torch.float32,
+    storage=torch.uint8,
+    layers=_LAYERS,
+    per_element=2,
+    options=_OPTIONS,
+    calibrates=_always,
+)
+register(_weight)
+register(
+    replace(
+        _weight,
+        name="int4-dynamic",
+        dtype=torch.int8,
+        layers=_LAYERS | _OF_IMAGES,
+        options=(*_OPTIONS, "convolutions"),
     )
+)

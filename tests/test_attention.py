@@ -86,6 +86,27 @@ def test_heads_that_share_their_keys(compiled: str) -> None:
     assert_reordered(attention.native(q, k, v, causal=True), want)
 
 
+@pytest.mark.parametrize(("heads", "shared"), [(3, 3), (6, 2), (14, 2), (9, 1)])
+@pytest.mark.parametrize("keys", [1, 19, 70])
+def test_one_query_of_heads_that_share_their_keys(
+    compiled: str, heads: int, shared: int, keys: int
+) -> None:
+    q, k, v = operands(2, heads, 1, keys, 80, shared=shared)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.rand(2, 1, 1, keys, generator=g) > 0.7
+    added = torch.zeros(2, heads, 1, keys).masked_fill(hidden, -torch.inf)
+    for mask in (None, ~hidden, added, torch.randn(1, keys, generator=g)):
+        want = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
+        assert_reordered(attention.native(q, k, v, mask, scale=0.3), want)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert_reordered(attention.native(q, k, v, causal=True), want)
+    q[1, heads - 1, 0, 3] = torch.nan
+    found = attention.native(q, k, v)
+    assert found[1, heads - 1].isnan().all()
+    assert found[0].isfinite().all()
+    assert found[1, : heads - 1].isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_spoils_its_own_row_alone(compiled: str, bad: float) -> None:
     q, k, v = operands(1, 2, 20, 20, 32)

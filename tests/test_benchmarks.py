@@ -565,7 +565,7 @@ def test_qat(tmp_path: pathlib.Path) -> None:
         pytest.skip(printed)
     run("benchmarks/qat.py", "--quick", "--out", str(tmp_path))
     mlp, cnn = tables(tmp_path, "qat").values()
-    assert (len(mlp), len(cnn)) == (5, 2)
+    assert (len(mlp), len(cnn)) == (5, 4)
     for row in mlp + cnn:
         assert row["outputs that integers change"] == 0
         assert row["points below float32"] < 1

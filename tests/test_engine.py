@@ -36,6 +36,8 @@ from rewriter.engine.looking import sites_of
 from rewriter.engine.pipeline import prepare
 from rewriter.engine.verify import Boundary, boundary, check
 from rewriter.errors import OptionError, PassError, RewriteWarning, VerifyError
+from rewriter.lowering import Fused, Rule
+from rewriter.modules.patterns import fan, op
 from rewriter.passes import Densify, Monarch, Quadratic, Quantize, QuantizedLinear, TopK
 from rewriter.passes.monarch import MonarchLinear
 from rewriter.passes.quadratic import QuadraticLinear
@@ -360,6 +362,44 @@ def test_latency_of_other_sites(kind: str) -> None:
     assert timed(site, layer) is not None
 
 
+@pytest.mark.parametrize("readers", [1, 3])
+def test_latency_is_that_of_the_fused_op(readers: int) -> None:
+    """Of layers that read one value the share of one: a single op may run for them all."""
+
+    class Readers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 8) for _ in range(readers))
+            self.down = nn.Linear(8, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(sum(layer(x) for layer in self.layers))
+
+    ran: list[str] = []
+
+    def noted(name: str, result: Any) -> Any:
+        def run(x: Tensor, *_: Any) -> Any:
+            ran.append(name)
+            return result(x)
+
+        return run
+
+    one = Fused("one", noted("one", Tensor.neg), lambda place: [])
+    all_ = Fused("all", noted("all", lambda x: (x,) * readers), lambda place: [])
+    rules = (Rule(fan(op("int8_linear")), all_), Rule(op("int8_linear"), one))
+    engine = prepare(Readers(), torch.randn(3, 16))
+    engine.original()
+    site = next(s for s in sites_of(engine.capture) if s.fqn == "layers.0")
+    assert site.module is not None
+    layer = QuantizedLinear.from_weight(site.module.weight, None)
+    times = timed(site, layer, None, rules)
+    assert times is not None
+    assert set(ran) == {"one" if readers == 1 else "all"}
+    ran.clear()
+    assert timed(site, layer) is not None
+    assert not ran
+
+
 def test_tied_sites_are_declined_together() -> None:
     model = Net()
     model.down = nn.Linear(16, 32)
@@ -545,13 +585,13 @@ def test_text_of_every_layer_class() -> None:
         "int8_linear": [Quantize()],
         "int8_monarch_linear": [Monarch(nblocks=4), Quantize()],
     }
-    for op, passes in recipes.items():
+    for name, passes in recipes.items():
         engine = prepare(Net().eval(), X)
         engine.original()
         decisions = [d for p in passes for d in engine.run(p).decisions]
         text = graph_text(engine.capture.root, engine.capture.regions[0].graphs[False], decisions)
         last = text.splitlines()[-1]
-        assert f" {op}(%" in last, text
+        assert f" {name}(%" in last, text
         assert "down) : f32[4,16]" in last
         assert "# was" in last
 

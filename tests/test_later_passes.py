@@ -29,11 +29,11 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[type, type]]:
     found: list[tuple[type, type]] = []
     seconds = {QuantizedLinear: 1e-6, QuantizedMonarch: 2e-6, MonarchLinear: 3e-6, nn.Linear: 4e-6}
 
-    def timed(site: Any, layer: nn.Module, old: Any = None, **_: Any) -> tuple[float, float]:
+    def timed(site: Any, layer: nn.Module, old: Any = None, *_: Any) -> tuple[float, float]:
         found.append((type(site.place if old is None else old), type(layer)))
         return seconds[found[-1][0]], seconds[found[-1][1]]
 
-    def sampled(site: Any, layer: nn.Module, old: Any = None, **_: Any) -> Any:
+    def sampled(site: Any, layer: nn.Module, old: Any = None, *_: Any, **__: Any) -> Any:
         return [[1e3 * t] for t in timed(site, layer, old)]
 
     monkeypatch.setattr(decide, "timed", timed)

@@ -52,6 +52,11 @@ def both(act: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:
     return rewrite(model, [pass_], X, **given), rewrite(model, [pass_], X, lower=False, **given)
 
 
+def reasons(model: Any) -> dict[str, str]:
+    (step,) = [s for s in model.report.steps if s.name == "lowering"]
+    return {d.site: d.reason for d in step.decisions}
+
+
 def fused(model: Any) -> dict[str, str]:
     (step,) = [s for s in model.report.steps if s.name == "lowering"]
     return {d.site: d.kernel or d.reason for d in step.decisions}
@@ -223,14 +228,15 @@ def test_layers_of_other_ranges_are_not_joined() -> None:
     made = rewrite(Apart().eval(), [Quantize(**STATIC)], X, calibration=[X], lower=False)
     with torch.no_grad():
         made.k.step.mul_(2)
-    assert "differ in how they quantize" in fused(rewrite(made, [], X))["q"]
+    assert "differ in how they quantize" in reasons(rewrite(made, [], X))["q"]
 
 
 @needs_kernel
 @pytest.mark.parametrize("act", [nn.GELU(approximate="tanh"), nn.Mish()], ids=["tanh", "mish"])
 def test_what_no_kernel_has_is_a_reason(act: nn.Module) -> None:
     lowered, plain = both(act)
-    assert "as its epilogue" in fused(lowered)["up"]
+    assert fused(lowered)["up"] == "int8_linear_alone"
+    assert "as its epilogue" in reasons(lowered)["up"]
     with torch.no_grad():
         assert_reordered(lowered(X), plain(X))
 
@@ -403,7 +409,7 @@ def test_attention_is_one_op_with_the_products_before_it(
     model = SelfAttends(**how)
     for rules, dtype in ((FLOAT32_RULES, None), (True, torch.bfloat16)):
         lowered, plain = attends(model, rules=rules, **options)
-        assert fused(lowered) == {"v": "int8_attention"}
+        assert fused(lowered) == {"v": "int8_attention", "out": "int8_linear_alone"}
         for x in (EXAMPLE, EXAMPLE[:1], torch.randn(3, 11, 24), torch.randn(8, 4, 24)):
             with torch.no_grad():
                 assert_reordered(lowered(x), plain(x), dtype)
@@ -415,7 +421,7 @@ def test_attention_with_a_mask_and_what_is_not_finite(monkeypatch: pytest.Monkey
     torch.manual_seed(0)
     mask = torch.rand(2, 1, 1, 6) > 0.3
     lowered, plain = attends(SelfAttends(), mask, rules=FLOAT32_RULES)
-    assert fused(lowered) == {"v": "int8_attention"}
+    assert fused(lowered) == {"v": "int8_attention", "out": "int8_linear_alone"}
     more = torch.randn(4, 9, 24), torch.rand(4, 1, 1, 9) > 0.3
     spoiled, wide = EXAMPLE.clone(), EXAMPLE.clone()
     spoiled[1, 2, 3], wide[0, 1, :2] = torch.nan, torch.tensor([3e38, -3e38])
@@ -471,7 +477,7 @@ def test_attention_as_one_op_is_copied_saved_and_follows_its_weights(
     monkeypatch.setattr(attention, "pick", lambda *_: "native")
     torch.manual_seed(0)
     lowered, plain = attends(SelfAttends(), rules=True, scheme=scheme)
-    assert fused(lowered) == {"v": "int8_attention"}
+    assert fused(lowered) == {"v": "int8_attention", "out": "int8_linear_alone"}
     lowered.save(tmp_path)
     with torch.no_grad():
         want = lowered(EXAMPLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import pathlib
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_equal, assert_reordered, sqnr
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.torch_version import TorchVersion
 
 import rewriter
@@ -23,6 +25,7 @@ from rewriter.kernels import int8_linear as int8
 from rewriter.kernels import int8_static as static
 from rewriter.kernels.int8_product import quantize_weight
 from rewriter.lowering import integers
+from rewriter.lowering.single_rows import attend_single_rows
 from rewriter.lowering.traces import lowered_in_traces
 from rewriter.passes import Quantize
 
@@ -424,6 +427,57 @@ def test_the_backend_makes_products_of_one_input_together() -> None:
     with torch.no_grad():
         assert_reordered(compiled(x), model(x))
     assert seen == [{"rewriter::native_weight_linears": 1, "rewriter::native_int4_linear": 2}]
+
+
+SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def graph_of_attention(rows: int = 1, times: int = 3, causal: bool = False) -> fx.GraphModule:
+    """Queries of six heads, keys and values of fewer, copied as transformers copies them."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        def spread(t: Tensor) -> Tensor:
+            b, h, n, d = t.shape
+            return t[:, :, None].expand(b, h, times, n, d).clone().view(b, h * times, n, d)
+
+        more = {} if causal else {"attn_mask": mask}
+        return SDPA(q, spread(k), spread(v), 0.0, causal, **more, scale=0.3)[0] * 2
+
+    module = make_fx(attend, tracing_mode="fake")(*attended(rows, times))
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def attended(rows: int, times: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    k, v = (torch.randn(2, 6 // times, 19, 32) for _ in range(2))
+    mask = torch.zeros(2, 1, rows, 19).masked_fill(torch.rand(2, 1, rows, 19) > 0.7, -torch.inf)
+    return torch.randn(2, 6, rows, 32), k, v, mask
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_query_reads_keys_where_they_lie(times: int, causal: bool) -> None:
+    module, given = graph_of_attention(1, times, causal), attended(1, times)
+    want = module(*given)
+    attend_single_rows(module.graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    assert called(module.graph) == {"rewriter::native_attention": 1}
+    names = [str(n.target) for n in module.graph.nodes]
+    assert not any("flash" in n or "expand" in n or "clone" in n for n in names)
+    assert_reordered(module(*given), want)
+
+
+def test_more_queries_and_what_a_backward_reads_are_left_to_torch() -> None:
+    several, wanted = graph_of_attention(rows=2), graph_of_attention()
+    (call,) = wanted.graph.find_nodes(op="call_function", target=SDPA)
+    with wanted.graph.inserting_after(call):
+        wanted.graph.call_function(operator.getitem, (call, 1))
+    for module in (several, wanted):
+        before = str(module.graph)
+        attend_single_rows(module.graph)
+        assert str(module.graph) == before
 
 
 @pytest.mark.usefixtures("_fresh")

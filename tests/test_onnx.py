@@ -109,14 +109,22 @@ def test_a_rewritten_model_goes_through_torchs_own_exporter(tmp_path: pathlib.Pa
 
 
 @pytest.mark.clients
-@pytest.mark.parametrize("activation", ["per_token", "per_tensor"])
-def test_int8_convolutions_run_at_all_sizes(activation: Any, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    "rewriting",
+    [
+        Quantize("int8-dynamic", convolutions=True),
+        Quantize("int8-dynamic", activation="per_tensor", convolutions=True),
+        Quantize("int4-dynamic", convolutions=True),
+    ],
+    ids=str,
+)
+def test_integer_convolutions_run_at_all_sizes(rewriting: Quantize, tmp_path: pathlib.Path) -> None:
     """ONNX Runtime has no convolution in float64, as the reference is."""
     torch.manual_seed(0)
     plain = nn.Sequential(
         nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, bias=False)
     ).eval()
-    passes = [Quantize("int8-dynamic", activation=activation, convolutions=True)]
+    passes = [rewriting]
     path, x = tmp_path / "m.onnx", torch.randn(3, 4, 12, 12)
     made = rewriter.export(plain, passes, x, format="onnx", package=path)
     assert len(made.report.replaced) == 2

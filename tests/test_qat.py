@@ -21,7 +21,15 @@ from rewriter.kernels.straight_through import (
     straight_through,
     straight_through_conv,
 )
-from rewriter.passes import QAT, Quantize, TrainedConv1d, TrainedConv2d, TrainedLinear
+from rewriter.passes import (
+    QAT,
+    Int4Conv1d,
+    Int4Conv2d,
+    Quantize,
+    TrainedConv1d,
+    TrainedConv2d,
+    TrainedLinear,
+)
 from rewriter.passes.trained import TRAINED
 from rewriter.sites import CONV, LINEAR, Site
 
@@ -169,8 +177,11 @@ def test_options() -> None:
         QAT("int8-weight", group_size=32)
     with pytest.raises(OptionError, match="learned_step=True trains steps, and no zeros"):
         QAT("int4-weight", symmetric=False, learned_step=True)
-    with pytest.raises(OptionError, match="train for 'int8-dynamic' alone, not for 'int4-weight'"):
+    both = "train for 'int8-dynamic' and 'int4-dynamic' alone, not for 'int4-weight'"
+    with pytest.raises(OptionError, match=both):
         QAT("int4-weight", convolutions=True)
+    with pytest.raises(OptionError, match="TrainedConv2d: scheme='int4-weight'"):
+        TrainedConv2d(4, 4, 3, scheme="int4-weight")
     with pytest.raises(OptionError, match="TrainedLinear: group_size"):
         TrainedLinear(4, 4, group_size=3)
     with pytest.raises(OptionError, match="TrainedConv2d: activation='per_token'"):
@@ -283,11 +294,22 @@ class Images(nn.Module):
         return self.head(self.line(self.body(x).flatten(2)).amax(2))
 
 
-@pytest.mark.parametrize("activation", ["per_token", "per_tensor"])
-def test_convolutions_train_and_become_integers(activation: Any) -> None:
+CONVS: list[dict[str, Any]] = [
+    {"scheme": "int8-dynamic"},
+    {"scheme": "int8-dynamic", "activation": "per_tensor"},
+    {"scheme": "int4-dynamic"},
+]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("options", CONVS, ids=named)
+def test_convolutions_train_and_become_integers(options: dict[str, Any], learned: bool) -> None:
     torch.manual_seed(0)
     model, x = Images(), torch.randn(6, 3, 12, 10)
-    made = rewrite(model, [QAT(activation=activation, convolutions=True)], x).train()
+    trains = QAT(**options, convolutions=True, learned_step=learned)
+    made = rewrite(model, [trains], x).train()
+    assert sum(n.endswith("step") for n, _ in made.named_parameters()) == 5 * learned
+    before = {n: p.detach().clone() for n, p in made.named_parameters()}
     kinds = [type(m) for m in made.modules() if isinstance(m, Layer)]
     assert kinds == [TrainedConv2d, TrainedConv2d, TrainedLinear, TrainedConv1d, TrainedLinear]
     optimizer = torch.optim.Adam(made.parameters(), 1e-2)
@@ -299,9 +321,12 @@ def test_convolutions_train_and_become_integers(activation: Any) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+    assert all(not torch.equal(p, before[n]) for n, p in made.named_parameters())
     made.eval()
-    quantize = Quantize(activation=activation)
-    integers = rewrite(made, [quantize], x, lower=False)
+    integers = rewrite(made, [Quantize(**options)], x, lower=False)
+    fours = [type(m) for m in integers.modules() if type(m) in (Int4Conv1d, Int4Conv2d)]
+    four = options["scheme"] == "int4-dynamic"
+    assert fours == ([Int4Conv2d, Int4Conv2d, Int4Conv1d] if four else [])
     assert [d.error for d in integers.report.steps[1].decisions] == [0.0] * 5
     assert not any("trained" in m.op for m in integers.modules() if isinstance(m, Layer))
     for mode in (True, False):
@@ -309,6 +334,36 @@ def test_convolutions_train_and_become_integers(activation: Any) -> None:
         assert_equal(*both)
 
 
+def test_calibration_of_what_trained_is_of_linear_layers_alone() -> None:
+    model, x = Images().eval(), torch.randn(6, 3, 12, 3)  # as wide as it has channels
+    made = rewrite(model, [QAT("int4-dynamic", convolutions=True)], x)
+    integers = rewrite(made, [Quantize("int4-dynamic")], x, calibration=[x], lower=False)
+    errors = [d.output_error for d in integers.report.replaced]
+    assert [e is None for e in errors] == [True, True, False, True, False]
+    assert_equal(integers(x), made(x))
+
+
+def test_a_learned_step_of_a_convolution_gets_the_gradient_of_the_paper() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=False)
+    layer = TrainedConv2d.from_conv(conv, scheme="int4-dynamic", learned_step=True)
+    with torch.no_grad():
+        layer.step *= 0.6  # some weights lie beyond the levels
+    x = torch.randn(3, 4, 9, 8)
+    y = layer(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+    q, scale = layer.levels()
+    assert (int(q.min()), int(q.max())) == (-8, 7)
+    ratio = conv.weight.detach() / scale.view(-1, 1, 1, 1)
+    inside = (ratio >= -8) & (ratio <= 7)
+    slope = torch.nn.grad.conv2d_weight(x, conv.weight.shape, g, 2, 1, groups=2)
+    assert_reordered(layer.weight.grad, slope * inside)
+    each = slope * torch.where(inside, q - ratio, q.float())
+    assert_reordered(layer.step.grad, each.sum((1, 2, 3)) / (2 * 9 * 7) ** 0.5)
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int4-dynamic"])
 @pytest.mark.parametrize(
     ("conv", "x"),
     [
@@ -317,13 +372,13 @@ def test_convolutions_train_and_become_integers(activation: Any) -> None:
     ],
     ids=["2d", "1d"],
 )
-def test_a_trained_convolution_is_one_of_torchs(conv: Any, x: Tensor) -> None:
+def test_a_trained_convolution_is_one_of_torchs(conv: Any, x: Tensor, scheme: str) -> None:
     cls = TrainedConv2d if isinstance(conv, nn.Conv2d) else TrainedConv1d
-    layer = cls.from_conv(conv)
+    layer = cls.from_conv(conv, scheme=scheme)
     assert layer.weight is conv.weight
     assert layer.state_dict().keys() == conv.state_dict().keys()
     y, want = layer(x), conv(x)
-    assert sqnr(y, want) > 35
+    assert sqnr(y, want) > (35 if scheme == "int8-dynamic" else 13)
     g = torch.randn_like(y)
     (got,), (plain,) = (torch.autograd.grad(v, conv.weight, g) for v in (y, want))
     assert_reordered(got, plain)
@@ -333,7 +388,11 @@ def test_a_trained_convolution_is_one_of_torchs(conv: Any, x: Tensor) -> None:
     assert_equal(pickle.loads(pickle.dumps(layer))(x), y)
     assert_equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), y)
     answer = Quantize(activation="per_tensor").propose(Site.of(layer))
-    assert "trained for Quantize(scheme='int8-dynamic', activation='per_token')" in answer.reason
+    own = ", activation='per_token'" if scheme == "int8-dynamic" else ""
+    assert f"trained for Quantize(scheme={scheme!r}{own})" in answer.reason
+    answer = Quantize("int4-weight").propose(Site.of(layer))
+    assert "no layer for a trained_conv" in answer.reason
+    assert "taken by int4-dynamic, int8-dynamic" in answer.reason
 
 
 def test_convolutions_that_int8_has_no_kernel_for_are_skipped() -> None:

@@ -1,4 +1,5 @@
-"""Int8 convolutions: the formula, every option of one, what is refused, how they lower."""
+"""Convolutions of 8 and of 4 bits: the formula, every option of one, what is refused, how they
+lower."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_equal, assert_reordered, sqnr
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -24,11 +27,21 @@ from rewriter.kernels.int8_conv import (
     int8_conv_reference,
     refused_kernels,
 )
+from rewriter.kernels.nibbles import pack_rows, row_bytes, unpack_rows
 from rewriter.lowering import conv_chains
-from rewriter.passes import Quantize, QuantizedConv1d, QuantizedConv2d
+from rewriter.passes import (
+    Int4Conv1d,
+    Int4Conv2d,
+    Int4Linear,
+    Quantize,
+    QuantizedConv1d,
+    QuantizedConv2d,
+)
 from rewriter.sites import CONV, Site
 
 CONVS = Quantize("int8-dynamic", convolutions=True)
+FOUR = Quantize("int4-dynamic", convolutions=True)
+BITS = pytest.mark.parametrize("rewriting", [CONVS, FOUR], ids=["8 bits", "4 bits"])
 
 GEOMETRIES: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: nn.Conv2d(6, 8, 3),
@@ -69,7 +82,7 @@ def by_formula(layer: Any, x: Tensor) -> Tensor:
     q = ((wide / s).round() + z).clamp(0, 255) - z
     step = layer.scale.double().view(-1, *[1] * (x.dim() - 2))
     plain = layer.plain(**{k: v for k, v in layer.config().items() if k in _OF_TORCH}, bias=False)
-    exact = layer.qweight.double() * layer.scale.double().view(-1, 1, 1, 1)
+    exact = layer.integers().double() * layer.scale.double().view(-1, 1, 1, 1)
     plain.weight = nn.Parameter(exact.reshape(layer.dense_shape()))
     y = plain(q * s).detach()
     return y if layer.bias is None else y + layer.bias.double().view_as(step)
@@ -103,6 +116,44 @@ def test_it_is_the_formula_and_close_to_dense(geometry: str, activation: str) ->
     assert sqnr(layer(x), want) > 30
     assert 0 < out.error < 0.01
     assert "frozen" in out.note
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_weights_of_4_bits_are_multiplied_as_those_of_8(geometry: str) -> None:
+    torch.manual_seed(0)
+    dense: Any = GEOMETRIES[geometry]().eval()
+    out = propose(dense, FOUR)
+    layer, x = out.layer, example(dense)
+    assert type(layer) is (Int4Conv2d if dense.weight.dim() == 4 else Int4Conv1d)
+    assert (layer.activation, layer.bias) == ("per_sample", dense.bias)
+    for given in (x, x[:1], x.double()):
+        got = layer(given).detach()
+        assert_reordered(got, by_formula(layer, given).to(given.dtype))
+    assert_equal(layer(x[0]), layer(x[:1])[0])
+    # the same integers and scales in the layer of 8 bits
+    eight = layer.plain(**{k: v for k, v in layer.config().items() if k in _OF_TORCH})
+    eight.weight, eight.bias = dense.weight, dense.bias
+    cls: Any = QuantizedConv2d if layer.spatial == 2 else QuantizedConv1d
+    assert_equal(layer(x), cls.of_levels(eight, layer.integers(), layer.scale)(x))
+    # the largest weight of a channel has the lowest level, no other is a step away
+    rows, w = layer.integers().flatten(1), dense.weight.detach().flatten(1)
+    assert (rows.amin(1) == -8).all()
+    assert rows.max() <= 7
+    assert ((w - layer.dense_weight().flatten(1)).abs() <= layer.scale.abs()[:, None]).all()
+    assert layer.qweight.shape == (len(w), row_bytes(w.shape[1]))
+    assert layer.qweight.dtype == torch.uint8
+    assert sqnr(layer(x), dense(x).detach()) > 13
+    assert 0 < out.error < 0.15
+
+
+@drawn(st.integers(0, 5), st.lists(st.integers(0, 4), min_size=1, max_size=3), st.integers(0, 99))
+def test_rows_of_4_bits_come_back_from_their_bytes(rows: int, size: list[int], seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    q = torch.randint(-8, 8, (rows, *size), generator=draw).to(torch.int8)
+    packed = pack_rows(q)
+    assert packed.shape == (rows, row_bytes(q[0].numel() if rows else packed.shape[1] * 2))
+    assert_equal(unpack_rows(packed, size), q)
 
 
 def test_a_sample_does_not_depend_on_those_beside_it() -> None:
@@ -139,9 +190,20 @@ def test_a_range_beyond_the_largest_number() -> None:
     assert sqnr(propose(dense).layer(x) / 1e38, dense(x) / 1e38) > 40
 
 
+@BITS
+def test_channels_of_zeros_and_of_one_number(rewriting: Quantize) -> None:
+    dense = nn.Conv2d(3, 3, 3)
+    with torch.no_grad():
+        dense.weight[0], dense.weight[1], dense.weight[2] = 0.0, -0.75, 1e-42
+    layer, x = propose(dense, rewriting).layer, example(dense)
+    assert (layer.scale != 0).all()
+    assert sqnr(layer(x), dense(x).detach()) > 40
+
+
+@BITS
 @pytest.mark.parametrize("shape", [(0, 6, 5, 5), (2, 6, 5, 5)])
-def test_nothing_goes_in(shape: tuple[int, ...]) -> None:
-    layer = propose(nn.Conv2d(6, 4, 3)).layer
+def test_nothing_goes_in(shape: tuple[int, ...], rewriting: Quantize) -> None:
+    layer = propose(nn.Conv2d(6, 4, 3), rewriting).layer
     assert layer(torch.zeros(shape)).shape == (shape[0], 4, 3, 3)
     with pytest.raises(ValueError, match="the kernel .* is larger than the padded"):
         layer(torch.zeros(1, 6, 2, 2))
@@ -151,30 +213,29 @@ def test_nothing_goes_in(shape: tuple[int, ...]) -> None:
         layer(torch.zeros(1, 5, 5, 5))
 
 
+@BITS
 @pytest.mark.parametrize("of_weight", [False, True])
 @pytest.mark.parametrize("of_input", [False, True])
 def test_the_result_lies_in_memory_as_that_of_the_dense_one(
-    of_input: bool, of_weight: bool
+    of_input: bool, of_weight: bool, rewriting: Quantize
 ) -> None:
     last, plain = torch.channels_last, torch.contiguous_format
     dense = nn.Conv2d(6, 8, 3).to(memory_format=last if of_weight else plain)
-    layer = propose(dense).layer
+    layer = propose(dense, rewriting).layer
     x = example(dense).contiguous(memory_format=last if of_input else plain)
-    assert layer(x).stride() == dense(x).stride()
-    fake = torch.ops.rewriter.int8_conv(
-        x.to("meta"), layer.qweight.to("meta"), layer.scale.to("meta"), None, [1, 1], [0, 0],
-        [1, 1], 1,
-    )  # fmt: skip
-    assert fake.stride() == dense(x).stride()
+    for given in (x, x[0]):
+        assert layer(given).stride() == dense(given).stride()
+        assert copy.deepcopy(layer).to("meta")(given.to("meta")).stride() == dense(given).stride()
 
 
+@BITS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes(dtype: torch.dtype) -> None:
+def test_dtypes(dtype: torch.dtype, rewriting: Quantize) -> None:
     dense = nn.Conv2d(6, 8, 3, dtype=dtype)
-    layer, x = propose(dense).layer, example(dense).to(dtype)
+    layer, x = propose(dense, rewriting).layer, example(dense).to(dtype)
     assert layer.scale.dtype == torch.promote_types(dtype, torch.float32)
     assert layer(x).dtype == dtype
-    assert sqnr(layer(x), dense(x)) > 30
+    assert sqnr(layer(x), dense(x)) > (30 if rewriting is CONVS else 13)
 
 
 def test_autocast() -> None:
@@ -183,9 +244,12 @@ def test_autocast() -> None:
         assert layer(example(layer)).dtype == torch.bfloat16
 
 
+@BITS
 @pytest.mark.parametrize("geometry", ["uneven", "depthwise, wider", "line"])
-def test_gradients_are_those_of_the_dequantized_convolution(geometry: str) -> None:
-    layer = propose(GEOMETRIES[geometry]()).layer
+def test_gradients_are_those_of_the_dequantized_convolution(
+    geometry: str, rewriting: Quantize
+) -> None:
+    layer = propose(GEOMETRIES[geometry](), rewriting).layer
     x = example(layer).requires_grad_()
     y = layer(x)
     weighing = torch.linspace(-1, 1, y.numel()).view_as(y)
@@ -196,9 +260,10 @@ def test_gradients_are_those_of_the_dequantized_convolution(geometry: str) -> No
     assert_close((dx, db), want)
 
 
+@BITS
 @pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
-def test_forward_mode_and_vmap_follow_the_formula() -> None:
-    layer = propose(nn.Conv2d(6, 8, 3)).layer
+def test_forward_mode_and_vmap_follow_the_formula(rewriting: Quantize) -> None:
+    layer = propose(nn.Conv2d(6, 8, 3), rewriting).layer
     x, along = example(layer), torch.randn(2, 6, 11, 9)
     got, moved = torch.func.jvp(layer, (x,), (along,))
     assert_reordered(got, layer(x))
@@ -212,13 +277,14 @@ def plain_of(weight: Tensor) -> nn.Conv2d:
     return conv
 
 
-def test_it_is_a_convolution_to_who_asks_and_loses_no_write() -> None:
-    layer = propose(nn.Conv2d(6, 8, 3, 2, 1)).layer
+@BITS
+def test_it_is_a_convolution_to_who_asks_and_loses_no_write(rewriting: Quantize) -> None:
+    layer = propose(nn.Conv2d(6, 8, 3, 2, 1), rewriting).layer
     assert isinstance(layer, nn.Conv2d)
     x, want = example(layer), layer.dense_weight() + 1
     with pytest.warns(RewriteWarning, match="8×6×3×3, was written to, and rounded to its form"):
         layer.weight.data += 1
-    assert_equal(layer.qweight, propose(plain_of(want)).layer.qweight)
+    assert_equal(layer.qweight, propose(plain_of(want), rewriting).layer.qweight)
     with pytest.warns(RewriteWarning, match="8×6×3×3, was written to: it is an nn.Conv2d now"):
         layer.weight = nn.Parameter(want)
     assert type(layer) is nn.Conv2d
@@ -227,9 +293,10 @@ def test_it_is_a_convolution_to_who_asks_and_loses_no_write() -> None:
     repr(layer)
 
 
+@BITS
 @pytest.mark.parametrize("geometry", ["strided", "line"])
-def test_round_trips(geometry: str) -> None:
-    layer = propose(GEOMETRIES[geometry]()).layer
+def test_round_trips(geometry: str, rewriting: Quantize) -> None:
+    layer = propose(GEOMETRIES[geometry](), rewriting).layer
     x = example(layer)
     want = layer(x)
     assert_equal(copy.deepcopy(layer)(x), want)
@@ -242,9 +309,10 @@ def test_round_trips(geometry: str) -> None:
     assert half(x.bfloat16()).dtype == torch.bfloat16
 
 
+@BITS
 @pytest.mark.parametrize("geometry", ["strided", "line, same"])
-def test_compile_and_export(geometry: str) -> None:
-    layer = propose(GEOMETRIES[geometry]()).layer.eval()
+def test_compile_and_export(geometry: str, rewriting: Quantize) -> None:
+    layer = propose(GEOMETRIES[geometry](), rewriting).layer.eval()
     x = example(layer)
     want = layer(x).detach()
     assert_equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x).detach(), want)
@@ -254,8 +322,9 @@ def test_compile_and_export(geometry: str) -> None:
     assert "int8_conv" in str(exported.graph)
 
 
-def test_meta() -> None:
-    out = propose(nn.Conv2d(6, 8, 3, device="meta"))
+@BITS
+def test_meta(rewriting: Quantize) -> None:
+    out = propose(nn.Conv2d(6, 8, 3, device="meta"), rewriting)
     assert out.error is None
     assert out.layer(torch.empty(2, 6, 5, 5, device="meta")).shape == (2, 8, 3, 3)
 
@@ -263,6 +332,10 @@ def test_meta() -> None:
 def test_option_errors() -> None:
     with pytest.raises(OptionError, match="convolutions must be True or False, not 'yes'"):
         Quantize(convolutions="yes")
+    with pytest.raises(OptionError, match="'int4-weight' does not read convolutions; it reads gro"):
+        Quantize("int4-weight", convolutions=True)
+    with pytest.raises(OptionError, match="Int4Conv2d: activation"):
+        Int4Conv2d(4, 4, 3, activation="per_token")
     with pytest.raises(OptionError, match="QuantizedConv2d: activation"):
         QuantizedConv2d(4, 4, 3, activation="per_token")
     with pytest.raises(OptionError, match="QuantizedConv1d: .*padding"):
@@ -274,7 +347,10 @@ def test_option_errors() -> None:
 # the kernels
 
 
-def test_a_kernel_that_saturates_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@BITS
+def test_a_kernel_that_saturates_is_refused(
+    monkeypatch: pytest.MonkeyPatch, rewriting: Quantize
+) -> None:
     real = kernel._onednn
 
     def saturating(*args: Any) -> Tensor:
@@ -287,7 +363,7 @@ def test_a_kernel_that_saturates_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip("no int8 convolution of oneDNN's here")
         assert refused_kernels()["onednn"].startswith("wrong by")
         assert available_kernels() == ("torch",)
-        layer = propose(nn.Conv2d(6, 8, 3)).layer
+        layer = propose(nn.Conv2d(6, 8, 3), rewriting).layer
         x = example(layer)
         assert_reordered(layer(x).detach(), by_formula(layer, x).float())
         assert (layer.kernel(9), layer.held_bytes(9)) == ("torch", 0)
@@ -305,11 +381,13 @@ def test_many_taps_are_summed_exactly_without_the_kernel() -> None:
     assert_close(got, int8_conv_reference(x, qweight, torch.ones(2), None, *options))
 
 
-def test_weights_that_are_written_are_packed_anew() -> None:
-    layer = propose(nn.Conv2d(6, 8, 3)).layer
+@BITS
+def test_weights_that_are_written_are_packed_anew(rewriting: Quantize) -> None:
+    layer = propose(nn.Conv2d(6, 8, 3), rewriting).layer
     x = example(layer)
-    layer(x)
-    layer.qweight.neg_()
+    before = layer(x)
+    layer.qweight.bitwise_xor_(0x33)
+    assert sqnr(layer(x), before) < 20
     assert_reordered(layer(x).detach(), by_formula(layer, x).float())
 
 
@@ -323,6 +401,16 @@ def test_arguments_that_do_not_fit() -> None:
         r"scale must be \[2\], got \[1\]": (x, q, one[:1], None, *usual),
         r"bias must be \[2\], got \[1\]": (x, q, one, one[:1], *usual),
         "two numbers each": (x, q, one, None, [1], *usual[1:]),
+        "must be 2-D uint8, of 4 bits": (x, q, one, None, *usual, "per_sample", [3, 3]),
+        r"does not fit qweight \[2, 17\] of a \[3, 3\] kernel": (
+            x,
+            q.new_ones(2, 17, dtype=torch.uint8),
+            one,
+            None,
+            *usual,
+            "per_sample",
+            [3, 3],
+        ),
     }.items():
         with pytest.raises(ValueError, match=match):
             int8_conv(*args)
@@ -339,6 +427,20 @@ def test_convolutions_stay_unless_asked() -> None:
     assert type(made[0]) is nn.Conv2d
     assert [d.site for d in made.report.replaced] == ["1"]
     assert "a Conv2d that mixes positions: no pass here takes one" in str(made.report)
+    made = rewrite(model, [Quantize("int4-dynamic")], torch.randn(1, 3, 6, 6))
+    assert [d.site for d in made.report.replaced] == ["1"]
+
+
+def test_methods_for_linear_layers_leave_convolutions_rounded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    x = torch.randn(9, 3, 6, 6)
+    fitted = Quantize("int4-dynamic", method="gptq", convolutions=True)
+    with pytest.warns(RewriteWarning, match="those of convolutions are rounded to the nearest"):
+        made = rewrite(model, [fitted], x, calibration=[x] * 2)
+    assert [type(m) for m in (made[0], made[2])] == [Int4Conv2d, Int4Linear]
+    assert_equal(made[0].qweight, propose(model[0], FOUR).layer.qweight)
+    assert made.report.replaced[1].output_error > 0
 
 
 @pytest.mark.parametrize(
@@ -349,8 +451,11 @@ def test_convolutions_stay_unless_asked() -> None:
         (nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
     ],
 )
-def test_what_no_int8_convolution_computes_is_left(conv: nn.Module, reason: str) -> None:
-    assert reason in propose(conv).reason
+@BITS
+def test_what_no_integer_convolution_computes_is_left(
+    conv: nn.Module, reason: str, rewriting: Quantize
+) -> None:
+    assert reason in propose(conv, rewriting).reason
 
 
 class Net(nn.Module):
@@ -392,7 +497,10 @@ def _always_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_chains, "fastest", lambda key, version, make, *_: list(make())[-1])
 
 
-@pytest.mark.parametrize("act", [nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU])
+ACTS = [nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU]
+
+
+@pytest.mark.parametrize("act", ACTS)
 def test_norm_and_activation_go_into_the_int8_convolution(act: Callable[[], nn.Module]) -> None:
     model = net(act=act)
     made = rewrite(model, [CONVS], IMAGES)
@@ -411,6 +519,24 @@ def test_norm_and_activation_go_into_the_int8_convolution(act: Callable[[], nn.M
         assert_reordered(made(IMAGES), plain(IMAGES))
 
 
+@pytest.mark.parametrize("act", [nn.ReLU6, nn.GELU])
+def test_convolutions_of_4_bits_lower_as_those_of_8(act: Callable[[], nn.Module]) -> None:
+    model = net(act=act)
+    made = rewrite(model, [FOUR], IMAGES)
+    plain = rewrite(model, [FOUR], IMAGES, lower=False)
+    (step,) = [s for s in made.report.steps if s.name == "lowering"]
+    kernels = [d.kernel for d in step.decisions if d.action == "lowered"]
+    first = "int8_depthwise" if conv_cpu.refusal() is None and act is nn.ReLU6 else "int8_conv_norm"
+    assert kernels == ["int8_conv_norm", first, "int8_conv_act"]
+    assert list(made.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():
+        assert_reordered(made(IMAGES), plain(IMAGES))
+        for each in (made, plain):  # what was derived of weights follows them
+            each.stem.qweight.bitwise_xor_(0x11)
+            each.last.qweight.bitwise_xor_(0x70)
+        assert_reordered(made(IMAGES), plain(IMAGES))
+
+
 def test_one_sample_without_a_batch_is_left_to_the_norm() -> None:
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4)).eval()
     x = torch.randn(2, 2, 9)
@@ -418,22 +544,33 @@ def test_one_sample_without_a_batch_is_left_to_the_norm() -> None:
     assert sqnr(made(x), model(x)) > 30
 
 
-def test_a_rewritten_model_is_saved_loaded_and_given_other_weights(tmp_path: Any) -> None:
+@BITS
+def test_a_rewritten_model_is_saved_loaded_and_given_other_weights(
+    tmp_path: Any, rewriting: Quantize
+) -> None:
     model = net()
-    made = rewrite(model, [CONVS], IMAGES)
+    made = rewrite(model, [rewriting], IMAGES)
     made.save(tmp_path)
     assert_equal(load(tmp_path, net())(IMAGES), made(IMAGES))
     other = net()
     with torch.no_grad():
         other.wise.weight.mul_(3), other.stem.weight.neg_()
     made.load_original(other.state_dict())
-    assert_equal(made(IMAGES), rewrite(other, [CONVS], IMAGES)(IMAGES))
+    assert_equal(made(IMAGES), rewrite(other, [rewriting], IMAGES)(IMAGES))
     for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert_equal(twin(IMAGES), made(IMAGES))
 
 
-def test_its_cost_is_counted() -> None:
-    report = rewrite(net(), [CONVS], IMAGES, lower=False).report
+@BITS
+def test_its_cost_is_counted(rewriting: Quantize) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 32, 3, bias=False), nn.ReLU(), nn.Conv2d(32, 32, 5)).eval()
+    report = rewrite(model, [rewriting], torch.randn(2, 8, 12, 12), lower=False).report
+    weights = 32 * 8 * 9 + 32 * 32 * 25
+    bits = 8 if rewriting is CONVS else 4
     assert report.after.macs == report.before.macs
     assert not report.errors
-    assert report.after.param_bytes < 0.6 * report.before.param_bytes
+    assert report.after.param_bytes == weights * bits // 8 + 4 * (32 + 32 + 32)
+    assert report.after.params == weights + 3 * 32
+    assert [d.kernel for d in report.replaced] == [available_kernels()[0]] * 2
+    (before, after) = (step.after.bytes_moved for step in report.steps[:2])
+    assert before - after > 0.9 * (4 - bits / 8) * weights

@@ -36,6 +36,10 @@ __all__ = ["INNER", "Flat", "Inner", "flattened", "own_ops", "place_tensors"]
 
 INNER = ("inductor", "aot_eager", "eager")
 
+_ALONE = 4096
+"""Numbers that a thread must have to compute between our ops: Inductor's 512 are done before a
+second thread has begun."""
+
 
 @dataclass
 class Flat:
@@ -350,13 +354,14 @@ class Inner:
         from torch._inductor import config as inductor
         from torch._inductor.compile_fx import compile_fx
 
-        from rewriter.lowering.joining import JoinedProducts
+        from rewriter.lowering.inductor_passes import InductorPasses
 
         _check_devices(inputs)
         patches = {**self._mode(), **self.config}
         if own := own_ops(module):
             place = "post_grad_custom_pre_pass"
-            patches[place] = JoinedProducts(patches.get(place, getattr(inductor, place)))
+            patches[place] = InductorPasses(patches.get(place, getattr(inductor, place)))
+            patches.setdefault("cpp.min_chunk_size", max(_ALONE, inductor.cpp.min_chunk_size))
         if self.memory_budget is not None:
             from rewriter.planner import inductor_partitioner
 

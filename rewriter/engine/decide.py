@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from rewriter.cost import Cost, Device, propagate, storage_cost
 from rewriter.engine.batches import Calibration
 from rewriter.errors import CalibrationError, OptionError, PassError
 from rewriter.layer import ComputedWeight
-from rewriter.lowering import Rule
+from rewriter.lowering import Rule, alone
 from rewriter.modules.patterns import Pattern
 from rewriter.modules.pointwise import inner
 from rewriter.modules.running import modes
@@ -473,7 +474,7 @@ def _too_slow(
         new_us, old_us = predicted(p.site, layer, options.device, resident) * 1e6, latency * 1e6
         found = f"predicted {new_us:.3g} µs on {name}, the layer it replaces {old_us:.3g} µs"
     else:
-        times = timed(p.site, layer, before)
+        times = timed(p.site, layer, before, options.lower)
         if times is None:
             return "its latency cannot be measured here: no data, or no shapes"
         old_us, new_us = (t * 1e6 for t in times)
@@ -601,18 +602,28 @@ def predicted(site: Site, layer: nn.Module, device: Device, resident: int) -> fl
     return seconds
 
 
-def timed(site: Site, layer: nn.Module, old: nn.Module | None = None) -> tuple[float, float] | None:
+def timed(
+    site: Site, layer: nn.Module, old: nn.Module | None = None, rules: Sequence[Rule] = ()
+) -> tuple[float, float] | None:
     """Median seconds of the site's calls in one forward, (the old layer, the new one); see
     `sampled`."""
-    found = sampled(site, layer, old)
+    found = sampled(site, layer, old, rules)
     return None if found is None else (statistics.median(found[0]), statistics.median(found[1]))
 
 
 def sampled(
-    site: Site, layer: nn.Module, old: nn.Module | None = None, *, only: str = "", **how: Any
+    site: Site,
+    layer: nn.Module,
+    old: nn.Module | None = None,
+    rules: Sequence[Rule] = (),
+    *,
+    only: str = "",
+    **how: Any,
 ) -> tuple[list[float], list[float]] | None:
     """Seconds of the site's calls in one forward, (of the old layer, of the new one): eval mode,
-    without gradients, interleaved, on random inputs of the sizes that the example has.
+    without gradients, interleaved, on random inputs of the sizes that the example has, and by the
+    fused ops that the model would run for the layers: of layers that read the same value (the
+    projections of an attention) the share of one, as one op may run for them all.
 
     None where there are no shapes, or no data on the device.
 
@@ -620,8 +631,12 @@ def sampled(
         site: with the old layer.
         layer: the new one, as the model would call it.
         old: what counts as the old one; None for the site as it is.
+        rules: by which the model will be lowered.
         only: the one type of device that is timed; "" for any.
         how: options of `samples`.
+
+    Raises:
+        VerifyError: a rule's own function fails.
     """
     inputs = []
     for node in site.nodes[: site.calls]:
@@ -640,25 +655,38 @@ def sampled(
         return None
     xs = [_random(*kind) for kind in inputs]
     place = site.place if old is None else old
-    run = _runner(site, place, xs)
     old_modes = nullcontext() if place is None else modes(place, False)
     with torch.no_grad(), modes(layer, False), old_modes, autocast_at(site.nodes[0]):
-        calls = run, lambda: [layer.forward(x) for x in xs]
-        old_times, new_times = samples(calls, xs[0].device, **how)
+        count = 1 if place is None else _alike(site)
+        before = _function(site) if place is None else alone(place, xs[0], rules, count)
+        after = alone(layer, xs[0], rules, count)
+        calls = [partial(_on_each, function, xs) for function in (before, after)]
+        found = samples(calls, xs[0].device, **how)
+    old_times, new_times = ([t / count for t in own] for own in found)
     return old_times, new_times
 
 
-def _runner(site: Site, module: nn.Module | None, xs: Sequence[Tensor]) -> Callable[[], Any]:
-    """The module at a site, or the site as it is now where there is none; hooks do not run."""
+def _alike(site: Site) -> int:
+    """How many modules of a site's type, itself included, read the value that it reads first."""
+    source = source_of(site.nodes[0])
+    names = [str(n.target) for n in source.users if n.op == "call_module"]
+    return max(1, sum(type(submodule(site.root, n)) is type(site.place) for n in names))
+
+
+def _on_each(function: Callable[[Tensor], Any], xs: Sequence[Tensor]) -> None:
+    for x in xs:
+        function(x)
+
+
+def _function(site: Site) -> Callable[[Tensor], Any]:
+    """What runs at a site that has no module."""
     channels = site.channels
-    if module is not None:
-        return lambda: [module.forward(x) for x in xs]
     if site.weight_ref is not None:
         weight, bias = site.weight, site.bias
         if channels is not None:
-            return lambda: [channels.convolve(x, weight, bias) for x in xs]
-        return lambda: [nn.functional.linear(x, weight, bias) for x in xs]
-    return lambda: [site.activated(x) for x in xs]
+            return lambda x: channels.convolve(x, weight, bias)
+        return lambda x: nn.functional.linear(x, weight, bias)
+    return site.activated
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, most: int) -> Tensor:

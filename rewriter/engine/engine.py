@@ -174,7 +174,7 @@ class Engine:
         options = self.options
         here = options.device is None or options.device.name == "this machine"
         if here and not options.measure and options.objective != "latency":
-            self.lost = Lost(time.perf_counter() - self.capture.seconds)
+            self.lost = Lost(time.perf_counter() - self.capture.seconds, self.options.lower)
 
     def speed(self) -> float | None:
         """How fast the model is beside the original, by the layers that were timed; None where

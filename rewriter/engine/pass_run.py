@@ -124,7 +124,7 @@ class PassRun:
                 "the model is on meta, where nothing can be calibrated: leave "
                 "calibration out, or load the weights"
             )
-        rows = [s for s in self.matching if s.kind not in (CONV, EMBEDDING)]
+        rows = [s for s in self.matching if _reads_rows(s)]
         wanted = [s for s in rows if self._unasked(s) is None]
         moments = self.rewrite.calibrates
         sample = self.rewrite.samples
@@ -405,3 +405,9 @@ def _shape(site: Site) -> str:
         return sizes if site.channels is None else f"{sizes}, {site.channels}"
     except AttributeError:  # no linear map: an activation, a convolution
         return ""
+
+
+def _reads_rows(site: Site) -> bool:
+    """Whether the last dimension of a site's input is what its weight sums over."""
+    convolves = isinstance(site.module, nn.Conv1d | nn.Conv2d) and site.channels is None
+    return not convolves and site.kind not in (CONV, EMBEDDING)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from rewriter.base import Pass, Where
 from rewriter.engine.decide import Proposal, ahead, sampled
 from rewriter.layer import Layer
+from rewriter.lowering import Rule
 from rewriter.modules.comparing import type_of
 from rewriter.modules.pointwise import inner
 from rewriter.modules.timing import longer
@@ -32,12 +33,14 @@ class Lost:
 
     Args:
         began: when the rewrite did, by `time.perf_counter`.
+        rules: by which the model will be lowered.
         seconds: lost so far; below zero where the new layers are the faster ones.
         spent: seconds of timing.
         known: seconds lost per call of each kind of replacement.
     """
 
     began: float
+    rules: Sequence[Rule] = ()
     seconds: float = 0.0
     spent: float = 0.0
     known: dict[object, float] = field(default_factory=dict)
@@ -81,7 +84,7 @@ class Lost:
         start, p = time.perf_counter(), members[0]
         if (both := ahead(p, later, where)) is None:
             return ""
-        times = sampled(p.site, both.new, both.old, only="cpu", rounds=_ROUNDS, warm=2)
+        times = sampled(p.site, both.new, both.old, self.rules, only="cpu", rounds=_ROUNDS, warm=2)
         self.spent += time.perf_counter() - start
         if times is None:
             return ""
@@ -97,7 +100,8 @@ class Lost:
 
     def _time(self, kind: object, p: Proposal) -> None:
         start = time.perf_counter()
-        times = sampled(p.site, p.replacement.layer, only="cpu", rounds=_ROUNDS, warm=2)
+        how = {"only": "cpu", "rounds": _ROUNDS, "warm": 2}
+        times = sampled(p.site, p.replacement.layer, None, self.rules, **how)
         self.spent += time.perf_counter() - start
         self.known[kind] = 0.0 if times is None else longer(*times)
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from rewriter.lowering.alone import alone
 from rewriter.lowering.lowered import Lowered, Verdicts
 from rewriter.lowering.lowering import Lowering, lower, lowered_again
 from rewriter.lowering.rules import Fused, Place, Rule, checked
@@ -18,6 +19,7 @@ __all__ = [
     "Place",
     "Rule",
     "Verdicts",
+    "alone",
     "checked",
     "lower",
     "lowered_again",

@@ -31,12 +31,14 @@ __all__ = [
     "INT8_CHAIN",
     "INT8_CHAIN_ADD",
     "INT8_DEPTHWISE",
+    "INTEGER_CONVS",
     "POINTWISE",
     "is_depthwise",
 ]
 
 POINTWISE = ("pointwise_int8_linear", "pointwise_int8_static_linear")
-CONVS = ("conv", "int8_conv")
+INTEGER_CONVS = ("int8_conv", "int4_conv")
+CONVS = ("conv", *INTEGER_CONVS)
 _VERSION = "conv_chain 1"
 _LEAD = 0.03
 """By which share one call must beat the single ones."""
@@ -111,11 +113,11 @@ def _normed(scale: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tens
 def _conv_tensors(step: _Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The weight, a scale where that is of whole numbers, and the bias; the norm in them."""
     conv = step.layer
-    if hasattr(conv, "qweight"):
+    if hasattr(conv, "integers"):
         scale, bias = conv.scale, conv.bias
         if step.norm is not None:
             scale, bias = _normed(scale, bias, step.norm)
-        return conv.qweight, scale, bias
+        return conv.integers(), scale, bias
     weight, bias = conv.weight, conv.bias
     if step.norm is not None:
         factor, bias = _normed(weight.new_ones(weight.shape[0]), bias, step.norm)
@@ -350,7 +352,7 @@ def is_depthwise(place: Place) -> bool:
 
 
 def _weight(conv: Any) -> Tensor:
-    found: Tensor = conv.qweight if hasattr(conv, "qweight") else conv.weight
+    found: Tensor = conv.integers() if hasattr(conv, "integers") else conv.weight
     return found
 
 

@@ -30,17 +30,23 @@ def lowered_int8_conv(
 
 
 def _normed(place: Place) -> tuple[Tensor, Tensor, Tensor]:
-    """qweight; scale·γ/√(σ²+ε); (b − μ)·γ/√(σ²+ε) + β."""
+    """q; scale·γ/√(σ²+ε); (b − μ)·γ/√(σ²+ε) + β."""
     layer, norm = inner(place.modules[0]), place.modules[1]
     held: Any = layer
     factor, shift = norm_of(norm, held.bias)
     dtype = held.scale.dtype
-    return held.qweight, (held.scale.double() * factor).to(dtype), shift.to(dtype)
+    return _integers(held), (held.scale.double() * factor).to(dtype), shift.to(dtype)
 
 
 def _own(place: Place) -> tuple[Tensor | None, ...]:
     layer = place.modules[0]
-    return layer.qweight, layer.scale, layer.bias
+    return _integers(layer), layer.scale, layer.bias
+
+
+def _integers(layer: Any) -> Tensor:
+    """int8, also of weights that are stored in fewer bits."""
+    found: Tensor = layer.integers() if hasattr(layer, "integers") else layer.qweight
+    return found
 
 
 def _then(place: Place) -> str:

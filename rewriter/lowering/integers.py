@@ -190,9 +190,6 @@ INT8_ACT = _then("int8_linear_act", int8_linear_act)
 INT8_MONARCH = _then("int8_monarch", int8_linear_act)
 INT8_ADD = _then("int8_linear_add", int8_linear_add)
 INT8_NORM = _then("int8_linear_norm", int8_linear_add)
-
-
-# in graphs alone: a product behind which nothing stands that it could take in
 INT8_ALONE = _then("int8_linear_alone", int8_linear_act)
 
 

@@ -7,46 +7,24 @@ leaves the weights where they are.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from rewriter.kernels import native_ops
 
-__all__ = ["JoinedProducts"]
+__all__ = ["join_products", "origin"]
 
 _AT_ONCE = 3
 _KINDS = {f"rewriter::{name}": kind for kind, name in enumerate(native_ops.KINDS)}
 
 
-class JoinedProducts(CustomGraphPass):
-    """One call for products of one input; a pass on Inductor's functional graphs.
-
-    Args:
-        then: the user's own pass or passes in this place, which run behind it; or None.
-    """
-
-    def __init__(self, then: Any = None) -> None:
-        several = isinstance(then, Sequence)
-        self.then: tuple[Any, ...] = tuple(then) if several else () if then is None else (then,)
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Joins what it can, in place."""
-        for calls in list(_joinable(graph)):
-            _join(graph, calls)
-        for theirs in self.then:
-            theirs(graph)
-
-    def uuid(self) -> Any:
-        """By which Inductor's cache knows this pass; None where it must not keep the code."""
-        own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        each = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.then]
-        return None if None in each else (own, *each)
+def join_products(graph: fx.Graph) -> None:
+    """One call for products of one input, where there are several; in place."""
+    for calls in list(_joinable(graph)):
+        _join(graph, calls)
 
 
 def _kind(node: fx.Node) -> int | None:
@@ -90,18 +68,18 @@ def _join(graph: fx.Graph, calls: Sequence[fx.Node]) -> None:
     values = [call.meta["val"] for call in calls]
     with graph.inserting_before(calls[0]):
         joined = graph.call_function(op, (calls[0].args[0], *operands, _kind(calls[0])))
-        joined.meta = {**_origin(calls[0]), "val": torch.cat(values, -1)}
+        joined.meta = {**origin(calls[0]), "val": torch.cat(values, -1)}
         start = 0
         for call, value in zip(calls, values, strict=True):
             end = start + value.shape[-1]
             piece = graph.call_function(torch.ops.aten.slice.Tensor, (joined, -1, start, end))
-            piece.meta = {**_origin(call), "val": joined.meta["val"][..., start:end]}
+            piece.meta = {**origin(call), "val": joined.meta["val"][..., start:end]}
             call.replace_all_uses_with(piece)
             start = end
     for call in calls:
         graph.erase_node(call)
 
 
-def _origin(call: fx.Node) -> dict[str, Any]:
+def origin(call: fx.Node) -> dict[str, Any]:
     """Where a call comes from; what else is known of it, as of its arguments, is of it alone."""
     return {k: v for k, v in call.meta.items() if k in ("stack_trace", "nn_module_stack")}

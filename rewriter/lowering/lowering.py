@@ -316,7 +316,14 @@ def _decisions(
     """One decision per place, in the graph's order. A place that one rule refuses and another
     takes is no refusal, and what several rules say alike is said once."""
     order = {n: i for i, n in enumerate(graph.nodes)}
-    rows = {a.key: (order[a.place.match.nodes[0]], _done(prefix, a, checker)) for a in applications}
+    wider = {r.place.match.nodes[0]: r.reason for r in reversed(refusals) if len(r.place.names) > 1}
+    rows = {}
+    for a in applications:
+        first, *more = a.place.match.nodes
+        made = _done(prefix, a, checker)
+        if not more and first in wider:
+            made = replace(made, reason=f"{made.reason}; by itself, as {wider[first]}")
+        rows[a.key] = order[first], made
     taken = {n for a in applications for n in a.place.match.nodes}
     said: set[tuple[fx.Node, str]] = set()
     for r in refusals:

@@ -10,6 +10,7 @@ from rewriter.lowering.conv_chains import (
     INT8_CHAIN,
     INT8_CHAIN_ADD,
     INT8_DEPTHWISE,
+    INTEGER_CONVS,
     POINTWISE,
     is_depthwise,
 )
@@ -57,7 +58,7 @@ __all__ = ["DEFAULT_RULES", "FLOAT32_RULES", "IN_GRAPHS"]
 int8_linear, int8_static_linear = op("int8_linear"), op("int8_static_linear")
 int8_monarch = op("int8_monarch_linear")
 int8 = int8_linear | int8_static_linear | int8_monarch
-int8_conv, pointwise_int8 = op("int8_conv"), op("pointwise_int8_linear")
+int8_conv, pointwise_int8 = op(*INTEGER_CONVS), op("pointwise_int8_linear")
 pad, any_conv, any_pointwise = op("pad"), op(*CONVS), op(*POINTWISE)
 wide = any_pointwise >> maybe(batch_norm) >> maybe(activation)
 deep = any_conv >> maybe(batch_norm) >> maybe(activation)
@@ -125,6 +126,9 @@ DEFAULT_RULES = (
     Rule(fan(int8_monarch), INT8_MONARCH_JOINED),
     # both products of one in a single call
     Rule(int8_monarch, INT8_MONARCH),
+    # a product behind which nothing stands that it could take in, past the dispatcher
+    Rule(int8_linear, INT8_ALONE),
+    Rule(int8_static_linear, INT8_ALONE),
 )
 """The rules that `rewrite` applies, in this order; an operation is part of one place at most."""
 
@@ -135,7 +139,7 @@ FLOAT32_RULES = tuple(
 """The same, with all of attention in float32, also between layers of 8 bits."""
 
 IN_GRAPHS = (
-    # s·(q(x)·Qᵀ)·scale + …, which a model calls as a layer
+    # the same, where a layer's own way of calling it is as fast
     Rule(int8, INT8_ALONE),
     # x·wᵀ + b with w of 8 or 4 bits, the same
     Rule(op("int8_weight_linear") | op("int4_linear"), WEIGHT_ALONE),

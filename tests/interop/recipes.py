@@ -84,6 +84,7 @@ RECIPES = (
     Recipe("int4-weight", (Quantize("int4-weight", group_size=32),)),
     Recipe("int4-weight, embeddings", (Quantize("int4-weight", group_size=32, embeddings=True),)),
     Recipe("int4-dynamic", (Quantize("int4-dynamic", group_size=32),)),
+    Recipe("int4-dynamic, convolutions", (Quantize("int4-dynamic", convolutions=True),)),
     Recipe("QAT, int4-weight", (QAT("int4-weight", group_size=32),)),
     Recipe("bf16", (Quantize("bf16"),)),
     Recipe("fp8-weight", (Quantize("fp8-weight"),)),
