@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rewriter.kernels.native import fields, library, parallel, why_not
 
-__all__ = ["THEN", "Gate", "Select", "chosen", "gated", "isa", "linear", "refusal"]
+__all__ = ["THEN", "Gate", "Select", "chosen", "gated", "isa", "linear", "masked", "refusal"]
 
 THEN = ("", "relu", "gelu", "silu", "gelu_tanh")
 """Activations of a gate, by the number that C++ knows them as."""
@@ -93,8 +93,9 @@ def _library() -> tuple[Any, int]:
     for function in (made.sparse_linear, made.sparse_gated):
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    made.sparse_choose.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
-    made.sparse_choose.restype = None
+    for function in (made.sparse_choose, made.sparse_masked):
+        function.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
+        function.restype = None
     return made, parallel()
 
 
@@ -217,21 +218,21 @@ def gated(
 
 def chosen(x: Tensor, select: Select) -> Tensor:
     """Whether each entry of x [*, width] float32, contiguous, is active: [*, width] bool."""
+    return _by_entry("sparse_choose", x, torch.empty(x.shape, dtype=torch.bool), select)
+
+
+def masked(x: Tensor, select: Select) -> Tensor:
+    """x [*, width] float32, contiguous, with zeros where it is not active."""
+    return _by_entry("sparse_masked", x, torch.empty_like(x), select)
+
+
+def _by_entry(name: str, x: Tensor, to: Tensor, select: Select) -> Tensor:
     made, start = _library()
-    found = torch.empty(x.shape, dtype=torch.bool)
     if x.numel():
-        own = select.made()
-        rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        made.sparse_choose(
-            x.data_ptr(),
-            found.data_ptr(),
-            rows,
-            width,
-            ctypes.byref(own),
-            start,
-            torch.get_num_threads(),
-        )
-    return found
+        own, width = ctypes.byref(select.made()), x.shape[-1]
+        rows, threads = x.numel() // width, torch.get_num_threads()
+        getattr(made, name)(x.data_ptr(), to.data_ptr(), rows, width, own, start, threads)
+    return to
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -19,9 +19,9 @@ from rewriter.kernels.common import (
     register_autocast,
     register_gradient,
     register_vmap,
-    widened,
 )
-from rewriter.kernels.sparse import Select, active, active_reference, multiplied
+from rewriter.kernels.sparse import Select, active_reference, dense, masked, multiplied
+from rewriter.kernels.weight_only import int8_weight_reference
 
 __all__ = ["sparse_linear", "sparse_linear_reference"]
 
@@ -88,15 +88,10 @@ def sparse_linear_reference(
 ) -> Tensor:
     """The same, written as the formula; autograd does the rest."""
     mask = active_reference(x, _select(threshold, importance, k, block))
-    return _dense(x.where(mask, 0.0), weight, scale, bias)
-
-
-def _dense(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    kept = x.where(mask, 0.0)
     if scale is None:
-        return F.linear(x, weight, bias)
-    wide = widened(x.dtype)
-    own = weight.to(wide) * scale.to(wide)[:, None]
-    return F.linear(x.to(wide), own, None if bias is None else bias.to(wide)).to(x.dtype)
+        return F.linear(kept, weight, bias)
+    return int8_weight_reference(kept, weight, scale, bias)
 
 
 def _check(
@@ -159,7 +154,7 @@ def _forward(
     select = _select(threshold, importance, k, block)
     y = multiplied(x, weight, scale, bias, select)
     if y is None:
-        y = _dense(x.where(active(x, select), 0.0), weight, scale, bias)
+        y = dense(masked(x, select), weight, scale, bias)
     return owned(y.contiguous(), (*x.shape[:-1], weight.shape[0]))
 
 

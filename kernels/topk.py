@@ -29,7 +29,7 @@ from rewriter.kernels.common import (
     register_gradient,
     register_vmap,
 )
-from rewriter.kernels.sparse import Select, active, active_reference, multiplied
+from rewriter.kernels.sparse import Select, active, active_reference, masked, multiplied
 
 __all__ = ["topk_linear", "topk_linear_reference"]
 
@@ -214,7 +214,7 @@ def _forward(
     select = Select(k, 0.0, importance, block)
     if h.dtype == weight.dtype and (y := multiplied(h, weight, None, bias, select)) is not None:
         return y
-    y = F.linear(h.where(active(h, select), 0.0), weight, bias)
+    y = F.linear(masked(h, select), weight, bias)
     return owned(y.contiguous(), y.shape)
 
 

@@ -16,7 +16,6 @@ from rewriter.base import Layer, Pass, Phase, as_parameter, unusable
 from rewriter.edits import Edit, Keep, Replace, View
 from rewriter.errors import OptionError, given, of_type, one_of
 from rewriter.kernels.sparse import (
-    MOST_ROWS,
     Select,
     active_reference,
     held_bytes,
@@ -148,7 +147,7 @@ class ThresholdLinear(Layer):
         return kernel_name(self.weight, tokens, self.share)
 
     def held_bytes(self, tokens: int) -> int:
-        return held_bytes(self.weight) if tokens <= MOST_ROWS else 0
+        return held_bytes(self.weight, tokens)
 
 
 @dataclass(frozen=True)
