@@ -43,6 +43,8 @@ __all__ = [
     "kernel_name",
     "largest_share",
     "masked",
+    "paying_share",
+    "refusal",
     "multiplied",
     "straight_through",
 ]
@@ -81,14 +83,14 @@ def active_reference(x: Tensor, select: Select) -> Tensor:
 
 def active(x: Tensor, select: Select) -> Tensor:
     """`active_reference`, by the compiled kernel where that runs."""
-    if x.device.type != "cpu" or x.dtype == torch.float64 or _refusal() is not None:
+    if x.device.type != "cpu" or x.dtype == torch.float64 or refusal() is not None:
         return active_reference(x, select)
     return sparse_cpu.chosen(x.detach().float().contiguous(), select)
 
 
 def masked(x: Tensor, select: Select) -> Tensor:
     """x [*, width] with zeros where it is not active."""
-    if x.device.type != "cpu" or x.dtype == torch.float64 or _refusal() is not None:
+    if x.device.type != "cpu" or x.dtype == torch.float64 or refusal() is not None:
         return x.where(active_reference(x, select), 0.0)
     return sparse_cpu.masked(x.detach().float().contiguous(), select).to(x.dtype)
 
@@ -191,13 +193,13 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled kernel multiplies these."""
     of_floats = weight.dtype == x.dtype and x.dtype in (torch.float32, torch.bfloat16)
     of_levels = weight.dtype == torch.int8 and x.dtype in (torch.float32, torch.bfloat16)
-    return (of_floats or of_levels) and x.device.type == "cpu" and _refusal() is None
+    return (of_floats or of_levels) and x.device.type == "cpu" and refusal() is None
 
 
 def largest_share(dtype: torch.dtype, rows: int, out: int, width: int) -> float:
     """The share of active rows of a weight [width, out], of 1 at most, up to which the sparse
     product is faster than the dense one here; 0 where it never is."""
-    if rows > MOST_ROWS or _refusal() is not None:
+    if rows > MOST_ROWS or refusal() is not None:
         return 0.0
     return _measured(dtype, rows_bucket(rows), out, width, torch.get_num_threads())
 
@@ -205,12 +207,29 @@ def largest_share(dtype: torch.dtype, rows: int, out: int, width: int) -> float:
 @functools.lru_cache(1024)
 def _measured(dtype: torch.dtype, rows: int, out: int, width: int, threads: int) -> float:
     made = functools.cache(lambda: _made(dtype, rows, out, width))
-    low, high = 0, len(_SHARES)  # _SHARES[high] and those behind it pay
+    key = f"sparse_linear {dtype} {rows} {width} {out}"
+    return paying_share(key, _VERSION, lambda share: _pair(made, share), threads)
+
+
+def paying_share(
+    key: str,
+    version: str,
+    pair: Callable[[float], dict[str, Callable[[], object]]],
+    threads: int,
+) -> float:
+    """The largest share up to which "sparse" is faster than "dense"; 0 where it never is.
+
+    Args:
+        key, version: as of `choice.fastest`.
+        pair: the two, where this share is active.
+        threads: torch's number of them.
+    """
+    low, high = 0, len(_SHARES)  # those from the high-th on pay
     while low < high:
         middle = (low + high) // 2
-        key = f"sparse_linear {dtype} {rows} {width} {out} {_SHARES[middle]} {threads}"
-        pair = functools.partial(_pair, made, _SHARES[middle])
-        if fastest(key, _VERSION, pair, _LEAD) == "sparse":
+        share = _SHARES[middle]
+        own = functools.partial(pair, share)
+        if fastest(f"{key} {share} {threads}", version, own, _LEAD) == "sparse":
             high = middle
         else:
             low = middle + 1
@@ -253,7 +272,7 @@ def kernel_name(weight: Tensor, rows: int, share: float | None) -> str:
     """
     if weight.device.type != "cpu" or weight.dtype == torch.float64:
         return "torch, dense"
-    if (reason := _refusal()) is not None:
+    if (reason := refusal()) is not None:
         return f"torch, dense: {reason}"
     if rows > MOST_ROWS:
         return f"dense at {rows} rows; sparse kernels take up to {MOST_ROWS}"
@@ -283,7 +302,7 @@ def _union(share: float, rows: int) -> float:
 
 
 @functools.cache
-def _refusal() -> str | None:
+def refusal() -> str | None:
     """Why the compiled kernels are not used; runs them against the formula."""
     if (reason := sparse_cpu.refusal()) is not None:
         return reason

@@ -3,6 +3,7 @@
 //   sparse_linear   y[r,:] = Σ_{i ∈ S(r)} x[r,i]·w[i,:] + bias           w[i,:] is one contiguous row
 //   sparse_gated    a[r,n] = act(Σ_k x[r,k] gate[n,k]),   n ∈ S(r) by a
 //                   y[r,:] = Σ_{n ∈ S(r)} a[r,n]·(Σ_k x[r,k] up[n,k])·down[n,:] + bias
+//                   (or with an a that the caller has)
 //
 // With `screen`, levels of 8 bits of the gate, S(r) goes by those, and of the gate itself only the rows
 // in S(r) are read: a quarter of the bytes of a float gate for a choice that is seldom another one.
@@ -61,6 +62,7 @@ struct Gated {
   const float *gate_bias, *up_bias, *bias;          // [hidden], [hidden], [out] or null
   const int8_t* screen;       // [hidden, in] or null: S is chosen by these levels of the gate
   const float* screen_scale;  // [hidden]
+  const float* given;         // [rows, hidden] or null: a, and nothing is read of the gate
   float* y;                                         // [rows, out]
   int64_t* active;
   Parallel parallel;
@@ -390,9 +392,10 @@ bool gated(const Gated& c) {
   for (long r0 = 0; r0 < c.rows; r0 += GROUP) {
     const long rows = least(GROUP, c.rows - r0);
     const float* x = c.x + r0 * c.in;
-    room.hidden.resize(rows * c.hidden);
-    float* hidden = room.hidden.data();
-    for_each(c.parallel, threads, (c.hidden + strip - 1) / strip, [&](long task) {
+    if (!c.given) room.hidden.resize(rows * c.hidden);
+    const float* hidden = c.given ? c.given + r0 * c.hidden : room.hidden.data();
+    float* made = room.hidden.data();
+    for_each(c.parallel, threads, c.given ? 0 : (c.hidden + strip - 1) / strip, [&](long task) {
       float found[GROUP];
       for (long n = task * strip; n < least((task + 1) * strip, c.hidden); n++) {
         if (c.screen)
@@ -401,7 +404,7 @@ bool gated(const Gated& c) {
           dots<T>(x, rows, c.in, (const T*)c.gate + n * c.in, found);
         const float* scale = c.screen ? c.screen_scale : c.gate_scale;
         for (long r = 0; r < rows; r++)
-          hidden[r * c.hidden + n] = activated(finished(found[r], scale, c.gate_bias, n), c.then);
+          made[r * c.hidden + n] = activated(finished(found[r], scale, c.gate_bias, n), c.then);
       }
     });
     find_active(c.parallel, c.threads, c.select, hidden, rows, c.hidden, c.limit, room);

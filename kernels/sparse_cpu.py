@@ -46,7 +46,7 @@ class _Gated(ctypes.Structure):
     _fields_ = [
         *fields(
             "x gate up down gate_scale up_scale down_scale gate_bias up_bias bias screen "
-            "screen_scale y active parallel",
+            "screen_scale given y active parallel",
             "rows in_features hidden out type then limit threads",
         ),
         ("select", _Select),
@@ -164,7 +164,7 @@ def linear(
 
 def gated(
     x: Tensor,
-    gate: Gate,
+    gate: Gate | Tensor,
     up: Gate,
     down: Gate,
     then: str,
@@ -177,7 +177,8 @@ def gated(
 
     Args:
         x: [*, in] float32, contiguous, on a CPU, of one row at least; no size is 0.
-        gate, up, down: see `Gate`; all three of one dtype.
+        gate, up, down: see `Gate`; all three of one dtype. In the place of gate also a itself,
+            [*, hidden] float32, contiguous.
         then: one of `THEN`.
         select: which entries of a are active.
         limit: as of `linear`.
@@ -191,14 +192,16 @@ def gated(
     hidden, out = down.weight.shape
     y = torch.empty(*rows, out)
     active = ctypes.c_int64()
-    three = gate, up, down
+    given = gate if isinstance(gate, Tensor) else None
+    three = None if isinstance(gate, Tensor) else gate, up, down
     call = _Gated(
         x.data_ptr(),
-        *(g.weight.data_ptr() for g in three),
-        *(_address(g.scale) for g in three),
-        *(_address(g.bias) for g in three),
+        *(_address(g and g.weight) for g in three),
+        *(_address(g and g.scale) for g in three),
+        *(_address(g and g.bias) for g in three),
         None if screen is None else screen.weight.data_ptr(),
         None if screen is None else _address(screen.scale),
+        _address(given),
         y.data_ptr(),
         ctypes.addressof(active),
         start,
@@ -206,7 +209,7 @@ def gated(
         width,
         hidden,
         out,
-        _TYPES[gate.weight.dtype],
+        _TYPES[up.weight.dtype],
         THEN.index(then),
         limit,
         torch.get_num_threads(),

@@ -15,6 +15,7 @@ from rewriter.passes.quantized_monarch import QuantizedMonarch
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.sparse_int8 import SparseInt8Linear
+from rewriter.passes.sparsegate import GateLinear, SparseGate
 from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear
 from rewriter.passes.threshold import Threshold, ThresholdLinear
 from rewriter.passes.topk import TopK, TopKLinear
@@ -27,6 +28,7 @@ __all__ = [
     "BFloat16Linear",
     "Densify",
     "Float8Linear",
+    "GateLinear",
     "Int4Embedding",
     "Int4Linear",
     "Int8WeightLinear",
@@ -46,6 +48,7 @@ __all__ = [
     "QuantizedMonarch",
     "RemoveBlocks",
     "ResizeMLP",
+    "SparseGate",
     "SparseInt8Linear",
     "StaticOutlierLinear",
     "StaticQuantizedLinear",

@@ -28,9 +28,9 @@ from rewriter.modules.moments import Sample
 from rewriter.passes.topk import SCORES, Score
 from rewriter.sites import EMBEDDING, LINEAR, MLP, Kind, Site
 
-__all__ = ["Threshold", "ThresholdLinear"]
+__all__ = ["FEWEST", "Threshold", "ThresholdLinear", "doubt", "quantile", "tied"]
 
-_FEWEST = 64
+FEWEST = 64
 """Rows of calibration below which no quantile is taken."""
 _COMPARED = 256
 """So many rows tell what each sparsity costs a layer."""
@@ -216,7 +216,7 @@ class Threshold(Pass):
         edits: list[Edit] = []
         blocks: dict[str, list[Site]] = {}
         for site in view.chosen:
-            if reason := _against(site, view) or _tied(site, view):
+            if reason := _against(site, view) or tied(site, view):
                 edits.append(Keep(site, reason))
             else:
                 blocks.setdefault(_block(site.fqn), []).append(site)
@@ -253,7 +253,7 @@ class Threshold(Pass):
         error = sample.output_error(weight, site.bias, layer)
         reason = (
             f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(sample.held)} rows "
-            f"held out (asked: {sparsity:.0%}, known within {_doubt(scores < threshold):.1%})"
+            f"held out (asked: {sparsity:.0%}, known within {doubt(scores < threshold):.1%})"
         )
         return Replace(site, layer, reason, error=None, output_error=error)
 
@@ -288,7 +288,7 @@ def _scores(rows: Tensor, importance: Tensor | None) -> Tensor:
     return rows.abs() if importance is None else rows.abs() * importance
 
 
-def _doubt(below: Tensor) -> float:
+def doubt(below: Tensor) -> float:
     """Twice the standard error of the share of inputs below, rows being drawn at random."""
     shares = below.float().mean(1)
     return 2 * float(shares.std()) / math.sqrt(len(shares))
@@ -304,15 +304,15 @@ def _against(site: Site, view: View) -> str:
     sample: Sample | None = site.sample
     if sample is None:
         return "the calibration batches do not reach it"
-    if len(sample.rows) < _FEWEST:
+    if len(sample.rows) < FEWEST:
         return (
             f"the calibration batches give it {len(sample.rows)} rows, and a quantile takes "
-            f"{_FEWEST}: pass more text"
+            f"{FEWEST}: pass more text"
         )
     return ""
 
 
-def _tied(site: Site, view: View) -> str:
+def tied(site: Site, view: View) -> str:
     """Why a site stays that shares its weight; a plan is done whole or not at all."""
     users = (s for s in view.sites if s.kind in (LINEAR, EMBEDDING) and s.fqn != site.fqn)
     tied = sorted(s.fqn for s in users if s.weight is site.weight)

@@ -218,7 +218,7 @@ def test_dense_runs_where_more_is_active_than_pays(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_a_compiled_kernel_all_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "_refusal", lambda: "no compiler")
+    monkeypatch.setattr(sparse, "refusal", lambda: "no compiler")
     x, weight = torch.randn(2, 64), torch.randn(48, 64)
     assert_reordered(topk_linear(x, weight, None, 9), F.linear(x * active(x, Select(9)), weight))
     assert sparse.kernel_name(weight, 1, 0.5) == "torch, dense: no compiler"
