@@ -20,7 +20,14 @@ from rewriter.kernels.common import (
     register_gradient,
     register_vmap,
 )
-from rewriter.kernels.sparse import Select, active_reference, dense, masked, multiplied
+from rewriter.kernels.sparse import (
+    MOST_ROWS,
+    Select,
+    active_reference,
+    dense,
+    masked,
+    multiplied,
+)
 from rewriter.kernels.weight_only import int8_weight_reference
 
 __all__ = ["sparse_linear", "sparse_linear_reference"]
@@ -200,9 +207,22 @@ register_vmap(_lib, "sparse_linear", sparse_linear_reference, casts=4)
 torch.library.register_fake("rewriter::sparse_linear", _fake, lib=_lib)
 
 
-def _flops(x: torch.Size, weight: torch.Size, *rest: Any, out_shape: Any = None, **_: Any) -> int:
-    """One dense GEMM: an upper bound, for how many entries are active is known at run time."""
-    return 2 * x[:-1].numel() * weight[0] * weight[1]
+def _flops(
+    x: torch.Size,
+    weight: torch.Size,
+    scale: Any,
+    bias: Any,
+    threshold: Any = None,
+    importance: Any = None,
+    k: int = 0,
+    block: int = 1,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """Of few rows by rank what is active; else one dense GEMM, with a threshold an upper bound: how
+    many entries are above it is known at run time."""
+    rows, by_rank = x[:-1].numel(), threshold is None
+    return 2 * rows * weight[0] * (k if by_rank and rows <= MOST_ROWS else weight[1])
 
 
 ops.register(

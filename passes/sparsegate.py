@@ -168,14 +168,16 @@ class SparseGate(Pass):
 
     def plan(self, view: View) -> list[Edit]:
         mlps = {s.parts["gate"].fqn: s for s in view.sites if s.kind == MLP and "gate" in s.parts}
-        return [self._edit(s, mlps[s.fqn], view) for s in view.chosen if s.fqn in mlps]
+        edits: list[Edit] = []
+        shared = tied(view)
+        for site in view.chosen:
+            if site.fqn in mlps:
+                refused = unusable(site.weight, site.bias) or view.unsafe(site)
+                reason = refused.reason if refused else shared.get(site.fqn)
+                edits.append(Keep(site, reason) if reason else self._edit(site, mlps[site.fqn]))
+        return edits
 
-    def _edit(self, site: Site, mlp: Site, view: View) -> Edit:
-        refused = unusable(site.weight, site.bias) or view.unsafe(site)
-        if refused:
-            return Keep(site, refused.reason)
-        if reason := tied(site, view):
-            return Keep(site, reason)
+    def _edit(self, site: Site, mlp: Site) -> Edit:
         activation = mlp.parts["activation"]
         then = activation_name(activation.nodes[0], site.root) or ""
         if then not in THEN:
