@@ -124,7 +124,7 @@ class SparseGate(Pass):
     rows of `up` nor their columns of `down` are read, where a graph of the rewritten model runs.
     The gate itself is read whole: at a share s of active neurons a third and 2s/3 of the MLP's
     weights, 2.5 times less at 10 %. Where inputs may be dropped as well, `Threshold(inputs="all")`
-    reads less.
+    reads less. In a plain MLP, down(act(up(x))), `up` is the gate, and no form reads less.
 
     Args:
         sparsity: which share of the neurons is to be zero, between 0 and 1: by a threshold, a
@@ -167,7 +167,11 @@ class SparseGate(Pass):
         return self.sparsity is not None
 
     def plan(self, view: View) -> list[Edit]:
-        mlps = {s.parts["gate"].fqn: s for s in view.sites if s.kind == MLP and "gate" in s.parts}
+        mlps = {
+            s.parts.get("gate", s.parts["up"]).fqn: s
+            for s in view.sites
+            if s.kind == MLP and "activation" in s.parts
+        }
         edits: list[Edit] = []
         shared = tied(view)
         for site in view.chosen:

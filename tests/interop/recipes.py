@@ -24,6 +24,7 @@ from rewriter.passes import (
     Quantize,
     RemoveBlocks,
     ResizeMLP,
+    SparseGate,
     Threshold,
     TopK,
 )
@@ -68,6 +69,7 @@ RECIPES = (
     Recipe("Quadratic", (Quadratic(),)),
     Recipe("TopK", (TopK(k=12),)),
     Recipe("Threshold", (Threshold(0.5, inputs="all"),)),
+    Recipe("SparseGate", (SparseGate(k=12),)),
     Recipe("RemoveBlocks", (RemoveBlocks(where="*layer*.1"),)),
     Recipe("ResizeMLP", (ResizeMLP(keep=0.5),)),
     Recipe("Monarch, Densify", (Monarch(nblocks=4), Densify())),
