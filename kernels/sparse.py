@@ -11,7 +11,7 @@ A product reads rows of the weight's transpose, which is kept beside the weight 
 product on (or is the weight's own memory, where that is stored by columns). It is faster than a
 dense one where few rows of x come in and little of them is active: the largest share that pays is
 measured once per size. Where more is active, and with more rows than `MOST_ROWS`, a dense product
-runs over x with zeros in it.
+runs over x with zeros in it: of int8 weights that of `weight_only`, over a copy by rows.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rewriter.kernels import sparse_cpu
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.sparse_cpu import Select
+from rewriter.kernels.weight_only import int8_weight_linear
 
 __all__ = [
     "MOST_ROWS",
@@ -35,10 +36,15 @@ __all__ = [
     "active",
     "active_reference",
     "by_columns",
+    "by_rows",
+    "dense",
     "held_bytes",
     "importance_of",
     "kernel_name",
     "largest_share",
+    "masked",
+    "paying_share",
+    "refusal",
     "multiplied",
     "straight_through",
 ]
@@ -48,7 +54,7 @@ MOST_ROWS = 16
 _GROUP = 8
 """Rows of x that the kernel takes at once."""
 _SHARES = (1.0, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
-_VERSION = "sparse 1"
+_VERSION = "sparse 2"
 _LEAD = 0.02
 """By which share of its time the dense product must be beaten."""
 
@@ -77,9 +83,16 @@ def active_reference(x: Tensor, select: Select) -> Tensor:
 
 def active(x: Tensor, select: Select) -> Tensor:
     """`active_reference`, by the compiled kernel where that runs."""
-    if x.device.type != "cpu" or x.dtype == torch.float64 or _refusal() is not None:
+    if x.device.type != "cpu" or x.dtype == torch.float64 or refusal() is not None:
         return active_reference(x, select)
     return sparse_cpu.chosen(x.detach().float().contiguous(), select)
+
+
+def masked(x: Tensor, select: Select) -> Tensor:
+    """x [*, width] with zeros where it is not active."""
+    if x.device.type != "cpu" or x.dtype == torch.float64 or refusal() is not None:
+        return x.where(active_reference(x, select), 0.0)
+    return sparse_cpu.masked(x.detach().float().contiguous(), select).to(x.dtype)
 
 
 def importance_of(weight: Tensor) -> Tensor:
@@ -105,25 +118,39 @@ _CACHE = WeakTensorKeyDictionary()
 def by_columns(weight: Tensor) -> Tensor:
     """weightᵀ [in, out], contiguous: the weight's own memory where it is stored by columns, else a
     copy that is kept as long as the weight is and stays as it is."""
-    swapped = weight.detach().t()
-    if swapped.is_contiguous():
-        return swapped
+    return _contiguous(weight, columns=True)
+
+
+def by_rows(weight: Tensor) -> Tensor:
+    """The weight [out, in], contiguous, as `by_columns`: for dense products of int8 weights, which
+    are stored by columns."""
+    return _contiguous(weight, columns=False)
+
+
+def _contiguous(weight: Tensor, columns: bool) -> Tensor:
+    own = weight.detach().t() if columns else weight.detach()
+    if own.is_contiguous():
+        return own
     if weight.is_inference():  # counts no versions: nothing derived from it is kept
-        return swapped.contiguous()
-    stamp = weight._version, weight.data_ptr(), weight.shape, weight.stride()
+        return own.contiguous()
+    stamp = weight._version, weight.data_ptr(), weight.shape, weight.stride(), columns
     kept = _CACHE.get(weight)  # type: ignore[no-untyped-call,unused-ignore]
     if kept is None or kept[0] != stamp:
         with torch.inference_mode(False), torch.no_grad():
-            kept = _CACHE[weight] = (stamp, swapped.contiguous())
+            kept = _CACHE[weight] = (stamp, own.contiguous())
     found: Tensor = kept[1]
     return found
 
 
-def held_bytes(weight: Tensor) -> int:
-    """Bytes of the copy that `by_columns` keeps of a weight on a CPU; 0 where it needs none."""
-    if weight.device.type != "cpu" or weight.t().is_contiguous():
+def held_bytes(weight: Tensor, rows: int) -> int:
+    """Bytes of the copy that a product of so many rows keeps of a weight on a CPU; 0 without one:
+    a weight of floats is copied for the sparse product, one of integers for the dense one."""
+    if weight.device.type != "cpu" or weight.dtype == torch.float64 or not weight.numel():
         return 0
-    return weight.numel() * weight.element_size()
+    few = bool(largest_share(weight.dtype, rows, *weight.shape))
+    stored = weight.t() if few else weight
+    needed = few or weight.dtype == torch.int8
+    return weight.numel() * weight.element_size() if needed and not stored.is_contiguous() else 0
 
 
 # Products ----------------------------------------------------------------------------------------
@@ -166,41 +193,73 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled kernel multiplies these."""
     of_floats = weight.dtype == x.dtype and x.dtype in (torch.float32, torch.bfloat16)
     of_levels = weight.dtype == torch.int8 and x.dtype in (torch.float32, torch.bfloat16)
-    return (of_floats or of_levels) and x.device.type == "cpu" and _refusal() is None
+    return (of_floats or of_levels) and x.device.type == "cpu" and refusal() is None
 
 
 def largest_share(dtype: torch.dtype, rows: int, out: int, width: int) -> float:
     """The share of active rows of a weight [width, out], of 1 at most, up to which the sparse
     product is faster than the dense one here; 0 where it never is."""
-    if rows > MOST_ROWS or _refusal() is not None:
+    if rows > MOST_ROWS or refusal() is not None:
         return 0.0
     return _measured(dtype, rows_bucket(rows), out, width, torch.get_num_threads())
 
 
 @functools.lru_cache(1024)
 def _measured(dtype: torch.dtype, rows: int, out: int, width: int, threads: int) -> float:
-    if dtype == torch.int8:  # whose dense product needs another copy of the weight
-        return 1.0
-    for share in _SHARES:
-        key = f"sparse_linear {dtype} {rows} {width} {out} {share} {threads}"
-        pair = functools.partial(_pair, dtype, rows, out, width, share)
-        if fastest(key, _VERSION, pair, _LEAD) == "sparse":
-            return share
-    return 0.0
+    made = functools.cache(lambda: _made(dtype, rows, out, width))
+    key = f"sparse_linear {dtype} {rows} {width} {out}"
+    return paying_share(key, _VERSION, lambda share: _pair(made, share), threads)
 
 
-def _pair(
-    dtype: torch.dtype, rows: int, out: int, width: int, share: float
-) -> dict[str, Callable[[], object]]:
-    """Both products, over rows with the same active entries: the union counts."""
+def paying_share(
+    key: str,
+    version: str,
+    pair: Callable[[float], dict[str, Callable[[], object]]],
+    threads: int,
+) -> float:
+    """The largest share up to which "sparse" is faster than "dense"; 0 where it never is.
+
+    Args:
+        key, version: as of `choice.fastest`.
+        pair: the two, where this share is active.
+        threads: torch's number of them.
+    """
+    low, high = 0, len(_SHARES)  # those from the high-th on pay
+    while low < high:
+        middle = (low + high) // 2
+        share = _SHARES[middle]
+        own = functools.partial(pair, share)
+        if fastest(f"{key} {share} {threads}", version, own, _LEAD) == "sparse":
+            high = middle
+        else:
+            low = middle + 1
+    return _SHARES[high] if high < len(_SHARES) else 0.0
+
+
+def _made(dtype: torch.dtype, rows: int, out: int, width: int) -> tuple[Tensor, ...]:
+    """x, weight, its columns, and scales of an int8 weight."""
     x = torch.linspace(1, 2, width).roll(width // 3).expand(rows, width).contiguous()
-    weight = torch.ones(out, width, dtype=dtype)
-    columns, select = torch.ones(width, out, dtype=dtype), Select(max(int(share * width), 1))
-    given = x.to(dtype)
+    scale = (torch.ones(out),) if dtype == torch.int8 else ()
+    return x, torch.ones(out, width, dtype=dtype), torch.ones(width, out, dtype=dtype), *scale
+
+
+def _pair(made: Callable[[], tuple[Tensor, ...]], share: float) -> dict[str, Callable[[], object]]:
+    """Both products, over rows with the same active entries: the union counts."""
+    x, weight, columns, *scales = made()
+    scale, width = scales[0] if scales else None, x.shape[1]
+    select = Select(max(int(share * width), 1))
+    given = x if scales else x.to(weight.dtype)
     return {
-        "dense": lambda: F.linear(given, weight),
-        "sparse": lambda: sparse_cpu.linear(x, columns, None, None, select, width),
+        "dense": lambda: dense(given, weight, scale, None),
+        "sparse": lambda: sparse_cpu.linear(x, columns, scale, None, select, width),
     }
+
+
+def dense(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x @ (weight·scale[:, None])ᵀ + bias; arguments as of `multiplied`."""
+    if scale is None:
+        return F.linear(x, weight, bias)
+    return int8_weight_linear(x, by_rows(weight), scale, bias)
 
 
 def kernel_name(weight: Tensor, rows: int, share: float | None) -> str:
@@ -213,7 +272,7 @@ def kernel_name(weight: Tensor, rows: int, share: float | None) -> str:
     """
     if weight.device.type != "cpu" or weight.dtype == torch.float64:
         return "torch, dense"
-    if (reason := _refusal()) is not None:
+    if (reason := refusal()) is not None:
         return f"torch, dense: {reason}"
     if rows > MOST_ROWS:
         return f"dense at {rows} rows; sparse kernels take up to {MOST_ROWS}"
@@ -222,14 +281,28 @@ def kernel_name(weight: Tensor, rows: int, share: float | None) -> str:
         return f"dense at {rows} rows, where it is faster"
     if share is None:
         return f"sparse ({sparse_cpu.isa()}) up to {most:.0%} active, else dense"
-    union = 1 - (1 - share) ** min(rows, _GROUP)
+    union = _union(share, rows)
     if union > most:
         return f"dense: {union:.0%} of the weight's rows are active at {rows} rows of input"
-    return f"sparse ({sparse_cpu.isa()}), {union:.0%} of the weight's rows"
+    until = rows_bucket(rows)
+    while (more := 2 * until) <= MOST_ROWS:
+        if _union(share, more) > largest_share(weight.dtype, more, *weight.shape):
+            break
+        until = more
+    return (
+        f"sparse ({sparse_cpu.isa()}), {union:.0%} of the weight's rows; dense above {until} rows "
+        "of input"
+    )
+
+
+def _union(share: float, rows: int) -> float:
+    """What is active in at least one of the rows that a kernel takes at once, where each chooses by
+    itself: rows that choose alike have less."""
+    return 1 - (1 - share) ** min(rows, _GROUP)
 
 
 @functools.cache
-def _refusal() -> str | None:
+def refusal() -> str | None:
     """Why the compiled kernels are not used; runs them against the formula."""
     if (reason := sparse_cpu.refusal()) is not None:
         return reason

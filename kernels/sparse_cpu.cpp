@@ -3,6 +3,7 @@
 //   sparse_linear   y[r,:] = Σ_{i ∈ S(r)} x[r,i]·w[i,:] + bias           w[i,:] is one contiguous row
 //   sparse_gated    a[r,n] = act(Σ_k x[r,k] gate[n,k]),   n ∈ S(r) by a
 //                   y[r,:] = Σ_{n ∈ S(r)} a[r,n]·(Σ_k x[r,k] up[n,k])·down[n,:] + bias
+//                   (or with an a that the caller has)
 //
 // With `screen`, levels of 8 bits of the gate, S(r) goes by those, and of the gate itself only the rows
 // in S(r) are read: a quarter of the bytes of a float gate for a choice that is seldom another one.
@@ -61,6 +62,7 @@ struct Gated {
   const float *gate_bias, *up_bias, *bias;          // [hidden], [hidden], [out] or null
   const int8_t* screen;       // [hidden, in] or null: S is chosen by these levels of the gate
   const float* screen_scale;  // [hidden]
+  const float* given;         // [rows, hidden] or null: a, and nothing is read of the gate
   float* y;                                         // [rows, out]
   int64_t* active;
   Parallel parallel;
@@ -138,26 +140,32 @@ uint32_t kth_largest(const uint32_t* keys, long n, long k, std::vector<uint32_t>
 void choose(const Select& s, const float* x, long width, uint8_t* chosen) {
   thread_local std::vector<uint32_t> keys, room;
   const long block = s.block, count = (width + block - 1) / block;
-  keys.resize(count);
-  for (long b = 0; b < count; b++) {
+  keys.resize(up(count * block, 64));  // whole lines: loops that are whole vectors
+  uint32_t* key = keys.data();
+  if (s.importance)
+    for (long i = 0; i < width; i++) key[i] = bits_of(x[i] * s.importance[i]);
+  else
+    for (long i = 0; i < width; i++) key[i] = bits_of(x[i]);
+  for (long b = 0; block > 1 && b < count; b++) {
     uint32_t most = 0;
-    for (long i = b * block; i < least((b + 1) * block, width); i++) {
-      const uint32_t key = bits_of(s.importance ? x[i] * s.importance[i] : x[i]);
-      most = key > most ? key : most;
-    }
-    keys[b] = most;
+    for (long i = b * block; i < least((b + 1) * block, width); i++) most = key[i] > most ? key[i] : most;
+    key[b] = most;
   }
   uint32_t from = bits_of((float)s.threshold);
   long ties = count;
   if (s.k) {
     const long k = least((s.k + block - 1) / block, count);
-    from = kth_largest(keys.data(), count, k, room);
-    long above = 0;
-    for (long b = 0; b < count; b++) above += keys[b] > from;
-    ties = k - above;
+    from = kth_largest(key, count, k, room);
+    long above = 0, equal = 0;
+    for (long b = 0; b < count; b++) above += key[b] > from, equal += key[b] == from;
+    ties = k - above < equal ? k - above : count;
+  }
+  if (block == 1 && ties == count) {
+    for (long i = 0; i < width; i++) chosen[i] = key[i] >= from;
+    return;
   }
   for (long b = 0; b < count; b++) {
-    const bool own = keys[b] > from || (keys[b] == from && ties-- > 0);
+    const bool own = key[b] > from || (key[b] == from && ties-- > 0);
     for (long i = b * block; i < least((b + 1) * block, width); i++) chosen[i] = own;
   }
 }
@@ -167,24 +175,39 @@ void choose(const Select& s, const float* x, long width, uint8_t* chosen) {
 struct Active {
   std::vector<int32_t> index;
   std::vector<float> value;  // [batches, GROUP, BATCH]
+  std::vector<uint8_t> any;
   long count = 0;
 };
 
-void gather(const float* x, long apart, long rows, long width, const uint8_t* chosen, Active& active) {
-  active.index.clear();
-  for (long i = 0; i < width; i++) {
-    bool any = false;
-    for (long r = 0; r < rows; r++) any |= chosen[r * width + i];
-    if (any) active.index.push_back((int32_t)i);
+// Nothing but the count is found where that is above `limit`.
+void gather(const float* x, long apart, long rows, long width, const uint8_t* chosen, long limit, Active& active) {
+  const uint8_t* any = chosen;
+  if (rows > 1) {
+    active.any.assign(chosen, chosen + width);
+    uint8_t* to = active.any.data();
+    for (long r = 1; r < rows; r++)
+      for (long i = 0; i < width; i++) to[i] |= chosen[r * width + i];
+    any = to;
   }
-  active.count = active.index.size();
-  const long batches = (active.count + BATCH - 1) / BATCH;
-  if (active.count) active.index.resize(batches * BATCH, active.index.back());
+  long count = 0;
+  for (long i = 0; i < width; i++) count += any[i];
+  active.count = count;
+  if (count > limit) return;
+  const long batches = (count + BATCH - 1) / BATCH;
+  active.index.resize(batches * BATCH + 1);
+  int32_t* index = active.index.data();
+  for (long i = 0, n = 0; i < width; i++) {  // without a branch that nobody foresees
+    index[n] = (int32_t)i;
+    n += any[i];
+  }
+  for (long n = count; n < batches * BATCH; n++) index[n] = index[count - 1];
   active.value.assign(batches * BATCH * GROUP, 0.0f);
-  for (long n = 0; n < active.count; n++) {
-    const long i = active.index[n];
-    for (long r = 0; r < rows; r++)
-      if (chosen[r * width + i]) active.value[(n / BATCH * GROUP + r) * BATCH + n % BATCH] = x[r * apart + i];
+  for (long r = 0; r < rows; r++) {
+    float* value = active.value.data() + r * BATCH;
+    for (long n = 0; n < count; n++) {
+      const long i = index[n];
+      value[n / BATCH * GROUP * BATCH + n % BATCH] = chosen[r * width + i] ? x[r * apart + i] : 0.0f;
+    }
   }
 }
 
@@ -331,12 +354,12 @@ struct Room {
 };
 
 void find_active(Parallel parallel, long threads, const Select& select, const float* x, long rows, long width,
-                 Room& room) {
+                 long limit, Room& room) {
   room.chosen.resize(rows * width);
   for_each(parallel, rows * width < 4096 ? 1 : threads, rows, [&](long r) {
     choose(select, x + r * width, width, room.chosen.data() + r * width);
   });
-  gather(x, width, rows, width, room.chosen.data(), room.active);
+  gather(x, width, rows, width, room.chosen.data(), limit, room.active);
 }
 
 template <class T>
@@ -346,7 +369,7 @@ bool linear(const Linear& c) {
   *c.active = 0;
   for (long r = 0; r < c.rows; r += GROUP) {
     const long rows = least(GROUP, c.rows - r);
-    find_active(c.parallel, c.threads, c.select, c.x + r * c.in, rows, c.in, room);
+    find_active(c.parallel, c.threads, c.select, c.x + r * c.in, rows, c.in, c.limit, room);
     *c.active += room.active.count;
     if (room.active.count > c.limit) return false;
     over_strips<T>(c.parallel, c.threads, (const T*)c.weight, c.out, room.active, c.scale, c.bias,
@@ -369,9 +392,10 @@ bool gated(const Gated& c) {
   for (long r0 = 0; r0 < c.rows; r0 += GROUP) {
     const long rows = least(GROUP, c.rows - r0);
     const float* x = c.x + r0 * c.in;
-    room.hidden.resize(rows * c.hidden);
-    float* hidden = room.hidden.data();
-    for_each(c.parallel, threads, (c.hidden + strip - 1) / strip, [&](long task) {
+    if (!c.given) room.hidden.resize(rows * c.hidden);
+    const float* hidden = c.given ? c.given + r0 * c.hidden : room.hidden.data();
+    float* made = room.hidden.data();
+    for_each(c.parallel, threads, c.given ? 0 : (c.hidden + strip - 1) / strip, [&](long task) {
       float found[GROUP];
       for (long n = task * strip; n < least((task + 1) * strip, c.hidden); n++) {
         if (c.screen)
@@ -380,10 +404,10 @@ bool gated(const Gated& c) {
           dots<T>(x, rows, c.in, (const T*)c.gate + n * c.in, found);
         const float* scale = c.screen ? c.screen_scale : c.gate_scale;
         for (long r = 0; r < rows; r++)
-          hidden[r * c.hidden + n] = activated(finished(found[r], scale, c.gate_bias, n), c.then);
+          made[r * c.hidden + n] = activated(finished(found[r], scale, c.gate_bias, n), c.then);
       }
     });
-    find_active(c.parallel, c.threads, c.select, hidden, rows, c.hidden, room);
+    find_active(c.parallel, c.threads, c.select, hidden, rows, c.hidden, c.limit, room);
     Active& active = room.active;
     *c.active += active.count;
     if (room.active.count > c.limit) return false;
@@ -427,6 +451,23 @@ void sparse_choose(const float* x, uint8_t* chosen, long rows, long width, const
                    long threads) {
   for_each(parallel, rows * width < 4096 ? 1 : threads, rows, [&](long r) {
     choose(*select, x + r * width, width, chosen + r * width);
+  });
+}
+
+// y[r, i] = x[r, i] where it is active, else 0.
+void sparse_masked(const float* x, float* y, long rows, long width, const Select* select, Parallel parallel,
+                   long threads) {
+  const long some = std::max(1L, 4096 / width);  // rows in one piece of work
+  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
+    thread_local std::vector<uint8_t> chosen;
+    chosen.resize(width);
+    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
+      choose(*select, x + r * width, width, chosen.data());
+      const float* from = x + r * width;
+      const uint8_t* own = chosen.data();
+      float* to = y + r * width;
+      for (long i = 0; i < width; i++) to[i] = own[i] ? from[i] : 0.0f;
+    }
   });
 }
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rewriter.kernels.native import fields, library, parallel, why_not
 
-__all__ = ["THEN", "Gate", "Select", "chosen", "gated", "isa", "linear", "refusal"]
+__all__ = ["THEN", "Gate", "Select", "chosen", "gated", "isa", "linear", "masked", "refusal"]
 
 THEN = ("", "relu", "gelu", "silu", "gelu_tanh")
 """Activations of a gate, by the number that C++ knows them as."""
@@ -46,7 +46,7 @@ class _Gated(ctypes.Structure):
     _fields_ = [
         *fields(
             "x gate up down gate_scale up_scale down_scale gate_bias up_bias bias screen "
-            "screen_scale y active parallel",
+            "screen_scale given y active parallel",
             "rows in_features hidden out type then limit threads",
         ),
         ("select", _Select),
@@ -93,8 +93,9 @@ def _library() -> tuple[Any, int]:
     for function in (made.sparse_linear, made.sparse_gated):
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
     pointer, number = ctypes.c_void_p, ctypes.c_long
-    made.sparse_choose.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
-    made.sparse_choose.restype = None
+    for function in (made.sparse_choose, made.sparse_masked):
+        function.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
+        function.restype = None
     return made, parallel()
 
 
@@ -163,7 +164,7 @@ def linear(
 
 def gated(
     x: Tensor,
-    gate: Gate,
+    gate: Gate | Tensor,
     up: Gate,
     down: Gate,
     then: str,
@@ -176,7 +177,8 @@ def gated(
 
     Args:
         x: [*, in] float32, contiguous, on a CPU, of one row at least; no size is 0.
-        gate, up, down: see `Gate`; all three of one dtype.
+        gate, up, down: see `Gate`; all three of one dtype. In the place of gate also a itself,
+            [*, hidden] float32, contiguous.
         then: one of `THEN`.
         select: which entries of a are active.
         limit: as of `linear`.
@@ -190,14 +192,16 @@ def gated(
     hidden, out = down.weight.shape
     y = torch.empty(*rows, out)
     active = ctypes.c_int64()
-    three = gate, up, down
+    given = gate if isinstance(gate, Tensor) else None
+    three = None if isinstance(gate, Tensor) else gate, up, down
     call = _Gated(
         x.data_ptr(),
-        *(g.weight.data_ptr() for g in three),
-        *(_address(g.scale) for g in three),
-        *(_address(g.bias) for g in three),
+        *(_address(g and g.weight) for g in three),
+        *(_address(g and g.scale) for g in three),
+        *(_address(g and g.bias) for g in three),
         None if screen is None else screen.weight.data_ptr(),
         None if screen is None else _address(screen.scale),
+        _address(given),
         y.data_ptr(),
         ctypes.addressof(active),
         start,
@@ -205,7 +209,7 @@ def gated(
         width,
         hidden,
         out,
-        _TYPES[gate.weight.dtype],
+        _TYPES[up.weight.dtype],
         THEN.index(then),
         limit,
         torch.get_num_threads(),
@@ -217,21 +221,21 @@ def gated(
 
 def chosen(x: Tensor, select: Select) -> Tensor:
     """Whether each entry of x [*, width] float32, contiguous, is active: [*, width] bool."""
+    return _by_entry("sparse_choose", x, torch.empty(x.shape, dtype=torch.bool), select)
+
+
+def masked(x: Tensor, select: Select) -> Tensor:
+    """x [*, width] float32, contiguous, with zeros where it is not active."""
+    return _by_entry("sparse_masked", x, torch.empty_like(x), select)
+
+
+def _by_entry(name: str, x: Tensor, to: Tensor, select: Select) -> Tensor:
     made, start = _library()
-    found = torch.empty(x.shape, dtype=torch.bool)
     if x.numel():
-        own = select.made()
-        rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        made.sparse_choose(
-            x.data_ptr(),
-            found.data_ptr(),
-            rows,
-            width,
-            ctypes.byref(own),
-            start,
-            torch.get_num_threads(),
-        )
-    return found
+        own, width = ctypes.byref(select.made()), x.shape[-1]
+        rows, threads = x.numel() // width, torch.get_num_threads()
+        getattr(made, name)(x.data_ptr(), to.data_ptr(), rows, width, own, start, threads)
+    return to
 
 
 def _address(tensor: Tensor | None) -> int | None:

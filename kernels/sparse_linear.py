@@ -19,9 +19,16 @@ from rewriter.kernels.common import (
     register_autocast,
     register_gradient,
     register_vmap,
-    widened,
 )
-from rewriter.kernels.sparse import Select, active, active_reference, multiplied
+from rewriter.kernels.sparse import (
+    MOST_ROWS,
+    Select,
+    active_reference,
+    dense,
+    masked,
+    multiplied,
+)
+from rewriter.kernels.weight_only import int8_weight_reference
 
 __all__ = ["sparse_linear", "sparse_linear_reference"]
 
@@ -88,15 +95,10 @@ def sparse_linear_reference(
 ) -> Tensor:
     """The same, written as the formula; autograd does the rest."""
     mask = active_reference(x, _select(threshold, importance, k, block))
-    return _dense(x.where(mask, 0.0), weight, scale, bias)
-
-
-def _dense(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    kept = x.where(mask, 0.0)
     if scale is None:
-        return F.linear(x, weight, bias)
-    wide = widened(x.dtype)
-    own = weight.to(wide) * scale.to(wide)[:, None]
-    return F.linear(x.to(wide), own, None if bias is None else bias.to(wide)).to(x.dtype)
+        return F.linear(kept, weight, bias)
+    return int8_weight_reference(kept, weight, scale, bias)
 
 
 def _check(
@@ -159,7 +161,7 @@ def _forward(
     select = _select(threshold, importance, k, block)
     y = multiplied(x, weight, scale, bias, select)
     if y is None:
-        y = _dense(x.where(active(x, select), 0.0), weight, scale, bias)
+        y = dense(masked(x, select), weight, scale, bias)
     return owned(y.contiguous(), (*x.shape[:-1], weight.shape[0]))
 
 
@@ -205,9 +207,22 @@ register_vmap(_lib, "sparse_linear", sparse_linear_reference, casts=4)
 torch.library.register_fake("rewriter::sparse_linear", _fake, lib=_lib)
 
 
-def _flops(x: torch.Size, weight: torch.Size, *rest: Any, out_shape: Any = None, **_: Any) -> int:
-    """One dense GEMM: an upper bound, for how many entries are active is known at run time."""
-    return 2 * x[:-1].numel() * weight[0] * weight[1]
+def _flops(
+    x: torch.Size,
+    weight: torch.Size,
+    scale: Any,
+    bias: Any,
+    threshold: Any = None,
+    importance: Any = None,
+    k: int = 0,
+    block: int = 1,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """Of few rows by rank what is active; else one dense GEMM, with a threshold an upper bound: how
+    many entries are above it is known at run time."""
+    rows, by_rank = x[:-1].numel(), threshold is None
+    return 2 * rows * weight[0] * (k if by_rank and rows <= MOST_ROWS else weight[1])
 
 
 ops.register(

@@ -29,7 +29,7 @@ from rewriter.kernels.common import (
     register_gradient,
     register_vmap,
 )
-from rewriter.kernels.sparse import Select, active, active_reference, multiplied
+from rewriter.kernels.sparse import MOST_ROWS, Select, active, active_reference, masked, multiplied
 
 __all__ = ["topk_linear", "topk_linear_reference"]
 
@@ -214,7 +214,7 @@ def _forward(
     select = Select(k, 0.0, importance, block)
     if h.dtype == weight.dtype and (y := multiplied(h, weight, None, bias, select)) is not None:
         return y
-    y = F.linear(h.where(active(h, select), 0.0), weight, bias)
+    y = F.linear(masked(h, select), weight, bias)
     return owned(y.contiguous(), y.shape)
 
 
@@ -333,9 +333,23 @@ register_vmap(_lib, "topk_linear_train", _train_reference)
 
 
 def _forward_flops(
+    h: torch.Size,
+    weight: torch.Size,
+    bias: Any,
+    k: int,
+    *rest: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """Of few rows what is kept; else one dense GEMM: the zeros are multiplied too."""
+    rows = h[:-1].numel()
+    return 2 * rows * weight[0] * (k if rows <= MOST_ROWS else weight[1])
+
+
+def _train_flops(
     h: torch.Size, weight: torch.Size, *rest: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    """One dense GEMM: the zeros are multiplied too."""
+    """One dense GEMM."""
     return 2 * h[:-1].numel() * weight[0] * weight[1]
 
 
@@ -370,14 +384,15 @@ def _backward_sizes(
 
 
 def _parts(run: ops.Run) -> list[ops.Part]:
-    """A selection, a scatter and a dense product."""
+    """A selection, a scatter and a product, of few rows over what is kept."""
     rows, out, width, k = run.sizes
     size = ops.element_size(run.dtype)
     read, shape = rows * width * size, (rows, width, k)
+    inner = k if rows <= MOST_ROWS else width
     return [
         ops.Part("aten::topk", "sort", run.dtype, bytes_read=read, shape=shape),
         ops.moved(run, "gather", "aten::scatter_", rows * width, 2 * size),
-        ops.product(run, 1, rows, out, width, run.weight_bytes),
+        ops.product(run, 1, rows, out, inner, run.weight_bytes * inner // width),
     ]
 
 
@@ -401,7 +416,7 @@ ops.register(
             place=lambda rows, out, width, k: (rows, math.sqrt(out * width), 1),
         ),
         companions=(
-            ops.Companion("rewriter::topk_linear_train"),
+            ops.Companion("rewriter::topk_linear_train", flops=_train_flops),
             ops.Companion("rewriter::topk_linear_backward", _backward_sizes, _backward_flops),
         ),
     )

@@ -16,6 +16,7 @@ from rewriter.passes.reluify import Reluify, SparseReLU
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.sparse_int8 import SparseInt8Linear
+from rewriter.passes.sparsegate import GateLinear, SparseGate
 from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear
 from rewriter.passes.threshold import Threshold, ThresholdLinear
 from rewriter.passes.topk import TopK, TopKLinear
@@ -28,6 +29,7 @@ __all__ = [
     "BFloat16Linear",
     "Densify",
     "Float8Linear",
+    "GateLinear",
     "Int4Conv1d",
     "Int4Conv2d",
     "Int4Embedding",
@@ -50,6 +52,7 @@ __all__ = [
     "Reluify",
     "RemoveBlocks",
     "ResizeMLP",
+    "SparseGate",
     "SparseInt8Linear",
     "SparseReLU",
     "StaticOutlierLinear",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rewriter.base import Layer, as_parameter
 from rewriter.errors import OptionError, whole_number
 from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
-from rewriter.kernels.sparse import MOST_ROWS, held_bytes, kernel_name
+from rewriter.kernels.sparse import held_bytes, kernel_name
 from rewriter.kernels.sparse_linear import sparse_linear
 from rewriter.passes.threshold import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
@@ -121,4 +121,4 @@ class SparseInt8Linear(Layer):
         return kernel_name(self.qweight, tokens, self.share)
 
     def held_bytes(self, tokens: int) -> int:
-        return held_bytes(self.qweight) if tokens <= MOST_ROWS else 0
+        return held_bytes(self.qweight, tokens)

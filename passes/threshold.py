@@ -16,7 +16,6 @@ from rewriter.base import Layer, Pass, Phase, as_parameter, unusable
 from rewriter.edits import Edit, Keep, Replace, View
 from rewriter.errors import OptionError, given, of_type, one_of
 from rewriter.kernels.sparse import (
-    MOST_ROWS,
     Select,
     active_reference,
     held_bytes,
@@ -29,9 +28,9 @@ from rewriter.modules.moments import Sample
 from rewriter.passes.topk import SCORES, Score
 from rewriter.sites import EMBEDDING, LINEAR, MLP, Kind, Site
 
-__all__ = ["Threshold", "ThresholdLinear"]
+__all__ = ["FEWEST", "Threshold", "ThresholdLinear", "doubt", "quantile", "tied"]
 
-_FEWEST = 64
+FEWEST = 64
 """Rows of calibration below which no quantile is taken."""
 _COMPARED = 256
 """So many rows tell what each sparsity costs a layer."""
@@ -151,7 +150,7 @@ class ThresholdLinear(Layer):
         return kernel_name(self.weight, tokens, self.share)
 
     def held_bytes(self, tokens: int) -> int:
-        return held_bytes(self.weight) if tokens <= MOST_ROWS else 0
+        return held_bytes(self.weight, tokens)
 
 
 @dataclass(frozen=True)
@@ -219,8 +218,9 @@ class Threshold(Pass):
     def plan(self, view: View) -> list[Edit]:
         edits: list[Edit] = []
         blocks: dict[str, list[Site]] = {}
+        shared = tied(view)
         for site in view.chosen:
-            if reason := _against(site, view) or _tied(site, view):
+            if reason := _against(site, view) or shared.get(site.fqn):
                 edits.append(Keep(site, reason))
             else:
                 blocks.setdefault(_block(site.fqn), []).append(site)
@@ -270,9 +270,9 @@ class Threshold(Pass):
         scores = _scores(rows, importance)
         wide = weight.to(rows.dtype)
         total = float((rows @ wide.t()).square().sum()) or 1.0
-        found = [0.0]
+        found, ranked = [0.0], scores.flatten().sort().values
         for i in range(1, round(_MOST / _STEP) + 1):
-            lost = rows.where(scores < quantile(scores.flatten(), i * _STEP), 0.0)
+            lost = rows.where(scores < ranked[_rank(i * _STEP, len(ranked))], 0.0)
             found.append(float((lost @ wide.t()).square().sum()) / total)
         return found
 
@@ -284,8 +284,11 @@ def quantile(scores: Tensor, share: float) -> float:
         scores: [n] float32, n > 0.
         share: from 0 to 1.
     """
-    at = min(int(share * len(scores)), len(scores) - 1) + 1
-    return float(scores.kthvalue(at).values)
+    return float(scores.kthvalue(_rank(share, len(scores)) + 1).values)
+
+
+def _rank(share: float, count: int) -> int:
+    return min(int(share * count), count - 1)
 
 
 def _scores(rows: Tensor, importance: Tensor | None) -> Tensor:
@@ -308,19 +311,26 @@ def _against(site: Site, view: View) -> str:
     sample: Sample | None = site.sample
     if sample is None:
         return "the calibration batches do not reach it"
-    if len(sample.rows) < _FEWEST:
+    if len(sample.rows) < FEWEST:
         return (
             f"the calibration batches give it {len(sample.rows)} rows, and a quantile takes "
-            f"{_FEWEST}: pass more text"
+            f"{FEWEST}: pass more text"
         )
     return ""
 
 
-def _tied(site: Site, view: View) -> str:
-    """Why a site stays that shares its weight; a plan is done whole or not at all."""
-    users = (s for s in view.sites if s.kind in (LINEAR, EMBEDDING) and s.fqn != site.fqn)
-    tied = sorted(s.fqn for s in users if s.weight is site.weight)
-    return f"its weight is tied to {', '.join(tied)}" if tied else ""
+def tied(view: View) -> dict[str, str]:
+    """Why sites stay that share their weight, by name; a plan is done whole or not at all."""
+    users: dict[int, dict[str, None]] = {}
+    for site in view.sites:
+        if site.kind in (LINEAR, EMBEDDING):
+            users.setdefault(id(site.weight), {})[site.fqn] = None
+    found: dict[str, str] = {}
+    for names in users.values():
+        for name in names:
+            if others := sorted(n for n in names if n != name):
+                found[name] = f"its weight is tied to {', '.join(others)}"
+    return found
 
 
 def _block(fqn: str) -> str:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip, as_parameter, unusable
 from rewriter.errors import OptionError, of_type, one_of, whole_number
 from rewriter.kernels.sparse import (
-    MOST_ROWS,
     Select,
     active_reference,
     held_bytes,
@@ -148,7 +147,7 @@ class TopKLinear(Layer):
         return kernel_name(self.weight, tokens, self.k / self.in_features)
 
     def held_bytes(self, tokens: int) -> int:
-        return held_bytes(self.weight) if tokens <= MOST_ROWS else 0
+        return held_bytes(self.weight, tokens)
 
 
 Score = Literal["magnitude", "wina"]

@@ -105,6 +105,7 @@ def test_selection_is_that_of_the_formula(
     threshold = data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0]))
     select = Select(k, threshold, importance, block)
     assert_equal(active(x, select), active_reference(x, select))
+    assert_equal(sparse.masked(x, select), x.where(active_reference(x, select), 0.0))
 
 
 def test_ties_go_to_the_lower_index() -> None:
@@ -120,6 +121,7 @@ def test_nan_is_active_and_reaches_the_outputs() -> None:
     for select in (Select(1), Select(0, 1e30), Select(8, block=8)):
         for choose in (active, active_reference):
             assert choose(x, select)[0, 33]
+        assert sparse.masked(x, select)[0, 33].isnan()
     weight = torch.randn(6, 40)
     assert topk_linear(x, weight, None, 1).isnan().all()
     assert sparse_linear(x, weight, threshold=torch.tensor([9.0])).isnan().all()
@@ -209,13 +211,14 @@ def test_dense_runs_where_more_is_active_than_pays(monkeypatch: pytest.MonkeyPat
     assert sparse.multiplied(*own, Select(16)) is not None
     assert sparse.multiplied(*own, Select(17)) is None
     assert_reordered(topk_linear(x, weight, None, 17), F.linear(x * active(x, Select(17)), weight))
-    assert sparse.kernel_name(weight, 1, 0.25).endswith("25% of the weight's rows")
+    name = sparse.kernel_name(weight, 1, 0.25)
+    assert name.endswith("25% of the weight's rows; dense above 1 rows of input")
     assert sparse.kernel_name(weight, 1, 0.5).startswith("dense: 50% of the weight's rows")
     assert sparse.kernel_name(weight, 100, 0.5) == "dense at 100 rows; sparse kernels take up to 16"
 
 
 def test_without_a_compiled_kernel_all_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "_refusal", lambda: "no compiler")
+    monkeypatch.setattr(sparse, "refusal", lambda: "no compiler")
     x, weight = torch.randn(2, 64), torch.randn(48, 64)
     assert_reordered(topk_linear(x, weight, None, 9), F.linear(x * active(x, Select(9)), weight))
     assert sparse.kernel_name(weight, 1, 0.5) == "torch, dense: no compiler"
@@ -235,26 +238,56 @@ def test_the_copy_by_columns_follows_the_weight() -> None:
     same()
     kept = sparse.by_columns(layer.weight)
     assert sparse.by_columns(layer.weight) is kept
-    assert sparse.held_bytes(layer.weight) == 4 * 48 * 64
+    assert sparse.held_bytes(layer.weight, 1) == 4 * 48 * 64
+    assert sparse.held_bytes(layer.weight, 100) == 0
     columns = layer.weight.t().contiguous().t()
     assert sparse.by_columns(columns).data_ptr() == columns.data_ptr()
-    assert sparse.held_bytes(columns) == 0
+    assert sparse.held_bytes(columns, 1) == 0
+    levels = quantize_weight(layer.weight)[0].t().contiguous().t()
+    assert sparse.held_bytes(levels, 1) == 0
+    assert sparse.held_bytes(levels, 100) == 48 * 64
+    assert sparse.by_rows(levels) is sparse.by_rows(levels)
+    assert_equal(sparse.by_rows(levels), levels)
 
 
-def test_the_largest_share_that_pays_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the largest on, until one is faster; nothing above it is used."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("pays", [0.0, 0.1, 0.5, 0.7, 1.0])
+def test_the_largest_share_that_pays_is_measured(
+    monkeypatch: pytest.MonkeyPatch, pays: float, dtype: torch.dtype
+) -> None:
+    """Against the dense product of the same weights, in three measurements at most."""
     monkeypatch.undo()
-    asked: list[str] = []
+    asked: list[float] = []
 
     def fastest(key: str, version: str, candidates: Any, lead: float) -> str:
-        asked.append(key)
+        asked.append(float(key.split()[5]))
         pair = candidates()
-        assert_reordered(pair["sparse"]()[0], pair["dense"]() * 0 + pair["sparse"]()[0])
-        return "sparse" if len(asked) == 3 else "dense"
+        full = asked[-1] == 1.0
+        got, want = pair["sparse"]()[0], pair["dense"]()
+        assert got.shape == want.shape
+        if full and dtype != torch.int8:  # whose result is a float's
+            assert_reordered(got.to(dtype), want)
+        elif full:
+            assert_reordered(got, want)
+        return "sparse" if asked[-1] <= pays else "dense"
 
     monkeypatch.setattr(sparse, "fastest", fastest)
-    assert MEASURED.__wrapped__(torch.float32, 2, 8, 64, 1) == 0.7
-    assert [key.split()[5] for key in asked] == ["1.0", "0.85", "0.7"]
+    assert MEASURED.__wrapped__(dtype, 2, 8, 64, 1) == pays
+    assert 1 <= len(asked) <= 3
+
+
+def test_the_report_says_up_to_how_many_rows_it_is_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sparse, "_measured", lambda dtype, rows, *_: {1: 1.0, 2: 0.7}.get(rows, 0.5)
+    )
+    weight = torch.randn(48, 64)
+    assert sparse.kernel_name(weight, 1, 0.1).endswith(
+        "10% of the weight's rows; dense above 4 rows of input"
+    )
+    assert sparse.kernel_name(weight, 1, 0.4).endswith("dense above 2 rows of input")
+    assert sparse.kernel_name(weight, 3, 0.1).endswith(
+        "27% of the weight's rows; dense above 4 rows of input"
+    )
 
 
 MEASURED = sparse._measured

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rewriter.base import Layer, Phase, Replacement, Skip
 from rewriter.errors import OptionError
+from rewriter.kernels.sparse_linear import sparse_linear
 from rewriter.kernels.topk import topk_linear, topk_linear_reference
 from rewriter.passes.topk import TopK, TopKLinear
 from rewriter.sites import ACTIVATION, LINEAR, MLP, Site
@@ -165,12 +166,20 @@ def test_bad_shapes_are_named():
         topk_linear(h, weight, bias[:1], 2)
 
 
-def test_flops_are_those_of_the_dense_gemm_that_runs():
+def test_flops_count_what_is_kept_where_few_rows_come_in_and_a_dense_gemm_else():
     h, weight, bias = tensors(2, 3)
     gemm = 2 * 6 * 6 * 4
+    for rows, want in ((6, gemm // 3), (60, 10 * gemm)):
+        for own in (
+            lambda h: topk_linear(h, weight, bias, 2),
+            lambda h: sparse_linear(h, weight, None, bias, k=2),
+        ):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                own(h.detach().view(6, 6).repeat(rows // 6, 1))
+            assert counter.get_total_flops() == want
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        topk_linear(h, weight, bias, 2)
-    assert counter.get_total_flops() == gemm
+        sparse_linear(h, weight, None, bias, threshold=torch.ones(1))
+    assert counter.get_total_flops() == gemm  # an upper bound
     with FlopCounterMode(display=False) as counter:
         topk_linear(h, weight, bias, 2).sum().backward()
     assert counter.get_total_flops() == 3 * gemm

@@ -37,6 +37,7 @@ from rewriter.lowering.integers import (
     INT8_NORM,
 )
 from rewriter.lowering.rules import Rule
+from rewriter.lowering.sparse_gated import SPARSE_GATED
 from rewriter.lowering.weights import WEIGHT_ALONE
 from rewriter.modules.patterns import (
     activation,
@@ -47,6 +48,7 @@ from rewriter.modules.patterns import (
     conv_transpose,
     dropout,
     fan,
+    gated,
     layer_norm,
     linear,
     maybe,
@@ -87,6 +89,8 @@ DEFAULT_RULES = (
     # the same of a transposed convolution, whose output channels are the second dimension of W
     Rule(conv_transpose >> batch_norm >> activation, CONV_TRANSPOSE),
     Rule(conv_transpose >> batch_norm, CONV_TRANSPOSE),
+    # W₃·(act(W₁·x)_S ∘ (W₂·x)): of W₂ and W₃ what belongs to S
+    Rule(gated(op("gate_linear"), linear), SPARSE_GATED),
     # act(x·Wᵀ + b), the activation on each tile of the product while that is in the cache
     Rule(linear >> activation, LINEAR_ACT),
     # softmax(q·kᵀ·scale + mask)·v with [q k v] = s·(q(x)·Qᵀ)·scale + … of one input, one element of

@@ -6,6 +6,7 @@
     conv >> maybe(batch_norm)       an operation that may be there or not
     fan(linear)                     siblings: two or more calls that read one value
     attend(linear)                  attention of a value to itself: three siblings, cut into heads
+    gated(gate, linear)             an MLP of three layers: linear(act(gate(x)) · linear(x))
 
 An operation is told by one name whichever front end spelled it (`rewriter.spellings.spelled`), so
 a pattern holds no spelling; `rewriter.sites.find_matches` looks for one in a graph.
@@ -26,6 +27,7 @@ __all__ = [
     "Attend",
     "Chain",
     "Fan",
+    "Gated",
     "Match",
     "Op",
     "Pattern",
@@ -39,6 +41,7 @@ __all__ = [
     "dropout",
     "fan",
     "find",
+    "gated",
     "gelu",
     "layer_norm",
     "linear",
@@ -122,7 +125,24 @@ class Attend:
         return f"attend({self.op})"
 
 
-Pattern = Op | Chain | Fan | Attend
+@dataclass(frozen=True)
+class Gated:
+    """An MLP that multiplies an activation of its gate with a second layer of the same input, and
+    goes on to a third; nothing else reads a value in between.
+
+    Args:
+        gate: the layer in front of the activation.
+        op: the two others.
+    """
+
+    gate: Op
+    op: Op
+
+    def __str__(self) -> str:
+        return f"gated({self.gate}, {self.op})"
+
+
+Pattern = Op | Chain | Fan | Attend | Gated
 
 
 def op(*names: str) -> Op:
@@ -167,6 +187,17 @@ def attend(step: Op) -> Attend:
     if not isinstance(step, Op):
         raise OptionError(f"attend({step}): give one operation")
     return Attend(step)
+
+
+def gated(gate: Op, step: Op) -> Gated:
+    """An MLP of three layers.
+
+    Raises:
+        OptionError: `gate` or `step` is not one operation.
+    """
+    if not isinstance(gate, Op) or not isinstance(step, Op):
+        raise OptionError(f"gated({gate}, {step}): give two operations")
+    return Gated(gate, step)
 
 
 conv, conv_transpose, batch_norm = op("conv"), op("conv_transpose"), op("batch_norm")
@@ -222,6 +253,11 @@ def find(
             if spell(node) == _ATTENTION and (made := _attends(pattern, node, spell, source)):
                 yield made
         return
+    if isinstance(pattern, Gated):
+        for node in graph.nodes:
+            if spell(node) in pattern.gate.names and (made := _gated(pattern, node, spell, source)):
+                yield made
+        return
     steps = pattern.steps if isinstance(pattern, Chain) else (pattern,)
     for node in graph.nodes:
         start = source(node) if spell(node) in steps[0].names else None
@@ -258,6 +294,30 @@ def _along(
             return None
         nodes.append(following)
     return tuple(nodes), tuple(others)
+
+
+def _gated(pattern: Gated, gate: Node, spell: Spell, source: Source) -> Match | None:
+    """The place around one call of a gate."""
+    start = source(gate)
+    act = _only_reader(gate)
+    product = None if act is None or spell(act) not in activation.names else _only_reader(act)
+    if start is None or act is None or product is None or spell(product) != "mul":
+        return None
+    sides, down = product.args[:2], _only_reader(product)
+    up = next((n for n in sides if n is not act), None)
+    if len(sides) != 2 or not isinstance(up, Node) or down is None or source(down) is not product:
+        return None
+    layers = spell(up) in pattern.op.names and spell(down) in pattern.op.names
+    if not layers or source(up) is not start or _only_reader(up) is not product:
+        return None
+    order = {n: i for i, n in enumerate(gate.graph.nodes)}
+    return Match(
+        pattern, tuple(sorted((gate, act, up, product, down), key=order.__getitem__)), start
+    )
+
+
+def _only_reader(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 _ATTENTION = "scaled_dot_product_attention"

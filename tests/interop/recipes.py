@@ -25,6 +25,7 @@ from rewriter.passes import (
     Reluify,
     RemoveBlocks,
     ResizeMLP,
+    SparseGate,
     Threshold,
     TopK,
 )
@@ -70,6 +71,7 @@ RECIPES = (
     Recipe("TopK", (TopK(k=12),)),
     Recipe("Threshold", (Threshold(0.5, inputs="all"),)),
     Recipe("Reluify", (Reluify("fatrelu", 0.1),)),
+    Recipe("SparseGate", (SparseGate(k=12),)),
     Recipe("RemoveBlocks", (RemoveBlocks(where="*layer*.1"),)),
     Recipe("ResizeMLP", (ResizeMLP(keep=0.5),)),
     Recipe("Monarch, Densify", (Monarch(nblocks=4), Densify())),

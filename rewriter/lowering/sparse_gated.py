@@ -1,0 +1,64 @@
+"""The form of gated MLPs of which only the neurons with a large gate are computed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.kernels import sparse
+from rewriter.kernels.sparse_gated import largest_share, sparse_gated
+from rewriter.lowering.rules import Fused, Place
+
+__all__ = ["SPARSE_GATED"]
+
+
+def _layers(place: Place) -> tuple[Any, Any, Any]:
+    """gate, up, down, in whichever order they are called."""
+    layers = [m for m in place.modules if hasattr(m, "in_features")]
+    gate = next(m for m in layers if getattr(m, "op", "") == "gate_linear")
+    up = next(m for m in layers[:-1] if m is not gate)
+    return gate, up, layers[-1]
+
+
+def _tensors(place: Place) -> list[Tensor | None]:
+    gate, up, down = _layers(place)
+    own = gate.weight, gate.bias, gate.threshold, up.weight, up.bias, down.weight
+    return [*own, down.weight.detach().t().contiguous(), down.bias]
+
+
+def _options(place: Place) -> tuple[Any, ...]:
+    gate = _layers(place)[0]
+    return gate.then, gate.k, 1.0 if gate.share is None else gate.share
+
+
+def _unlike(place: Place) -> str | None:
+    if (reason := sparse.refusal()) is not None:
+        return reason
+    gate, up, down = _layers(place)
+    kinds = {(m.weight.dtype, m.weight.device.type) for m in (gate, up, down)}
+    if len(kinds) > 1 or not kinds <= {(torch.float32, "cpu"), (torch.bfloat16, "cpu")}:
+        return "the compiled kernel takes weights of float32 or bfloat16 on a CPU"
+    return None
+
+
+def _slow(place: Place, x: Tensor) -> str | None:
+    gate, _, down = _layers(place)
+    rows = math.prod(x.shape[:-1]) or 1
+    sizes = gate.in_features, gate.out_features, down.out_features
+    share = 1.0 if gate.share is None else gate.share
+    if any(largest_share(x.dtype, n, *sizes) >= share for n in {1, min(rows, sparse.MOST_ROWS)}):
+        return None
+    return f"dense products are faster here where {share:.0%} of the neurons are active"
+
+
+def _one_neuron(place: Place) -> float:
+    """A product that rounds another way may put another neuron over the threshold."""
+    return 1e-2
+
+
+SPARSE_GATED = Fused(
+    "sparse_gated", sparse_gated, _tensors, _options, _unlike, _slow, error=_one_neuron
+)
