@@ -218,6 +218,9 @@ def main() -> None:
         seen = None if recipe.method == "round" else calibration
         models[name] = rewrite(model, [recipe], {"input_ids": prompt}, calibration=seen)
         print(f"{name}: rewritten", flush=True)
+    # one forward for all models: past the limit, Dynamo would go on in eager without an error
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     runs: dict[str, Callable[[], Tensor]] = {}
     of: dict[str, str] = {}  # the model of a run
     for how in (EAGER, COMPILED, WRAPPED) if args.compiled else (EAGER,):
