@@ -57,7 +57,7 @@ class Zeroed:
         seen: dict[str, list[Tensor]] = {name: [] for name in self.layers}
 
         def noting(name: str) -> Any:
-            return lambda m, inputs: seen[name].append(inputs[0][0, 1::4].clone())
+            return lambda m, inputs: seen[name].append(inputs[0][0, 1:].clone())
 
         handles = [m.register_forward_pre_hook(noting(n)) for n, m in self.layers.items()]
         with torch.no_grad():
@@ -68,8 +68,9 @@ class Zeroed:
         return {name: torch.cat(rows) for name, rows in seen.items()}
 
     def basis(self, name: str) -> Tensor:
-        """Q [n, n], orthogonal: the principal axes of a layer's inputs, as in LaRoSA."""
-        x = self.samples[name]
+        """Q [n, n], orthogonal: the principal axes of a layer's inputs, as in LaRoSA; of other rows
+        than thresholds are, as those they are fitted to lie closer to few axes."""
+        x = self.samples[name][::2]
         key = name.rpartition(".")[0], hash(float(x.abs().sum()))
         if key not in self._bases:  # q, k and v share theirs, gate and up as well
             self._bases[key] = torch.linalg.eigh(x.t() @ x).eigenvectors
@@ -84,7 +85,7 @@ class Zeroed:
     def limit(self, name: str, share: float) -> float:
         key = name, self.score, round(share, 4)
         if key not in self._limits:
-            scores = self.entries(name, self.samples[name])[1].flatten()
+            scores = self.entries(name, self.samples[name][1::2])[1].flatten()
             self._limits[key] = quantile(scores, share)
         return self._limits[key]
 

@@ -322,9 +322,9 @@ def _against(site: Site, view: View) -> str:
 def tied(view: View) -> dict[str, str]:
     """Why sites stay that share their weight, by name; a plan is done whole or not at all."""
     users: dict[int, dict[str, None]] = {}
-    for site in view.sites:
-        if site.kind in (LINEAR, EMBEDDING):
-            users.setdefault(id(site.weight), {})[site.fqn] = None
+    weights = [(s.fqn, s.weight) for s in view.sites if s.kind in (LINEAR, EMBEDDING)]
+    for name, weight in weights:  # all alive: no id is given twice
+        users.setdefault(id(weight), {})[name] = None
     found: dict[str, str] = {}
     for names in users.values():
         for name in names:
