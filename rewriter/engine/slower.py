@@ -100,8 +100,8 @@ class Lost:
 
     def _time(self, kind: object, p: Proposal) -> None:
         start = time.perf_counter()
-        how = {"only": "cpu", "rounds": _ROUNDS, "warm": 2}
-        times = sampled(p.site, p.replacement.layer, None, self.rules, **how)
+        new = p.replacement.layer
+        times = sampled(p.site, new, None, self.rules, only="cpu", rounds=_ROUNDS, warm=2)
         self.spent += time.perf_counter() - start
         self.known[kind] = 0.0 if times is None else longer(*times)
 

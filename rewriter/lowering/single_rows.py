@@ -35,8 +35,10 @@ def attend_single_rows(graph: fx.Graph) -> None:
 
 
 def _attend(graph: fx.Graph, call: fx.Node) -> None:
-    q, k, v, dropout, causal = [*call.args, 0.0, False][:5]
-    mask, scale = call.kwargs.get("attn_mask"), call.kwargs.get("scale")
+    given: list[Any] = [*call.args, 0.0, False][:5]
+    q, k, v, dropout, causal = given
+    mask: Any = call.kwargs.get("attn_mask")
+    scale: Any = call.kwargs.get("scale")
     values = list(call.users)
     if any(n.target is not operator.getitem or n.args[1] != 0 for n in values):
         return  # the backward wants more of it
