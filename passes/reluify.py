@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip
 from rewriter.errors import OptionError, finite_number, given, one_of
 from rewriter.modules.moments import Sample
-from rewriter.passes.threshold import doubt, quantile
+from rewriter.passes.threshold import FEWEST, doubt, quantile
 from rewriter.sites import ACTIVATION, Kind, Site
 
 __all__ = ["FORMS", "Form", "Reluify", "SparseReLU"]
@@ -25,8 +25,6 @@ _SMOOTH = frozenset({
     "accurate_gelu_activation", "silu", "mish", "hardswish", "relu",
 })  # fmt: skip
 """Activations that are about 0 far below 0 and about x far above it."""
-_FEWEST = 64
-"""Rows of calibration below which nothing is fitted to them."""
 
 
 class SparseReLU(Layer):
@@ -137,10 +135,10 @@ class Reluify(Pass):
         old, sample = site.operation, site.sample
         if old not in _SMOOTH:
             return Skip("a {} is not like a ReLU: 0 far below zero, and x far above", old)
-        if self.needs_calibration and (sample is None or len(sample.rows) < _FEWEST):
+        if self.needs_calibration and (sample is None or len(sample.rows) < FEWEST):
             rows = 0 if sample is None else len(sample.rows)
             return Skip(
-                "the calibration batches give it {} rows, and t takes {}: pass more", rows, _FEWEST
+                "the calibration batches give it {} rows, and t takes {}: pass more", rows, FEWEST
             )
         threshold = self._threshold(site, sample)
         if old == "relu" and not threshold:

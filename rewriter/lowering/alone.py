@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.lowering.lowered import derived
-from rewriter.lowering.planning import Application, inputs_of, places, spoken
+from rewriter.lowering.planning import pays, places
 from rewriter.lowering.rules import Rule
 
 __all__ = ["alone"]
@@ -46,7 +46,8 @@ def alone(
         graph.call_function(torch.neg, (n,)) for n in given.users
     ]  # what a model returns is no piece of one
     graph.output(tuple(read))
-    found = [a for a in places(graph, root, rules)[0] if _pays(a)]
+    applications = places(graph, root, rules)[0]
+    found = [a for a in applications if pays(a, lambda node: node.meta["val"])]
     taken = sum(len(a.place.match.nodes) for a in found)
     return _in_turn([*(a.ready(derived(a)) for a in found), *[layer.forward] * (count - taken)])
 
@@ -60,9 +61,3 @@ def _in_turn(functions: Sequence[Callable[[Tensor], Any]]) -> Callable[[Tensor],
             function(x)
 
     return run
-
-
-def _pays(found: Application) -> bool:
-    """Whether a rule is not slower at its place, on the values that its nodes have."""
-    args, kwargs = inputs_of(found.place.match, lambda node: node.meta["val"])
-    return spoken("slower", found.rule, found.place, *args, **kwargs) is None

@@ -193,9 +193,20 @@ def spoken(name: str, rule: Rule, place: Place, *inputs: Any, **named: Any) -> s
     raise failure(rule, place, TypeError(f"{name} gave {reason!r}, neither a reason nor None"))
 
 
-def pays(found: Application) -> bool:
-    """Whether a rule is not slower at its place, going by the sizes that its graph was captured
-    with alone: no values are at hand."""
+def pays(found: Application, value: Callable[[fx.Node], Any] | None = None) -> bool:
+    """Whether a rule is not slower at its place.
+
+    Args:
+        found: the rule at the place.
+        value: what a node gives; None where no values are at hand: the sizes that the graph was
+            captured with then tell alone.
+    """
+    args, kwargs = inputs_of(found.place.match, value or _examples())
+    return spoken("slower", found.rule, found.place, *args, **kwargs) is None
+
+
+def _examples() -> Callable[[fx.Node], Any]:
+    """Of a node a value of the sizes that its graph was captured with, without data."""
     known = FakeTensorMode()
 
     def example(node: fx.Node) -> Any:
@@ -206,8 +217,7 @@ def pays(found: Application) -> bool:
         with known:
             return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
-    args, kwargs = inputs_of(found.place.match, example)
-    return spoken("slower", found.rule, found.place, *args, **kwargs) is None
+    return example
 
 
 def _hint(size: int | torch.SymInt) -> int:
