@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 import pathlib
@@ -429,6 +430,46 @@ def test_the_backend_makes_products_of_one_input_together() -> None:
     assert seen == [{"rewriter::native_weight_linears": 1, "rewriter::native_int4_linear": 2}]
 
 
+class Attending(nn.Module):
+    """One query of each head asks keys and values of a static cache, two heads the same ones."""
+
+    def __init__(self, project: nn.Module) -> None:
+        super().__init__()
+        self.project = project
+        self.register_buffer("keys", torch.zeros(1, 3, 8, 32))
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        q = self.project(x).view(1, 6, 1, 32)
+        self.keys.index_copy_(2, at, q[:, ::2] * 2)
+        k = self.keys[:, :, None].expand(1, 3, 2, 8, 32).reshape(1, 6, 8, 32)
+        y: Tensor = F.scaled_dot_product_attention(q, k, k)
+        return y
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.usefixtures("_fresh")
+def test_the_backend_copies_no_keys_of_a_static_cache() -> None:
+    torch.manual_seed(0)
+    x, seen = torch.randn(1, 1, 48), list[list[str]]()
+
+    def look(graph: fx.Graph) -> None:
+        graph.eliminate_dead_code()
+        seen.append([str(n.target) for n in graph.nodes])
+
+    model = Attending(rewrite(nn.Linear(48, 192), [OF_FEW_BITS["int4-weight"]], x))
+    plain = copy.deepcopy(model)
+    backend = rewriter.backend(inductor={"post_grad_custom_pre_pass": look})
+    compiled: Any = torch.compile(model, backend=backend, dynamic=False)
+    with torch.no_grad():
+        for i in range(3):
+            at = torch.tensor([i])
+            assert_reordered(compiled(x + i, at), plain(x + i, at))
+    (names,) = seen
+    assert "rewriter.native_attention.default" in names
+    assert not any("expand" in n or "clone" in n for n in names)
+
+
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -445,6 +486,8 @@ def graph_of_attention(rows: int = 1, times: int = 3, causal: bool = False) -> f
 
     module = make_fx(attend, tracing_mode="fake")(*attended(rows, times))
     module.graph.eliminate_dead_code()
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default  # as Inductor has it when its passes run
     return module
 
 

@@ -362,6 +362,8 @@ class Inner:
             place = "post_grad_custom_pre_pass"
             patches[place] = InductorPasses(patches.get(place, getattr(inductor, place)))
             patches.setdefault("cpp.min_chunk_size", max(_ALONE, inductor.cpp.min_chunk_size))
+            # of each tensor of each layer at each call: Dynamo's guards have looked at them
+            patches.setdefault("size_asserts", False)
         if self.memory_budget is not None:
             from rewriter.planner import inductor_partitioner
 
