@@ -11,6 +11,8 @@ import copy
 import functools
 import importlib.util
 import logging
+import random
+import re
 import tempfile
 import time
 import warnings
@@ -192,9 +194,22 @@ QUICK = (EAGER, "this package, int8-dynamic", "torch.ao, dynamic int8 (fbgemm)")
 def texts(tokenizer: Any, rows: int, length: int, first: int) -> Batch:
     """Real news, cut to so many tokens."""
     found = data.news()[first : first + rows]
-    given = tokenizer(found, max_length=length, truncation=True, padding="max_length",
-                      return_tensors="pt")  # fmt: skip
+    return tokenized(tokenizer, found, max_length=length, truncation=True, padding="max_length")
+
+
+def tokenized(tokenizer: Any, found: list[str], **more: Any) -> Batch:
+    """Texts as the model takes them, by default padded to the longest."""
+    given = tokenizer(found, **{"padding": True, **more}, return_tensors="pt")
     return {n: given[n] for n in ("input_ids", "attention_mask")}
+
+
+def calibration_batches(tokenizer: Any) -> list[Batch]:
+    """What static ranges are found on, by all who find some: 64 news documents cut to 128 tokens,
+    and 512 words of other news by themselves, as short as the texts of word similarity."""
+    documents = [texts(tokenizer, 8, 128, first) for first in range(8, 72, 8)]
+    words = sorted({w for text in data.news()[112:] for w in re.findall("[a-z]+", text)})
+    random.Random(0).shuffle(words)
+    return documents + [tokenized(tokenizer, words[i : i + 64]) for i in range(0, 512, 64)]
 
 
 def turns(calls: Mapping[str, Call], batch: Batch, rounds: int) -> dict[str, list[float]]:
@@ -274,7 +289,7 @@ def main() -> None:
     if args.only:
         names = [n for n in names if n == EAGER or any(o in n for o in args.only)]
     model, tokenizer = minilm(1 if args.quick else None).eval(), data.load_minilm()[1]
-    calibration = [texts(tokenizer, 8, 128, first) for first in range(8, 72, 8)]
+    calibration = calibration_batches(tokenizer)
     held = [texts(tokenizer, 8, 128, first) for first in range(80, 112, 8)]
     tables: dict[str, Any] = {}
     with torch.inference_mode(False), torch.no_grad(), quietly():
@@ -303,7 +318,8 @@ def main() -> None:
         f"{int8_cpu.isa() if int8_cpu.refusal() is None else 'torch'}. Speed: median over rounds "
         "of fp32's time by the other's in the same round, with quartiles. Cosine: the least over "
         "32 texts of mean embeddings with those of fp32. Each is built once, at the larger size, "
-        "and run at both; OpenVINO is told to keep fp32 outside of what is quantized. "
+        "and run at both; static ranges are of news documents and of words by themselves, for all. "
+        "OpenVINO is told to keep fp32 outside of what is quantized. "
         + ", ".join(f"{n} {v}" for n, v in versions(*VERSIONS).items())
         + ".",
         out=args.out,
