@@ -126,8 +126,8 @@ def main() -> None:
         f"{int8_cpu.isa() if int8_cpu.refusal() is None else 'torch'}. On disk: all that `save` "
         "writes. Seconds beyond capture: the median of three rewrites less that of rewrites "
         "without passes, calibration on 64 documents and 512 words included where the scheme "
-        "has any. Speed: median over rounds of eager fp32's time by the scheme's in the same round. Cosine: the least "
-        "over 32 held-out texts of mean embeddings with those of fp32.",
+        "has any. Speed: median over rounds of eager fp32's time by the scheme's in the same "
+        "round. Cosine: the least over 32 held-out texts of mean embeddings with those of fp32.",
         out=args.out,
         by_isa=True,
     )
