@@ -45,8 +45,7 @@ FIRST = ["test_fuzz.py", "test_interop.py", "test_benchmarks.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The fuzzed cases first: in a process that has run thousands of tests they take twice as long;
-    then what takes minutes a test, so that workers that share out what is left end together."""
+    """What takes longest a test first, so that workers that share out what is left end together."""
     items.sort(key=lambda i: FIRST.index(i.path.name) if i.path.name in FIRST else len(FIRST))
 
 

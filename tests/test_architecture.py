@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import pathlib
 import re
@@ -75,6 +76,7 @@ def room_of(module: str) -> str:
     return "doors" if module in DOORS else module.split(".")[1]
 
 
+@functools.cache
 def imported(module: str) -> set[str]:
     """The files of ours that a file names in an import, wherever it stands."""
     found = set()

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_equal, assert_reordered
+from marks import slow_but_named
 from torch import Tensor, nn
+from unlowered import unlowered
 
 from rewriter import load, rewrite
 from rewriter.kernels import attention, int8_cpu
@@ -49,7 +51,8 @@ def both(act: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
     model, pass_ = Attends(act).eval(), Quantize(**options)
     given = {"calibration": [X]} if pass_.needs_calibration else {}
-    return rewrite(model, [pass_], X, **given), rewrite(model, [pass_], X, lower=False, **given)
+    lowered = rewrite(model, [pass_], X, **given)
+    return lowered, unlowered(lowered)
 
 
 def reasons(model: Any) -> dict[str, str]:
@@ -111,7 +114,9 @@ OPTIONS = {
 
 
 @needs_kernel
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options", slow_but_named([OPTIONS], [("per token",), ("static, smooth",)])
+)
 def test_the_lowered_model_computes_the_same(options: Any, tmp_path: Any) -> None:
     lowered, plain = both(**options)
     assert fused(lowered) == {"q": "joined_int8_linear", "up": "int8_mlp_add"}
@@ -155,9 +160,8 @@ def test_a_sum_behind_a_product_is_part_of_it_where_it_can_be(form: str, scheme:
     torch.manual_seed(0)
     model, example = Block(form).eval(), X[:1]
     given: dict[str, Any] = {"calibration": [X]} if scheme == "int8-static" else {}
-    lowered, plain = (
-        rewrite(model, [Quantize(scheme)], example, lower=low, **given) for low in (True, False)
-    )
+    lowered = rewrite(model, [Quantize(scheme)], example, **given)
+    plain = unlowered(lowered)
     steps = [s for s in lowered.report.steps if s.name == "lowering"]
     done = {d.site: d.kernel for s in steps for d in s.decisions if d.action == "lowered"}
     assert {s: k for s, k in done.items() if k.endswith(("_add", "_norm"))} == SUMS[form]
@@ -332,13 +336,13 @@ def test_writes_that_torch_does_not_count_are_seen(write: Any) -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("step", [0.0, -1.0, float("nan")])
-def test_a_step_that_is_none_is_an_error_of_the_lowered_model_too(step: float) -> None:
+def test_a_step_that_is_none_is_an_error_of_the_lowered_model_too() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
     lowered = rewrite(model, [Quantize("int8-static")], X, calibration=[X])
-    lowered[0].step.fill_(step)
-    with torch.no_grad(), pytest.raises(ValueError, match="step must be above 0"):
-        lowered(X)
+    for step in (0.0, -1.0, float("nan")):
+        lowered[0].step.fill_(step)
+        with torch.no_grad(), pytest.raises(ValueError, match="step must be above 0"):
+            lowered(X)
 
 
 @needs_kernel
@@ -387,10 +391,11 @@ def attends(model: nn.Module, *more: Any, rules: Any = True, **options: Any) -> 
     given: dict[str, Any] = {"calibration": [EXAMPLE]} if pass_.needs_calibration else {}
     example = (EXAMPLE, *more)
     model = model.eval()
-    plain = rewrite(model, [pass_], example, lower=False, **given)
-    return rewrite(model, [pass_], example, lower=rules, **given), plain
+    lowered = rewrite(model, [pass_], example, lower=rules, **given)
+    return lowered, unlowered(lowered)
 
 
+HOW = {"plain": {}, "causal": {"is_causal": True, "scale": 0.3}, "shared": {"shared": 1}}
 needs_attention = pytest.mark.skipif(
     int8_cpu.refusal() is not None or attention.unavailable() is not None,
     reason="no compiled kernel",
@@ -398,8 +403,14 @@ needs_attention = pytest.mark.skipif(
 
 
 @needs_attention
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("how", [{}, {"is_causal": True, "scale": 0.3}, {"shared": 1}])
+@pytest.mark.parametrize(
+    ("how", "options"),
+    slow_but_named(
+        [HOW, OPTIONS],
+        [("plain", "static, smooth"), ("causal", "per token"), ("shared", "static"),
+         ("plain", "per tensor")],
+    ),
+)  # fmt: skip
 def test_attention_is_one_op_with_the_products_before_it(
     how: dict[str, Any], options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

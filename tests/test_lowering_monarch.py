@@ -9,6 +9,7 @@ import pytest
 import torch
 from closeness import assert_equal, assert_reordered
 from torch import Tensor, nn
+from unlowered import unlowered
 
 from rewriter import load, rewrite
 from rewriter.kernels import int8_cpu
@@ -48,7 +49,8 @@ class Block(nn.Module):
 
 def both(model: nn.Module, **options: Any) -> tuple[Any, Any]:
     passes = [Monarch(nblocks=4, where=options.pop("where", None)), Quantize(**options)]
-    return rewrite(model, passes, X), rewrite(model, passes, X, lower=False)
+    lowered = rewrite(model, passes, X)
+    return lowered, unlowered(lowered)
 
 
 def fused(model: Any) -> dict[str, str]:

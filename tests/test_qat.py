@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_equal, assert_reordered, sqnr
+from marks import slow_but, slow_but_named
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,7 +80,7 @@ def without(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k != "learned_step"}
 
 
-@EVERY
+@pytest.mark.parametrize("options", slow_but(OPTIONS + LEARNED, 0, 4, 7, 9), ids=named)
 def test_what_was_trained_becomes_integers_of_equal_outputs(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     made = rewrite(Net(), [QAT(**options)], X).train()
@@ -301,8 +302,13 @@ CONVS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("options", CONVS, ids=named)
+@pytest.mark.parametrize(
+    ("options", "learned"),
+    slow_but_named(
+        [{named(o): o for o in CONVS}, {"fixed": False, "learned": True}],
+        [("int8-dynamic", "learned"), ("int4-dynamic", "fixed")],
+    ),
+)
 def test_convolutions_train_and_become_integers(options: dict[str, Any], learned: bool) -> None:
     torch.manual_seed(0)
     model, x = Images(), torch.randn(6, 3, 12, 10)

@@ -8,6 +8,7 @@ import logging
 import random
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,17 +132,94 @@ class Draws(nn.Module):
         return 2 * y if random.random() < 0.5 else y
 
 
-def test_a_model_that_draws_is_named_so_beside_other_threads() -> None:
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_model_that_draws_is_named_so_beside_other_threads(busy: bool) -> None:
     ended = threading.Event()
-    other = threading.Thread(target=ended.wait)
+
+    def wait() -> None:
+        while not ended.wait(1e-4 if busy else None):
+            pass
+
+    other = threading.Thread(target=wait)
     other.start()
     try:
-        isolation._noted.doubted = False
+        isolation._noted.calm = isolation._CALM
         (island,) = rewrite(Draws(), [], torch.randn(4, 8)).report.capture.islands
     finally:
         ended.set()
         other.join()
     assert "draws from Python's or NumPy's random numbers" in island.reason
+
+
+def test_a_thread_that_sleeps_draws_nothing() -> None:
+    ended = threading.Event()
+    other = threading.Thread(target=ended.wait)
+    other.start()
+    try:
+        before, found = isolation.random_state(), []
+        for _ in range(9):  # threads of a test runner may run in one of them
+            isolation._noted.calm = isolation._CALM
+            with isolation.kept_numbers() as drew:
+                random.random()
+                assert sys.getprofile() is None
+                found.append(drew())
+            if found[-1]:
+                break
+            isolation.set_random_state(before)
+        assert found[-1]
+        assert isolation.random_state() == before
+    finally:
+        ended.set()
+        other.join()
+
+
+def test_a_thread_that_runs_may_have_drawn() -> None:
+    ended = threading.Event()
+    other = threading.Thread(target=lambda: [random.random() for _ in iter(ended.is_set, True)])
+    other.start()
+    try:
+        isolation._noted.calm = isolation._CALM
+        with isolation.kept_numbers() as drew:
+            time.sleep(0.05)
+            assert not drew()
+    finally:
+        ended.set()
+        other.join()
+
+
+def test_calls_are_looked_at_until_numbers_have_been_still_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(isolation, "_cpu_time", lambda _: None)  # no thread is known to sleep
+
+    def looked_at(draw: bool = False) -> bool:
+        with isolation.kept_numbers() as drew:
+            if draw:
+                random.random()
+            drew()
+            return sys.getprofile() is not None
+
+    ended = threading.Event()
+    other = threading.Thread(target=ended.wait)
+    other.start()
+    try:
+        isolation._noted.calm = isolation._CALM
+        assert not looked_at(draw=True)
+        assert [looked_at() for _ in range(isolation._CALM - 1)] == [True] * (isolation._CALM - 1)
+        assert looked_at(draw=True)
+        assert [looked_at() for _ in range(isolation._CALM)] == [True] * isolation._CALM
+        assert not looked_at()
+        with isolation.kept_numbers() as drew:  # a draw that nobody looked at is doubted, and once
+            random.random()
+            assert not drew()
+        before = isolation.random_state()
+        with isolation.kept_numbers() as drew:
+            random.random()
+            assert drew()
+        assert isolation.random_state() == before
+    finally:
+        ended.set()
+        other.join()
 
 
 @pytest.mark.parametrize("given", [(700, 10, 10), (0, 10, 10), (90_000, 90, 900)])

@@ -11,6 +11,7 @@ import functools
 import random
 import sys
 import threading
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -198,7 +199,7 @@ def kept_numbers() -> Iterator[Callable[[], bool]]:
     """Python's and NumPy's random numbers are put back where this thread drew any. What it gives
     tells, during and after, whether it did."""
     before = random_state()
-    with _noting_draws() as noted:
+    with _noting_draws(before) as noted:
 
         def drew() -> bool:
             return random_state() != before and noted()
@@ -210,27 +211,32 @@ def kept_numbers() -> Iterator[Callable[[], bool]]:
                 set_random_state(before)
 
 
+_CALM = 50  # runs: one rewrite or two
+
+
 class _Noted(threading.local):
     looking = False
     draws = 0
-    doubted = False
+    calm = _CALM  # runs in a row in which no number moved on
 
 
 _noted = _Noted()
 
 
 @contextlib.contextmanager
-def _noting_draws() -> Iterator[Callable[[], bool]]:
-    """Whether this thread may have drawn, asked where the numbers have moved on: it has, if it is
-    the only one. Otherwise its calls are looked at: of Python's generator itself, and of code that
-    names NumPy's. That takes two thirds of the time, so it begins once numbers have moved on that
-    nobody looked at, and that are left as they are."""
+def _noting_draws(before: State) -> Iterator[Callable[[], bool]]:
+    """Whether this thread may have drawn, asked where the numbers have moved on from `before`: it
+    has, if it is the only one, or no other has run since. Otherwise its calls are looked at: of
+    Python's generator itself, and of code that names NumPy's. That takes two thirds of the time, so
+    it begins once numbers have moved on, which are left as they are if nobody looked and another
+    ran, and ends with `_CALM` runs in which none did."""
     start, outer = _noted.draws, _noted.looking
     if not outer and (threading.active_count() == 1 or sys.getprofile() is not None):
         yield lambda: True
         return
-    if not outer and not _noted.doubted:
-        yield _doubt
+    if not outer and _noted.calm >= _CALM:
+        others = _times_of_others()
+        yield lambda: _doubted(others)
         return
     naming: dict[Any, bool] = {}  # by code
 
@@ -253,11 +259,30 @@ def _noting_draws() -> Iterator[Callable[[], bool]]:
         if not outer:
             sys.setprofile(None)
             _noted.looking = False
+            moved = _noted.draws > start or random_state() != before
+            _noted.calm = 0 if moved else _noted.calm + 1
 
 
-def _doubt() -> bool:
-    _noted.doubted = True
-    return False
+def _doubted(others: dict[int | None, int | None]) -> bool:
+    """That the others slept; whoever drew may do so again, and beside one that is awake."""
+    _noted.calm = 0
+    return None not in others.values() and _times_of_others() == others
+
+
+def _times_of_others() -> dict[int | None, int | None]:
+    """Of the threads of Python beside this one, the CPU time in ns, or None where none is told: the
+    thread of a progress bar, which lives for the whole process, sleeps nearly all of it."""
+    own, all_ = threading.get_native_id(), [t.native_id for t in threading.enumerate()]
+    return {number: _cpu_time(number) for number in all_ if number != own}
+
+
+def _cpu_time(thread: int | None) -> int | None:
+    if thread is None or not sys.platform.startswith("linux"):
+        return None
+    try:  # the clock that pthread_getcpuclockid names, of a thread that may have ended meanwhile
+        return time.clock_gettime_ns(~thread << 3 | 6)
+    except OSError:
+        return None
 
 
 _DRAWING = ("random", "getrandbits", "seed")

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
-__all__ = ["slow_but"]
+__all__ = ["slow_but", "slow_but_named"]
+
+
+def slow_but_named(axes: Sequence[Mapping[str, Any]], fast: Iterable[tuple[str, ...]]) -> list[Any]:
+    """Every combination of the axes' values, all but those of the names `fast` marked slow: one of
+    each value suffices where they take turns on the same path."""
+    fast = set(fast)
+    names = list(itertools.product(*axes))
+    assert fast <= set(names)
+    return [
+        pytest.param(
+            *(axis[n] for axis, n in zip(axes, each, strict=True)),
+            id="-".join(each),
+            marks=[] if each in fast else [pytest.mark.slow],
+        )
+        for each in names
+    ]
 
 
 def slow_but(values: Iterable[Any], *fast: int) -> list[Any]:
