@@ -14,7 +14,8 @@ from rewriter.base import Layer, Pass, Phase, as_parameter, unusable
 from rewriter.edits import Edit, Keep, Replace, View
 from rewriter.errors import OptionError, given, whole_number
 from rewriter.kernels.sparse_gated import THEN, gate_zeros
-from rewriter.passes.threshold import FEWEST, doubt, quantile, tied
+from rewriter.modules.budgets import FEWEST, doubt, quantile
+from rewriter.passes.threshold import tied
 from rewriter.passes.topk import TopK
 from rewriter.sites import LINEAR, MLP, Kind, Site
 from rewriter.spellings import activation_name

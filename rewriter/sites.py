@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from rewriter.modules.moments import Moments, Sample
+from rewriter.modules.moments import Moments, Sample, Sensitivity
 from rewriter.modules.patterns import Match, Pattern, find
 from rewriter.modules.pointwise import Channels, Pointwise, inner
 from rewriter.modules.tree import attribute, join, submodule
@@ -92,6 +92,7 @@ class Site:
             calls in the other mode's graphs.
         moments: of its inputs over the calibration batches, for a pass that calibrates.
         sample: of its inputs over the calibration batches, for a pass that needs calibration.
+        sensitivity: of the loss to its inputs over these, for a pass that asks for it.
         channels: of a 1×1 convolution, which is a linear layer over channels: how it reads them.
             What a pass proposes is a layer over rows, as everywhere.
     """
@@ -107,6 +108,7 @@ class Site:
     calls: int = 0
     moments: Moments | None = None
     sample: Sample | None = None
+    sensitivity: Sensitivity | None = None
     channels: Channels | None = None
 
     @classmethod
