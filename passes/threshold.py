@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewriter.base import Layer, Pass, Phase, as_parameter, unusable
+from rewriter.base import Pass, Phase, StoredLinear, unusable
 from rewriter.edits import Edit, Keep, Replace, View
 from rewriter.errors import CalibrationError, OptionError, given, of_type, one_of
 from rewriter.kernels.sparse import (
@@ -37,7 +36,7 @@ Budget = Literal["uniform", "greedy", "loss"]
 BUDGETS = ("uniform", "greedy", "loss")
 
 
-class ThresholdLinear(Layer):
+class ThresholdLinear(StoredLinear):
     """y = x_S Wᵀ + bias, with x_S[i] = x[i] where |x[i]|·importance[i] ≥ t, else 0.
 
     The gradient is that of this function: zero for entries below the threshold. With few rows on a
@@ -59,7 +58,6 @@ class ThresholdLinear(Layer):
 
     op: ClassVar[str] = "threshold_linear"
     keeps_dtype: ClassVar[tuple[str, ...]] = ("threshold", "importance")
-    bias: nn.Parameter | None
     threshold: Tensor
     importance: Tensor | None
 
@@ -75,13 +73,8 @@ class ThresholdLinear(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.weighted, self.share, self.straight_through = weighted, share, straight_through
-        self.weight = nn.Parameter(
-            torch.empty((out_features, in_features), device=device, dtype=dtype)
-        )
-        self.register_bias(out_features if bias else None, device, dtype)
         self.register_buffer("threshold", torch.zeros(1, device=device))
         self.register_buffer(
             "importance", torch.ones(in_features, device=device) if weighted else None
@@ -110,18 +103,13 @@ class ThresholdLinear(Layer):
             straight_through=straight_through,
             device="meta",
         )
-        layer.weight = as_parameter(weight)
-        layer.bias = None if bias is None else as_parameter(bias)
         layer.threshold = torch.full((1,), threshold, device=weight.device)
         layer.importance = importance
-        return layer
+        return layer.around(weight, bias)
 
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, uniform within ±1/√in_features; nothing is below 0."""
-        bound = 1 / math.sqrt(max(self.in_features, 1))
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        super().reset_parameters()
         nn.init.zeros_(self.threshold)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -139,9 +127,6 @@ class ThresholdLinear(Layer):
     def kept(self, input: Tensor) -> Tensor:
         """Which entries of an input [*, in_features] are not below the threshold, bool."""
         return active_reference(input, Select(0, self.threshold, self.importance))
-
-    def stored_weight(self) -> Tensor:
-        return self.weight
 
     def kernel(self, tokens: int) -> str:
         return kernel_name(self.weight, tokens, self.share)

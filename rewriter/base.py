@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rewriter.edits import Edit, View
 from rewriter.errors import OptionError, nearest
-from rewriter.layer import Layer, LinearLayer, as_parameter
+from rewriter.layer import Layer, LinearLayer, StoredLinear, as_parameter
 from rewriter.modules.moments import Moments
 from rewriter.modules.patterns import Pattern
 from rewriter.modules.refusal import Skip
@@ -38,6 +38,7 @@ __all__ = [
     "Phase",
     "Replacement",
     "Skip",
+    "StoredLinear",
     "Where",
     "as_parameter",
     "read_number",

@@ -23,7 +23,7 @@ __all__ = ["Losses", "differentiate"]
 
 Losses = Callable[[Any, Any], Tensor]
 """(outputs of the model, calibration batch) → single losses."""
-_SAMPLE = 1 << 20
+_SAMPLE = 1 << 19
 """Numbers of a sample of rows, and as many of gradients."""
 
 
