@@ -260,6 +260,7 @@ def test_int8_weights_keep_the_selection(passed: Any, tmp_path: pathlib.Path) ->
         exact = copy.deepcopy(own)
         exact.weight = nn.Parameter(layer.stored_weight())
         assert_reordered(layer(h), exact(h))
+        assert_equal(layer.kept(h), own.kept(h))
     out.save(tmp_path)
     x = torch.randn(2, 16)
     assert_reordered(rewriter.load(tmp_path, Gated().eval())(x), out(x))
