@@ -221,10 +221,11 @@ def _measured(
 def _flops(x: torch.Size, *own: Any, out_shape: Any = None) -> int:
     """The gate whole, the rest by its active share; dense where many rows come in."""
     m: Any = GatedMlp(*own)  # of sizes in the place of tensors
-    rows, (hidden, width) = x[:-1].numel(), m.gate
+    rows: int = x[:-1].numel()
+    hidden, width = m.gate
     active = m.k / hidden if m.k else m.share
     active = active if rows <= MOST_ROWS else 1.0
-    return 2 * rows * hidden * width + int(active * 2 * rows * hidden * (width + m.down[0]))
+    return int(2 * rows * hidden * (width + active * (width + m.down[0])))
 
 
 _LIB.impl("gate_zeros", _zeros, "CompositeExplicitAutograd")

@@ -293,11 +293,10 @@ class Threshold(Pass):
         if self.budget == "uniform":
             return []
         importance = importance_of(weight) if self.score == "wina" else None
-        if site.sensitivity is not None:
-            rows, cost = site.sensitivity.rows, site.sensitivity.cost
-        else:
-            rows, cost = sample.rows[:_COMPARED], _of_outputs(sample.rows[:_COMPARED], weight)
-        return cost_of_steps(rows, _scores(rows, importance), cost)
+        if (found := site.sensitivity) is not None:
+            return cost_of_steps(found.rows, _scores(found.rows, importance), found.cost)
+        rows = sample.rows[:_COMPARED]
+        return cost_of_steps(rows, _scores(rows, importance), _of_outputs(rows, weight))
 
 
 def _of_outputs(rows: Tensor, weight: Tensor) -> Callable[[Tensor], float]:
