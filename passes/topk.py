@@ -143,39 +143,37 @@ class TopKLinear(StoredLinear):
 class TopKActivation(Layer):
     """y = topk_k(act(x)): of each row of an activation the k entries of largest score, else zero.
 
-    The score is |act(x)|, times an importance where the layer has one. Exactly k entries are kept
+    The score is |act(x)|·importance. Exactly k entries are kept
     (ties go to the lower index), and the gradient is that of this function.
 
     Args:
         activation: "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish", "tanh", "sigmoid".
-        in_features: size of the last dimension of input and output.
+        width: size of the last dimension of input and output.
         k: kept entries a row.
-        weighted: whether there is an importance.
         block: as many neighbours are kept together, by the largest score among them.
         straight_through: in training dropped entries have the gradient of the activation too.
         device: of the importance.
         dtype: of no meaning, as there are no parameters.
 
     Shapes:
-        input and output [*, in_features]; importance, a buffer, [in_features] float32.
+        input and output [*, width]; importance, a buffer, [width] float32.
 
     Raises:
-        OptionError: there is no such activation, k is not an int from 1 to in_features, or block
-            divides not both.
+        OptionError: a row has another size; there is no such activation, k is not an int from 1 to
+            width, or block divides not both.
     """
 
     op: ClassVar[str] = "topk_activation"
     acts: ClassVar[bool] = True
     keeps_dtype: ClassVar[tuple[str, ...]] = ("importance",)
-    importance: Tensor | None
+    importance: Tensor
 
     def __init__(
         self,
         activation: str,
-        in_features: int,
+        width: int,
         k: int,
         *,
-        weighted: bool = False,
         block: int = 1,
         straight_through: bool = False,
         device: torch.device | str | None = None,
@@ -183,21 +181,28 @@ class TopKActivation(Layer):
     ) -> None:
         super().__init__()
         one_of("TopKActivation: activation", activation, ACTIVATIONS)
-        _check("TopKActivation", in_features, k, block)
-        self.activation, self.in_features, self.k = activation, in_features, k
-        self.weighted, self.block, self.straight_through = weighted, block, straight_through
-        self.register_buffer(
-            "importance", torch.ones(in_features, device=device) if weighted else None
-        )
+        _check("TopKActivation", width, k, block)
+        self.activation, self.width, self.k = activation, width, k
+        self.block, self.straight_through = block, straight_through
+        self.register_buffer("importance", torch.ones(width, device=device))
+
+    @property
+    def in_features(self) -> int:
+        return self.width
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-1] != self.width:
+            raise OptionError(
+                f"TopKActivation: a row of {input.shape[-1]} entries, where k={self.k} of "
+                f"{self.width} are kept: it needs whole rows (tensor parallel cuts them)"
+            )
         entries = ACTIVATIONS[self.activation](input)
         if self.straight_through and self.training:
             return straight_through(entries, self.kept(entries))
         return topk_entries(entries, self.importance, self.k, self.block)
 
     def kept(self, entries: Tensor) -> Tensor:
-        """Which entries of what the activation gives, [*, in_features], are kept, bool."""
+        """Which entries of what the activation gives, [*, width], are kept, bool."""
         return active_reference(entries, Select(self.k, 0.0, self.importance, self.block))
 
 
@@ -305,7 +310,8 @@ class TopK(Pass):
         if not site.readers:
             return Skip("what it gives is not read by linear layers alone")
         width = site.readers[0].in_features
-        sizes = {n.meta["val"].shape[-1:] for n in site.nodes if "val" in n.meta}
+        values = [n.meta["val"] for n in site.nodes if "val" in n.meta]
+        sizes = {value.shape[-1:] for value in values}
         if not sizes:
             return Skip("the width of what it gives is not known: pass example_inputs")
         if other := next((s for s in site.readers if s.in_features != width), None):
@@ -332,12 +338,12 @@ class TopK(Pass):
             activation,
             width,
             self.count(width),
-            weighted=importance is not None,
             block=self.block,
             straight_through=self.straight_through,
-            device="meta",
+            device=values[0].device,
         )
-        layer.importance = importance
+        if importance is not None:
+            layer.importance = importance
         return Replacement(layer, error=None, note=f"keeps {layer.k} of {width} entries a token")
 
     def _impossible(self, width: int) -> Skip | None:

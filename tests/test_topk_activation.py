@@ -20,7 +20,7 @@ from rewriter import SparsityPenalty, TopKSchedule, rewrite
 from rewriter.errors import OptionError
 from rewriter.kernels.sparse import Select, active_reference
 from rewriter.kernels.sparse_entries import topk_entries
-from rewriter.passes import Threshold, ThresholdLinear, TopK, TopKActivation
+from rewriter.passes import Monarch, Threshold, ThresholdLinear, TopK, TopKActivation
 from rewriter.passes.topk import ACTIVATIONS
 
 OWN: Any = {"at": "activations"}
@@ -132,6 +132,13 @@ def test_a_threshold_behind_it_reads_no_weights_of_the_zeros() -> None:
     assert_reordered(out(x), sparse(plain)(x))  # zeros alone went
 
 
+def test_a_reader_that_holds_no_dense_weight() -> None:
+    model = nn.Sequential(nn.GELU(), nn.Linear(16, 16))
+    out = sparse(model, Monarch(nblocks=4), TopK(0.25, **OWN))  # passes in the order of phases
+    assert isinstance(out[0], TopKActivation)
+    assert (out[0](torch.randn(5, 16)) != 0).sum(-1).eq(4).all()
+
+
 def test_a_module_that_is_called_in_several_places() -> None:
     class Shared(nn.Module):
         def __init__(self, second: int) -> None:
@@ -192,8 +199,9 @@ def test_the_op_is_a_citizen_of_torch() -> None:
 # As a part of a model ----------------------------------------------------------------------------
 
 
-def test_is_saved_copied_exported_and_cast(tmp_path: pathlib.Path) -> None:
-    out = sparse(Net(), TopK(0.25, score="wina", **OWN))
+@pytest.mark.parametrize("score", ["magnitude", "wina"])
+def test_is_saved_copied_exported_and_cast(tmp_path: pathlib.Path, score: Any) -> None:
+    out = sparse(Net(), TopK(0.25, score=score, **OWN))
     x = torch.randn(2, 16)
     out.save(tmp_path)
     again = rewriter.load(tmp_path, Net().eval())
@@ -201,7 +209,8 @@ def test_is_saved_copied_exported_and_cast(tmp_path: pathlib.Path) -> None:
         assert_equal(other(x), out(x))
     exported = torch.export.export(out, (x,)).module()
     assert_reordered(exported(x), out(x))
-    assert out.to(torch.bfloat16).act.importance.dtype == torch.float32
+    if score == "wina":
+        assert out.to(torch.bfloat16).act.importance.dtype == torch.float32
 
 
 def test_weights_of_another_checkpoint_go_through_the_same_rewrite() -> None:
@@ -315,6 +324,11 @@ def test_an_impossible_place(at: Any) -> None:
     ({"k": 4, "block": 3}, "block=3 must divide k=4 and 16"),
 ])  # fmt: skip
 def test_an_impossible_layer(options: Any, message: str) -> None:
-    own: Any = {"activation": "relu", "in_features": 16, "k": 4} | options
+    own: Any = {"activation": "relu", "width": 16, "k": 4} | options
     with pytest.raises(OptionError, match=message):
         TopKActivation(**own)
+
+
+def test_a_row_of_another_size() -> None:
+    with pytest.raises(OptionError, match="a row of 8 entries, where k=4 of 16 are kept"):
+        TopKActivation("relu", 16, 4)(torch.randn(2, 8))
