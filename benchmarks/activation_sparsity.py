@@ -30,7 +30,7 @@ from rewriter.kernels import sparse_cpu
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.sparse import Select
 from rewriter.kernels.sparse_cpu import Gate
-from rewriter.kernels.sparse_gated import sparse_gated
+from rewriter.kernels.sparse_gated import GatedMlp, sparse_gated
 from rewriter.kernels.sparse_linear import sparse_linear
 from rewriter.kernels.topk import topk_linear
 from rewriter.kernels.weight_only import int8_weight_linear
@@ -147,8 +147,10 @@ def any_tokens(width: int, hidden: int, rounds: int, counts: tuple[int, ...]) ->
             "SparseGate, float32": (
                 plain,
                 lambda share, x=x: partial(
-                    sparse_gated, x, gate, None, None, up, None, down, columns, None, "silu",
-                    int(share * hidden),
+                    sparse_gated, x, GatedMlp(
+                        gate, None, None, up, None, down, columns, None, "silu",
+                        int(share * hidden),
+                    ),
                 ),
             ),
         }  # fmt: skip

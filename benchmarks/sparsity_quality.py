@@ -4,14 +4,15 @@
     python benchmarks/sparsity_quality.py
 
 Thresholds are quantiles over text that nothing is measured on; entries below are set to zero by
-hooks, as `Threshold(inputs="all")` does it, so that many variants take minutes. `--quick` takes a
-small Llama with random weights.
+hooks, as `Threshold(inputs="all")` does it, so that many variants take minutes; budgets are the
+pass's own. `--quick` takes a small Llama with random weights.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +21,12 @@ from _harness import arguments, command, load_script, parse, write_results
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rewriter import rewrite
 from rewriter.kernels.sparse import importance_of
-from rewriter.passes.threshold import _greedy, quantile
+from rewriter.modules.budgets import quantile
+from rewriter.passes import Threshold, ThresholdLinear
 
 SCORES = ("magnitude", "wina", "rotation")
-GRID = [i / 20 for i in range(20)]
 Rows = list[dict[str, Any]]
 
 
@@ -50,8 +52,10 @@ class Zeroed:
         self.importance = {n: importance_of(m.weight) for n, m in self.layers.items()}
         self._bases: dict[tuple[str, int], Tensor] = {}
         self._limits: dict[tuple[str, str, float], float] = {}
-        for name, layer in self.layers.items():
+        self.hooks = [
             layer.register_forward_pre_hook(self._zeroing(name))
+            for name, layer in self.layers.items()
+        ]
 
     def _sampled(self, text: Tensor) -> dict[str, Tensor]:
         seen: dict[str, list[Tensor]] = {name: [] for name in self.layers}
@@ -112,67 +116,74 @@ class Zeroed:
         for text, windows in texts.items():
             if text not in self.dense:
                 self.shares = {}
-                self.dense[text] = self.perplexity(windows)
+                self.dense[text] = perplexity(self.model, windows)
             self.shares, self.score, self.counts = shares, score, [0, 0]
-            row[f"{text}, %"] = round(100 * (self.perplexity(windows) / self.dense[text] - 1), 1)
+            row[f"{text}, %"] = round(
+                100 * (perplexity(self.model, windows) / self.dense[text] - 1), 1
+            )
             row[f"{text}, sparsity of these layers"] = round(self.counts[0] / self.counts[1], 3)
         self.shares = {}
         print(row, flush=True)
         return row
 
-    def perplexity(self, windows: Tensor) -> float:
-        lost = 0.0
-        with torch.no_grad():
-            for window in windows:
-                logits = self.model(input_ids=window[None]).logits[0, :-1]
-                lost += float(F.cross_entropy(logits, window[1:])) / len(windows)
-        return math.exp(lost)
 
-    def output_costs(self) -> dict[str, list[float]]:
-        """‖W (x − x_S)‖²/‖W x‖² of each layer at each sparsity: what `budget="greedy"` goes by."""
-        found = {}
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                x, w = self.samples[name][:256], layer.weight
-                total = float((x @ w.t()).square().sum())
-                found[name] = [0.0] + [
-                    float(((x - self.zeroed(name, x, s)) @ w.t()).square().sum()) / total
-                    for s in GRID[1:]
-                ]
-        return found
-
-    def loss_costs(self, text: Tensor) -> dict[str, list[float]]:
-        """½ E[(∂loss/∂y · W (x − x_S))²] of each layer at each sparsity: by how much zeros in its
-        inputs alone raise the loss, to second order and with the Fisher matrix for the Hessian."""
-        found = {name: torch.zeros(len(GRID)) for name in self.layers}
-
-        def noting(name: str) -> Any:
-            def forward(layer: nn.Linear, inputs: Any, output: Tensor) -> None:
-                x = inputs[0].detach()
-
-                def backward(gradient: Tensor) -> None:
-                    back = gradient @ layer.weight
-                    for i, share in enumerate(GRID[1:], 1):
-                        lost = x - self.zeroed(name, x, share)
-                        found[name][i] += float((back * lost).sum(-1).square().sum()) / 2
-
-                output.register_hook(backward)
-
-            return forward
-
-        handles = [m.register_forward_hook(noting(n)) for n, m in self.layers.items()]
-        for window in text:
-            logits = self.model(input_ids=window[None]).logits[0, :-1]
-            F.cross_entropy(logits, window[1:], reduction="sum").backward()
-        for handle in handles:
-            handle.remove()
-        return {name: (costs / text.numel()).tolist() for name, costs in found.items()}
+def perplexity(model: Any, windows: Tensor) -> float:
+    lost = 0.0
+    with torch.no_grad():
+        for window in windows:
+            batch = {"input_ids": window[None]}
+            lost += float(causal(model(**batch), batch).mean()) / len(windows)
+    return math.exp(lost)
 
 
-def shared_out(costs: Mapping[str, list[float]], sizes: Mapping[str, int], sparsity: float) -> Any:
-    names = list(costs)
-    shares = _greedy([costs[n] for n in names], [sizes[n] for n in names], sparsity)
-    return dict(zip(names, shares, strict=True))
+def causal(outputs: Any, batch: Any) -> Tensor:
+    """−log p(token | the tokens before it), of each token."""
+    logits, ids = outputs.logits[:, :-1], batch["input_ids"][:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+
+
+class Budgets:
+    """A language model that `Threshold` gives its sparsity, each budget in turn.
+
+    Args:
+        zeroed: the same model, with what its texts cost dense.
+        text: [windows, tokens], for calibration.
+    """
+
+    def __init__(self, zeroed: Zeroed, text: Tensor) -> None:
+        self.zeroed, self.batches = zeroed, [{"input_ids": window[None]} for window in text]
+        self.asked: dict[str, float] = {}
+
+    def measured(self, budget: Any, share: float, texts: Mapping[str, Tensor]) -> dict[str, Any]:
+        """A row: perplexity over that of the dense model, and the sparsity of what was read."""
+        loss = causal if budget == "loss" else None
+        own = {"score": "wina", "budget": budget, "inputs": "all", "loss": loss}
+        start = time.perf_counter()
+        made: Any = rewrite(
+            self.zeroed.model,
+            [Threshold(share, where="model.layers.*", **own)],
+            self.batches[0],
+            calibration=self.batches,
+        )
+        row = {"what": f"{share:.0%}, {budget!r}", "s": round(time.perf_counter() - start)}
+        layers = {n: m for n, m in made.named_modules() if isinstance(m, ThresholdLinear)}
+        self.asked = {n: 1 - (m.share or 0.0) for n, m in layers.items()}
+        counts = [0, 0]
+
+        def counting(layer: Any, inputs: Any) -> None:
+            kept = layer.kept(inputs[0])
+            counts[0] += int((~kept).sum()) * layer.out_features
+            counts[1] += kept.numel() * layer.out_features
+
+        for layer in layers.values():
+            layer.register_forward_pre_hook(counting)
+        for text, windows in texts.items():
+            counts[:] = 0, 0
+            over = perplexity(made, windows) / self.zeroed.dense[text]
+            row[f"{text}, %"] = round(100 * (over - 1), 1)
+            row[f"{text}, sparsity of these layers"] = round(counts[0] / counts[1], 3)
+        print(row, flush=True)
+        return row
 
 
 def kind_of(name: str) -> str:
@@ -203,35 +214,32 @@ def main() -> None:
     for kind in dict.fromkeys(map(kind_of, names)):
         shares = {n: 0.5 for n in names if kind_of(n) == kind}
         kinds.append(zeroed.measured(f"50 % of the inputs of {kind}", texts, shares, "wina"))
-    zeroed.score = "wina"
-    outputs, losses = zeroed.output_costs(), zeroed.loss_costs(more[: 1 if args.quick else 4])
-    budgets: Rows = []
-    for share in (0.3, 0.5):
-        for what, costs in (("error of outputs", outputs), ("loss", losses)):
-            given = shared_out(costs, sizes, share)
-            said = f"{share:.0%} over the whole model, by {what}"
-            budgets.append(zeroed.measured(said, texts, given, "wina"))
-    half = GRID.index(0.5)
-    layers: Rows = [
-        {
-            "layers": block,
-            "loss, nats": round(sum(losses[n][half] for n in names if f"{block}." in n), 4),
-        }
-        for block in dict.fromkeys(re.findall(r"model\.layers\.\d+", " ".join(names)))
-    ]
+    for hook in zeroed.hooks:  # from here on the pass does it
+        hook.remove()
+    passed, given = Budgets(zeroed, more[: 2 if args.quick else 8]), []
+    for share in (0.5,) if args.quick else (0.3, 0.5):
+        for budget in ("uniform", "greedy", "loss"):
+            given.append(passed.measured(budget, share, texts))
+    layers: Rows = []
+    for block in dict.fromkeys(re.findall(r"model\.layers\.\d+", " ".join(names))):
+        own = {n: s for n, s in passed.asked.items() if f"{block}." in n}
+        size = sum(sizes[n] for n in own)
+        mean = sum(s * sizes[n] for n, s in own.items()) / size
+        layers.append({"layers": block, "sparsity": round(mean, 3)})
     write_results(
         "sparsity_quality",
         "What activation sparsity costs",
         {
             "At equal sparsity": equal,
             "By kind of layer": kinds,
-            "Budgets": budgets,
-            "Loss by layers, predicted at 50 %": layers,
+            "Budgets": given,
+            "Where the loss gives out 50 %": layers,
         },
         command=command(),
         notes="Perplexity over that of the dense model. Rotation: magnitudes in the basis of each "
         "input's principal axes (LaRoSA). Sparsity: of the weights that these layers would not "
-        "read, on the text measured. Budgets give every layer a sparsity of its own.",
+        "read, on the text measured. Budgets: Threshold(inputs='all', score='wina'); the loss is "
+        "the cross-entropy of the calibration text.",
         out=args.out,
     )
 

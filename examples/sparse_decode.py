@@ -6,7 +6,8 @@ counts as zero, by thresholds that calibration finds, and their weights are not 
 
 SmolLM2-135M with its real weights; `--quick` takes a small Llama with random ones. It prints what
 was skipped on held-out text and what it costs, and how fast tokens come. `--inputs all` does it
-before every linear layer: faster by more, and dearer in quality. `--int8` adds weights of 8 bits.
+before every linear layer: faster by more, and dearer in quality; `--budget loss` then puts zeros
+where the loss bears them. `--int8` adds weights of 8 bits.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ def loss(model: nn.Module, windows: Tensor) -> float:
     return float(torch.stack(lost).mean())
 
 
+def losses(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+    """−log p of each token: what `budget="loss"` shares sparsity out by."""
+    logits, ids = outputs.logits[:, :-1], batch["input_ids"][:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+
+
 def speed(model: Any, prompt: Tensor, count: int) -> float:
     """Tokens per second, greedily; the second of two runs."""
     for _ in range(2):
@@ -58,15 +65,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--inputs", choices=("mlp", "all"), default="mlp")
+    parser.add_argument("--budget", choices=("uniform", "greedy", "loss"), default="uniform")
     parser.add_argument("--int8", action="store_true")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # generate() says that its prefix is not cached, and the like
     inputs: Literal["mlp", "all"] = args.inputs
     model, windows = texts(args.quick)
     prompt, held_out, calibration = windows[:1, :8], windows[:2], windows[2:]
-    passes: list[Any] = [
-        Threshold(args.sparsity, score="wina", inputs=inputs, where="model.layers.*")
-    ]
+    own: dict[str, Any] = {"budget": args.budget, "where": "model.layers.*"}
+    if args.budget == "loss":
+        own["loss"] = losses
+    passes: list[Any] = [Threshold(args.sparsity, score="wina", inputs=inputs, **own)]
     if args.int8:
         passes.append(Quantize("int8-weight", where="model.layers.*"))
     sparse = rewrite(

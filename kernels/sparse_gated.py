@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from rewriter.kernels.common import owned, register_formula, register_gradient, 
 from rewriter.kernels.sparse import MOST_ROWS, Select, active_reference, masked, paying_share
 from rewriter.kernels.sparse_cpu import Gate
 
-__all__ = ["THEN", "gate_zeros", "largest_share", "sparse_gated"]
+__all__ = ["THEN", "GatedMlp", "gate_zeros", "largest_share", "sparse_gated"]
 
 THEN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -104,88 +104,69 @@ def _zeros_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad.where(mask, 0.0), None, None, None
 
 
-def sparse_gated(
-    x: Tensor,
-    gate: Tensor,
-    gate_bias: Tensor | None,
-    threshold: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    columns: Tensor | None,
-    bias: Tensor | None,
-    then: str,
-    k: int = 0,
-    share: float = 1.0,
-) -> Tensor:
-    """y = down(a_S ∘ (up x + up_bias)) + bias, a = act(gate x + gate_bias).
+class GatedMlp(NamedTuple):
+    """The matrices of a gated MLP, and which of its neurons are computed.
 
     Args:
-        x: [*, in].
         gate, up: [hidden, in]; their biases [hidden] or None.
         threshold, k, then: which neurons are in S, as of `gate_zeros`.
         down: [out, hidden]; bias: [out] or None.
         columns: downᵀ [hidden, out], contiguous, for the sparse kernel; None: dense products.
         share: of the neurons that is active, as far as it is known: for the count of FLOPs.
+    """
+
+    gate: Tensor
+    gate_bias: Tensor | None
+    threshold: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    columns: Tensor | None
+    bias: Tensor | None
+    then: str
+    k: int = 0
+    share: float = 1.0
+
+
+def sparse_gated(x: Tensor, mlp: GatedMlp) -> Tensor:
+    """y = down(a_S ∘ (up x + up_bias)) + bias, a = act(gate x + gate_bias).
+
+    Args:
+        x: [*, in].
 
     Returns:
         [*, out] of x's dtype. Costs 2·rows·hidden·(in + share·(in + out)) FLOPs with few rows.
     """
-    own = x, gate, gate_bias, threshold, up, up_bias, down, columns, bias
-    y: Tensor = torch.ops.rewriter.sparse_gated(*own, then, k, share)
+    y: Tensor = torch.ops.rewriter.sparse_gated(x, *mlp)
     return y
 
 
-def _gated_reference(
-    x: Tensor,
-    gate: Tensor,
-    gate_bias: Tensor | None,
-    threshold: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    columns: Tensor | None,
-    bias: Tensor | None,
-    then: str,
-    k: int = 0,
-    share: float = 1.0,
-) -> Tensor:
-    a = THEN[then](_zeros_reference(F.linear(x, gate, gate_bias), threshold, then, k))
-    return F.linear(a * F.linear(x, up, up_bias), down, bias)
+def _gated_reference(x: Tensor, *own: Any) -> Tensor:
+    m = GatedMlp(*own)
+    y = _zeros_reference(F.linear(x, m.gate, m.gate_bias), m.threshold, m.then, m.k)
+    return F.linear(THEN[m.then](y) * F.linear(x, m.up, m.up_bias), m.down, m.bias)
 
 
-def _gated(
-    x: Tensor,
-    gate: Tensor,
-    gate_bias: Tensor | None,
-    threshold: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    columns: Tensor | None,
-    bias: Tensor | None,
-    then: str,
-    k: int = 0,
-    share: float = 1.0,
-) -> Tensor:
-    a = THEN[then](F.linear(x, gate, gate_bias))
-    select, (out, hidden), width = _select(threshold, k), down.shape, x.shape[-1]
+def _gated(x: Tensor, *own: Any) -> Tensor:
+    m = GatedMlp(*own)
+    a = THEN[m.then](F.linear(x, m.gate, m.gate_bias))
+    select, (out, hidden), width = _select(m.threshold, m.k), m.down.shape, x.shape[-1]
     rows = x.numel() // max(width, 1)
-    if columns is not None and 0 < rows <= MOST_ROWS and _fits(x, up, columns):
+    if m.columns is not None and 0 < rows <= MOST_ROWS and _fits(x, m.up, m.columns):
         most = largest_share(x.dtype, rows, width, hidden, out)
         if most:
             y, _ = sparse_cpu.gated(
                 _floats(x),
                 _floats(a),
-                Gate(up.detach(), bias=None if up_bias is None else _floats(up_bias)),
-                Gate(columns, bias=None if bias is None else _floats(bias)),
+                Gate(m.up.detach(), bias=None if m.up_bias is None else _floats(m.up_bias)),
+                Gate(m.columns, bias=None if m.bias is None else _floats(m.bias)),
                 "",
                 select,
                 int(most * hidden),
             )
             if y is not None:
                 return y.to(x.dtype)
-    y = F.linear(masked(a, select) * F.linear(x, up, up_bias), down, bias)
+    y = F.linear(masked(a, select) * F.linear(x, m.up, m.up_bias), m.down, m.bias)
     return owned(y.contiguous(), (*x.shape[:-1], out))
 
 
@@ -199,9 +180,8 @@ def _fits(x: Tensor, up: Tensor, columns: Tensor) -> bool:
     return alike and there and bool(columns.numel()) and sparse.refusal() is None
 
 
-def _gated_fake(x: Tensor, *rest: Any) -> Tensor:
-    down = rest[5]
-    return x.new_empty((*x.shape[:-1], down.shape[0]))
+def _gated_fake(x: Tensor, *own: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], GatedMlp(*own).down.shape[0]))
 
 
 def largest_share(dtype: torch.dtype, rows: int, width: int, hidden: int, out: int) -> float:
@@ -238,27 +218,14 @@ def _measured(
     return paying_share(key, _VERSION, pair, threads)
 
 
-def _flops(
-    x: torch.Size,
-    gate: torch.Size,
-    gate_bias: Any,
-    threshold: Any,
-    up: torch.Size,
-    up_bias: Any,
-    down: torch.Size,
-    columns: Any,
-    bias: Any,
-    then: str,
-    k: int = 0,
-    share: float = 1.0,
-    *,
-    out_shape: Any = None,
-) -> int:
+def _flops(x: torch.Size, *own: Any, out_shape: Any = None) -> int:
     """The gate whole, the rest by its active share; dense where many rows come in."""
-    rows, (hidden, width) = x[:-1].numel(), gate
-    active = k / hidden if k else share
+    m: Any = GatedMlp(*own)  # of sizes in the place of tensors
+    rows: int = x[:-1].numel()
+    hidden, width = m.gate
+    active = m.k / hidden if m.k else m.share
     active = active if rows <= MOST_ROWS else 1.0
-    return 2 * rows * hidden * width + int(active * 2 * rows * hidden * (width + down[0]))
+    return int(2 * rows * hidden * (width + active * (width + m.down[0])))
 
 
 _LIB.impl("gate_zeros", _zeros, "CompositeExplicitAutograd")

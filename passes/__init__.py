@@ -19,7 +19,7 @@ from rewriter.passes.sparse_int8 import SparseInt8Linear
 from rewriter.passes.sparsegate import GateLinear, SparseGate
 from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear
 from rewriter.passes.threshold import Threshold, ThresholdLinear
-from rewriter.passes.topk import TopK, TopKLinear
+from rewriter.passes.topk import TopK, TopKActivation, TopKLinear
 from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d
 from rewriter.passes.weight_only import Int4Linear, Int8WeightLinear
@@ -60,6 +60,7 @@ __all__ = [
     "Threshold",
     "ThresholdLinear",
     "TopK",
+    "TopKActivation",
     "TopKLinear",
     "TrainedConv1d",
     "TrainedConv2d",

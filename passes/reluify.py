@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from rewriter.base import Layer, Pass, Phase, Replacement, Skip
 from rewriter.errors import OptionError, finite_number, given, one_of
+from rewriter.modules.budgets import FEWEST, doubt, quantile
 from rewriter.modules.moments import Sample
-from rewriter.passes.threshold import FEWEST, doubt, quantile
 from rewriter.sites import ACTIVATION, Kind, Site
 
 __all__ = ["FORMS", "Form", "Reluify", "SparseReLU"]

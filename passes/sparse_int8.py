@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rewriter.base import Layer, as_parameter
 from rewriter.errors import OptionError, whole_number
 from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
-from rewriter.kernels.sparse import held_bytes, kernel_name
+from rewriter.kernels.sparse import Select, active_reference, held_bytes, kernel_name
 from rewriter.kernels.sparse_linear import sparse_linear
 from rewriter.passes.threshold import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
@@ -112,6 +112,11 @@ class SparseInt8Linear(Layer):
             k=self.k,
             block=self.block,
         )
+
+    def kept(self, input: Tensor) -> Tensor:
+        """Which entries of an input [*, in_features] are selected, bool."""
+        threshold = 0.0 if self.threshold is None else self.threshold
+        return active_reference(input, Select(self.k, threshold, self.importance, self.block))
 
     def stored_weight(self) -> Tensor:
         """qweight·scale[:, None], [out_features, in_features]."""

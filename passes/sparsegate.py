@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewriter.base import Layer, Pass, Phase, as_parameter, unusable
+from rewriter.base import Pass, Phase, StoredLinear, unusable
 from rewriter.edits import Edit, Keep, Replace, View
 from rewriter.errors import OptionError, given, whole_number
 from rewriter.kernels.sparse_gated import THEN, gate_zeros
-from rewriter.passes.threshold import FEWEST, doubt, quantile, tied
+from rewriter.modules.budgets import FEWEST, doubt, quantile
+from rewriter.passes.threshold import tied
 from rewriter.passes.topk import TopK
 from rewriter.sites import LINEAR, MLP, Kind, Site
-from rewriter.spellings import activation_name
 
 __all__ = ["GateLinear", "SparseGate"]
 
 
-class GateLinear(Layer):
+class GateLinear(StoredLinear):
     """y = W x + b with zeros where act(y) is small: the gate of an MLP, in front of its activation.
 
     The gradient is that of this function. As act(0) = 0, the neurons of a zero add nothing to the
@@ -47,7 +46,6 @@ class GateLinear(Layer):
 
     op: ClassVar[str] = "gate_linear"
     keeps_dtype: ClassVar[tuple[str, ...]] = ("threshold",)
-    bias: nn.Parameter | None
     threshold: Tensor | None
 
     def __init__(
@@ -62,16 +60,11 @@ class GateLinear(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, bias, device, dtype)
         if then not in THEN:
             raise OptionError(f"GateLinear: then must be one of {', '.join(THEN)}, not {then!r}")
         whole_number("GateLinear: k", k, least=0, most=out_features)
-        self.in_features, self.out_features = in_features, out_features
         self.then, self.k, self.share = then, k, share
-        self.weight = nn.Parameter(
-            torch.empty((out_features, in_features), device=device, dtype=dtype)
-        )
-        self.register_bias(out_features if bias else None, device, dtype)
         self.register_buffer("threshold", None if k else torch.zeros(1, device=device))
         self.reset_parameters()
 
@@ -90,26 +83,18 @@ class GateLinear(Layer):
         out_features, in_features = weight.shape
         more = {"bias": bias is not None, "k": k, "share": share}
         layer = cls(in_features, out_features, then, **more, device="meta")  # type: ignore[arg-type]
-        layer.weight = as_parameter(weight)
-        layer.bias = None if bias is None else as_parameter(bias)
         layer.threshold = None if k else torch.full((1,), threshold, device=weight.device)
-        return layer
+        return layer.around(weight, bias)
 
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, uniform within ±1/√in_features; nothing is below 0."""
-        bound = 1 / math.sqrt(max(self.in_features, 1))
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        super().reset_parameters()
         if self.threshold is not None:
             nn.init.zeros_(self.threshold)
 
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(input, self.weight, self.bias)
         return gate_zeros(y, self.threshold, self.then, self.k)
-
-    def stored_weight(self) -> Tensor:
-        return self.weight
 
     def kernel(self, tokens: int) -> str:
         return "torch" if self.share is None else f"torch, keeps {self.share:.0%} of its neurons"
@@ -182,8 +167,7 @@ class SparseGate(Pass):
         return edits
 
     def _edit(self, site: Site, mlp: Site) -> Edit:
-        activation = mlp.parts["activation"]
-        then = activation_name(activation.nodes[0], site.root) or ""
+        then = mlp.parts["activation"].activation or ""
         if then not in THEN:
             return Keep(site, f"its activation is none of {', '.join(THEN)}")
         weight = site.weight

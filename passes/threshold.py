@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewriter.base import Layer, Pass, Phase, as_parameter, unusable
+from rewriter.base import Pass, Phase, StoredLinear, unusable
 from rewriter.edits import Edit, Keep, Replace, View
-from rewriter.errors import OptionError, given, of_type, one_of
+from rewriter.errors import CalibrationError, OptionError, given, of_type, one_of
 from rewriter.kernels.sparse import (
     Select,
     active_reference,
@@ -24,23 +23,20 @@ from rewriter.kernels.sparse import (
     straight_through,
 )
 from rewriter.kernels.sparse_linear import sparse_linear
+from rewriter.modules.budgets import FEWEST, between, cost_of_steps, doubt, quantile, shared_out
 from rewriter.modules.moments import Sample
 from rewriter.passes.topk import SCORES, Score
 from rewriter.sites import EMBEDDING, LINEAR, MLP, Kind, Site
 
-__all__ = ["FEWEST", "Threshold", "ThresholdLinear", "doubt", "quantile", "tied"]
+__all__ = ["Threshold", "ThresholdLinear", "tied"]
 
-FEWEST = 64
-"""Rows of calibration below which no quantile is taken."""
 _COMPARED = 256
 """So many rows tell what each sparsity costs a layer."""
-_STEP = 0.05
-"""By which a greedy budget grows."""
-_MOST = 0.95
-"""No layer of a greedy budget is sparser."""
+Budget = Literal["uniform", "greedy", "loss"]
+BUDGETS = ("uniform", "greedy", "loss")
 
 
-class ThresholdLinear(Layer):
+class ThresholdLinear(StoredLinear):
     """y = x_S Wᵀ + bias, with x_S[i] = x[i] where |x[i]|·importance[i] ≥ t, else 0.
 
     The gradient is that of this function: zero for entries below the threshold. With few rows on a
@@ -62,7 +58,6 @@ class ThresholdLinear(Layer):
 
     op: ClassVar[str] = "threshold_linear"
     keeps_dtype: ClassVar[tuple[str, ...]] = ("threshold", "importance")
-    bias: nn.Parameter | None
     threshold: Tensor
     importance: Tensor | None
 
@@ -78,13 +73,8 @@ class ThresholdLinear(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.weighted, self.share, self.straight_through = weighted, share, straight_through
-        self.weight = nn.Parameter(
-            torch.empty((out_features, in_features), device=device, dtype=dtype)
-        )
-        self.register_bias(out_features if bias else None, device, dtype)
         self.register_buffer("threshold", torch.zeros(1, device=device))
         self.register_buffer(
             "importance", torch.ones(in_features, device=device) if weighted else None
@@ -113,18 +103,13 @@ class ThresholdLinear(Layer):
             straight_through=straight_through,
             device="meta",
         )
-        layer.weight = as_parameter(weight)
-        layer.bias = None if bias is None else as_parameter(bias)
         layer.threshold = torch.full((1,), threshold, device=weight.device)
         layer.importance = importance
-        return layer
+        return layer.around(weight, bias)
 
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, uniform within ±1/√in_features; nothing is below 0."""
-        bound = 1 / math.sqrt(max(self.in_features, 1))
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        super().reset_parameters()
         nn.init.zeros_(self.threshold)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -142,9 +127,6 @@ class ThresholdLinear(Layer):
     def kept(self, input: Tensor) -> Tensor:
         """Which entries of an input [*, in_features] are not below the threshold, bool."""
         return active_reference(input, Select(0, self.threshold, self.importance))
-
-    def stored_weight(self) -> Tensor:
-        return self.weight
 
     def kernel(self, tokens: int) -> str:
         return kernel_name(self.weight, tokens, self.share)
@@ -169,9 +151,18 @@ class Threshold(Pass):
         budget: "uniform": every layer has this sparsity. "greedy": the layers of one block (all
             below `layers.3`) have it on average, weighted by their sizes; it is given out in steps
             of 0.05, each to the layer whose output it disturbs least for the weights that it saves.
+            "loss": all layers of the model have it on average, weighted by their sizes; the steps
+            go to where zeros raise the loss least for the weights that they save: x_S at a layer
+            raises it by ½ E[(∂loss/∂x · (x − x_S))²], the mean being over rows of the calibration
+            batches, in the unit of the loss (nats a token for a cross-entropy). Blocks that the
+            loss hardly depends on become sparser than others. It takes one backward pass a batch.
         inputs: "mlp": of the down projections of MLPs alone; "all": of every linear layer, which is
             where the time goes.
         straight_through: in training entries below t have the gradient of a dense layer, too.
+        loss: of budget="loss": a function (outputs of the model, calibration batch) → single
+            losses [*], one for each token or row of the batch, as `F.cross_entropy(…,
+            reduction="none")` gives. None: the model's own output `loss`, for which the
+            calibration batches have `labels` (it counts as the mean over those ≥ 0).
         where: which sites; a name pattern, a predicate, or None for all.
 
     Leaves a site whose calibration has fewer than 64 rows or does not reach it, and one whose
@@ -181,20 +172,25 @@ class Threshold(Pass):
 
     Raises:
         OptionError: an option is impossible.
+        CalibrationError: budget="loss", and there is no loss, or it has no gradient.
 
     Source: Liu et al. 2024, "Training-Free Activation Sparsity in Large Language Models" (TEAL);
     Lee et al. 2024, "CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models";
-    "wina": Chen et al. 2025, "WINA: Weight Informed Neuron Activation".
+    "wina": Chen et al. 2025, "WINA: Weight Informed Neuron Activation"; budget="loss": the second
+    order of LeCun et al. 1989, "Optimal Brain Damage", with the Fisher matrix for the Hessian
+    (Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning").
     """
 
     matches: ClassVar[tuple[Kind, ...]] = (MLP, LINEAR)
     phase: ClassVar[Phase] = Phase.SPARSITY
+    once: ClassVar[tuple[str, ...]] = ("where", "loss")
 
     sparsity: float = 0.5
     score: Score = "magnitude"
-    budget: Literal["uniform", "greedy"] = "uniform"
+    budget: Budget = "uniform"
     inputs: Literal["mlp", "all"] = "mlp"
     straight_through: bool = False
+    loss: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         share: object = self.sparsity
@@ -203,9 +199,18 @@ class Threshold(Pass):
                 f"Threshold: sparsity must be a fraction between 0 and 1, not {given(share)}"
             )
         one_of("Threshold: score", self.score, SCORES)
-        one_of("Threshold: budget", self.budget, ("uniform", "greedy"))
+        one_of("Threshold: budget", self.budget, BUDGETS)
         one_of("Threshold: inputs", self.inputs, ("mlp", "all"))
         of_type("Threshold", "straight_through", self.straight_through, bool, "True or False")
+        if self.loss is None:
+            return
+        if not callable(self.loss):
+            raise OptionError(
+                "Threshold: loss must be a function (outputs, batch) → single losses, not "
+                f"{given(self.loss)}"
+            )
+        if self.budget != "loss":
+            raise OptionError(f'Threshold: loss is for budget="loss", not {self.budget!r}')
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -215,27 +220,44 @@ class Threshold(Pass):
     def needs_calibration(self) -> bool:
         return True
 
+    @property
+    def needs_loss(self) -> bool:
+        return self.budget == "loss"
+
+    def losses(self, outputs: Any, batch: Any) -> Tensor:
+        if self.loss is not None:
+            return self.loss(outputs, batch)
+        own, labels = _item(outputs, "loss"), _item(batch, "labels")
+        if not isinstance(own, Tensor) or not isinstance(labels, Tensor):
+            lacking = "the model gives no loss" if own is None else "the batches have no labels"
+            raise CalibrationError(
+                f'Threshold(budget="loss"): {lacking}: pass loss=(outputs, batch) → single losses, '
+                "or calibration batches with labels, of a model that then returns its loss"
+            )
+        return own.reshape(1).expand(int((labels >= 0).sum()))  # the mean of so many
+
     def plan(self, view: View) -> list[Edit]:
         edits: list[Edit] = []
         blocks: dict[str, list[Site]] = {}
         shared = tied(view)
         for site in view.chosen:
-            if reason := _against(site, view) or shared.get(site.fqn):
+            reason = _against(site, view) or shared.get(site.fqn)
+            if not reason and self.needs_loss and site.sensitivity is None:
+                reason = "the calibration batches show no loss that depends on it"
+            if reason:
                 edits.append(Keep(site, reason))
             else:
-                blocks.setdefault(_block(site.fqn), []).append(site)
+                whole = "" if self.needs_loss else _block(site.fqn)
+                blocks.setdefault(whole, []).append(site)
         for sites in blocks.values():
+            costs = [self._costs(s) for s in sites]
             shares = [self.sparsity] * len(sites)
-            if self.budget == "greedy":
-                shares = _greedy(
-                    [self._costs(s) for s in sites],
-                    [s.weight.numel() for s in sites],
-                    self.sparsity,
-                )
-            edits += [self._edit(s, share) for s, share in zip(sites, shares, strict=True)]
+            if self.budget != "uniform":
+                shares = shared_out(costs, [s.weight.numel() for s in sites], self.sparsity)
+            edits += map(self._edit, sites, shares, costs)
         return edits
 
-    def _edit(self, site: Site, sparsity: float) -> Edit:
+    def _edit(self, site: Site, sparsity: float, costs: Sequence[float]) -> Edit:
         sample, weight = site.sample, site.weight
         assert sample is not None
         importance = importance_of(weight) if self.score == "wina" else None
@@ -259,46 +281,38 @@ class Threshold(Pass):
             f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(sample.held)} rows "
             f"held out (asked: {sparsity:.0%}, known within {doubt(scores < threshold):.1%})"
         )
+        if self.needs_loss:
+            reason += f"; by itself it raises the loss by {between(costs, sparsity):.2g}"
         return Replace(site, layer, reason, error=None, output_error=error)
 
     def _costs(self, site: Site) -> list[float]:
-        """What sparsities of 0, 0.05, … lose: ‖W (x − x_S)‖² / ‖W x‖²."""
+        """What sparsities of 0, 0.05, … cost: of the loss, or ‖W (x − x_S)‖² / ‖W x‖²; nothing
+        where nobody asks."""
         sample, weight = site.sample, site.weight.detach()
         assert sample is not None
+        if self.budget == "uniform":
+            return []
         importance = importance_of(weight) if self.score == "wina" else None
+        if (found := site.sensitivity) is not None:
+            return cost_of_steps(found.rows, _scores(found.rows, importance), found.cost)
         rows = sample.rows[:_COMPARED]
-        scores = _scores(rows, importance)
-        wide = weight.to(rows.dtype)
-        total = float((rows @ wide.t()).square().sum()) or 1.0
-        found, ranked = [0.0], scores.flatten().sort().values
-        for i in range(1, round(_MOST / _STEP) + 1):
-            lost = rows.where(scores < ranked[_rank(i * _STEP, len(ranked))], 0.0)
-            found.append(float((lost @ wide.t()).square().sum()) / total)
-        return found
+        return cost_of_steps(rows, _scores(rows, importance), _of_outputs(rows, weight))
 
 
-def quantile(scores: Tensor, share: float) -> float:
-    """The score that the share of all scores lies below, up to ties.
-
-    Args:
-        scores: [n] float32, n > 0.
-        share: from 0 to 1.
-    """
-    return float(scores.kthvalue(_rank(share, len(scores)) + 1).values)
+def _of_outputs(rows: Tensor, weight: Tensor) -> Callable[[Tensor], float]:
+    """‖W lost‖² / ‖W x‖² over rows x."""
+    wide = weight.to(rows.dtype)
+    total = float((rows @ wide.t()).square().sum()) or 1.0
+    return lambda lost: float((lost @ wide.t()).square().sum()) / total
 
 
-def _rank(share: float, count: int) -> int:
-    return min(int(share * count), count - 1)
+def _item(given: Any, name: str) -> Any:
+    """What outputs or a batch have under a name; None where they have nothing."""
+    return given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
 
 
 def _scores(rows: Tensor, importance: Tensor | None) -> Tensor:
     return rows.abs() if importance is None else rows.abs() * importance
-
-
-def doubt(below: Tensor) -> float:
-    """Twice the standard error of the share of inputs below, rows being drawn at random."""
-    shares = below.float().mean(1)
-    return 2 * float(shares.std()) / math.sqrt(len(shares))
 
 
 def _against(site: Site, view: View) -> str:
@@ -337,25 +351,3 @@ def _block(fqn: str) -> str:
     """The block that a layer belongs to: its name up to the first number."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.)", fqn)
     return found[0] if found else ""
-
-
-def _greedy(costs: Sequence[Sequence[float]], sizes: Sequence[int], sparsity: float) -> list[float]:
-    """Sparsities whose mean over weights is the one asked for, given out step by step to where a
-    step costs least for a weight; the last step is cut.
-
-    Args:
-        costs: of each layer, at sparsities 0, 0.05, …
-        sizes: of each layer, in weights.
-    """
-    steps, left = [0] * len(costs), sparsity * sum(sizes)
-    shares = [0.0] * len(costs)
-    while left > 0:
-        open_ = [i for i, step in enumerate(steps) if step + 1 < len(costs[i])]
-        if not open_:
-            break
-        best = min(open_, key=lambda i: (costs[i][steps[i] + 1] - costs[i][steps[i]]) / sizes[i])
-        steps[best] += 1
-        taken = min(_STEP * sizes[best], left)
-        shares[best] += taken / sizes[best]
-        left -= taken
-    return shares

@@ -16,7 +16,7 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rewriter.edits import Edit, View
 from rewriter.errors import OptionError, nearest
-from rewriter.layer import Layer, LinearLayer, as_parameter
+from rewriter.layer import Layer, LinearLayer, StoredLinear, as_parameter
 from rewriter.modules.moments import Moments
 from rewriter.modules.patterns import Pattern
 from rewriter.modules.refusal import Skip
@@ -38,6 +38,7 @@ __all__ = [
     "Phase",
     "Replacement",
     "Skip",
+    "StoredLinear",
     "Where",
     "as_parameter",
     "read_number",
@@ -94,6 +95,9 @@ class Pass:
 
     matches: ClassVar[tuple[str | type[Layer] | Pattern, ...]] = ()
     phase: ClassVar[Phase] = Phase.STRUCTURE
+    once: ClassVar[tuple[str, ...]] = ("where",)
+    """Options that may be functions, and have done their work when the model is rewritten: nothing
+    keeps them. Their default is None."""
 
     where: Where = field(default=None, kw_only=True)
     """Which sites: a name pattern, a predicate, or None for all."""
@@ -130,6 +134,17 @@ class Pass:
         return self.needs_calibration
 
     @property
+    def needs_loss(self) -> bool:
+        """True where it cannot do without `site.sensitivity`, to which `losses` leads; a pass that
+        needs calibration, too."""
+        return False
+
+    def losses(self, outputs: Any, batch: Any) -> Tensor:
+        """The single losses [*] of what the model makes of a calibration batch, of a pass that
+        needs a loss. What is not finite, has no gradient or no dimension is refused."""
+        raise NotImplementedError(f"{type(self).__name__}.losses")
+
+    @property
     def simulates(self) -> bool:
         """True where its layers stand for others while these train: nobody judges their speed."""
         return False
@@ -159,9 +174,9 @@ class Pass:
         return cls(**_read_options(cls, text))
 
     def spec(self) -> dict[str, Any] | None:
-        """The options as JSON values, so that `cls(**spec)` is the pass again (but for `where`,
-        which has done its work); None where one of them is no JSON."""
-        given = [f.name for f in fields(self) if f.init and f.name != "where"]
+        """The options as JSON values, so that `cls(**spec)` is the pass again (but for `once`);
+        None where one of them is no JSON."""
+        given = [f.name for f in fields(self) if f.init and f.name not in self.once]
         options = {name: getattr(self, name) for name in given}
         try:
             json.dumps(options)
@@ -169,13 +184,23 @@ class Pass:
             return None
         return options
 
+    def kept(self: P) -> P:
+        """The pass as a rewritten model keeps it: without `once`."""
+        given = [name for name in self.once if getattr(self, name) is not None]
+        return replace(self, **dict.fromkeys(given)) if given else self
+
     def __str__(self) -> str:
         """The pass as one would write it: its first option, and what is not at its default."""
         own = [f for f in fields(self) if f.name != "where"]
         shown = own[:1] + [f for f in own[1:] if getattr(self, f.name) != f.default]
         shown += [f for f in fields(self) if f.name == "where" and self.where is not None]
-        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in shown)
+        options = ", ".join(f"{f.name}={_shown(getattr(self, f.name))}" for f in shown)
         return f"{type(self).__name__}({options})"
+
+
+def _shown(value: Any) -> str:
+    """A function by its name: where it lies in memory tells nobody anything."""
+    return getattr(value, "__name__", repr(value)) if callable(value) else repr(value)
 
 
 def _read_options(cls: type[Pass], text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,13 @@ __all__ = [
     "RoundedLinear",
     "RoundedWeight",
     "StandsForWeight",
+    "StoredLinear",
     "as_parameter",
     "unscriptable",
 ]
+
+
+S = TypeVar("S", bound="StoredLinear")
 
 
 class StandsForWeight(nn.Module):
@@ -456,6 +460,55 @@ class LinearLayer(ComputedWeight, nn.Linear):
             nn.init.uniform_(self.bias, -bound, bound)
         weight = torch.empty(self.dense_shape(), device=device, dtype=dtype)
         return weight.uniform_(-bound, bound)
+
+
+class StoredLinear(Layer):
+    """A layer around the weight [out_features, in_features] and bias of a linear one, which selects
+    what it computes of them.
+
+    Args:
+        in_features, out_features: sizes of the last dimension of input and output.
+        bias: whether there is an additive bias.
+        device, dtype: of the parameters.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(
+            torch.empty((out_features, in_features), device=device, dtype=dtype)
+        )
+        self.register_bias(out_features if bias else None, device, dtype)
+
+    def around(self: S, weight: Tensor, bias: Tensor | None) -> S:
+        """This layer with these tensors; those that are Parameters stay the same."""
+        self.weight = as_parameter(weight)
+        self.bias = None if bias is None else as_parameter(bias)
+        return self
+
+    @property
+    def summed(self) -> int:
+        """How many inputs of a row are summed."""
+        return self.in_features
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, uniform within ±1/√summed, as `nn.Linear` does it."""
+        bound = 1 / math.sqrt(max(self.summed, 1))
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def stored_weight(self) -> Tensor:
+        return self.weight
 
 
 class RoundedLinear(RoundedWeight, LinearLayer):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from rewriter.modules.moments import Moments, Sample
+from rewriter.modules.moments import Moments, Sample, Sensitivity
 from rewriter.modules.patterns import Match, Pattern, find
 from rewriter.modules.pointwise import Channels, Pointwise, inner
 from rewriter.modules.tree import attribute, join, submodule
@@ -28,11 +28,13 @@ from rewriter.spellings import (
     is_added,
     is_leaf,
     is_transparent,
+    keeps_places,
     kind_name,
     kind_of,
     op_name,
     operands,
     operation_of,
+    settled_activation,
     source_of,
     spelled,
     swaps,
@@ -92,6 +94,9 @@ class Site:
             calls in the other mode's graphs.
         moments: of its inputs over the calibration batches, for a pass that calibrates.
         sample: of its inputs over the calibration batches, for a pass that needs calibration.
+        sensitivity: of the loss to its inputs over these, for a pass that asks for it.
+        readers: of an activation: the linear layers that sum over what it gives, in the order of
+            its last dimension; empty where anything else reads it.
         channels: of a 1×1 convolution, which is a linear layer over channels: how it reads them.
             What a pass proposes is a layer over rows, as everywhere.
     """
@@ -107,6 +112,8 @@ class Site:
     calls: int = 0
     moments: Moments | None = None
     sample: Sample | None = None
+    sensitivity: Sensitivity | None = None
+    readers: tuple[Site, ...] = ()
     channels: Channels | None = None
 
     @classmethod
@@ -140,6 +147,13 @@ class Site:
         function."""
         module = self.module
         return spelled(self.nodes[0]) if module is None else operation_of(module)
+
+    @property
+    def activation(self) -> str | None:
+        """Of an activation, its name with its options settled: `gelu` (exact), `gelu_tanh`; None of
+        one with other options."""
+        node = self.nodes[0] if self.nodes else None
+        return settled_activation(self.operation, self.module, node)
 
     def activated(self, x: Tensor) -> Tensor:
         """What an activation makes of x, with the options that the model gives it;
@@ -246,6 +260,7 @@ def find_sites(root: nn.Module, graphs: Graphs, other_mode: Graphs = ()) -> list
     found: dict[tuple[Any, ...], Site] = {}
     nodes: dict[tuple[Any, ...], list[Node]] = {}
     calls: dict[tuple[Any, ...], int] = {}
+    readers: dict[tuple[Any, ...], list[tuple[Site, ...]]] = {}
     names = {id(module): name for name, module in root.named_modules()}
     for first, some in ((True, graphs), (False, other_mode)):
         for prefix, graph in some:
@@ -253,11 +268,23 @@ def find_sites(root: nn.Module, graphs: Graphs, other_mode: Graphs = ()) -> list
                 key = (site.kind, site.fqn, site.transposed, site.bias_ref, site.channels)
                 found.setdefault(key, site)
                 nodes.setdefault(key, []).append(node)
+                readers.setdefault(key, []).append(site.readers)
                 calls[key] = calls.get(key, 0) + first
     return [
-        replace(site, nodes=tuple(nodes[key]), calls=calls[key] or len(nodes[key]))
+        replace(
+            site,
+            nodes=tuple(nodes[key]),
+            calls=calls[key] or len(nodes[key]),
+            readers=_of_all_calls(readers[key]),
+        )
         for key, site in found.items()
     ]
+
+
+def _of_all_calls(readers: Iterable[tuple[Site, ...]]) -> tuple[Site, ...]:
+    """Each reader once; none where one of the calls has none."""
+    found = list(readers)
+    return tuple({s.fqn: s for own in found for s in own}.values()) if all(found) else ()
 
 
 def find_matches(root: nn.Module, graph: Graph, pattern: Pattern) -> list[Match]:
@@ -318,7 +345,7 @@ class _Finder:
 
     def sites(self) -> Iterable[tuple[Node, Site]]:
         for node, site in self.at.items():
-            yield node, site
+            yield node, replace(site, readers=self._readers(node, site))
             if site.channels is not None and site.kind == LINEAR and is_conv(site.place):
                 yield node, replace(site, kind=CONV, channels=None)  # which it is as well
             if _is_linear(site):
@@ -428,6 +455,25 @@ class _Finder:
     def _is_parameter(self, node: Any, dims: int) -> bool:
         tensor = self._read(node)
         return isinstance(tensor, nn.Parameter) and tensor.dim() == dims
+
+    def _readers(self, node: Node, site: Site) -> tuple[Site, ...]:
+        """The linear layers that an activation's entries reach, multiplied by other values at most;
+        empty where anything else reads them, or they change places."""
+        found: dict[str, Site] = {}
+        waiting = [node] if site.kind == ACTIVATION else []
+        while waiting:
+            value = waiting.pop()
+            for user in value.users:
+                reader = self.at.get(user)
+                if reader is not None and _is_linear(reader) and source_of(user) is value:
+                    if reader.channels is not None:
+                        return ()
+                    found[reader.fqn] = reader
+                elif keeps_places(user, self.owner):
+                    waiting.append(user)
+                elif op_name(user, self.owner) not in ("size", "sym_size"):
+                    return ()
+        return tuple(found.values())
 
     def _mlp_parts(self, down: Node) -> dict[str, Site]:
         """The sites that feed `down`: linear → activation, or activation(gate) · up."""

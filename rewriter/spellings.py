@@ -45,11 +45,13 @@ __all__ = [
     "is_leaf",
     "is_transparent",
     "is_view",
+    "keeps_places",
     "kind_name",
     "kind_of",
     "mutates",
     "op_name",
     "operands",
+    "settled_activation",
     "spelled",
     "source_of",
     "swaps",
@@ -273,9 +275,12 @@ def operation_of(module: nn.Module) -> str:
 def activation_name(node: Node, root: nn.Module) -> str | None:
     """An activation with its options settled: `gelu` (exact), `gelu_tanh`, `relu6` of a hardtanh
     from 0 to 6; None of one that has other options."""
-    name, module = spelled(node, root), None
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return settled_activation(spelled(node, root), module, node)
+
+
+def settled_activation(name: str, module: nn.Module | None, node: Node | None) -> str | None:
+    """`activation_name` of an operation by its module, or of a function by its call."""
     if name in ("relu", "relu6", "silu", "hardswish", "tanh", "sigmoid"):
         return name
     if name == "hardtanh":
@@ -289,10 +294,11 @@ def activation_name(node: Node, root: nn.Module) -> str | None:
     return None
 
 
-def _options(node: Node, module: nn.Module | None, names: tuple[str, ...]) -> list[Any]:
+def _options(node: Node | None, module: nn.Module | None, names: tuple[str, ...]) -> list[Any]:
     """What a call of a module or a function is given beside its input; None for what is not."""
     if module is not None:
         return [getattr(module, name, None) for name in names]
+    assert node is not None, "a function is called by a node"
     given = dict(zip(names, node.args[1:], strict=False))
     return [given.get(name, node.kwargs.get(name)) for name in names]
 
@@ -419,6 +425,12 @@ def is_view(node: Node, owner: nn.Module) -> bool:
 def is_transparent(node: Node, owner: nn.Module) -> bool:
     """Whether a node only moves, selects, casts or drops values."""
     return op_name(node, owner) in _TRANSPARENT
+
+
+def keeps_places(node: Node, owner: nn.Module) -> bool:
+    """Whether a node only moves, casts, drops or multiplies values, and transposes none."""
+    name = op_name(node, owner)
+    return name in ("mul", "mul_") or (name in _TRANSPARENT and name not in _TRANSPOSES)
 
 
 def changes_input(node: Node, owner: nn.Module) -> bool:

@@ -151,7 +151,7 @@ MAY_MUTATE = {
     "rewriter/engine/undo.py": "puts a model back where a plan, or rewriting it in place, fails",
     "rewriter/engine/trials.py": "tries a layer in a graph of its own; notes calls, and undoes it",
     "rewriter/engine/decide.py": "prices a layer in a graph of its own",
-    "rewriter/engine/calibration.py": "looks at the inputs of sites, and undoes it",
+    "rewriter/engine/watching.py": "looks at the inputs of sites, and undoes it",
     "rewriter/layer.py": "a layer that computes its weight turns dense where that is written to",
     "rewriter/engine/forms.py": "puts what stood at a place into a twin; keeps a form's constants",
     # making graphs, and hosting them

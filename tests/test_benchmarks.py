@@ -628,8 +628,14 @@ def test_sparsity_quality(tmp_path: pathlib.Path) -> None:
     assert {row["what"].rpartition("of ")[2] for row in found["By kind of layer"]} == {
         "q, k, v", "o", "gate, up", "down",
     }  # fmt: skip
-    assert len(found["Budgets"]) == 4
-    assert all(row["loss, nats"] > 0 for row in found["Loss by layers, predicted at 50 %"])
+    assert [row["what"] for row in found["Budgets"]] == [
+        f"50%, {budget!r}" for budget in ("uniform", "greedy", "loss")
+    ]
+    for row in found["Budgets"]:
+        assert abs(row["random, sparsity of these layers"] - 0.5) < 0.1
+    assert [row["layers"] for row in found["Where the loss gives out 50 %"]] == [
+        f"model.layers.{i}" for i in range(2)
+    ]
 
 
 @pytest.mark.slow

@@ -116,23 +116,26 @@ def test_calls_of_other_sizes_and_shared_layers() -> None:
 def test_a_sample_has_the_range_of_all_rows_and_some_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, batches = Net().eval(), tuple(batch() for _ in range(5))
+    model, batches = Net().eval(), tuple(batch(100) for _ in range(5))
     engine = prepare(model, batches[0])
-    monkeypatch.setattr("rewriter.engine.calibration._SAMPLE", 32 * 100)
+    monkeypatch.setattr("rewriter.engine.calibration._SAMPLE", 32 * 300)
     given_ = (engine.capture, linear(engine), Calibration(batches))
     (found, _), state = gather(*given_, moments=False, sample=True), torch.get_rng_state()
     rows = torch.cat([b.flatten(0, 1) for i, b in enumerate(batches) if i != 3])
     got: Any = found["fc"].sample
     assert found["fc"].moments is None
     assert_equal((got.low, got.high), (rows.amin(0), rows.amax(0)))
-    assert got.rows.shape == (100, 32)
+    assert got.rows.shape == (300, 32)
     assert len({tuple(r.tolist()) for r in got.rows} - {tuple(r.tolist()) for r in rows}) == 0
-    assert len(got.rows.unique(dim=0)) == 100
+    assert len(got.rows.unique(dim=0)) == 300
     assert_equal(got.held.sort(0).values, batches[3].flatten(0, 1).sort(0).values)
     (reader,) = got.readers
     assert reader.data_ptr() == engine.capture.root.fc.weight.data_ptr()
     assert torch.equal(torch.get_rng_state(), state)
     assert_equal(gather(*given_, moments=False, sample=True)[0]["fc"].sample.rows, got.rows)
+    monkeypatch.setattr("rewriter.engine.calibration._SAMPLE", 1)  # of rows as wide as that
+    (found, _) = gather(*given_, moments=False, sample=True)
+    assert len(found["fc"].sample.rows) == 256  # type: ignore[union-attr]
 
 
 def test_nothing_is_left_behind() -> None:

@@ -17,7 +17,8 @@ from rewriter.capture import Capture, capture
 from rewriter.capture.hosted import Program
 from rewriter.compiler.dynamo import capture_dynamo
 from rewriter.engine import Engine, Options
-from rewriter.passes import Monarch, Quadratic, Reluify, RemoveBlocks, ResizeMLP, TopK
+from rewriter.engine.batches import Calibration
+from rewriter.passes import Monarch, Quadratic, Reluify, RemoveBlocks, ResizeMLP, Threshold, TopK
 from rewriter.report.graph_text import graph_text
 
 FRONT_ENDS = ["symbolic", "export", "dynamo"]
@@ -97,10 +98,14 @@ def captured(front_end: str, model: nn.Module, x: Tensor) -> tuple[Capture, Call
 
 
 def rewritten(
-    front_end: str, model: nn.Module, x: Tensor, passes: list[Pass]
+    front_end: str,
+    model: nn.Module,
+    x: Tensor,
+    passes: list[Pass],
+    options: Options | None = None,
 ) -> tuple[str, Tensor]:
     capture_, call = captured(front_end, model, x)
-    engine = Engine(capture_, Options())
+    engine = Engine(capture_, options or Options())
     steps = [engine.original(), *(engine.run(p) for p in passes)]
     engine.finish(engine.report(steps))
     with torch.no_grad():
@@ -177,6 +182,46 @@ def test_topk_gated(front_end: str, golden: Golden) -> None:
         %4 = topk_linear(%3, down) : f32[2,16]  # was mlp
         """,
     )
+
+
+def test_topk_at_activations(front_end: str, golden: Golden) -> None:
+    model, x = Gated().eval(), torch.randn(2, 16)
+    gate = nn.functional.silu(model.gate(x)).detach()
+    kept = gate.abs().topk(12).indices
+    sparse = torch.zeros_like(gate).scatter(1, kept, gate.gather(1, kept))
+    expected = model.down(sparse * model.up(x)).detach()
+    text, result = rewritten(front_end, model, x, [TopK(k=12, at="activations")])
+    torch.testing.assert_close(result, expected)
+    golden(
+        text,
+        """
+        %0 = linear(%x, gate) : f32[2,48]
+        %1 = topk_activation(%0, silu_0) : f32[2,48]  # was activation
+        %2 = linear(%x, up) : f32[2,48]
+        %3 = mul(%1, %2) : f32[2,48]
+        %4 = linear(%3, down) : f32[2,16]
+        """,
+    )
+
+
+@pytest.mark.parametrize("front_end", ["symbolic", "export"])
+def test_threshold_by_the_loss(front_end: str, golden: Golden) -> None:
+    model, x = MLP().eval(), torch.randn(2, 32)
+    passed = Threshold(
+        0.5, budget="loss", inputs="all", loss=lambda outputs, _: outputs[:, 0].square()
+    )
+    dense, batches = model(x).detach(), Calibration.of([torch.randn(80, 32)])
+    text, result = rewritten(front_end, model, x, [passed], Options(calibration=batches))
+    golden(
+        text,
+        """
+        %0 = threshold_linear(%x, fc) : f32[2,64]   # was linear
+        %1 = gelu(%0) : f32[2,64]
+        %2 = threshold_linear(%1, out) : f32[2,10]  # was linear
+        """,
+    )
+    error = float((result - dense).norm() / dense.norm())
+    assert 0 < error < 1
 
 
 def test_functional_weights(front_end: str, golden: Golden) -> None:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 import rewriter
 from rewriter import rewrite
 from rewriter.errors import CalibrationError, OptionError
+from rewriter.modules.budgets import quantile, shared_out
 from rewriter.passes import Quantize, SparseInt8Linear, Threshold, ThresholdLinear, TopK
-from rewriter.passes.threshold import _block, _greedy, quantile
+from rewriter.passes.threshold import _block
 
 
 class Gated(nn.Module):
@@ -177,10 +178,10 @@ def test_a_greedy_budget_is_met_and_costs_less() -> None:
 def test_greedy_steps_go_where_a_weight_costs_least() -> None:
     steps = [i / 20 for i in range(20)]
     cheap, dear = [0.1 * s for s in steps], [10 * s for s in steps]
-    assert _greedy([cheap, dear], [100, 100], 0.475) == pytest.approx([0.95, 0.0])
-    assert _greedy([cheap, dear], [100, 300], 0.5) == pytest.approx([0.95, 0.35])
-    assert sum(_greedy([dear, cheap], [10, 10], 0.51)) == pytest.approx(1.02)
-    assert _greedy([cheap], [10], 0.99) == pytest.approx([0.95])
+    assert shared_out([cheap, dear], [100, 100], 0.475) == pytest.approx([0.95, 0.0])
+    assert shared_out([cheap, dear], [100, 300], 0.5) == pytest.approx([0.95, 0.35])
+    assert sum(shared_out([dear, cheap], [10, 10], 0.51)) == pytest.approx(1.02)
+    assert shared_out([cheap], [10], 0.99) == pytest.approx([0.95])
 
 
 def test_quantiles_and_blocks() -> None:
@@ -259,6 +260,7 @@ def test_int8_weights_keep_the_selection(passed: Any, tmp_path: pathlib.Path) ->
         exact = copy.deepcopy(own)
         exact.weight = nn.Parameter(layer.stored_weight())
         assert_reordered(layer(h), exact(h))
+        assert_equal(layer.kept(h), own.kept(h))
     out.save(tmp_path)
     x = torch.randn(2, 16)
     assert_reordered(rewriter.load(tmp_path, Gated().eval())(x), out(x))

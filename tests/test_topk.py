@@ -343,7 +343,8 @@ def test_count_of_a_fraction_rounds_up(k, width, kept):
 
 
 def test_what_the_replacement_says():
-    assert TopK.matches == (MLP,)
+    assert TopK.matches == (MLP, ACTIVATION)
+    assert TopK(2).kinds == (MLP,)
     assert TopK.phase is Phase.SPARSITY
     assert not TopK(4).exact
     assert str(TopK(k=4)) == "TopK(k=4)"

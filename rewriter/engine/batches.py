@@ -13,6 +13,9 @@ from rewriter.errors import CalibrationError
 
 __all__ = ["Calibration"]
 
+_HELD_OUT = 4
+"""Every so many-th batch is not fitted on, but measures the error of the result."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -58,6 +61,11 @@ class Calibration:
         for i, batch in enumerate(batches):
             _check(f"{name}[{i}]", dict(_tensors(batch)), wanted)
         return cls(batches)
+
+    def held_out(self, i: int) -> bool:
+        """Whether the i-th batch is not fitted on: every fourth, of two or three the last."""
+        every = min(_HELD_OUT, len(self.batches))
+        return len(self.batches) > 1 and i % every == every - 1
 
 
 def _calls(like: Any) -> Iterator[Any]:

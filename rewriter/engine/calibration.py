@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rewriter.base import Moments
-from rewriter.capture import Capture, arguments
+from rewriter.capture import Capture
 from rewriter.engine.batches import Calibration
-from rewriter.errors import CalibrationError
-from rewriter.modules.moments import Sample
+from rewriter.engine.watching import called, mask_of, watching
+from rewriter.modules.moments import Draw, Sample
 from rewriter.modules.pointwise import Channels
 from rewriter.modules.progress import bar
-from rewriter.modules.running import first_line, own_copy, quiet_run
+from rewriter.modules.running import quiet_run
 from rewriter.sites import ACTIVATION, Site
 from rewriter.spellings import source_of
 
 __all__ = ["Gathered", "gather"]
 
-_HELD_OUT = 4
-"""Every so many-th batch is not fitted on, but measures the error of the result."""
 _BYTES = 4e9
 """Of moments held at once: more layers than that take another run over the batches."""
 
@@ -57,34 +53,6 @@ class _Sum:
 
 
 @dataclass
-class _Draw:
-    """The range of all rows that reach one place, and an even choice of them: those with the
-    largest lots, one for each row."""
-
-    low: Tensor
-    high: Tensor
-    rows: Tensor
-    lots: Tensor
-    generator: torch.Generator
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Draw:
-        low, high = x.aminmax(dim=0)
-        empty = x.new_empty(0)
-        draw = cls(low, high, x[:0], empty, torch.Generator().manual_seed(0))
-        draw.add(x)
-        return draw
-
-    def add(self, x: Tensor) -> None:
-        low, high = x.aminmax(dim=0)
-        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-        lots = torch.cat([self.lots, torch.rand(len(x), generator=self.generator).to(x)])
-        most = max(_SAMPLE // max(x.shape[1], 1), 1)
-        self.lots, chosen = lots.topk(min(most, len(lots)))
-        self.rows = torch.cat([self.rows, x])[chosen]
-
-
-@dataclass
 class _Seen:
     """What the batches of one kind, fitted to or held out, have shown at one place.
 
@@ -95,7 +63,7 @@ class _Seen:
     asked: tuple[bool, bool]
     rows: int = 0
     sums: _Sum | None = None
-    draw: _Draw | None = None
+    draw: Draw | None = None
 
     def add(self, x: Tensor) -> None:
         self.rows += len(x)
@@ -106,9 +74,8 @@ class _Seen:
                 self.sums.add(x)
         if self.asked[1]:
             if self.draw is None:
-                self.draw = _Draw.of(x)
-            else:
-                self.draw.add(x)
+                self.draw = Draw.of(_SAMPLE, x.shape[1])
+            self.draw.add(x)
 
 
 @dataclass
@@ -175,7 +142,7 @@ def gather(
     found: dict[str, Gathered] = {}
     missing: dict[str, str] = {}
     for group in _groups(_watches(capture, sites, (moments, sample))):
-        with _watching(capture, group):
+        with watching(capture, group):
             _run(capture.root, calibration, group)
         for watch in group:
             for name in (site.fqn for site in watch.sites):
@@ -206,6 +173,8 @@ def _gathered(watch: _Watch) -> Gathered:
     if fitted.draw is not None and held.draw is not None:
         readers = tuple(s.weight.detach() for s in watch.sites if s.weight_ref is not None)
         draw = fitted.draw
+        assert draw.low is not None
+        assert draw.high is not None
         sample = Sample(draw.low, draw.high, draw.rows, held.draw.rows, readers)
     return Gathered(moments, sample)
 
@@ -243,72 +212,16 @@ def _groups(watches: Sequence[_Watch]) -> Iterator[list[_Watch]]:
         yield group
 
 
-@contextlib.contextmanager
-def _watching(capture: Capture, group: Sequence[_Watch]) -> Iterator[None]:
-    """The model calls the watches: of a layer in its forward, of a function in its graph."""
-    inserted: list[fx.Node] = []
-    forwards: list[tuple[nn.Module, Any]] = []
-    try:
-        for watch in group:
-            if watch.module is not None:
-                forwards.append((watch.module, vars(watch.module).get("forward")))
-                vars(watch.module)["forward"] = _seeing(watch, watch.module.forward)
-                continue
-            for node in watch.calls:
-                with node.graph.inserting_before(node):
-                    called = node.graph.call_function(_observing(watch), (source_of(node),))
-                inserted.append(called)
-        if inserted:
-            capture.host()
-        yield
-    finally:
-        for module, forward in forwards:
-            vars(module).pop("forward", None)
-            if forward is not None:
-                vars(module)["forward"] = forward
-        for node in inserted:
-            node.graph.erase_node(node)
-        if inserted:
-            capture.host()
-
-
-def _observing(watch: _Watch) -> Callable[[Any], Any]:
-    """A plain function, as a graph wants it."""
-
-    def observe(x: Any) -> Any:
-        return watch(x)
-
-    return observe
-
-
-def _seeing(watch: _Watch, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def seen(*args: Any, **kwargs: Any) -> Any:
-        watch(args[0] if args else next(iter(kwargs.values())))
-        return forward(*args, **kwargs)
-
-    return seen
-
-
 def _run(root: nn.Module, calibration: Calibration, group: Sequence[_Watch]) -> None:
-    batches = calibration.batches
-    every = min(_HELD_OUT, len(batches))
-    with bar("calibrating", len(batches)) as step, quiet_run(root, training=False):
-        for i, batch in enumerate(batches):
+    with bar("calibrating", len(calibration.batches)) as step, quiet_run(root, training=False):
+        for i, batch in enumerate(calibration.batches):
             step()
-            args, kwargs = own_copy(*arguments(batch))
-            held = len(batches) > 1 and i % every == every - 1
-            mask = kwargs.get("attention_mask")
-            plain = isinstance(mask, Tensor) and mask.dim() == 2
+            mask = mask_of(batch)
             for watch in group:
-                watch.current = watch.held if held else watch.fitted
-                watch.mask = mask.bool() if plain else None  # type: ignore[union-attr]
+                watch.current = watch.held if calibration.held_out(i) else watch.fitted
+                watch.mask = mask
             try:
-                root(*args, **kwargs)
-            except Exception as error:
-                raise CalibrationError(
-                    f"the model fails on calibration[{i}]: {type(error).__name__}: "
-                    f"{first_line(error)}"
-                ) from error
+                called(root, batch, i)
             finally:
                 for watch in group:
                     watch.current = watch.mask = None

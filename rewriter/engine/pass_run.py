@@ -26,6 +26,7 @@ from rewriter.engine.decide import (
     unselected,
     worth,
 )
+from rewriter.engine.gradients import differentiate
 from rewriter.engine.install import cut_graphs, names_of, put, remove, resize
 from rewriter.engine.looking import sites_of, unmatched
 from rewriter.engine.plans import Plan, blocks_of, checked, view_of
@@ -34,6 +35,7 @@ from rewriter.engine.undo import fresh_graphs
 from rewriter.engine.verify import Boundary, boundary, check
 from rewriter.errors import CalibrationError, PassError, warn
 from rewriter.layer import Layer
+from rewriter.modules.moments import Sensitivity
 from rewriter.modules.patterns import Pattern
 from rewriter.modules.pointwise import inner
 from rewriter.recipe.edits import Resized
@@ -129,6 +131,11 @@ class PassRun:
         moments = self.rewrite.calibrates
         sample = self.rewrite.samples
         found, missing = gather(self.capture, wanted, calibration, moments, sample)
+        slopes: dict[str, Sensitivity] = {}
+        if self.rewrite.needs_loss:
+            reached = [s for s in wanted if s.fqn in found]
+            slopes, flat = differentiate(self.capture, reached, calibration, self.rewrite.losses)
+            missing |= flat
         self.uncalibrated = missing if needs else {}
         reasons: dict[str, list[str]] = {}
         for name, why in missing.items():
@@ -140,7 +147,12 @@ class PassRun:
             warn(f"{self.rewrite}: {self.notes[-1]}")
         for i, site in enumerate(self.matching):
             own = found.get(site.fqn, Gathered())
-            self.matching[i] = replace(site, moments=own.moments, sample=own.sample)
+            self.matching[i] = replace(
+                site,
+                moments=own.moments,
+                sample=own.sample,
+                sensitivity=slopes.get(site.fqn),
+            )
 
     def ask(self) -> None:
         """Asks the pass about every site, or for its plan of the whole.

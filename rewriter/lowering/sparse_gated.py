@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels import sparse
-from rewriter.kernels.sparse_gated import largest_share, sparse_gated
+from rewriter.kernels.sparse_gated import GatedMlp, largest_share, sparse_gated
 from rewriter.lowering.rules import Fused, Place
 
 __all__ = ["SPARSE_GATED"]
@@ -59,6 +59,10 @@ def _one_neuron(place: Place) -> float:
     return 1e-2
 
 
+def _sparse_gated(x: Tensor, *own: Any) -> Tensor:
+    return sparse_gated(x, GatedMlp(*own))
+
+
 SPARSE_GATED = Fused(
-    "sparse_gated", sparse_gated, _tensors, _options, _unlike, _slow, error=_one_neuron
+    "sparse_gated", _sparse_gated, _tensors, _options, _unlike, _slow, error=_one_neuron
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewriter.base import Layer
+from rewriter.base import Layer, Pass
 from rewriter.errors import StoreError
 from rewriter.modules.pointwise import Channels, Pointwise, inner
 from rewriter.modules.tensors import named_tensors
@@ -57,10 +57,7 @@ class Installed:
 
     def __getstate__(self) -> dict[str, Any]:
         # `where` is often a lambda, which does not pickle, and has done its work
-        chain = [
-            (k, replace(p, where=None) if getattr(p, "where", None) is not None else p)
-            for k, p in self.chain
-        ]
+        chain = [(k, p.kept() if isinstance(p, Pass) else p) for k, p in self.chain]
         return {**vars(self), "chain": chain}
 
 
