@@ -39,10 +39,12 @@ SLOW = pytest.mark.slow
 INNER = ("eager", "aot_eager", pytest.param("inductor", marks=SLOW))
 
 
-def modes(fast: bool) -> list[Any]:
+def modes(*fast: bool) -> list[Any]:
     """(inner compiler, symbolic sizes): Inductor is slow but with the sizes that are `fast`."""
-    plain = [(inner, dynamic) for inner in ("eager", "aot_eager") for dynamic in (False, True)]
-    return [*plain, ("inductor", fast), pytest.param("inductor", not fast, marks=SLOW)]
+    both = (False, True)
+    plain = [(inner, dynamic) for inner in ("eager", "aot_eager") for dynamic in both]
+    marks = {dynamic: [] if dynamic in fast else [SLOW] for dynamic in both}
+    return [*plain, *(pytest.param("inductor", d, marks=marks[d]) for d in both)]
 
 
 INT8 = [Quantize("int8-dynamic")]
@@ -89,7 +91,7 @@ def gradients(model: Any, x: Tensor, over: nn.Module) -> dict[str, Tensor]:
 # every mode
 
 
-@pytest.mark.parametrize(("inner", "dynamic"), modes(fast=False))
+@pytest.mark.parametrize(("inner", "dynamic"), modes(False))
 def test_inference_is_rewrite_then_compile(inner: str, dynamic: bool) -> None:
     model = net().eval()
     fast = compiled(model, INT8, dynamic, inner=inner)
@@ -102,7 +104,7 @@ def test_inference_is_rewrite_then_compile(inner: str, dynamic: bool) -> None:
     assert len(rewriter.report_of(fast)[0].replaced) == 2
 
 
-@pytest.mark.parametrize(("inner", "dynamic"), modes(fast=True))
+@pytest.mark.parametrize(("inner", "dynamic"), modes())
 def test_training_is_rewrite_then_backward(inner: str, dynamic: bool) -> None:
     model = net().train()
     fast = compiled(model, TOPK, dynamic, inner=inner)

@@ -353,6 +353,7 @@ def test_a_smaller_budget_never_has_a_higher_peak(one: float, other: float) -> N
         assert less.seconds >= more.seconds
 
 
+@pytest.mark.slow
 @given(st.floats(1.0, 2.0), st.floats(1.0, 2.0))
 def test_more_time_never_takes_more_memory(one: float, other: float) -> None:
     frontier = planned("bert").frontier

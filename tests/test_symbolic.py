@@ -155,7 +155,7 @@ def conv_net() -> nn.Module:
         (Net, (ids(4, 6),)),
         pytest.param(encoder_layer, (torch.zeros(4, 6, 32),), marks=pytest.mark.slow),
         pytest.param(Tied, (ids(4, 6), ids(4, 6)), marks=pytest.mark.slow),
-        (Tied, (ids(4, 6),) * 2),
+        pytest.param(Tied, (ids(4, 6),) * 2, marks=pytest.mark.slow),
         pytest.param(
             lambda: nn.Sequential(*[nn.Linear(8, 8) for _ in range(30)]),
             (torch.zeros(4, 8),),
