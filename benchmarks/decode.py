@@ -2,8 +2,9 @@
 what the fewer bits cost in perplexity.
 
 SmolLM2-135M with its real weights, `generate()` as transformers has it: with its growing cache, and
-with a static one and the model's forward compiled by rewriter's backend, whose code is called by
-Python or by a C++ wrapper. All variants in one process, in turns. Beside a
+with a static one and the model's forward compiled by rewriter's backend; that also where Dynamo's
+guards skip modules whose dictionaries no one has touched, by an option of torch that is off unless
+asked for. All variants in one process, in turns. Beside a
 whole token stands the time of its linear layers alone, called one after another with nothing in
 between, of all variants in turns too: what is left is Python, attention, norms and the cache.
 
@@ -88,12 +89,9 @@ def smollm2(windows: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     return model, prompt, text[:windows], text[windows:]
 
 
-EAGER, COMPILED, WRAPPED = "eager", "compiled", "compiled, C++ wrapper"
-_WRAPPER = {
-    "cpp_wrapper": True,
-    "cpp_wrapper_build_separate": True,  # kernels are optimized, ...
-    "aot_inductor.compile_wrapper_opt_level": "O0",  # ... the function that calls them is not
-}
+EAGER, COMPILED, TAGGED = "eager", "compiled", "compiled, guards by tags"
+_TAGS = "use_recursive_dict_tags_for_guards"
+"""Dynamo's option; else guards look at each tensor of every layer at every call."""
 
 
 def generate(model: Any, prompt: Tensor, count: int, how: str = EAGER) -> Tensor:
@@ -102,13 +100,10 @@ def generate(model: Any, prompt: Tensor, count: int, how: str = EAGER) -> Tensor
     if how != EAGER:
         from transformers import CompileConfig
 
-        inductor = _WRAPPER if how == WRAPPED else {}
-        more["compile_config"] = CompileConfig(
-            backend="rewriter", options={"inductor": inductor}, mode=None, dynamic=False
-        )
+        more["compile_config"] = CompileConfig(backend="rewriter", mode=None, dynamic=False)
         more["compile_config"]._compile_all_devices = True  # else it compiles on a GPU alone
         more["cache_implementation"] = "static"
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch({_TAGS: how == TAGGED}):
         tokens: Tensor = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
             max_new_tokens=count, min_new_tokens=count, **more,
@@ -198,8 +193,8 @@ def main() -> None:
         help="also with a static cache, compiled by Inductor",
     )  # fmt: skip
     parser.add_argument(
-        "--wrapped", nargs="*", default=["int8-weight", "int4-weight"], choices=list(SCHEMES),
-        help="of those that are compiled, also with a C++ wrapper",
+        "--tagged", nargs="*", default=["int8-weight", "int4-weight"], choices=list(SCHEMES),
+        help="of those that are compiled, also with guards by dictionary tags",
     )  # fmt: skip
     parser.add_argument(
         "--no-quality", action="store_true",
@@ -223,10 +218,10 @@ def main() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     runs: dict[str, Callable[[], Tensor]] = {}
     of: dict[str, str] = {}  # the model of a run
-    for how in (EAGER, COMPILED, WRAPPED) if args.compiled else (EAGER,):
+    for how in (EAGER, COMPILED, TAGGED) if args.compiled else (EAGER,):
         for name, own in models.items():
-            if how != WRAPPED or (name in args.wrapped and not args.quick):
-                each = copy.deepcopy(own) if how == WRAPPED else own  # transformers keeps one code
+            if how != TAGGED or (name in args.tagged and not args.quick):
+                each = copy.deepcopy(own) if how == TAGGED else own  # transformers keeps one code
                 of[f"{name}, {how}"] = name
                 runs[f"{name}, {how}"] = partial(generate, each, prompt, count, how)
     rival = not args.quick and importlib.util.find_spec("llama_cpp") is not None
