@@ -36,8 +36,10 @@ NEAREST = "; `rewriter.training.peft.merge` can fit levels to calibration batche
 
 
 def four_bits(q: Tensor, scale: Tensor, zero: Tensor | None) -> Mapping[str, Tensor | None]:
-    """The buffers of layers of 4 bits in groups, of levels as `quantize_groups` gives them."""
-    return {"qweight": pack(q), "scale": scale, "zero": zero}
+    """The buffers of layers of 4 bits in groups, of levels as `quantize_groups` gives them: row by
+    row, as kernels read them; others would be copied at each call."""
+    offset = None if zero is None else zero.contiguous()
+    return {"qweight": pack(q), "scale": scale.contiguous(), "zero": offset}
 
 
 class _Rows(RoundedWeight, nn.Embedding):

@@ -345,12 +345,8 @@ class RoundedWeight(ComputedWeight):
 
     def hold(self, weight: Tensor) -> None:
         """Registers the buffers closest to a weight."""
-        self._keep(self.rounded(weight))
-
-    def _keep(self, levels: Mapping[str, Tensor | None]) -> None:
-        """Registers buffers as kernels read them: others would be copied at each call."""
-        for name, tensor in levels.items():
-            self.register_buffer(name, None if tensor is None else tensor.contiguous())
+        for name, tensor in self.rounded(weight).items():
+            self.register_buffer(name, tensor)
 
     def requantize(self, weight: Tensor, **how: Any) -> float:
         """Takes another weight, rounded; see the class.
@@ -535,7 +531,8 @@ class RoundedLinear(RoundedWeight, LinearLayer):
     ) -> Any:
         """The layer [out, in] of buffers that are made already; of the bias as `closest`."""
         layer = cls._empty(sizes, bias, **options)
-        layer._keep(levels)
+        for name, tensor in levels.items():
+            layer.register_buffer(name, tensor)
         return layer
 
     @classmethod

@@ -574,3 +574,8 @@ def test_its_cost_is_counted(rewriting: Quantize) -> None:
     assert [d.kernel for d in report.replaced] == [available_kernels()[0]] * 2
     (before, after) = (step.after.bytes_moved for step in report.steps[:2])
     assert before - after > 0.9 * (4 - bits / 8) * weights
+
+
+def test_levels_lie_as_the_layer_is_laid_out() -> None:
+    layer = QuantizedConv2d(8, 8, 3, channels_last=True)
+    assert layer.qweight.is_contiguous(memory_format=torch.channels_last)
