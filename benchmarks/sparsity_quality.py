@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from _harness import arguments, command, load_script, parse, write_results
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rewriter import rewrite
 from rewriter.kernels.sparse import importance_of
@@ -27,6 +26,8 @@ from rewriter.modules.budgets import quantile
 from rewriter.passes import Threshold, ThresholdLinear
 
 SCORES = ("magnitude", "wina", "rotation")
+causal = load_script("examples/sparse_decode.py").losses
+"""−log p(token | the tokens before it), of each token."""
 Rows = list[dict[str, Any]]
 
 
@@ -134,12 +135,6 @@ def perplexity(model: Any, windows: Tensor) -> float:
             batch = {"input_ids": window[None]}
             lost += float(causal(model(**batch), batch).mean()) / len(windows)
     return math.exp(lost)
-
-
-def causal(outputs: Any, batch: Any) -> Tensor:
-    """−log p(token | the tokens before it), of each token."""
-    logits, ids = outputs.logits[:, :-1], batch["input_ids"][:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
 
 
 class Budgets:

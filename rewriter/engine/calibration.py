@@ -216,9 +216,9 @@ def _run(root: nn.Module, calibration: Calibration, group: Sequence[_Watch]) -> 
     with bar("calibrating", len(calibration.batches)) as step, quiet_run(root, training=False):
         for i, batch in enumerate(calibration.batches):
             step()
-            mask = mask_of(batch)
+            mask, held = mask_of(batch), calibration.held_out(i)
             for watch in group:
-                watch.current = watch.held if calibration.held_out(i) else watch.fitted
+                watch.current = watch.held if held else watch.fitted
                 watch.mask = mask
             try:
                 called(root, batch, i)

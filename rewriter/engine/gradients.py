@@ -127,9 +127,10 @@ def _run(
                 for slope in slopes:
                     slope.inputs = []
             terms += found.numel()
+            mask = mask_of(batch)
             for (slope, x), gradient in zip(reached, gradients, strict=True):
                 if gradient is not None:
-                    slope.add(x, gradient, mask_of(batch))
+                    slope.add(x, gradient, mask)
     return terms
 
 

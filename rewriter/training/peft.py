@@ -34,8 +34,6 @@ __all__ = ["merge", "register"]
 
 C = TypeVar("C")
 _METHODS = ("gptq", "awq")
-_HELD_OUT = 4
-"""Every so many-th batch is not fitted to, but measures the error of the outputs."""
 _BYTES = 4e9
 """Of moments held at once."""
 
@@ -76,7 +74,7 @@ def merge(
     of_type("merge", "model", model, PeftModel, "what peft.get_peft_model gives")
     one_of("merge: method", method, _METHODS)
     places = _places(model.get_base_model())
-    batches = () if calibration is None else Calibration.of(calibration).batches
+    batches = None if calibration is None else Calibration.of(calibration)
     if batches and not any(p.layer.fits for p in places):
         raise OptionError(
             "merge: calibration fits levels of 4 bits, and no such layer is adapted: leave it out"
@@ -182,15 +180,13 @@ def _groups(places: Sequence[_Place]) -> Iterator[list[_Place]]:
     yield group
 
 
-def _watched(model: nn.Module, places: list[_Place], batches: Sequence[Any]) -> list[_Place]:
+def _watched(model: nn.Module, places: list[_Place], given: Calibration | None) -> list[_Place]:
     """The places, with the moments of their inputs where their levels are fitted to batches."""
-    fitted = [p for p in places if p.layer.fits and batches]
+    fitted = [p for p in places if p.layer.fits and given is not None]
     sums = [(_Sum(), _Sum()) for _ in fitted]
-    for i, batch in enumerate(batches if fitted else ()):
-        every = min(_HELD_OUT, len(batches))
-        held = len(batches) > 1 and i % every == every - 1
+    for i, batch in enumerate(given.batches if given is not None and fitted else ()):
         hooks = [
-            tuner.register_forward_pre_hook(both[held].note)
+            tuner.register_forward_pre_hook(both[given.held_out(i)].note)
             for place, both in zip(fitted, sums, strict=True)
             for tuner in place.tuners
         ]
