@@ -182,11 +182,14 @@ def _groups(places: Sequence[_Place]) -> Iterator[list[_Place]]:
 
 def _watched(model: nn.Module, places: list[_Place], given: Calibration | None) -> list[_Place]:
     """The places, with the moments of their inputs where their levels are fitted to batches."""
-    fitted = [p for p in places if p.layer.fits and given is not None]
+    if given is None:
+        return places
+    fitted = [p for p in places if p.layer.fits]
     sums = [(_Sum(), _Sum()) for _ in fitted]
-    for i, batch in enumerate(given.batches if given is not None and fitted else ()):
+    for i, batch in enumerate(given.batches if fitted else ()):
+        held = given.held_out(i)
         hooks = [
-            tuner.register_forward_pre_hook(both[given.held_out(i)].note)
+            tuner.register_forward_pre_hook(both[held].note)
             for place, both in zip(fitted, sums, strict=True)
             for tuner in place.tuners
         ]
