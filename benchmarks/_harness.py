@@ -259,18 +259,22 @@ def write_results(
     print(text)
     if out is not None:
         path = out / f"{name}.json"
-        others = _of_others(path, record) if by_isa else []
-        whole = text
-        if others:
-            runs = sorted([record, *others], key=_rank)
-            whole = f"# {title}\n\n" + "\n".join(
-                f"# On a CPU with {_set_of(run)}\n\n{_section(run)}" for run in runs
-            )
+        if others := _of_others(path, record) if by_isa else []:
             record = {**record, "others": others}
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / f"{name}.md", whole)
+        _write(out / f"{name}.md", rendered(record))
         _write(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return text
+
+
+def rendered(record: Mapping[str, Any]) -> str:
+    """The Markdown of a file of results, which has a part for each set of instructions."""
+    own = {k: v for k, v in record.items() if k != "others"}
+    runs = sorted([own, *record.get("others", [])], key=_rank)
+    parts = [_section(run) for run in runs]
+    if len(runs) > 1:
+        parts = [f"# On a CPU with {_set_of(run)}\n\n{_section(run)}" for run in runs]
+    return f"# {record['title']}\n\n" + "\n".join(parts)
 
 
 def _section(record: Mapping[str, Any]) -> str:

@@ -113,7 +113,9 @@ def heal(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--nblocks", type=int, default=4)

@@ -47,7 +47,9 @@ def write_on(model: Any, prompt: Tensor, count: int) -> tuple[Tensor, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a small model, random weights")
     parser.add_argument("--tokens", type=int, default=48)
     args = parser.parse_args()

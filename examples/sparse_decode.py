@@ -61,7 +61,9 @@ def speed(model: Any, prompt: Tensor, count: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--inputs", choices=("mlp", "all"), default="mlp")

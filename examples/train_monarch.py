@@ -252,7 +252,9 @@ def monarch(model: nn.Module, plan: Plan, nblocks: int = 4) -> nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--nblocks", type=int, default=4)
     args = parser.parse_args()

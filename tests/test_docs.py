@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 import runpy
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from _harness import rendered
 from marks import slow_but
 
 from rewriter.passes import quantize
@@ -40,6 +42,14 @@ def test_every_line_of_the_documents_runs(
     for line in shown.splitlines():
         if "2 of 2" in line or "replaced" in line or line.startswith("parameter"):
             assert line in printed, line
+
+
+def test_tables_of_results_show_the_figures_beside_them() -> None:
+    found = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    assert found
+    for path in found:
+        shown = path.with_suffix(".md").read_text(encoding="utf-8")
+        assert shown == rendered(json.loads(path.read_text(encoding="utf-8"))), path.name
 
 
 def test_the_pass_in_contributing_is_the_example() -> None:

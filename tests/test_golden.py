@@ -278,7 +278,7 @@ def test_pointwise_convolutions(front_end: str, golden: Golden) -> None:
     golden(
         text,
         """
-        %0 = conv2d(%x, mix) : f32[2,16,4,6]                      # a Conv2d that mixes positions: no pass here takes one
+        %0 = conv2d(%x, mix) : f32[2,16,4,6]                      # a Conv2d that mixes positions: no pass here takes one; Quantize("int8-dynamic", convolutions=True) does
         %1 = relu(%0) : f32[2,16,4,6]
         %2 = pointwise_quadratic_linear(%1, conv) : f32[2,8,2,3]  # was linear
         """,

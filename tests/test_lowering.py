@@ -166,6 +166,30 @@ def test_the_outputs_are_as_before_up_to_rounding(model: Any) -> None:
     assert "as before up to rounding" in str(model.report)
 
 
+class Mixes(nn.Module):
+    """A place for a fused op, then attention with dropout, off or on."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.conv, self.norm, self.dropout = nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)).unsqueeze(1)  # one head, as a fused kernel of torch's wants it
+        return nn.functional.scaled_dot_product_attention(y, y, y, dropout_p=self.dropout)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_outputs_error_is_that_of_runs_with_fused_ops(dropout: float) -> None:
+    made: Any = rewrite(trained(Mixes(dropout), 8, 4, 12), [], torch.randn(4, 4, 12))
+    step = made.report.steps[-1]
+    assert step.name == "lowering"
+    if dropout:  # its runs for comparison are looked at op by op, which keeps them unfused
+        assert step.output_error is None
+        assert "lowering" in str(made.report)
+    else:  # attention without dropout draws nothing, whatever torch's tag of it says
+        assert 0 < step.output_error < 1e-5
+
+
 def test_the_peak_counts_the_derived_weights(model: Any) -> None:
     cost = model.report.steps[-1].after
     (said,) = re.findall(

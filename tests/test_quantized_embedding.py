@@ -199,7 +199,8 @@ def test_embeddings_stay_unless_asked() -> None:
     assert type(made[0]) is nn.Embedding
     (look,) = [d for d in made.report.skipped if d.site == "0"]
     assert (
-        look.reason == "an Embedding looks rows up and multiplies nothing: no pass here takes one"
+        look.reason == "an Embedding looks rows up and multiplies nothing: no pass here takes one; "
+        'Quantize("int8-dynamic", embeddings=True) does'
     )
 
 

@@ -37,6 +37,7 @@ from rewriter.engine.undo import undone_on_error
 from rewriter.engine.verify import relative_error, tolerance
 from rewriter.errors import StoreError, VerifyError, warn
 from rewriter.lowering import Lowering, Verdicts, lower, lowered_again
+from rewriter.modules.isolation import is_plain
 from rewriter.modules.running import own_copy, quiet_run
 from rewriter.modules.timing import medians
 from rewriter.recipe.edits import Record, Removed
@@ -182,6 +183,8 @@ class Engine:
         if self.lost is None or self.lost.seconds < content.LEAST_LOST:
             return None
         fused = bool(self.lowering.lowered)
+        if fused and not is_plain(self.capture.root, training=False):
+            return None  # what is looked at op by op runs unfused
         if fused:
             self._attach_lowering(on=False)
         plain = now = self._seconds()
@@ -268,11 +271,15 @@ class Engine:
                     self.lowering.lowered[region.prefix] = lowered
 
     def _lowered_error(self) -> float | None:
-        """How far the fused ops move the outputs on the example inputs: rounding, together."""
+        """How far the fused ops move the outputs on the example inputs: rounding, together. None
+        where that is not known, as of a model that draws random numbers: its runs for comparison
+        are looked at op by op, and unfused."""
         if self.outputs is None:
             return None
         if not self.lowering.lowered:
             return 0.0
+        if not is_plain(self.capture.root, training=False):
+            return None
         previous, self.outputs = self.outputs, self.capture.outputs()
         assert self.outputs is not None
         return relative_error(self.outputs, previous)

@@ -26,6 +26,8 @@ _PATCHED = (
     "its layer has a forward of its own, set on the object, which calls no linear function with "
     "this weight; a copy of the model may still call the original's: try inplace=True"
 )
+_NONE = "no pass here takes one"
+_OPTION = '; Quantize("int8-dynamic", {}=True) does'
 _STEPS = 6
 """How many moves (slices, casts, transposes) may lie between a parameter and its product."""
 _SELECTING = frozenset({"index", "index_select", "gather", "getitem", "embedding"})
@@ -72,7 +74,9 @@ def other_weights(capture: Capture, sites: Iterable[Site]) -> list[Refusal]:
         if conv:
             refusals.append(_conv(convs[place]))
         elif place == path:
-            reason = f"{_a(owner)} {_purpose(owner)}: no pass here takes one"
+            reason = f"{_a(owner)} {_purpose(owner)}: {_NONE}"
+            if isinstance(owner, nn.Embedding):
+                reason += _OPTION.format("embeddings")
             if "forward" in vars(owner):
                 reason = _PATCHED
             shape = "×".join(map(str, parameter.shape))
@@ -100,11 +104,13 @@ def _conv(site: Site) -> Refusal:
         why = "works on groups of channels"
     else:
         why = "is transposed" if conv.transposed else "pads its input"
+    quantized = len(conv.kernel_size) < 3 and conv.padding_mode == "zeros" and not conv.transposed
+    option = _OPTION.format("convolutions") if quantized else ""
     decision = Decision(
         site.fqn,
         _class(conv),
         "skipped",
-        f"{_a(conv)} that {why}: no pass here takes one",
+        f"{_a(conv)} that {why}: {_NONE}{option}",
         where=site.where,
         tokens=site.tokens,
         shape=f"{site.in_features}→{site.out_features}, {size}",
@@ -135,7 +141,7 @@ def _bare(name: str, parameter: Tensor, owner: nn.Module, use: Any, seen: set[ob
         kind = _class(owner) if own_class else "parameter"
         reason = f"its values go into {op_name(use[0])}, which is no product: no pass takes them"
         if isinstance(owner, nn.EmbeddingBag):
-            reason = f"{_a(owner)} {_purpose(owner)}: no pass here takes one"
+            reason = f"{_a(owner)} {_purpose(owner)}: {_NONE}"
     else:
         op, parts = op_name(use[0]), use[1]
         how = _HOW.get(op, _HOW["parts"] if parts else "")

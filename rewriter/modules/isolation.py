@@ -22,7 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["forget", "isolated", "kept_numbers", "own_numbers", "random_state", "set_random_state"]
+__all__ = [
+    "forget",
+    "is_plain",
+    "isolated",
+    "kept_numbers",
+    "own_numbers",
+    "random_state",
+    "set_random_state",
+]
 
 _lock = threading.Lock()
 
@@ -51,7 +59,8 @@ class _Isolated(TorchDispatchMode):
         if func._schema.is_mutable:
             self._keep(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
-            return self._draw(func, args, kwargs)
+            if not _drops_nothing(func, args, kwargs):
+                return self._draw(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _keep(self, func: torch._ops.OpOverload, args: Any, kwargs: Any) -> None:
@@ -103,6 +112,13 @@ def storage_of(tensor: Tensor) -> int | None:
         return None
 
 
+def _drops_nothing(func: torch._ops.OpOverload, args: Any, kwargs: Any) -> bool:
+    """Whether an op that can draw, as attention can, is called without dropout, as in eval mode."""
+    given = _positional(func, args, kwargs)
+    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+    return {**defaults, **given}.get("dropout_p") == 0.0
+
+
 def _positional(func: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, Any]:
     names = [a.name for a in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -143,6 +159,11 @@ _plain: weakref.WeakKeyDictionary[nn.Module, set[bool]] = weakref.WeakKeyDiction
 def forget(root: nn.Module) -> None:
     """The model may be another one than when it ran before."""
     _plain.pop(root, None)
+
+
+def is_plain(root: nn.Module, training: bool) -> bool:
+    """Whether a run in this mode drew and wrote nothing, so that the next runs fused code, too."""
+    return training in _plain.get(root, ())
 
 
 @contextlib.contextmanager

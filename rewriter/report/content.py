@@ -233,9 +233,10 @@ def untaken(report: Ledger) -> str:
         for kind, own in sites.items()
     )
     if not priced or not report.before.macs:
-        return f"no pass takes: {names} (their share of the multiply-adds is not known)"
+        return f"no pass here takes: {names} (their share of the multiply-adds is not known)"
     share = sum(d.before.macs for d in counted if d.before is not None) / report.before.macs
-    return f"{fmt.percent(share)} of the multiply-adds are in layers that no pass takes: {names}"
+    part = f"{fmt.percent(share)} of the multiply-adds are in layers"
+    return f"{part} that no pass here takes: {names}"
 
 
 _IDLE = frozenset({"Embedding", "EmbeddingBag", "parameter"})

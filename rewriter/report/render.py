@@ -141,7 +141,7 @@ def _step_blocks(step: Step) -> Iterator[RenderableType]:
         untaken = step.name == "original"
         said = f"{plural(len(of.kept), 'site')} left as is"
         if untaken:
-            said = f"{plural(len(of.kept), 'place')} with weights that no pass takes"
+            said = f"{plural(len(of.kept), 'place')} with weights that no pass here takes"
         yield Text(f"{step.name}: {said}", style="bold yellow")
         for group in content.refusals(of.kept):
             yield _bullet(_refusal(group))
