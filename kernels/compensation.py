@@ -19,6 +19,7 @@ to fold it into, and with groups the search on H loses less).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -178,13 +179,16 @@ METHODS: Mapping[str, Callable[..., Groups]] = {
 
 
 def _inputs(weight: Tensor, second: Tensor) -> Tensor:
-    """H in float64, on the weight's device."""
+    """H in float64, on the weight's device, by a power of two that leaves its largest number below
+    1: nothing depends on that, and losses stay within float32's range."""
     width = weight.shape[1]
     if second.shape != (width, width) or not bool(torch.isfinite(second).all()):
         raise ValueError(
             f"second must be a finite [{width}, {width}] matrix, got {list(second.shape)}"
         )
-    return second.to(weight.device, torch.float64)
+    own = second.to(weight.device, torch.float64)
+    largest = float(own.abs().amax()) if width else 0.0
+    return own * 2.0 ** min(-math.frexp(largest)[1], 1000)
 
 
 def _blocks(second: Tensor, size: int) -> Tensor:

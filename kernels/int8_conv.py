@@ -10,8 +10,10 @@ those are unpacked when a kernel makes its own layout of them, and the products 
 
 On the CPU oneDNN multiplies, where a probe with extreme values finds it right (u8·s8 instructions
 without VNNI saturate their int16 pair sums); it takes weights in a layout of its own, which is made
-once and not saved. Elsewhere, and in float64, the formula runs in plain torch, slower than a dense
-convolution: `refused_kernels` says why.
+once and not saved. It is probed again for each size: with groups or on narrow images some of its
+kernels are wrong, and outputs whose window lies in the padding may stay unwritten. Elsewhere, and
+in float64, the formula runs in plain torch, slower than a dense convolution: `refused_kernels` says
+why, and of sizes a warning.
 
 Source: as of `int8_linear`.
 """
@@ -29,6 +31,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rewriter.errors import warn
 from rewriter.kernels import conv_cpu, ops
 from rewriter.kernels.common import register_autocast, register_gradient, register_vmap, widened
 from rewriter.kernels.linear_act import act_
@@ -323,6 +326,59 @@ def _refusal() -> str | None:
     return None
 
 
+@functools.lru_cache(4096)
+def _right(
+    shape: tuple[int, ...], weight_shape: tuple[int, ...], last: bool, stride: tuple[int, ...],
+    padding: tuple[int, ...], dilation: tuple[int, ...], groups: int,
+) -> bool:  # fmt: skip
+    """Whether oneDNN convolves whole numbers of these sizes exactly; if not, after a warning."""
+    spread = zip(shape[2:], weight_shape[2:], stride, padding, dilation, strict=True)
+    right = math.prod(weight_shape[2:]) == 1 or all(map(_all_read, *zip(*spread, strict=True)))
+    if right:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            right = _probed(shape, weight_shape, last, stride, padding, dilation, groups)
+    if not right:
+        _say(
+            f"int8_conv is simulated, slower, where oneDNN is wrong: a weight {list(weight_shape)} "
+            f"in {groups} groups, stride {list(stride)}, padding {list(padding)}, dilation "
+            f"{list(dilation)}, on some images, as of {list(shape[2:])}"
+        )
+    return right
+
+
+def _all_read(size: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether each window has a tap within the image, in one dimension."""
+    starts = range(-padding, size + padding - dilation * (taps - 1), stride)
+    return all(any(0 <= at + dilation * tap < size for tap in range(taps)) for at in starts)
+
+
+def _probed(
+    shape: Sequence[int], weight_shape: Sequence[int], last: bool, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> bool:  # fmt: skip
+    """Compares sums of random levels and small weights, exact in float32."""
+    random, zero = torch.Generator("cpu").manual_seed(0), 100
+    given: Any = {"generator": random, "device": "cpu"}
+    q = torch.randint(0, 256, tuple(shape), dtype=torch.uint8, **given)
+    q = q.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    weight = torch.randint(-8, 8, tuple(weight_shape), dtype=torch.int8, **given)
+    ones = torch.ones(weight_shape[0], device="cpu")
+    geometry = list(stride), list(padding), list(dilation), groups
+    packed = _prepacked(weight, ones, (tuple(shape), *geometry, None))
+    got = torch.ops.onednn.qconv_pointwise(
+        q, 1.0, zero, packed, ones, torch.zeros_like(ones, dtype=torch.int32), None, *geometry, 1.0,
+        0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    want = F.conv2d(q.float() - zero, weight.float(), None, *geometry)
+    return torch.allclose(got, want, rtol=1e-5, atol=0.5)
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Once per process."""
+    warn(text)
+
+
 # Packed weights ----------------------------------------------------------------------------------
 
 _Key = tuple[Any, ...]
@@ -373,7 +429,10 @@ def _onednn(
     options = tuple(stride), tuple(padding), tuple(dilation), groups, kernel
     for part in parts:
         q, s, zero = _bytes(part)
-        if s > _LARGE:
+        last = suggest_memory_format(part) == torch.channels_last
+        inside = tuple(qweight.shape[1:]) if kernel is None else (part.shape[1] // groups, *kernel)
+        weight_shape = (qweight.shape[0], *inside)
+        if s > _LARGE or not _right(tuple(part.shape), weight_shape, last, *options[:4]):
             rest = stride, padding, dilation, groups, activation, then, kernel_size
             done.append(_plain(part, qweight, scale, bias, *rest))
             continue

@@ -52,6 +52,7 @@ from rewriter.kernels.int8_linear import dequantize_weight
 
 __all__ = [
     "GROUP_SIZES",
+    "check_width",
     "dequantize_groups",
     "dequantize_packed",
     "int4_dynamic_linear",
@@ -170,6 +171,19 @@ def unpack(packed: Tensor) -> Tensor:
 def dequantize_packed(packed: Tensor, scale: Tensor, zero: Tensor | None, width: int) -> Tensor:
     """w [out, width], in float32 or wider; arguments as of `int4_linear`."""
     return dequantize_groups(unpack(packed), scale, zero)[:, :width]
+
+
+def check_width(x: Tensor, width: int) -> None:
+    """Of rows in 4 bits a layer knows the width; an op does not, as the last group is filled up.
+
+    Raises:
+        ValueError: the last dimension of x is not `width`.
+    """
+    if x.shape[-1:] != (width,):
+        raise ValueError(
+            f"x of shape {list(x.shape)} does not fit a layer of {width} input features: its last "
+            f"dimension must be {width}"
+        )
 
 
 # The functions -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from rewriter.errors import OptionError, one_of
 from rewriter.kernels.int8_linear import ACTIVATIONS, int8_linear, quantize_weight
 from rewriter.kernels.weight_only import (
     GROUP_SIZES,
+    check_width,
     dequantize_packed,
     int4_dynamic_linear,
     int4_linear,
@@ -240,6 +241,7 @@ class Int4Embedding(_Rows):
 
     def forward(self, input: Tensor) -> Tensor:
         if input.is_floating_point():
+            check_width(input, self.embedding_dim)
             run = int4_dynamic_linear if self.dynamic else int4_linear
             return run(input, self.qweight, self.scale, self.zero)
         ids = input.reshape(-1)

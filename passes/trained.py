@@ -21,6 +21,7 @@ from rewriter.kernels.straight_through import straight_through
 from rewriter.kernels.weight_levels import LEVELS, first_step, stepped, weight_levels
 from rewriter.kernels.weight_only import (
     GROUP_SIZES,
+    check_width,
     dequantize_groups,
     int4_dynamic_linear,
     int4_linear,
@@ -180,6 +181,7 @@ def _int4(
     run: Callable[..., Tensor], layer: TrainedLinear, x: Tensor, made: Levels, bias: Tensor | None
 ) -> Tensor:
     levels, scale, zero = made
+    check_width(x, layer.in_features)
     return run(x, pack(levels), scale, zero, bias)
 
 

@@ -15,6 +15,7 @@ from rewriter.kernels.compensation import METHODS
 from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
 from rewriter.kernels.weight_only import (
     GROUP_SIZES,
+    check_width,
     dequantize_packed,
     int4_dynamic_linear,
     int4_linear,
@@ -219,6 +220,7 @@ class Int4Linear(RoundedLinear):
         return four_bits(*choose(weight, second, 4, self.group_size, self.symmetric))
 
     def forward(self, input: Tensor) -> Tensor:
+        check_width(input, self.in_features)
         run = int4_dynamic_linear if self.dynamic else int4_linear
         return run(input, self.qweight, self.scale, self.zero, self.bias)
 

@@ -18,7 +18,7 @@ from rewriter import load, rewrite
 from rewriter.base import Replacement
 from rewriter.errors import OptionError, RewriteWarning
 from rewriter.kernels.weight_only import quantize_groups
-from rewriter.passes import Int4Linear, Int8WeightLinear, Quantize
+from rewriter.passes import QAT, Int4Linear, Int8WeightLinear, Quantize
 from rewriter.passes.quantize import SCHEMES
 from rewriter.sites import Site
 
@@ -113,6 +113,35 @@ def test_float64_weights_beyond_the_range_of_float32() -> None:
     for name in OPTIONS:
         made = proposed(dense, name).layer.dense_weight()
         assert sqnr(made / 1e200, dense.weight / 1e200) > 18
+
+
+@EVERY
+@pytest.mark.parametrize("width", [70, 71, 73, 96, 128])
+def test_inputs_of_another_width_are_refused(name: str, width: int) -> None:
+    made = rewritten(name)
+    x = torch.ones(3, width)
+    for call in (made, made[0], torch.compile(made[0], backend="eager")):
+        with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match="does not fit"):
+            call(x)
+
+
+def test_the_tied_head_and_the_trained_layer_refuse_them_too() -> None:
+    table = Quantize("int4-weight", embeddings=True).propose(Site.of(nn.Embedding(9, 72)))
+    trained = QAT("int4-weight").propose(Site.of(nn.Linear(72, 9)))
+    for found in (table, trained):
+        with pytest.raises(ValueError, match="last dimension must be 72"):
+            found.layer(torch.ones(3, 80))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_methods_fit_to_inputs_whose_squares_are_beyond_float32(method: Any) -> None:
+    batches = [torch.randn(64, 72, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    quantize = Quantize("int4-weight", method=method, where="0")
+    usual, large = (
+        rewrite(model(), [quantize], X, calibration=[x * by for x in batches])
+        for by in (1, 2.0**90)
+    )
+    assert_equal(large[0].qweight, usual[0].qweight)
 
 
 @EVERY

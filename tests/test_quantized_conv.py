@@ -371,6 +371,37 @@ def test_a_kernel_that_saturates_is_refused(
         kernel._refusal.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:int8_conv is simulated")
+@pytest.mark.parametrize(
+    ("conv", "size"),
+    [
+        (lambda: nn.Conv2d(6, 99, 3, padding=1, groups=3), (5, 5)),
+        (lambda: nn.Conv2d(3, 141, (1, 7), padding=(2, 3), groups=3), (7, 5)),
+        (lambda: nn.Conv2d(3, 47, (7, 5), 3, 1, (1, 2)), (29, 7)),  # narrow
+        (lambda: nn.Conv2d(1, 1, (2, 1), (1, 2), 3), (16, 29)),  # windows in the padding alone
+        (lambda: nn.Conv2d(3, 48, (2, 1), padding=(4, 1), dilation=(3, 1)), (1, 1)),
+    ],
+    ids=["groups of 33", "groups of 47", "narrow", "padding", "padding, dilated"],
+)
+@BITS
+def test_sizes_that_onednn_computes_wrongly_are_left_to_the_formula(
+    conv: Callable[[], nn.Module], size: tuple[int, int], rewriting: Quantize
+) -> None:
+    layer = propose(conv(), rewriting).layer
+    x = torch.randn(2, layer.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    assert_reordered(layer(x).detach(), by_formula(layer, x).float())
+
+
+def test_a_size_that_is_simulated_is_warned_of_once() -> None:
+    if kernel.refused_kernels():
+        pytest.skip("no int8 convolution of oneDNN's here")
+    kernel._right.cache_clear(), kernel._say.cache_clear()
+    layer = propose(nn.Conv2d(1, 1, 2, padding=3)).layer
+    with pytest.warns(RewriteWarning, match="simulated, slower, where oneDNN is wrong") as caught:
+        layer(torch.ones(2, 1, 5, 5)), layer(torch.ones(2, 1, 5, 5))
+    assert len(caught) == 1
+
+
 def test_many_taps_are_summed_exactly_without_the_kernel() -> None:
     x = torch.full((1, 700, 3, 3), 255.0)
     x[:, ::7] = 0

@@ -38,14 +38,18 @@ class Gathered:
 
 @dataclass
 class _Sum:
-    """Running sums over the rows that reach one place; float32 products, float64 sums."""
+    """Running sums over the rows that reach one place; products in float32 where their range
+    suffices, sums in float64."""
 
     total: Tensor
     products: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> _Sum:
-        return cls(x.sum(0, dtype=torch.float64), (x.t() @ x).double())
+        products = (x.t() @ x).double()
+        if not bool(torch.isfinite(products).all()):
+            products = x.double().t() @ x.double()
+        return cls(x.sum(0, dtype=torch.float64), products)
 
     def add(self, x: Tensor) -> None:
         more = _Sum.of(x)
