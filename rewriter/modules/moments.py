@@ -18,16 +18,14 @@ _COMPARED = 256
 
 @dataclass
 class Draw:
-    """The range of all rows that reach one place, and an even choice of them: those with the
-    largest lots, one for each row.
+    """An even choice of the rows that reach one place: those with the largest lots, one for each
+    row.
 
     Args:
         most: rows of the choice.
     """
 
     most: int
-    low: Tensor | None = None
-    high: Tensor | None = None
     rows: Tensor = field(default_factory=lambda: torch.empty(0))
     lots: Tensor = field(default_factory=lambda: torch.empty(0))
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
@@ -39,10 +37,8 @@ class Draw:
 
     def add(self, x: Tensor) -> None:
         """Takes more rows [n, width], all of one width, dtype and device."""
-        low, high = x.aminmax(dim=0)
-        if self.low is None or self.high is None:
-            self.low, self.high, self.rows, self.lots = low, high, x[:0], x.new_empty(0)
-        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        if not len(self.lots):
+            self.rows, self.lots = x[:0], x.new_empty(0)
         lots = torch.cat([self.lots, torch.rand(len(x), generator=self.generator).to(x)])
         self.lots, chosen = lots.topk(min(self.most, len(lots)))
         self.rows = torch.cat([self.rows, x])[chosen]
