@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ class Zeroed:
 
     Args:
         model: with layers below `model.layers`.
-        text: [windows, tokens], for the thresholds and rotations.
+        text: [windows, tokens], half of it for rotations, half for thresholds: inputs lie closer to
+            few axes in the text that these are fitted to, rows beside such rows included.
     """
 
     def __init__(self, model: nn.Module, text: Tensor) -> None:
@@ -49,20 +50,25 @@ class Zeroed:
         self.score = "magnitude"
         self.counts = [0, 0]
         self.dense: dict[str, float] = {}
-        self.samples = self._sampled(text)
+        half = len(text) // 2
+        self.moments: dict[str, Tensor] = {}
+        self._watched(text[:half], self._sum)
+        seen: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        self._watched(text[half:], lambda name, x: seen[name].append(x.clone()))
+        self.samples = {name: torch.cat(rows) for name, rows in seen.items()}
         self.importance = {n: importance_of(m.weight) for n, m in self.layers.items()}
-        self._bases: dict[tuple[str, int], Tensor] = {}
+        self._bases: dict[tuple[str, float], Tensor] = {}
         self._limits: dict[tuple[str, str, float], float] = {}
         self.hooks = [
             layer.register_forward_pre_hook(self._zeroing(name))
             for name, layer in self.layers.items()
         ]
 
-    def _sampled(self, text: Tensor) -> dict[str, Tensor]:
-        seen: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+    def _watched(self, text: Tensor, note: Callable[[str, Tensor], None]) -> None:
+        """Shows each layer's inputs, without those of a window's first token."""
 
         def noting(name: str) -> Any:
-            return lambda m, inputs: seen[name].append(inputs[0][0, 1:].clone())
+            return lambda m, inputs: note(name, inputs[0][0, 1:])
 
         handles = [m.register_forward_pre_hook(noting(n)) for n, m in self.layers.items()]
         with torch.no_grad():
@@ -70,15 +76,17 @@ class Zeroed:
                 self.model(input_ids=window[None])
         for handle in handles:
             handle.remove()
-        return {name: torch.cat(rows) for name, rows in seen.items()}
+
+    def _sum(self, name: str, x: Tensor) -> None:
+        more = x.t() @ x
+        self.moments[name] = self.moments[name].add_(more) if name in self.moments else more
 
     def basis(self, name: str) -> Tensor:
-        """Q [n, n], orthogonal: the principal axes of a layer's inputs, as in LaRoSA; of other rows
-        than thresholds are, as those they are fitted to lie closer to few axes."""
-        x = self.samples[name][::2]
-        key = name.rpartition(".")[0], hash(float(x.abs().sum()))
+        """Q [n, n], orthogonal: the principal axes of a layer's inputs, as in LaRoSA."""
+        seen = self.moments[name]
+        key = name.rpartition(".")[0], float(seen.trace())
         if key not in self._bases:  # q, k and v share theirs, gate and up as well
-            self._bases[key] = torch.linalg.eigh(x.t() @ x).eigenvectors
+            self._bases[key] = torch.linalg.eigh(seen).eigenvectors
         return self._bases[key]
 
     def entries(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +98,7 @@ class Zeroed:
     def limit(self, name: str, share: float) -> float:
         key = name, self.score, round(share, 4)
         if key not in self._limits:
-            scores = self.entries(name, self.samples[name][1::2])[1].flatten()
+            scores = self.entries(name, self.samples[name])[1].flatten()
             self._limits[key] = quantile(scores, share)
         return self._limits[key]
 
@@ -198,11 +206,11 @@ def main() -> None:
         model, _, text, more = decode.smollm2(args.windows)
         news = load_script("benchmarks/activation_sparsity.py").news
         texts = {"Wikipedia": text, "news": news(args.windows, text.shape[1])}
-    zeroed = Zeroed(model, more[:2] if args.quick else more[:8])
+    zeroed = Zeroed(model, more[:2] if args.quick else more[:16])
     names, sizes = list(zeroed.layers), {n: m.weight.numel() for n, m in zeroed.layers.items()}
     equal: Rows = [
         zeroed.measured(f"{share:.0%} of all inputs", texts, dict.fromkeys(names, share), score)
-        for share in ((0.5,) if args.quick else (0.25, 0.5))
+        for share in ((0.5,) if args.quick else (0.25, 0.4, 0.5))
         for score in SCORES
     ]
     kinds: Rows = []

@@ -34,6 +34,7 @@ __all__ = [
     "MOST_ROWS",
     "Select",
     "active",
+    "active_for_onnx",
     "active_reference",
     "by_columns",
     "by_rows",
@@ -79,6 +80,19 @@ def active_reference(x: Tensor, select: Select) -> Tensor:
         mask = ~(score < select.threshold)
     whole: Tensor = mask if block == 1 else mask.repeat_interleave(block, -1)[..., :width]
     return whole
+
+
+def active_for_onnx(x: Tensor, select: Select) -> Tensor:
+    """`active_reference`, by ONNX's TopK, which takes the lower index of two that are tied."""
+    if not select.k:
+        return active_reference(x, select)
+    score = x.detach().abs()
+    if select.importance is not None:
+        score = score.float() * select.importance
+    groups = score.unflatten(-1, (-1, select.block)).amax(-1)
+    kept = groups.topk(select.k // select.block, dim=-1).indices
+    mask = torch.zeros_like(groups).scatter(-1, kept, 1.0).bool()
+    return mask.repeat_interleave(select.block, -1)
 
 
 def active(x: Tensor, select: Select) -> Tensor:

@@ -68,6 +68,15 @@ class Select(NamedTuple):
     importance: Tensor | None = None
     block: int = 1
 
+    @classmethod
+    def of(
+        cls, threshold: Tensor | None, importance: Tensor | None = None, k: int = 0, block: int = 1
+    ) -> Select:
+        """As ops are given it: without a threshold by k."""
+        if threshold is None:
+            return cls(k, 0.0, importance, block)
+        return cls(0, threshold, importance, block)
+
     def made(self) -> _Select:
         return _Select(_address(self.importance), float(self.threshold), self.k, self.block)
 

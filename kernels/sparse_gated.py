@@ -6,7 +6,7 @@
 The gate is read whole, of `up` and `down` only what belongs to S: at a share s of active neurons at
 most 1/(1/3 + 2s/3) times faster than the dense MLP, 2.5 at 10 %.
 
-`rewriter::gate_zeros` is the gate's part of it: what is not in S becomes 0 in front of an
+`rewriter::kept_entries` is the gate's part of it: what is not in S becomes 0 in front of an
 activation with act(0) = 0. `rewriter::sparse_gated` is the whole in one call. With few rows on a
 CPU it reads what belongs to S alone, up to the share that was measured to pay at these sizes; else
 dense products run over an a with zeros in it.
@@ -27,23 +27,16 @@ from torch.nn import functional as F
 
 from rewriter.kernels import ops, sparse, sparse_cpu
 from rewriter.kernels.choice import rows_bucket
-from rewriter.kernels.common import owned, register_formula, register_gradient, register_vmap
+from rewriter.kernels.common import owned, register_formula
 from rewriter.kernels.sparse import MOST_ROWS, Select, active_reference, masked, paying_share
 from rewriter.kernels.sparse_cpu import Gate
+from rewriter.kernels.sparse_entries import THEN
 
-__all__ = ["THEN", "GatedMlp", "gate_zeros", "largest_share", "sparse_gated"]
+__all__ = ["GatedMlp", "largest_share", "sparse_gated"]
 
-THEN: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
-"""Activations of a gate, all of them 0 at 0."""
 _VERSION = "sparse gated 1"
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
-_LIB.define("gate_zeros(Tensor y, Tensor? threshold, str then, int k=0) -> Tensor")
 _LIB.define(
     "sparse_gated(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? threshold, Tensor up, "
     "Tensor? up_bias, Tensor down, Tensor? columns, Tensor? bias, str then, int k=0, "
@@ -51,65 +44,12 @@ _LIB.define(
 )
 
 
-def gate_zeros(y: Tensor, threshold: Tensor | None, then: str, k: int = 0) -> Tensor:
-    """y where |act(y)| is active, else 0; the gradient is that of the active entries.
-
-    Args:
-        y: [*, hidden], what goes into the activation.
-        threshold: [1]: |act(y)| ≥ it is active; None: by k.
-        then: the activation, one of `THEN`.
-        k: without a threshold, how many of the largest |act(y)| of a row; ties by the lower index.
-
-    Returns:
-        As y. NaN is active.
-    """
-    found: Tensor = torch.ops.rewriter.gate_zeros(y, threshold, then, k)
-    return found
-
-
-def _select(threshold: Tensor | None, k: int) -> Select:
-    return Select(k) if threshold is None else Select(0, threshold)
-
-
-def _zeros_reference(y: Tensor, threshold: Tensor | None, then: str, k: int = 0) -> Tensor:
-    mask = active_reference(THEN[then](y.detach()), _select(threshold, k))
-    return y.where(mask, 0.0)
-
-
-def _zeros_for_onnx(y: Tensor, threshold: Tensor | None, then: str, k: int = 0) -> Tensor:
-    """By ONNX's TopK, which takes the lower index of two that are tied."""
-    if threshold is not None:
-        return _zeros_reference(y, threshold, then, k)
-    score = THEN[then](y).abs()
-    kept = torch.zeros_like(score).scatter(-1, score.topk(k, dim=-1).indices, 1.0)
-    return y.where(kept.bool(), 0.0)
-
-
-def _zeros(y: Tensor, threshold: Tensor | None, then: str, k: int = 0) -> Tensor:
-    found = y.where(sparse.active(THEN[then](y), _select(threshold, k)), 0.0)
-    return owned(found.contiguous(), y.shape)
-
-
-def _zeros_fake(y: Tensor, threshold: Tensor | None, then: str, k: int = 0) -> Tensor:
-    return y.new_empty(y.shape)
-
-
-def _zeros_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, threshold, then, k = inputs
-    ctx.save_for_backward(active_reference(THEN[then](y.detach()), _select(threshold, k)))
-
-
-def _zeros_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (mask,) = ctx.saved_tensors
-    return grad.where(mask, 0.0), None, None, None
-
-
 class GatedMlp(NamedTuple):
     """The matrices of a gated MLP, and which of its neurons are computed.
 
     Args:
         gate, up: [hidden, in]; their biases [hidden] or None.
-        threshold, k, then: which neurons are in S, as of `gate_zeros`.
+        threshold, k, then: which neurons are in S, as of `kept_entries`.
         down: [out, hidden]; bias: [out] or None.
         columns: downᵀ [hidden, out], contiguous, for the sparse kernel; None: dense products.
         share: of the neurons that is active, as far as it is known: for the count of FLOPs.
@@ -143,14 +83,15 @@ def sparse_gated(x: Tensor, mlp: GatedMlp) -> Tensor:
 
 def _gated_reference(x: Tensor, *own: Any) -> Tensor:
     m = GatedMlp(*own)
-    y = _zeros_reference(F.linear(x, m.gate, m.gate_bias), m.threshold, m.then, m.k)
-    return F.linear(THEN[m.then](y) * F.linear(x, m.up, m.up_bias), m.down, m.bias)
+    a = THEN[m.then](F.linear(x, m.gate, m.gate_bias))
+    kept = a.where(active_reference(a, Select.of(m.threshold, k=m.k)), 0.0)
+    return F.linear(kept * F.linear(x, m.up, m.up_bias), m.down, m.bias)
 
 
 def _gated(x: Tensor, *own: Any) -> Tensor:
     m = GatedMlp(*own)
     a = THEN[m.then](F.linear(x, m.gate, m.gate_bias))
-    select, (out, hidden), width = _select(m.threshold, m.k), m.down.shape, x.shape[-1]
+    select, (out, hidden), width = Select.of(m.threshold, k=m.k), m.down.shape, x.shape[-1]
     rows = x.numel() // max(width, 1)
     if m.columns is not None and 0 < rows <= MOST_ROWS and _fits(x, m.up, m.columns):
         most = largest_share(x.dtype, rows, width, hidden, out)
@@ -228,27 +169,10 @@ def _flops(x: torch.Size, *own: Any, out_shape: Any = None) -> int:
     return int(2 * rows * hidden * (width + active * (width + m.down[0])))
 
 
-_LIB.impl("gate_zeros", _zeros, "CompositeExplicitAutograd")
-register_gradient(_LIB, "gate_zeros", _zeros_reference, _zeros_save, _zeros_backward, _zeros)
-register_vmap(_LIB, "gate_zeros", _zeros_reference)
-torch.library.register_fake("rewriter::gate_zeros", _zeros_fake, lib=_LIB)
 _LIB.impl("sparse_gated", _gated, "CompositeExplicitAutograd")
 register_formula(_LIB, "sparse_gated", _gated_reference)
 torch.library.register_fake("rewriter::sparse_gated", _gated_fake, lib=_LIB)
 
-RECORDS = (
-    ops.register(
-        ops.Record(
-            "rewriter::gate_zeros",
-            kind="pointwise",
-            flops=lambda *_, **__: 0,
-            reference=_zeros_reference,
-            onnx=_zeros_for_onnx,
-        )
-    ),
-    ops.register(
-        ops.Record(
-            "rewriter::sparse_gated", kind="matmul", reference=_gated_reference, flops=_flops
-        )
-    ),
+RECORD = ops.register(
+    ops.Record("rewriter::sparse_gated", kind="matmul", reference=_gated_reference, flops=_flops)
 )

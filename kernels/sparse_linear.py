@@ -94,7 +94,7 @@ def sparse_linear_reference(
     block: int = 1,
 ) -> Tensor:
     """The same, written as the formula; autograd does the rest."""
-    mask = active_reference(x, _select(threshold, importance, k, block))
+    mask = active_reference(x, Select.of(threshold, importance, k, block))
     kept = x.where(mask, 0.0)
     if scale is None:
         return F.linear(kept, weight, bias)
@@ -141,12 +141,6 @@ def _check(
             )
 
 
-def _select(threshold: Tensor | None, importance: Tensor | None, k: int, block: int) -> Select:
-    if threshold is None:
-        return Select(k, 0.0, importance, block)
-    return Select(0, threshold, importance, block)
-
-
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -158,7 +152,7 @@ def _forward(
     block: int = 1,
 ) -> Tensor:
     _check(x, weight, scale, bias, threshold, importance, k, block)
-    select = _select(threshold, importance, k, block)
+    select = Select.of(threshold, importance, k, block)
     y = multiplied(x, weight, scale, bias, select)
     if y is None:
         y = dense(masked(x, select), weight, scale, bias)
@@ -188,7 +182,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, threshold, importance = ctx.saved_tensors
-    mask = active_reference(x, _select(threshold, importance, *ctx.sizes))
+    mask = active_reference(x, Select.of(threshold, importance, *ctx.sizes))
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
         own = weight if scale is None else weight.to(grad.dtype) * scale.to(grad.dtype)[:, None]

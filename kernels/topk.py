@@ -29,7 +29,15 @@ from rewriter.kernels.common import (
     register_gradient,
     register_vmap,
 )
-from rewriter.kernels.sparse import MOST_ROWS, Select, active, active_reference, masked, multiplied
+from rewriter.kernels.sparse import (
+    MOST_ROWS,
+    Select,
+    active,
+    active_for_onnx,
+    active_reference,
+    masked,
+    multiplied,
+)
 
 __all__ = ["topk_linear", "topk_linear_reference"]
 
@@ -107,12 +115,8 @@ def _for_onnx(
     importance: Tensor | None = None,
     block: int = 1,
 ) -> Tensor:
-    """The reference by ONNX's TopK, which takes the lower index of two that are tied."""
-    score = h.abs() if importance is None else h.abs() * importance
-    groups = score.unflatten(-1, (-1, block)).amax(-1)
-    kept = groups.topk(k // block, dim=-1).indices
-    mask = torch.zeros_like(groups).scatter(-1, kept, 1.0).bool()
-    y = h.where(mask.repeat_interleave(block, -1), 0.0) @ weight.t()
+    mask = active_for_onnx(h, Select(k, 0.0, importance, block))
+    y = h.where(mask, 0.0) @ weight.t()
     return y if bias is None else y + bias
 
 

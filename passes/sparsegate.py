@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rewriter.base import Pass, Phase, StoredLinear, unusable
 from rewriter.edits import Edit, Keep, Replace, View
 from rewriter.errors import OptionError, given, whole_number
-from rewriter.kernels.sparse_gated import THEN, gate_zeros
+from rewriter.kernels.sparse_entries import THEN, kept_entries
 from rewriter.modules.budgets import FEWEST, doubt, quantile
 from rewriter.passes.threshold import tied
 from rewriter.passes.topk import TopK
@@ -94,7 +94,7 @@ class GateLinear(StoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(input, self.weight, self.bias)
-        return gate_zeros(y, self.threshold, self.then, self.k)
+        return kept_entries(y, threshold=self.threshold, then=self.then, k=self.k)
 
     def kernel(self, tokens: int) -> str:
         return "torch" if self.share is None else f"torch, keeps {self.share:.0%} of its neurons"

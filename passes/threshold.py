@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -294,16 +295,21 @@ class Threshold(Pass):
             return []
         importance = importance_of(weight) if self.score == "wina" else None
         if (found := site.sensitivity) is not None:
-            return cost_of_steps(found.rows, _scores(found.rows, importance), found.cost)
+            scores = _scores(found.rows, importance)
+            return cost_of_steps(scores, partial(found.costs, scores))
         rows = sample.rows[:_COMPARED]
-        return cost_of_steps(rows, _scores(rows, importance), _of_outputs(rows, weight))
+        scores = _scores(rows, importance)
+        return cost_of_steps(scores, partial(_of_outputs, rows, weight.to(rows.dtype), scores))
 
 
-def _of_outputs(rows: Tensor, weight: Tensor) -> Callable[[Tensor], float]:
-    """‖W lost‖² / ‖W x‖² over rows x."""
-    wide = weight.to(rows.dtype)
-    total = float((rows @ wide.t()).square().sum()) or 1.0
-    return lambda lost: float((lost @ wide.t()).square().sum()) / total
+def _of_outputs(rows: Tensor, weight: Tensor, scores: Tensor, limits: Tensor) -> list[float]:
+    """‖W lost‖² / ‖W x‖² over rows x, where lost is what x has below each limit."""
+
+    def squared(x: Tensor) -> float:
+        return float((x @ weight.t()).square().sum())
+
+    total = squared(rows) or 1.0
+    return [squared(rows.where(scores < limit, 0.0)) / total for limit in limits]
 
 
 def _item(given: Any, name: str) -> Any:

@@ -22,8 +22,7 @@ from rewriter.kernels.sparse import (
     kernel_name,
     straight_through,
 )
-from rewriter.kernels.sparse_entries import topk_entries
-from rewriter.kernels.sparse_gated import THEN
+from rewriter.kernels.sparse_entries import THEN, kept_entries
 from rewriter.kernels.topk import topk_linear
 from rewriter.sites import ACTIVATION, LINEAR, MLP, Kind, Site
 
@@ -184,6 +183,7 @@ class TopKActivation(Layer):
         _check("TopKActivation", width, k, block)
         self.activation, self.width, self.k = activation, width, k
         self.block, self.straight_through = block, straight_through
+        # of ones for magnitudes: the store builds no layer wider than what is saved of it
         self.register_buffer("importance", torch.ones(width, device=device))
 
     @property
@@ -199,7 +199,7 @@ class TopKActivation(Layer):
         entries = ACTIVATIONS[self.activation](input)
         if self.straight_through and self.training:
             return straight_through(entries, self.kept(entries))
-        return topk_entries(entries, self.importance, self.k, self.block)
+        return kept_entries(entries, importance=self.importance, k=self.k, block=self.block)
 
     def kept(self, entries: Tensor) -> Tensor:
         """Which entries of what the activation gives, [*, width], are kept, bool."""

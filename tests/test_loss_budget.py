@@ -224,14 +224,23 @@ def test_padding_and_held_out_batches_do_not_count() -> None:
 @given(n=st.integers(2, 40), width=st.integers(1, 9), seed=st.integers(0, 99))
 def test_the_cost_is_half_the_curvature_of_a_fisher_matrix(n: int, width: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    rows, gradients, gone = (torch.randn(n, width, generator=g) for _ in range(3))
-    own = Sensitivity(rows, gradients, per_loss=1.5)
-    fisher = gradients.double()[:, :, None] * gradients.double()[:, None]
-    want = 1.5 * torch.einsum("ni,nij,nj->n", gone.double(), fisher, gone.double()).mean() / 2
-    assert own.cost(gone) == pytest.approx(float(want), rel=1e-4)
-    costs = cost_of_steps(rows, rows.abs(), lambda gone: float(gone.square().sum()))
-    assert costs == sorted(costs)
-    assert costs[0] == 0
+    rows, gradients, scores = (torch.randn(n, width, generator=g).double() for _ in range(3))
+    own = Sensitivity(rows.float(), gradients.float(), per_loss=1.5)
+    scores = scores.abs().mul(4).round()  # many ties
+    fisher = gradients[:, :, None] * gradients[:, None]
+    limits = torch.tensor([0.0, 1.0, 3.0, 3.0, 9.0])
+    for found, limit in zip(own.costs(scores.float(), limits), limits, strict=True):
+        gone = rows.where(scores < limit, 0.0)
+        want = 1.5 * torch.einsum("ni,nij,nj->n", gone, fisher, gone).mean() / 2
+        assert found == pytest.approx(float(want), rel=1e-4, abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(2, 40), width=st.integers(1, 9), seed=st.integers(0, 99))
+def test_the_steps_of_a_cost(n: int, width: int, seed: int) -> None:
+    scores = torch.rand(n, width, generator=torch.Generator().manual_seed(seed))
+    costs = cost_of_steps(scores, lambda limits: [float((scores < t).sum()) for t in limits])
+    assert costs == [float(int(i * 0.05 * scores.numel())) for i in range(20)]
     assert between(costs, 0.5) == pytest.approx(costs[10], rel=1e-6)
     assert min(costs) <= between(costs, 0.525) <= max(costs)
 

@@ -18,6 +18,7 @@ from rewriter.errors import CalibrationError, OptionError
 from rewriter.kernels import sparse
 from rewriter.kernels import sparse_gated as kernel
 from rewriter.kernels.sparse import Select, active_reference
+from rewriter.kernels.sparse_entries import kept_entries
 from rewriter.lowering.table import DEFAULT_RULES
 from rewriter.passes import GateLinear, Monarch, SparseGate
 
@@ -126,12 +127,13 @@ def test_gradients_are_those_of_the_active_entries() -> None:
     for threshold, k in ((torch.tensor([0.2]), 0), (None, 4)):
 
         def op(y: Tensor, threshold: Any = threshold, k: int = k) -> Tensor:
-            return kernel.gate_zeros(y, threshold, "silu", k)
+            return kept_entries(y, threshold=threshold, then="silu", k=k)
 
         assert torch.autograd.gradcheck(op, (y,), eps=1e-7)
         mask = active_reference(F.silu(y.detach()), Select(k, 0.0) if k else Select(0, threshold))
         assert_equal(op(y), y.where(mask, 0.0))
-        torch.library.opcheck(torch.ops.rewriter.gate_zeros, (y.detach(), threshold, "silu", k))
+        given = (y.detach(), threshold, None, "silu", k, 1)
+        torch.library.opcheck(torch.ops.rewriter.kept_entries, given)
     gate, up, down = (torch.randn(s) for s in ((12, 6), (12, 6), (5, 12)))
     given = (torch.randn(2, 6), gate, None, None, up, None, down, down.t().contiguous(), None)
     torch.library.opcheck(torch.ops.rewriter.sparse_gated, (*given, "silu", 3, 0.25))

@@ -19,7 +19,7 @@ import rewriter
 from rewriter import SparsityPenalty, TopKSchedule, rewrite
 from rewriter.errors import OptionError
 from rewriter.kernels.sparse import Select, active_reference
-from rewriter.kernels.sparse_entries import topk_entries
+from rewriter.kernels.sparse_entries import kept_entries
 from rewriter.passes import Monarch, Threshold, ThresholdLinear, TopK, TopKActivation
 from rewriter.passes.topk import ACTIVATIONS
 
@@ -178,7 +178,7 @@ def test_equals_its_reference(
     x = x.round() if ties else x
     importance = torch.rand(width) if weighted else None
     own = x.clone().requires_grad_()
-    y = topk_entries(own, importance, k, block)
+    y = kept_entries(own, importance=importance, k=k, block=block)
     mask = active_reference(x, Select(k, 0.0, importance, block))
     assert_equal(y, x.where(mask, 0.0))
     assert mask.sum(-1).eq(k).all()
@@ -190,10 +190,10 @@ def test_equals_its_reference(
 def test_the_op_is_a_citizen_of_torch() -> None:
     x = torch.randn(4, 12)
     for importance in (None, torch.rand(12)):
-        torch.library.opcheck(torch.ops.rewriter.topk_entries, (x, importance, 4, 2))
-    assert_equal(torch.vmap(lambda r: topk_entries(r, None, 4))(x), topk_entries(x, None, 4))
+        torch.library.opcheck(torch.ops.rewriter.kept_entries, (x, None, importance, "", 4, 2))
+    assert_equal(torch.vmap(lambda r: kept_entries(r, k=4))(x), kept_entries(x, k=4))
     spoilt = x.index_fill(1, torch.tensor([5]), float("nan"))
-    assert topk_entries(spoilt, None, 1)[:, 5].isnan().all()
+    assert kept_entries(spoilt, k=1)[:, 5].isnan().all()
 
 
 # As a part of a model ----------------------------------------------------------------------------

@@ -68,6 +68,8 @@ class _Seen:
     rows: int = 0
     sums: _Sum | None = None
     draw: Draw | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         self.rows += len(x)
@@ -77,6 +79,9 @@ class _Seen:
             else:
                 self.sums.add(x)
         if self.asked[1]:
+            low, high = x.aminmax(dim=0)
+            self.low = low if self.low is None else torch.minimum(self.low, low)
+            self.high = high if self.high is None else torch.maximum(self.high, high)
             if self.draw is None:
                 self.draw = Draw.of(_SAMPLE, x.shape[1])
             self.draw.add(x)
@@ -176,10 +181,9 @@ def _gathered(watch: _Watch) -> Gathered:
         )
     if fitted.draw is not None and held.draw is not None:
         readers = tuple(s.weight.detach() for s in watch.sites if s.weight_ref is not None)
-        draw = fitted.draw
-        assert draw.low is not None
-        assert draw.high is not None
-        sample = Sample(draw.low, draw.high, draw.rows, held.draw.rows, readers)
+        assert fitted.low is not None
+        assert fitted.high is not None
+        sample = Sample(fitted.low, fitted.high, fitted.draw.rows, held.draw.rows, readers)
     return Gathered(moments, sample)
 
 

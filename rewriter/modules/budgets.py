@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 __all__ = ["FEWEST", "between", "cost_of_steps", "doubt", "quantile", "shared_out"]
@@ -37,18 +39,17 @@ def doubt(below: Tensor) -> float:
     return 2 * float(shares.std()) / math.sqrt(len(shares))
 
 
-def cost_of_steps(rows: Tensor, scores: Tensor, cost: Callable[[Tensor], float]) -> list[float]:
+def cost_of_steps(scores: Tensor, costs: Callable[[Tensor], list[float]]) -> list[float]:
     """What rows cost at sparsities of 0, 0.05, …, 0.95.
 
     Args:
-        rows: [n, in_features].
-        scores: [n, in_features]: at a sparsity the entries below that quantile are lost.
-        cost: of what the rows lose, [n, in_features].
+        scores: [n, in_features] float32: at a sparsity the entries below that quantile are lost.
+        costs: limits [19], ascending → what it costs to lose the entries below each.
     """
-    found, ranked = [0.0], scores.flatten().sort().values
-    for i in range(1, round(_MOST / _STEP) + 1):
-        found.append(cost(rows.where(scores < ranked[_rank(i * _STEP, len(ranked))], 0.0)))
-    return found
+    # NumPy sorts without the indices that torch sorts along: many times faster
+    ranked = torch.from_numpy(np.sort(scores.flatten().cpu().numpy())).to(scores.device)
+    steps = range(1, round(_MOST / _STEP) + 1)
+    return [0.0, *costs(ranked[[_rank(i * _STEP, len(ranked)) for i in steps]])]
 
 
 def between(costs: Sequence[float], sparsity: float) -> float:

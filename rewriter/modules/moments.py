@@ -18,16 +18,14 @@ _COMPARED = 256
 
 @dataclass
 class Draw:
-    """The range of all rows that reach one place, and an even choice of them: those with the
-    largest lots, one for each row.
+    """An even choice of the rows that reach one place: those with the largest lots, one for each
+    row.
 
     Args:
         most: rows of the choice.
     """
 
     most: int
-    low: Tensor | None = None
-    high: Tensor | None = None
     rows: Tensor = field(default_factory=lambda: torch.empty(0))
     lots: Tensor = field(default_factory=lambda: torch.empty(0))
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
@@ -39,10 +37,8 @@ class Draw:
 
     def add(self, x: Tensor) -> None:
         """Takes more rows [n, width], all of one width, dtype and device."""
-        low, high = x.aminmax(dim=0)
-        if self.low is None or self.high is None:
-            self.low, self.high, self.rows, self.lots = low, high, x[:0], x.new_empty(0)
-        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        if not len(self.lots):
+            self.rows, self.lots = x[:0], x.new_empty(0)
         lots = torch.cat([self.lots, torch.rand(len(x), generator=self.generator).to(x)])
         self.lots, chosen = lots.topk(min(self.most, len(lots)))
         self.rows = torch.cat([self.rows, x])[chosen]
@@ -62,20 +58,28 @@ class Sensitivity:
     gradients: Tensor
     per_loss: float
 
-    def cost(self, lost: Tensor) -> float:
-        """½ E[(∂loss/∂x · lost)²]: by how much the mean loss rises where each row x is x − lost.
+    def costs(self, scores: Tensor, limits: Tensor) -> list[float]:
+        """½ E[(∂loss/∂x · lost)²], by how much the mean loss rises where each row x is x − lost: at
+        each limit lost is what x has below it.
 
         It is the second order of a Taylor series, with the Fisher matrix (the mean of outer
         products of gradients) in the place of the Hessian and rows taken one by one. The first
         order is left out: at a trained model its mean is about 0, and its sample is noise.
 
         Args:
-            lost: [n, in_features] float32.
+            scores: [n, in_features] float32, of the rows' entries.
+            limits: [steps] float32, ascending: entries of a smaller score are lost.
 
         Source: LeCun et al. 1989, "Optimal Brain Damage" (second order); Theis et al. 2018,
         "Faster gaze prediction with dense networks and Fisher pruning" (the Fisher matrix).
         """
-        return float((self.gradients * lost).sum(1).square().mean()) * self.per_loss / 2
+        # how many limits an entry is not below: it is lost from there on
+        first = torch.bucketize(scores, limits, right=True)
+        parts = scores.new_zeros(len(scores), len(limits) + 1)
+        parts.scatter_add_(1, first, self.gradients * self.rows)
+        rises = parts[:, :-1].cumsum(1).square().mean(0) * (self.per_loss / 2)
+        found: list[float] = rises.tolist()
+        return found
 
 
 @dataclass(frozen=True, eq=False)

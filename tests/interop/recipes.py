@@ -69,6 +69,7 @@ RECIPES = (
     Recipe("MonarchResidual", (MonarchResidual(nblocks=4),)),
     Recipe("Quadratic", (Quadratic(),)),
     Recipe("TopK", (TopK(k=12),)),
+    Recipe("TopK, activations", (TopK(k=12, at="activations"),)),
     Recipe("Threshold", (Threshold(0.5, inputs="all"),)),
     Recipe("Reluify", (Reluify("fatrelu", 0.1),)),
     Recipe("SparseGate", (SparseGate(k=12),)),
