@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,8 +29,9 @@ NARROW = {
 }
 """What the libraries under torch read as they are loaded."""
 if "avx2" in sys.argv[1:] and os.environ.get("ATEN_CPU_CAPABILITY") != "avx2":
-    os.environ.update(NARROW, REWRITER_CACHE=tempfile.mkdtemp(prefix="rewriter-avx2-"))
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    with tempfile.TemporaryDirectory(prefix="rewriter-avx2-") as cache:
+        environment = {**os.environ, **NARROW, "REWRITER_CACHE": cache}
+        sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
 
 import torch  # noqa: E402 (after the environment)
 from _harness import arguments, command, load_script, parse, write_results  # noqa: E402
@@ -91,14 +93,18 @@ def main() -> None:
     names = list(SCHEMES)[: 2 if args.quick else None]
     sizes, rounds = (((2, 16),), 3) if args.quick else (rivals.SIZES, args.rounds)
     batch = texts(*sizes[0], 0)
-    made, seconds, rows = {}, {}, []  # type: dict[str, Any], dict[str, float], list[dict[str, Any]]
+    made: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     with torch.no_grad():
         timed_rewrite(model, batch, SCHEMES["int8-dynamic"], calibration)  # measures the machine
-        for name in (PLAIN, *names):
-            recipe = SCHEMES.get(name, {})
-            tries = [timed_rewrite(model, batch, recipe, calibration) for _ in range(3)]
-            made[name], seconds[name] = tries[0][0], statistics.median(t for _, t in tries)
-            print(f"{name}: {seconds[name]:.1f} s", flush=True)
+        tries: dict[str, list[float]] = {name: [] for name in (PLAIN, *names)}
+        for _ in range(3):  # in turns, as one slow minute of the machine is not one scheme's
+            for name, own in tries.items():
+                recipe = SCHEMES.get(name, {})
+                made[name], taken = timed_rewrite(model, batch, recipe, calibration)
+                own.append(taken)
+                print(f"{name}: {taken:.1f} s", flush=True)
+        seconds = {name: statistics.median(own) for name, own in tries.items()}
         calls = {rivals.EAGER: rivals.hidden(model)}
         calls.update((name, rivals.hidden(made[name])) for name in names)
         speeds = {size: rivals.turns(calls, texts(*size, 0), rounds) for size in sizes}

@@ -271,7 +271,9 @@ _ranges: WeakKeyDictionary[Sample, dict[tuple[object, ...], Range]] = WeakKeyDic
 def range_of(sample: Sample, observer: Observer, smooth: Smooth, outliers: int = 0) -> Range:
     """One range for all layers that read these inputs, so that one quantization serves them.
 
-    With "auto", of several α the one with which their outputs on the sample are closest.
+    With "auto", of several α the one with which their outputs are closest on rows that no range was
+    fitted to: smoothing lets every channel reach the ends of the range, beyond which new rows are
+    clipped.
     """
     known = _ranges.setdefault(sample, {})
     key = observer, smooth, outliers
@@ -281,18 +283,26 @@ def range_of(sample: Sample, observer: Observer, smooth: Smooth, outliers: int =
 
 
 def _searched(sample: Sample, observer: Observer, smooth: Smooth, outliers: int) -> Range:
-    kept = None
+    trial, kept = _tried(sample), None
     if outliers:
         kept = torch.maximum(sample.low.abs(), sample.high.abs()).topk(outliers).indices.sort()[0]
-        sample = _without(sample, kept)
-    alphas = _ALPHAS if smooth == "auto" else (smooth,)
-    found = [Range.of(sample, observer, alpha, kept) for alpha in alphas]
-    rows = sample.rows[:_COMPARED]
+        sample, trial = _without(sample, kept), _without(trial, kept)
 
-    def lost(one: Range) -> float:
-        return sum(one.lost(rows, weight) for weight in sample.readers)
+    def lost(alpha: float | None) -> float:
+        found, rows = Range.of(trial, observer, alpha, kept), trial.held[:_COMPARED]
+        return sum(found.lost(rows, weight) for weight in trial.readers)
 
-    return found[0] if len(found) == 1 else min(found, key=lost)
+    return Range.of(sample, observer, min(_ALPHAS, key=lost) if smooth == "auto" else smooth, kept)
+
+
+def _tried(sample: Sample) -> Sample:
+    """The sample as it tells α apart: of one batch, which has nothing held out, a quarter of the
+    rows are."""
+    rows = sample.rows
+    if sample.held is not rows or len(rows) < 4:
+        return sample
+    fitted, held = rows.tensor_split([len(rows) * 3 // 4])
+    return Sample(fitted.amin(0), fitted.amax(0), fitted, held, sample.readers)
 
 
 def _without(sample: Sample, kept: Tensor) -> Sample:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pathlib
 import pickle
+import random
+import re
 import runpy
 from typing import Any
 
@@ -272,12 +274,24 @@ def test_smoothing_is_the_formula_over_all_readers() -> None:
     assert (got.low, got.high) == pytest.approx(ends)
 
 
+@pytest.mark.parametrize("batches", [1, 4])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_auto_is_no_worse_than_no_smoothing_on_new_rows(batches: int, rows: int) -> None:
+    """On the rows of the ranges themselves smoothing always looks best: nothing is clipped."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(72, 100), nn.GELU(), nn.Linear(100, 33)).eval()
+    seen, new = torch.randn(batches, rows, 72), torch.randn(500, 72)
+    lost = {}
+    for smooth in ("auto", None):
+        quantize = Quantize("int8-static", smooth=smooth)
+        made = rewrite(dense, [quantize], new[:4], calibration=list(seen))
+        with torch.no_grad():
+            lost[smooth] = float((made(new) - dense(new)).norm() / dense(new).norm())
+    assert lost["auto"] < 1.25 * lost[None]
+
+
 def test_auto_takes_what_serves_the_outputs_best() -> None:
     rows, weight = torch.randn(200, 32), torch.randn(24, 32)
-    plain = sample(rows, weight)
-    assert range_of(plain, "minmax", "auto").lost(rows, weight) <= min(
-        range_of(plain, "minmax", alpha).lost(rows, weight) for alpha in (None, 0.5, 0.8)
-    )
     rows[:, 5] *= 100
     hard = sample(rows, weight)
     auto, none = range_of(hard, "minmax", "auto"), range_of(hard, "minmax", None)
@@ -377,15 +391,17 @@ def _site() -> Any:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_minilm_keeps_its_scores() -> None:
-    """The default: calibrated on news and single words of others, asked about single words,
-    documents and film reviews. (Of news alone, words score 0.013 more than dense.)"""
+    """The default: calibrated on news and single words of others, as benchmarks/rivals.py does,
+    asked about single words, documents and film reviews. (Of news alone, words score 0.013 more
+    than dense; of 64 words beside them 0.008.)"""
     data = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "examples" / "_data.py"))
     model, tokenizer = data["load_minilm"]()
     options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
     news = data["news"]()
-    words = sorted({w for text in news[48:80] for w in text.split() if w.isalpha()})[::10][:64]
-    texts = [news[i : i + 8] for i in range(0, 48, 8)] + [
-        words[i : i + 16] for i in range(0, 64, 16)
+    words = sorted({w for text in news[112:] for w in re.findall("[a-z]+", text)})
+    random.Random(0).shuffle(words)
+    texts = [news[i : i + 8] for i in range(8, 72, 8)] + [
+        words[i : i + 64] for i in range(0, 512, 64)
     ]
     given = [dict(tokenizer(batch, **options)) for batch in texts]
     static = rewrite(model, [STATIC], given[0], calibration=given)
