@@ -179,7 +179,7 @@ def check_width(x: Tensor, width: int) -> None:
     Raises:
         ValueError: the last dimension of x is not `width`.
     """
-    if x.shape[-1:] != (width,):
+    if isinstance(x, Tensor) and x.shape[-1:] != (width,):  # torch.fx traces with what has no shape
         raise ValueError(
             f"x of shape {list(x.shape)} does not fit a layer of {width} input features: its last "
             f"dimension must be {width}"

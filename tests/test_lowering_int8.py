@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_equal, assert_reordered
-from marks import slow_but_named
+from marks import slow_but, slow_but_named
 from torch import Tensor, nn
 from unlowered import unlowered
 
@@ -481,7 +481,7 @@ def test_attention_behind_a_product_is_the_same_on_any_number_of_threads(bf16: b
 
 
 @needs_attention
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static"])
+@pytest.mark.parametrize("scheme", slow_but(["int8-dynamic", "int8-static"], 1))
 def test_attention_as_one_op_is_copied_saved_and_follows_its_weights(
     scheme: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

@@ -101,8 +101,10 @@ def test_layers_that_are_joined_give_the_bits_of_the_single_ones() -> None:
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        (block(), {"activation": "per_tensor"}),  # one range for all that right makes
-        (block(odd=1), {}),  # 17 outputs do not fill 4 blocks
+        # one range for all that right makes
+        pytest.param(block(), {"activation": "per_tensor"}, marks=pytest.mark.slow),
+        # 17 outputs do not fill 4 blocks
+        pytest.param(block(odd=1), {}, marks=pytest.mark.slow),
         (block(), {"where": "[qkoud]*"}),  # one of the three is no Monarch layer
     ],
 )
