@@ -365,10 +365,7 @@ def _probed(
     ones = torch.ones(weight_shape[0], device="cpu")
     geometry = list(stride), list(padding), list(dilation), groups
     packed = _prepacked(weight, ones, (tuple(shape), *geometry, None))
-    got = torch.ops.onednn.qconv_pointwise(
-        q, 1.0, zero, packed, ones, torch.zeros_like(ones, dtype=torch.int32), None, *geometry, 1.0,
-        0, torch.float32, "none", [], "",
-    )  # fmt: skip
+    got = _convolved((q, 1.0, zero), packed, ones, None, geometry, "")
     want = F.conv2d(q.float() - zero, weight.float(), None, *geometry)
     return torch.allclose(got, want, rtol=1e-5, atol=0.5)
 
@@ -437,14 +434,23 @@ def _onednn(
             done.append(_plain(part, qweight, scale, bias, *rest))
             continue
         packed = _packed(qweight, scale, (tuple(part.shape), *options))
-        name, numbers = _THEN[then]
-        y = torch.ops.onednn.qconv_pointwise(
-            q, s, zero, packed, scale, torch.zeros_like(scale, dtype=torch.int32), bias,
-            list(stride), list(padding), list(dilation), groups, 1.0, 0, torch.float32, name,
-            numbers, "",
-        )  # fmt: skip
+        geometry = list(stride), list(padding), list(dilation), groups
+        y = _convolved((q, s, zero), packed, scale, bias, geometry, then)
         done.append(y if math.isfinite(s) else y.fill_(math.nan))
     return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def _convolved(
+    x: tuple[Tensor, float, int], packed: Tensor, scale: Tensor, bias: Tensor | None,
+    geometry: tuple[Any, ...], then: str,
+) -> Tensor:  # fmt: skip
+    """oneDNN's convolution of x, as `_bytes` gives it, with a weight in its layout."""
+    name, numbers = _THEN[then]
+    y: Tensor = torch.ops.onednn.qconv_pointwise(
+        *x, packed, scale, torch.zeros_like(scale, dtype=torch.int32), bias, *geometry, 1.0, 0,
+        torch.float32, name, numbers, "",
+    )  # fmt: skip
+    return y
 
 
 def _bytes(x: Tensor) -> tuple[Tensor, float, int]:

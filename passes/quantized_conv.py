@@ -114,8 +114,7 @@ class _QuantizedConv(ConvOptions, RoundedWeight):
         """
         last = suggest_memory_format(conv.weight) == torch.channels_last
         layer = cls._of(conv, activation, channels_last=last)
-        for name, tensor in layer._stored(q, scale).items():
-            layer.register_buffer(name, tensor)
+        layer._keep(layer._stored(q, scale))
         layer.bias = conv.bias
         return layer
 

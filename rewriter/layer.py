@@ -345,7 +345,10 @@ class RoundedWeight(ComputedWeight):
 
     def hold(self, weight: Tensor) -> None:
         """Registers the buffers closest to a weight."""
-        for name, tensor in self.rounded(weight).items():
+        self._keep(self.rounded(weight))
+
+    def _keep(self, levels: Mapping[str, Tensor | None]) -> None:
+        for name, tensor in levels.items():
             self.register_buffer(name, tensor)
 
     def requantize(self, weight: Tensor, **how: Any) -> float:
@@ -531,8 +534,7 @@ class RoundedLinear(RoundedWeight, LinearLayer):
     ) -> Any:
         """The layer [out, in] of buffers that are made already; of the bias as `closest`."""
         layer = cls._empty(sizes, bias, **options)
-        for name, tensor in levels.items():
-            layer.register_buffer(name, tensor)
+        layer._keep(levels)
         return layer
 
     @classmethod

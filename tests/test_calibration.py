@@ -22,6 +22,7 @@ from rewriter.engine.pipeline import prepare
 from rewriter.errors import CalibrationError, RewriteWarning
 from rewriter.kernels.monarch import monarch_dense
 from rewriter.kernels.monarch_project import monarch_fit, monarch_project
+from rewriter.modules.moments import products
 from rewriter.passes import Monarch, TopK
 
 
@@ -325,3 +326,9 @@ def test_one_row_or_equal_rows_fit_like_the_weights_alone(offset: float) -> None
     # the bias takes the mean, so what is left of the rows is nothing to fit to
     error = torch.dist(made.dense_weight().detach(), layer.weight.detach())
     assert error < 1.5 * torch.dist(dense, layer.weight.detach())
+
+
+def test_products_of_rows_beyond_the_range_of_float32_are_exact() -> None:
+    x = torch.tensor([[1.0, -3.0], [2.0, 5.0]])
+    for by in (1.0, 2.0**80):
+        assert_equal(products(x * by), (x.double().t() @ x.double()) * by**2)

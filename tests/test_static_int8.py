@@ -292,6 +292,11 @@ def test_auto_is_no_worse_than_no_smoothing_on_new_rows(batches: int, rows: int)
 
 def test_auto_takes_what_serves_the_outputs_best() -> None:
     rows, weight = torch.randn(200, 32), torch.randn(24, 32)
+    new = torch.randn(200, 32)
+    plain = Sample(rows.amin(0), rows.amax(0), rows, new, (weight,))
+    assert range_of(plain, "minmax", "auto").lost(new, weight) <= min(
+        range_of(plain, "minmax", alpha).lost(new, weight) for alpha in (None, 0.5, 0.8)
+    )
     rows[:, 5] *= 100
     hard = sample(rows, weight)
     auto, none = range_of(hard, "minmax", "auto"), range_of(hard, "minmax", None)

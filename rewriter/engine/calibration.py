@@ -12,7 +12,7 @@ from rewriter.base import Moments
 from rewriter.capture import Capture
 from rewriter.engine.batches import Calibration
 from rewriter.engine.watching import called, mask_of, watching
-from rewriter.modules.moments import Draw, Sample
+from rewriter.modules.moments import Draw, Sample, products
 from rewriter.modules.pointwise import Channels
 from rewriter.modules.progress import bar
 from rewriter.modules.running import quiet_run
@@ -38,18 +38,14 @@ class Gathered:
 
 @dataclass
 class _Sum:
-    """Running sums over the rows that reach one place; products in float32 where their range
-    suffices, sums in float64."""
+    """Running sums over the rows that reach one place, in float64."""
 
     total: Tensor
     products: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> _Sum:
-        products = (x.t() @ x).double()
-        if not bool(torch.isfinite(products).all()):
-            products = x.double().t() @ x.double()
-        return cls(x.sum(0, dtype=torch.float64), products)
+        return cls(x.sum(0, dtype=torch.float64), products(x))
 
     def add(self, x: Tensor) -> None:
         more = _Sum.of(x)

@@ -9,11 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "Moments", "Sample", "Sensitivity"]
+__all__ = ["Draw", "Moments", "Sample", "Sensitivity", "products"]
 
 
 _COMPARED = 256
 """So many rows tell the error of a layer: two digits of it."""
+
+
+def products(x: Tensor) -> Tensor:
+    """xᵀx of rows x [n, width], in float64; multiplied in x's dtype where its range suffices."""
+    found = (x.t() @ x).double()
+    return found if bool(torch.isfinite(found).all()) else x.double().t() @ x.double()
 
 
 @dataclass

@@ -27,7 +27,7 @@ from rewriter.capture import arguments
 from rewriter.engine.batches import Calibration
 from rewriter.errors import OptionError, RewriteWarning, of_type, one_of, warn
 from rewriter.layer import Layer, RoundedWeight
-from rewriter.modules.moments import Moments
+from rewriter.modules.moments import Moments, products
 from rewriter.report import Decision, Report, Step
 
 __all__ = ["merge", "register"]
@@ -223,7 +223,7 @@ class _Sum:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         self.rows += len(x)
         self.total = self.total + x.sum(0, dtype=torch.float64)
-        self.products = self.products + (x.t() @ x).double()
+        self.products = self.products + products(x)
 
     def means(self) -> tuple[Tensor, Tensor]:
         return self.total / self.rows, self.products / self.rows
