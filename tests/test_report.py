@@ -508,6 +508,21 @@ def test_a_rewrite_that_is_slower_says_so_first(
     assert "slower" not in str(r.at(batch=64))
 
 
+def test_a_slower_rewrite_says_what_was_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the first kind of layer has used up the time for it: 2 of 3 layers count as equal."""
+    timed(monkeypatch, 1e-3, 2e-3, 10e-3)
+    monkeypatch.setattr(Lost, "_used_up", lambda self: bool(self.known))
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8), nn.Linear(8, 8))
+    with pytest.warns(RewriteWarning, match="slower"):
+        r = rewrite(model, [Quantize()], torch.randn(4, 8)).report
+    assert r.speed == pytest.approx(0.9)
+    assert r.untimed == 2
+    for text in (str(r), r.to_markdown(), r.to_html()):
+        assert "2 layers not timed, taken as no slower" in " ".join(text.split())
+    assert Report.from_json(r.to_json()).untimed == 2
+    assert r.at(batch=64).untimed == 0
+
+
 @pytest.mark.parametrize(
     ("old", "new", "whole", "spread"),
     [

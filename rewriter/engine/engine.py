@@ -177,14 +177,15 @@ class Engine:
         if here and not options.measure and options.objective != "latency":
             self.lost = Lost(time.perf_counter() - self.capture.seconds, self.options.lower)
 
-    def speed(self) -> float | None:
+    def speed(self) -> tuple[float | None, int]:
         """How fast the model is beside the original, by the layers that were timed; None where
-        those are no slower, or nothing is known. It runs the model."""
+        those are no slower, or nothing is known; and how many layers were not timed, which count
+        as no slower. It runs the model."""
         if self.lost is None or self.lost.seconds < content.LEAST_LOST:
-            return None
+            return None, 0
         fused = bool(self.lowering.lowered)
         if fused and not is_plain(self.capture.root, training=False):
-            return None  # what is looked at op by op runs unfused
+            return None, 0  # what is looked at op by op runs unfused
         if fused:
             self._attach_lowering(on=False)
         plain = now = self._seconds()
@@ -194,7 +195,7 @@ class Engine:
         before, after = min(plain) - self.lost.seconds, min(now)
         known = before >= max(content.SHORTEST, _BELIEVED * min(plain))
         clear = after - before > max(statistics.median(t) - min(t) for t in (plain, now))
-        return before / after if known and clear else None
+        return (before / after, self.lost.untimed) if known and clear else (None, 0)
 
     def _seconds(self) -> list[float]:
         """Seconds of forwards on the example inputs, which what else the machine does only adds

@@ -56,7 +56,7 @@ def run(
     recipe.lower = bool(engine.lowering.lowered)
     report = engine.report(steps)
     engine.finish(report)
-    report.speed = engine.speed()
+    report.speed, report.untimed = engine.speed()
     for form in report.forms:
         form.reset()
     if said := slower(report):

@@ -36,6 +36,7 @@ class Lost:
         rules: by which the model will be lowered.
         seconds: lost so far; below zero where the new layers are the faster ones.
         spent: seconds of timing.
+        untimed: layers that there was no time to time.
         known: seconds lost per call of each kind of replacement.
     """
 
@@ -43,6 +44,7 @@ class Lost:
     rules: Sequence[Rule] = ()
     seconds: float = 0.0
     spent: float = 0.0
+    untimed: int = 0
     known: dict[object, float] = field(default_factory=dict)
 
     def add(
@@ -65,11 +67,10 @@ class Lost:
                 kinds.setdefault(_kind(p), []).append(p)
         ordered = sorted(kinds.items(), key=lambda k: -_work(k[1]))
         for kind, members in ordered:
-            if kind not in self.known:
-                if self._used_up():
-                    break
+            if kind not in self.known and not self._used_up():
                 self._time(kind, members[0])
-            self.seconds += self.known[kind] * len(members)
+            self.untimed += 0 if kind in self.known else len(members)
+            self.seconds += self.known.get(kind, 0.0) * len(members)
         for _, members in ordered:
             said = self._slower_after(members, later, where)
             for p in members if said else ():

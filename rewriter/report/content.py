@@ -167,6 +167,8 @@ def slower(report: Ledger) -> str:
     """That the rewritten model takes longer, and who says so; "" where nobody clearly does."""
     before, after = report.before, report.after
     speed, who = report.speed, "estimated from its layers, timed here"
+    if report.untimed:
+        who += f"; {plural(report.untimed, 'layer')} not timed, taken as no slower"
     for old, new, how in (
         (before.measured_s, after.measured_s, "measured here"),
         (before.latency_s, after.latency_s, f"predicted for {report.device}"),

@@ -48,6 +48,7 @@ class Ledger:
         conditions: of the sizes, under which the costs' formulas hold; empty without formulas.
         speed: of the model as a multiple of the original's, estimated from layers that were timed
             on the machine of the rewrite; None where they are no slower, or were not timed.
+        untimed: new layers that were not timed for it: they count as no slower.
         forms: the ways in which the model was called so far, and what runs each.
         snapshots, predictor: the model at each step and the device, for `at`; not stored.
     """
@@ -61,6 +62,7 @@ class Ledger:
     ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)
     speed: float | None = None
+    untimed: int = 0
     forms: list[CallForm] = field(default_factory=list, compare=False)
     snapshots: list[Snapshot | None] = field(default_factory=list, repr=False, compare=False)
     predictor: Device | None = field(default=None, repr=False, compare=False)
@@ -167,7 +169,9 @@ class Ledger:
                 )
             )
         name = "" if device is None else device.name
-        return replace(own, steps=steps, sizes=new, device=name, predictor=device, speed=None)
+        return replace(
+            own, steps=steps, sizes=new, device=name, predictor=device, speed=None, untimed=0
+        )
 
     def with_formulas(self, around: Mapping[str, int] | None = None) -> Self:
         """The report whose costs hold formulas over the open sizes, as `to_json` then stores them.
