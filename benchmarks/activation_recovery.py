@@ -1,7 +1,7 @@
 """MiniLM with few active neurons: WordSim-353 as rewritten, and after a short recovery.
 
     python benchmarks/activation_recovery.py
-    python benchmarks/activation_recovery.py --minutes 2
+    python benchmarks/activation_recovery.py --steps 100
 
 `recover` imitates the original on sentences and words of news and of a novel, as
 `examples/heal_minilm.py` does; nothing of the test sets is shown to a model. `--quick` takes a few
@@ -53,7 +53,7 @@ def zeros(model: nn.Module, batches: list[Any]) -> float:
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--minutes", type=float, default=3.0, help="of training, for each row")
+    parser.add_argument("--steps", type=int, default=300, help="of training, for each row")
     parser.add_argument("--only", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     args = parse(parser)
     model, tokenizer = data.load_minilm()
@@ -80,9 +80,8 @@ def main() -> None:
         row: dict[str, Any] = {"what": name, "zeros before": zeros(made, mixed[-3:])}
         row["WordSim-353"] = data.wordsim(made, tokenizer)
         run = recover(
-            made, model, mixed, steps=3 if args.quick else 10**5, layer_steps=0, lr=1e-4,
-            loss=example.distance, every=3 if args.quick else 100, patience=10,
-            seconds=60 * args.minutes, progress=False,
+            made, model, mixed, steps=3 if args.quick else args.steps, layer_steps=0, lr=1e-4,
+            loss=example.distance, every=3 if args.quick else 50, patience=10, progress=False,
         )  # fmt: skip
         made.eval()
         row["recovered"] = data.wordsim(made, tokenizer)
@@ -96,9 +95,10 @@ def main() -> None:
         "MiniLM with few active neurons",
         {"Quality": rows},
         command=command(),
-        notes=f"All six MLPs. Dense: WordSim-353 {data.WORDSIM_DENSE}, SimLex-999 "
-        f"{data.SIMLEX_DENSE}. Zeros: the share of what enters second layers of MLPs, in the last "
-        "batches of the training text, before and after the recovery.",
+        notes=f"All six MLPs, {args.steps} steps of 32 sentences or 96 words. Dense: WordSim-353 "
+        f"{data.WORDSIM_DENSE}, SimLex-999 {data.SIMLEX_DENSE}. Zeros: the share of what enters "
+        "second layers of MLPs, in the last batches of the training text, before and after the "
+        "recovery.",
         out=args.out,
     )
 

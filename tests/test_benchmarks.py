@@ -646,3 +646,13 @@ def test_activation_recovery(tmp_path: pathlib.Path) -> None:
     assert row["zeros before"] == row["zeros after"] == 0.75
     assert 0.6 < row["WordSim-353"] < 0.73
     assert 0.6 < row["recovered"]
+
+
+def test_lm_recovery(tmp_path: pathlib.Path) -> None:
+    """A small language model as rewritten and recovered."""
+    run("benchmarks/lm_recovery.py", "--quick", "--out", str(tmp_path))
+    ((_, (row,)),) = tables(tmp_path, "lm_recovery").items()
+    for when in ("rewritten", "recovered"):
+        assert abs(row[f"random, {when}, %"]) < 5
+        assert 0.4 < row[f"sparsity, {when}"] < 0.6
+    assert row["steps"] == 3
