@@ -648,6 +648,7 @@ def test_activation_recovery(tmp_path: pathlib.Path) -> None:
     assert 0.6 < row["recovered"]
 
 
+@pytest.mark.slow
 def test_lm_recovery(tmp_path: pathlib.Path) -> None:
     """A small language model as rewritten and recovered."""
     run("benchmarks/lm_recovery.py", "--quick", "--out", str(tmp_path))
