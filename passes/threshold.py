@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -58,7 +58,7 @@ class Threshold(Pass):
             calibration batches: few of them have most of x, so zeros cost less. W R⁻¹ is the new
             weight of the layer, which makes up for R exactly, and R x is one more product, by
             numbers of 8 bits. With no gradient wanted it is made once on a CPU for all layers that
-            read x, also in code of `backend="rewriter"`. Layers are rotated where R has less than
+            read x, also in code of `backend="rewriter"`. Layers are rotated where R has at most
             half as many entries as their weights together (gate and up of an MLP; q, k and v where
             each has as many heads), where the batches give x no fewer rows than it has entries, and
             where zeros do cost less. R does not train.
@@ -182,13 +182,12 @@ class Threshold(Pass):
 
     def _entries(self, sites: Sequence[Site]) -> list[_Entries]:
         """What each layer chooses from: entries of its inputs, or of R x where that costs less."""
-        weighs = self.rotate or self.budget != "uniform"
         groups: dict[int, list[Site]] = {}
         for site in sites:
             groups.setdefault(id(site.sample), []).append(site)
         found: dict[str, _Entries] = {}
         for group in groups.values():
-            own = [_Entries.of(s, self.score, weighs) for s in group]
+            own = [_Entries.of(s, self.score) for s in group]
             if self.rotate:
                 own = _rotations(own, self.score, self.sparsity)
             found.update((e.site.fqn, e) for e in own)
@@ -199,10 +198,14 @@ class Threshold(Pass):
         assert sample is not None
         if not isinstance(weight, nn.Parameter):  # a view: it gets storage of its own
             weight = weight.clone(memory_format=torch.contiguous_format)
-        scores = own.scores(sample.rows)
+        fitted, others = own.rows
+        scores = own.scores(fitted)
         # above 0: entries that are 0 already (behind a ReLU) count among those that are not read
         threshold = max(quantile(scores.flatten(), sparsity), torch.finfo(torch.float32).tiny)
-        held = own.scores(sample.held)
+        below = scores[scores < threshold]
+        if own.rotation is not None and len(below):  # R x is rounded: none of its scores is at t
+            threshold = (threshold + float(below.max())) / 2
+        held = own.scores(others)
         reached = float((held < threshold).float().mean())
         layer = ThresholdLinear.from_weights(
             weight,
@@ -215,7 +218,7 @@ class Threshold(Pass):
         )
         error = sample.output_error(site.weight, site.bias, layer)
         reason = (
-            f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(sample.held)} rows "
+            f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(others)} rows "
             f"held out (asked: {sparsity:.0%}, known within {doubt(scores < threshold):.1%})"
         )
         if self.needs_loss:
@@ -223,7 +226,7 @@ class Threshold(Pass):
         return Replace(site, layer, reason + own.note, error=None, output_error=error)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Entries:
     """What a layer chooses from.
 
@@ -232,8 +235,6 @@ class _Entries:
         weight: of the entries, [out_features, in_features].
         importance: of each of them, or None.
         rotation: levels and scale of R, where they are the entries of R x; else None.
-        costs: what sparsities of 0, 0.05, … cost: of the loss, or ‖W (x − x_S)‖² / ‖W x‖²; nothing
-            where nobody asks.
         note: what the report says of the rotation.
     """
 
@@ -241,21 +242,23 @@ class _Entries:
     weight: Tensor
     importance: Tensor | None
     rotation: tuple[Tensor, Tensor] | None = None
-    costs: Sequence[float] = ()
     note: str = ""
 
     @classmethod
-    def of(
-        cls,
-        site: Site,
-        score: str,
-        weighs: bool,
-        rotation: tuple[Tensor, Tensor] | None = None,
-    ) -> _Entries:
-        """Those of a site, with their costs where it weighs them."""
+    def of(cls, site: Site, score: str, rotation: tuple[Tensor, Tensor] | None = None) -> _Entries:
         weight = site.weight if rotation is None else fold(site.weight, *rotation)
-        made = cls(site, weight, importance_of(weight) if score == "wina" else None, rotation)
-        return replace(made, costs=made._costs()) if weighs else made
+        return cls(site, weight, importance_of(weight) if score == "wina" else None, rotation)
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Rows of the input that a threshold is a quantile of, and rows to judge it by. Rows that
+        axes were fitted to lie closer to few of them than others do: they tell no threshold."""
+        sample = self.site.sample
+        assert sample is not None
+        half = sample.held[::2]
+        if self.rotation is None or len(half) < FEWEST:
+            return sample.rows, sample.held
+        return half, sample.held[1::2]
 
     def scores(self, rows: Tensor) -> Tensor:
         """Of the entries of rows [n, in_features] of the layer's input."""
@@ -270,15 +273,16 @@ class _Entries:
     def _scores(self, entries: Tensor) -> Tensor:
         return entries.abs() if self.importance is None else entries.abs() * self.importance
 
-    def _costs(self) -> list[float]:
-        sample, found = self.site.sample, self.site.sensitivity
-        assert sample is not None
+    @cached_property
+    def costs(self) -> list[float]:
+        """What sparsities of 0, 0.05, … cost: of the loss, or ‖W (x − x_S)‖² / ‖W x‖²."""
+        found = self.site.sensitivity
         if found is not None:
             if self.rotation is not None:
                 found = found.rotated(matrix(*self.rotation))
             scores = self._scores(found.rows)
             return cost_of_steps(scores, partial(found.costs, scores))
-        rows = self._entries(sample.rows[:_COMPARED])
+        rows = self._entries(self.rows[0][:_COMPARED])
         weight, scores = self.weight.detach().to(rows.dtype), self._scores(rows)
         return cost_of_steps(scores, partial(_of_outputs, rows, weight, scores))
 
@@ -295,7 +299,7 @@ def _of_outputs(rows: Tensor, weight: Tensor, scores: Tensor, limits: Tensor) ->
 
 def _pays(readers: Sequence[Site]) -> bool:
     """Whether a product with the axes of what layers read is small beside their own."""
-    return 2 * readers[0].in_features ** 2 < sum(s.weight.numel() for s in readers)
+    return 2 * readers[0].in_features ** 2 <= sum(s.weight.numel() for s in readers)
 
 
 def _rotations(plain: Sequence[_Entries], score: str, sparsity: float) -> list[_Entries]:
@@ -316,7 +320,7 @@ def _rotations(plain: Sequence[_Entries], score: str, sparsity: float) -> list[_
         why = f"the calibration batches give it {moments.rows} rows to fit {width} axes to"
     else:
         axes = basis(moments.axes)
-        made = [_Entries.of(s, score, True, axes) for s in sites]
+        made = [_Entries.of(s, score, axes) for s in sites]
         lost, without = (sum(e.cost(sparsity) for e in some) for some in (made, plain))
         if lost < without:
             names = ", ".join(s.fqn for s in sites)
@@ -324,9 +328,15 @@ def _rotations(plain: Sequence[_Entries], score: str, sparsity: float) -> list[_
                 f"; rotated: zeros cost {lost / without:.2g} of what they would without, for a "
                 f"product by 8-bit axes, {share:.0%} of the entries of {names}"
             )
-            return [replace(e, note=note) for e in made]
+            return _noted(made, note)
         why = "zeros would cost no less"
-    return [replace(e, note=f"; not rotated: {why}") for e in plain]
+    return _noted(plain, f"; not rotated: {why}")
+
+
+def _noted(entries: Sequence[_Entries], note: str) -> list[_Entries]:
+    for own in entries:
+        own.note = note
+    return list(entries)
 
 
 def _item(given: Any, name: str) -> Any:
