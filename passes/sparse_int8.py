@@ -97,7 +97,9 @@ class SparseInt8Linear(Layer):
     def of(cls, sparse: TopKLinear | ThresholdLinear) -> SparseInt8Linear:
         """The layer closest to one with float weights; its selection, and a bias that is a
         Parameter, are kept."""
-        k, block, threshold, axes = 0, 1, None, (None, None)
+        k, block = 0, 1
+        threshold: Tensor | None = None
+        axes: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(sparse, TopKLinear):
             k, block = sparse.k, sparse.block
             share: float | None = k / sparse.in_features
@@ -106,8 +108,7 @@ class SparseInt8Linear(Layer):
             axes = sparse.rotation, sparse.rotation_scale
         sizes = sparse.in_features, sparse.out_features
         bias, weighted = sparse.bias is not None, sparse.weighted
-        turned = axes[0] is not None
-        layer = cls(*sizes, bias, k, weighted, block, share, turned, device="meta")
+        layer = cls(*sizes, bias, k, weighted, block, share, axes[0] is not None, device="meta")
         qweight, scale = quantize_weight(sparse.weight.detach())
         layer.qweight, layer.scale = qweight.t().contiguous().t(), scale
         layer.importance = sparse.importance

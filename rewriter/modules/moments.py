@@ -152,7 +152,8 @@ class Moments:
         """R [in_features, in_features] float64, orthogonal: its rows are the eigenvectors of
         E[x xᵀ], by ascending eigenvalues. Of all bases R x is the one whose entries' squares lie
         furthest apart in the mean."""
-        return torch.linalg.eigh(self.second).eigenvectors.t().contiguous()
+        axes: Tensor = torch.linalg.eigh(self.second).eigenvectors.t().contiguous()
+        return axes
 
     @property
     def covariance(self) -> Tensor:
