@@ -157,10 +157,13 @@ class Budgets:
         self.zeroed, self.batches = zeroed, [{"input_ids": window[None]} for window in text]
         self.asked: dict[str, float] = {}
 
-    def measured(self, budget: Any, share: float, texts: Mapping[str, Tensor]) -> dict[str, Any]:
-        """A row: perplexity over that of the dense model, and the sparsity of what was read."""
+    def measured(
+        self, budget: Any, share: float, texts: Mapping[str, Tensor], rotate: bool = False
+    ) -> dict[str, Any]:
+        """A row: perplexity over that of the dense model, the sparsity of what was read, and which
+        share of the bytes of these layers is read, axes included."""
         loss = causal if budget == "loss" else None
-        own = {"score": "wina", "budget": budget, "inputs": "all", "loss": loss}
+        own = {"score": "wina", "budget": budget, "inputs": "all", "loss": loss, "rotate": rotate}
         start = time.perf_counter()
         made: Any = rewrite(
             self.zeroed.model,
@@ -168,7 +171,8 @@ class Budgets:
             self.batches[0],
             calibration=self.batches,
         )
-        row = {"what": f"{share:.0%}, {budget!r}", "s": round(time.perf_counter() - start)}
+        row: dict[str, Any] = {"what": f"{share:.0%}, {budget!r}", "rotate": rotate}
+        row["s"] = round(time.perf_counter() - start)
         layers = {n: m for n, m in made.named_modules() if isinstance(m, ThresholdLinear)}
         self.asked = {n: 1 - (m.share or 0.0) for n, m in layers.items()}
         counts = [0, 0]
@@ -185,8 +189,16 @@ class Budgets:
             over = perplexity(made, windows) / self.zeroed.dense[text]
             row[f"{text}, %"] = round(100 * (over - 1), 1)
             row[f"{text}, sparsity of these layers"] = round(counts[0] / counts[1], 3)
+            row[f"{text}, bytes read"] = round(1 - counts[0] / counts[1] + axes_of(layers), 3)
         print(row, flush=True)
         return row
+
+
+def axes_of(layers: Mapping[str, ThresholdLinear]) -> float:
+    """Bytes of the axes by which layers are rotated, once for all that share them, over those of
+    their weights."""
+    axes = {id(m.rotation): m.rotation.nbytes for m in layers.values() if m.rotation is not None}
+    return sum(axes.values()) / sum(m.weight.nbytes for m in layers.values())
 
 
 def kind_of(name: str) -> str:
@@ -220,9 +232,10 @@ def main() -> None:
     for hook in zeroed.hooks:  # from here on the pass does it
         hook.remove()
     passed, given = Budgets(zeroed, more[: 2 if args.quick else 8]), []
-    for share in (0.5,) if args.quick else (0.3, 0.5):
-        for budget in ("uniform", "greedy", "loss"):
-            given.append(passed.measured(budget, share, texts))
+    for share in (0.5,) if args.quick else (0.3, 0.4, 0.5):
+        for rotate in (True, False):  # that which is asked for last is shown block by block
+            for budget in ("uniform", "greedy", "loss"):
+                given.append(passed.measured(budget, share, texts, rotate))
     layers: Rows = []
     for block in dict.fromkeys(re.findall(r"model\.layers\.\d+", " ".join(names))):
         own = {n: s for n, s in passed.asked.items() if f"{block}." in n}
@@ -242,7 +255,8 @@ def main() -> None:
         notes="Perplexity over that of the dense model. Rotation: magnitudes in the basis of each "
         "input's principal axes (LaRoSA). Sparsity: of the weights that these layers would not "
         "read, on the text measured. Budgets: Threshold(inputs='all', score='wina'); the loss is "
-        "the cross-entropy of the calibration text.",
+        "the cross-entropy of the calibration text; rotate: of gate and up, by axes of 8 bits, "
+        "which count among the bytes read. Where the loss gives out 50 %: without rotation.",
         out=args.out,
     )
 

@@ -18,7 +18,8 @@ from rewriter.passes.resizemlp import ResizeMLP
 from rewriter.passes.sparse_int8 import SparseInt8Linear
 from rewriter.passes.sparsegate import GateLinear, SparseGate
 from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear
-from rewriter.passes.threshold import Threshold, ThresholdLinear
+from rewriter.passes.threshold import Threshold
+from rewriter.passes.threshold_linear import ThresholdLinear
 from rewriter.passes.topk import TopK, TopKActivation, TopKLinear
 from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d

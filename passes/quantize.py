@@ -17,7 +17,7 @@ from rewriter.kernels.int8_linear import ACTIVATIONS
 from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import MonarchLinear
-from rewriter.passes.threshold import ThresholdLinear
+from rewriter.passes.threshold_linear import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from rewriter.base import Layer, as_parameter
 from rewriter.errors import OptionError, whole_number
 from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
+from rewriter.kernels.rotation import rotated, unrotated
 from rewriter.kernels.sparse import Select, active_reference, held_bytes, kernel_name
 from rewriter.kernels.sparse_linear import sparse_linear
-from rewriter.passes.threshold import ThresholdLinear
+from rewriter.passes.threshold_linear import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 
 __all__ = ["SparseInt8Linear"]
 
 
 class SparseInt8Linear(Layer):
-    """y = x_S @ (qweight·scale[:, None])ᵀ + bias, x_S being x with zeros for what is not selected.
+    """y = z_S @ (qweight·scale[:, None])ᵀ + bias, z_S being z with zeros for what is not selected;
+    z is the input x, or R x, its entries by other axes.
 
     The weights are buffers: they do not train. Gradients reach bias, and x where it is selected.
 
@@ -31,6 +33,7 @@ class SparseInt8Linear(Layer):
             not below the threshold.
         weighted: whether there is an importance; else it is 1.
         block: as many neighbours are selected together.
+        rotated: whether there is a rotation R; else it is 1.
         share: of the entries that are selected, where it is known.
         device, dtype: of bias, and of the weights before quantization.
 
@@ -38,6 +41,8 @@ class SparseInt8Linear(Layer):
         qweight: [out_features, in_features] int8, stored by columns where it was made here.
         scale: [out_features] float32 or wider.
         threshold: [1] float32, or None; importance: [in_features] float32, or None.
+        rotation, rotation_scale: R, [in_features, in_features] int8 times [in_features] float32, or
+            None.
         bias: [out_features] or None.
 
     Raises:
@@ -45,12 +50,14 @@ class SparseInt8Linear(Layer):
     """
 
     op: ClassVar[str] = "sparse_int8_linear"
-    keeps_dtype: ClassVar[tuple[str, ...]] = ("threshold", "importance")
+    keeps_dtype: ClassVar[tuple[str, ...]] = ("threshold", "importance", "rotation_scale")
     qweight: Tensor
     scale: Tensor
     bias: nn.Parameter | None
     threshold: Tensor | None
     importance: Tensor | None
+    rotation: Tensor | None
+    rotation_scale: Tensor | None
 
     def __init__(
         self,
@@ -61,6 +68,7 @@ class SparseInt8Linear(Layer):
         weighted: bool = False,
         block: int = 1,
         share: float | None = None,
+        rotated: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -73,6 +81,7 @@ class SparseInt8Linear(Layer):
             )
         self.in_features, self.out_features = in_features, out_features
         self.k, self.weighted, self.block, self.share = k, weighted, block, share
+        self.rotated = rotated
         self.register_bias(out_features if bias else None, device, dtype)
         levels = torch.zeros((out_features, in_features), dtype=torch.int8, device=device)
         self.register_buffer("qweight", levels)
@@ -80,30 +89,37 @@ class SparseInt8Linear(Layer):
         self.register_buffer("threshold", None if k else torch.zeros(1, device=device))
         ones = torch.ones(in_features, device=device) if weighted else None
         self.register_buffer("importance", ones)
+        axes = unrotated(in_features, device) if rotated else (None, None)
+        self.register_buffer("rotation", axes[0])
+        self.register_buffer("rotation_scale", axes[1])
 
     @classmethod
     def of(cls, sparse: TopKLinear | ThresholdLinear) -> SparseInt8Linear:
         """The layer closest to one with float weights; its selection, and a bias that is a
         Parameter, are kept."""
-        k, block, threshold = 0, 1, None
+        k, block = 0, 1
+        threshold: Tensor | None = None
+        axes: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(sparse, TopKLinear):
             k, block = sparse.k, sparse.block
             share: float | None = k / sparse.in_features
         else:
             share, threshold = sparse.share, sparse.threshold
+            axes = sparse.rotation, sparse.rotation_scale
         sizes = sparse.in_features, sparse.out_features
         bias, weighted = sparse.bias is not None, sparse.weighted
-        layer = cls(*sizes, bias, k, weighted, block, share, device="meta")
+        layer = cls(*sizes, bias, k, weighted, block, share, axes[0] is not None, device="meta")
         qweight, scale = quantize_weight(sparse.weight.detach())
         layer.qweight, layer.scale = qweight.t().contiguous().t(), scale
         layer.importance = sparse.importance
         layer.bias = None if sparse.bias is None else as_parameter(sparse.bias)
         layer.threshold = threshold
+        layer.rotation, layer.rotation_scale = axes
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
         return sparse_linear(
-            input,
+            rotated(input, self.rotation, self.rotation_scale),
             self.qweight,
             self.scale,
             self.bias,
@@ -114,9 +130,10 @@ class SparseInt8Linear(Layer):
         )
 
     def kept(self, input: Tensor) -> Tensor:
-        """Which entries of an input [*, in_features] are selected, bool."""
+        """Which entries of an input [*, in_features], or of R x, are selected, bool."""
         threshold = 0.0 if self.threshold is None else self.threshold
-        return active_reference(input, Select(self.k, threshold, self.importance, self.block))
+        select = Select(self.k, threshold, self.importance, self.block)
+        return active_reference(rotated(input, self.rotation, self.rotation_scale), select)
 
     def stored_weight(self) -> Tensor:
         """qweight·scale[:, None], [out_features, in_features]."""

@@ -5,31 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rewriter.base import Pass, Phase, StoredLinear, unusable
+from rewriter.base import Pass, Phase, unusable
 from rewriter.edits import Edit, Keep, Replace, View
 from rewriter.errors import CalibrationError, OptionError, given, of_type, one_of
-from rewriter.kernels.sparse import (
-    Select,
-    active_reference,
-    held_bytes,
-    importance_of,
-    kernel_name,
-    straight_through,
-)
-from rewriter.kernels.sparse_linear import sparse_linear
+from rewriter.kernels.rotation import basis, fold, matrix, rotated
+from rewriter.kernels.sparse import importance_of
 from rewriter.modules.budgets import FEWEST, between, cost_of_steps, doubt, quantile, shared_out
 from rewriter.modules.moments import Sample
+from rewriter.passes.threshold_linear import ThresholdLinear
 from rewriter.passes.topk import SCORES, Score
 from rewriter.sites import EMBEDDING, LINEAR, MLP, Kind, Site
 
-__all__ = ["Threshold", "ThresholdLinear", "tied"]
+__all__ = ["Threshold", "tied"]
 
 _COMPARED = 256
 """So many rows tell what each sparsity costs a layer."""
@@ -37,108 +30,10 @@ Budget = Literal["uniform", "greedy", "loss"]
 BUDGETS = ("uniform", "greedy", "loss")
 
 
-class ThresholdLinear(StoredLinear):
-    """y = x_S Wᵀ + bias, with x_S[i] = x[i] where |x[i]|·importance[i] ≥ t, else 0.
-
-    The gradient is that of this function: zero for entries below the threshold. With few rows on a
-    CPU only the weights of entries above it are read.
-
-    Args:
-        in_features, out_features: sizes of the last dimension of input and output.
-        bias: whether there is an additive bias.
-        weighted: whether there is an importance; else it is 1.
-        share: of the entries that are active, as calibration saw it; None where nobody knows.
-        straight_through: in training entries below the threshold have the gradient of a dense
-            layer too.
-        device, dtype: of the parameters.
-
-    Shapes:
-        input [*, in_features], output [*, out_features]; weight [out_features, in_features];
-        bias [out_features]; threshold [1] and importance [in_features], float32 buffers.
-    """
-
-    op: ClassVar[str] = "threshold_linear"
-    keeps_dtype: ClassVar[tuple[str, ...]] = ("threshold", "importance")
-    threshold: Tensor
-    importance: Tensor | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool = True,
-        weighted: bool = False,
-        share: float | None = None,
-        straight_through: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.weighted, self.share, self.straight_through = weighted, share, straight_through
-        self.register_buffer("threshold", torch.zeros(1, device=device))
-        self.register_buffer(
-            "importance", torch.ones(in_features, device=device) if weighted else None
-        )
-        self.reset_parameters()
-
-    @classmethod
-    def from_weights(
-        cls,
-        weight: Tensor,
-        bias: Tensor | None,
-        threshold: float,
-        *,
-        importance: Tensor | None = None,
-        share: float | None = None,
-        straight_through: bool = False,
-    ) -> ThresholdLinear:
-        """The layer around a [out, in] weight; tensors that are Parameters stay the same."""
-        out_features, in_features = weight.shape
-        layer = cls(
-            in_features,
-            out_features,
-            bias=bias is not None,
-            weighted=importance is not None,
-            share=share,
-            straight_through=straight_through,
-            device="meta",
-        )
-        layer.threshold = torch.full((1,), threshold, device=weight.device)
-        layer.importance = importance
-        return layer.around(weight, bias)
-
-    def reset_parameters(self) -> None:
-        """Draws weight and bias anew, uniform within ±1/√in_features; nothing is below 0."""
-        super().reset_parameters()
-        nn.init.zeros_(self.threshold)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.straight_through and self.training:
-            return F.linear(straight_through(input, self.kept(input)), self.weight, self.bias)
-        return sparse_linear(
-            input,
-            self.weight,
-            None,
-            self.bias,
-            threshold=self.threshold,
-            importance=self.importance,
-        )
-
-    def kept(self, input: Tensor) -> Tensor:
-        """Which entries of an input [*, in_features] are not below the threshold, bool."""
-        return active_reference(input, Select(0, self.threshold, self.importance))
-
-    def kernel(self, tokens: int) -> str:
-        return kernel_name(self.weight, tokens, self.share)
-
-    def held_bytes(self, tokens: int) -> int:
-        return held_bytes(self.weight, tokens)
-
-
 @dataclass(frozen=True)
 class Threshold(Pass):
-    """y = W x + b becomes y = W x_S + b: entries of x with a score below t count as zeros.
+    """y = W x + b becomes y = W x_S + b: entries of x with a score below t count as zeros; rotated,
+    y = W R⁻¹ (R x)_S + b.
 
     t is a quantile of the scores of the layer's inputs over `rewrite(…, calibration=batches)`: it
     leaves the share 1 − sparsity of them, so each token keeps as many as it needs. Weight and bias
@@ -159,6 +54,14 @@ class Threshold(Pass):
             loss hardly depends on become sparser than others. It takes one backward pass a batch.
         inputs: "mlp": of the down projections of MLPs alone; "all": of every linear layer, which is
             where the time goes.
+        rotate: the entries are those of R x, where R has the principal axes of x over the
+            calibration batches: few of them have most of x, so zeros cost less. W R⁻¹ is the new
+            weight of the layer, which makes up for R exactly, and R x is one more product, by
+            numbers of 8 bits. With no gradient wanted it is made once on a CPU for all layers that
+            read x, also in code of `backend="rewriter"`. Layers are rotated where R has at most
+            half as many entries as their weights together (gate and up of an MLP; q, k and v where
+            each has as many heads), where the batches give x no fewer rows than it has entries, and
+            where zeros do cost less. R does not train.
         straight_through: in training entries below t have the gradient of a dense layer, too.
         loss: of budget="loss": a function (outputs of the model, calibration batch) → single
             losses [*], one for each token or row of the batch, as `F.cross_entropy(…,
@@ -177,9 +80,10 @@ class Threshold(Pass):
 
     Source: Liu et al. 2024, "Training-Free Activation Sparsity in Large Language Models" (TEAL);
     Lee et al. 2024, "CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models";
-    "wina": Chen et al. 2025, "WINA: Weight Informed Neuron Activation"; budget="loss": the second
-    order of LeCun et al. 1989, "Optimal Brain Damage", with the Fisher matrix for the Hessian
-    (Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning").
+    "wina": Chen et al. 2025, "WINA: Weight Informed Neuron Activation"; rotate: Liu et al. 2025,
+    "LaRoSA: Enhancing LLM Efficiency via Layerwise Rotated Sparse Activation"; budget="loss": the
+    second order of LeCun et al. 1989, "Optimal Brain Damage", with the Fisher matrix for the
+    Hessian (Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning").
     """
 
     matches: ClassVar[tuple[Kind, ...]] = (MLP, LINEAR)
@@ -190,6 +94,7 @@ class Threshold(Pass):
     score: Score = "magnitude"
     budget: Budget = "uniform"
     inputs: Literal["mlp", "all"] = "mlp"
+    rotate: bool = False
     straight_through: bool = False
     loss: Callable[[Any, Any], Tensor] | None = None
 
@@ -202,7 +107,14 @@ class Threshold(Pass):
         one_of("Threshold: score", self.score, SCORES)
         one_of("Threshold: budget", self.budget, BUDGETS)
         one_of("Threshold: inputs", self.inputs, ("mlp", "all"))
-        of_type("Threshold", "straight_through", self.straight_through, bool, "True or False")
+        for name in ("rotate", "straight_through"):
+            of_type("Threshold", name, getattr(self, name), bool, "True or False")
+        if self.rotate and self.inputs == "mlp":
+            raise OptionError(
+                'Threshold: rotate=True is for inputs="all": the inputs of down projections are '
+                "wider than what these make of them, and a product with their axes takes more than "
+                "zeros save"
+            )
         if self.loss is None:
             return
         if not callable(self.loss):
@@ -216,6 +128,13 @@ class Threshold(Pass):
     @property
     def kinds(self) -> tuple[Kind, ...]:
         return (MLP,) if self.inputs == "mlp" else (LINEAR,)
+
+    @property
+    def calibrates(self) -> bool:
+        return self.rotate
+
+    def sums_up(self, readers: Sequence[Site]) -> bool:
+        return self.rotate and _pays(readers)
 
     @property
     def needs_calibration(self) -> bool:
@@ -239,7 +158,7 @@ class Threshold(Pass):
 
     def plan(self, view: View) -> list[Edit]:
         edits: list[Edit] = []
-        blocks: dict[str, list[Site]] = {}
+        taken: list[Site] = []
         shared = tied(view)
         for site in view.chosen:
             reason = _against(site, view) or shared.get(site.fqn)
@@ -248,58 +167,124 @@ class Threshold(Pass):
             if reason:
                 edits.append(Keep(site, reason))
             else:
-                whole = "" if self.needs_loss else _block(site.fqn)
-                blocks.setdefault(whole, []).append(site)
-        for sites in blocks.values():
-            costs = [self._costs(s) for s in sites]
-            shares = [self.sparsity] * len(sites)
+                taken.append(site)
+        blocks: dict[str, list[_Entries]] = {}
+        for own in self._entries(taken):
+            whole = "" if self.needs_loss else _block(own.site.fqn)
+            blocks.setdefault(whole, []).append(own)
+        for some in blocks.values():
+            shares = [self.sparsity] * len(some)
             if self.budget != "uniform":
-                shares = shared_out(costs, [s.weight.numel() for s in sites], self.sparsity)
-            edits += map(self._edit, sites, shares, costs)
+                sizes = [e.weight.numel() for e in some]
+                shares = shared_out([e.costs for e in some], sizes, self.sparsity)
+            edits += map(self._edit, some, shares)
         return edits
 
-    def _edit(self, site: Site, sparsity: float, costs: Sequence[float]) -> Edit:
-        sample, weight = site.sample, site.weight
+    def _entries(self, sites: Sequence[Site]) -> list[_Entries]:
+        """What each layer chooses from: entries of its inputs, or of R x where that costs less."""
+        groups: dict[int, list[Site]] = {}
+        for site in sites:
+            groups.setdefault(id(site.sample), []).append(site)
+        found: dict[str, _Entries] = {}
+        for group in groups.values():
+            own = [_Entries.of(s, self.score) for s in group]
+            if self.rotate:
+                own = _rotations(own, self.score, self.sparsity)
+            found.update((e.site.fqn, e) for e in own)
+        return [found[s.fqn] for s in sites]
+
+    def _edit(self, own: _Entries, sparsity: float) -> Edit:
+        site, sample, weight = own.site, own.site.sample, own.weight
         assert sample is not None
-        importance = importance_of(weight) if self.score == "wina" else None
         if not isinstance(weight, nn.Parameter):  # a view: it gets storage of its own
             weight = weight.clone(memory_format=torch.contiguous_format)
-        scores = _scores(sample.rows, importance)
+        fitted, others = own.rows
+        scores = own.scores(fitted)
         # above 0: entries that are 0 already (behind a ReLU) count among those that are not read
         threshold = max(quantile(scores.flatten(), sparsity), torch.finfo(torch.float32).tiny)
-        held = _scores(sample.held, importance)
+        below = scores[scores < threshold]
+        if own.rotation is not None and len(below):  # R x is rounded: none of its scores is at t
+            threshold = (threshold + float(below.max())) / 2
+        held = own.scores(others)
         reached = float((held < threshold).float().mean())
         layer = ThresholdLinear.from_weights(
             weight,
             site.bias,
             threshold,
-            importance=importance,
+            importance=own.importance,
+            rotation=own.rotation,
             share=round(1 - reached, 3),
             straight_through=self.straight_through,
         )
-        error = sample.output_error(weight, site.bias, layer)
+        error = sample.output_error(site.weight, site.bias, layer)
         reason = (
-            f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(sample.held)} rows "
+            f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(others)} rows "
             f"held out (asked: {sparsity:.0%}, known within {doubt(scores < threshold):.1%})"
         )
         if self.needs_loss:
-            reason += f"; by itself it raises the loss by {between(costs, sparsity):.2g}"
-        return Replace(site, layer, reason, error=None, output_error=error)
+            reason += f"; by itself it raises the loss by {own.cost(sparsity):.2g}"
+        return Replace(site, layer, reason + own.note, error=None, output_error=error)
 
-    def _costs(self, site: Site) -> list[float]:
-        """What sparsities of 0, 0.05, … cost: of the loss, or ‖W (x − x_S)‖² / ‖W x‖²; nothing
-        where nobody asks."""
-        sample, weight = site.sample, site.weight.detach()
+
+@dataclass(eq=False)
+class _Entries:
+    """What a layer chooses from.
+
+    Args:
+        site: the layer.
+        weight: of the entries, [out_features, in_features].
+        importance: of each of them, or None.
+        rotation: levels and scale of R, where they are the entries of R x; else None.
+        note: what the report says of the rotation.
+    """
+
+    site: Site
+    weight: Tensor
+    importance: Tensor | None
+    rotation: tuple[Tensor, Tensor] | None = None
+    note: str = ""
+
+    @classmethod
+    def of(cls, site: Site, score: str, rotation: tuple[Tensor, Tensor] | None = None) -> _Entries:
+        weight = site.weight if rotation is None else fold(site.weight, *rotation)
+        return cls(site, weight, importance_of(weight) if score == "wina" else None, rotation)
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Rows of the input that a threshold is a quantile of, and rows to judge it by. Rows that
+        axes were fitted to lie closer to few of them than others do: they tell no threshold."""
+        sample = self.site.sample
         assert sample is not None
-        if self.budget == "uniform":
-            return []
-        importance = importance_of(weight) if self.score == "wina" else None
-        if (found := site.sensitivity) is not None:
-            scores = _scores(found.rows, importance)
+        half = sample.held[::2]
+        if self.rotation is None or len(half) < FEWEST:
+            return sample.rows, sample.held
+        return half, sample.held[1::2]
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """Of the entries of rows [n, in_features] of the layer's input."""
+        return self._scores(self._entries(rows))
+
+    def cost(self, sparsity: float) -> float:
+        return between(self.costs, sparsity)
+
+    def _entries(self, rows: Tensor) -> Tensor:
+        return rows if self.rotation is None else rotated(rows, *self.rotation)
+
+    def _scores(self, entries: Tensor) -> Tensor:
+        return entries.abs() if self.importance is None else entries.abs() * self.importance
+
+    @cached_property
+    def costs(self) -> list[float]:
+        """What sparsities of 0, 0.05, … cost: of the loss, or ‖W (x − x_S)‖² / ‖W x‖²."""
+        found = self.site.sensitivity
+        if found is not None:
+            if self.rotation is not None:
+                found = found.rotated(matrix(*self.rotation))
+            scores = self._scores(found.rows)
             return cost_of_steps(scores, partial(found.costs, scores))
-        rows = sample.rows[:_COMPARED]
-        scores = _scores(rows, importance)
-        return cost_of_steps(scores, partial(_of_outputs, rows, weight.to(rows.dtype), scores))
+        rows = self._entries(self.rows[0][:_COMPARED])
+        weight, scores = self.weight.detach().to(rows.dtype), self._scores(rows)
+        return cost_of_steps(scores, partial(_of_outputs, rows, weight, scores))
 
 
 def _of_outputs(rows: Tensor, weight: Tensor, scores: Tensor, limits: Tensor) -> list[float]:
@@ -312,13 +297,51 @@ def _of_outputs(rows: Tensor, weight: Tensor, scores: Tensor, limits: Tensor) ->
     return [squared(rows.where(scores < limit, 0.0)) / total for limit in limits]
 
 
+def _pays(readers: Sequence[Site]) -> bool:
+    """Whether a product with the axes of what layers read is small beside their own."""
+    return 2 * readers[0].in_features ** 2 <= sum(s.weight.numel() for s in readers)
+
+
+def _rotations(plain: Sequence[_Entries], score: str, sparsity: float) -> list[_Entries]:
+    """Layers that read one value, by its principal axes; as they are where that does not pay, with
+    the reason.
+
+    Args:
+        plain: what they choose from without.
+        score: how.
+        sparsity: at which both are compared.
+    """
+    sites = [e.site for e in plain]
+    moments, width = sites[0].moments, sites[0].in_features
+    share = width**2 / sum(s.weight.numel() for s in sites)
+    if moments is None or not _pays(sites):
+        why = f"its {width} axes would have {share:.0%} of the entries of what reads it"
+    elif moments.rows < width:
+        why = f"the calibration batches give it {moments.rows} rows to fit {width} axes to"
+    else:
+        axes = basis(moments.axes)
+        made = [_Entries.of(s, score, axes) for s in sites]
+        lost, without = (sum(e.cost(sparsity) for e in some) for some in (made, plain))
+        if lost < without:
+            names = ", ".join(s.fqn for s in sites)
+            note = (
+                f"; rotated: zeros cost {lost / without:.2g} of what they would without, for a "
+                f"product by 8-bit axes, {share:.0%} of the entries of {names}"
+            )
+            return _noted(made, note)
+        why = "zeros would cost no less"
+    return _noted(plain, f"; not rotated: {why}")
+
+
+def _noted(entries: Sequence[_Entries], note: str) -> list[_Entries]:
+    for own in entries:
+        own.note = note
+    return list(entries)
+
+
 def _item(given: Any, name: str) -> Any:
     """What outputs or a batch have under a name; None where they have nothing."""
     return given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
-
-
-def _scores(rows: Tensor, importance: Tensor | None) -> Tensor:
-    return rows.abs() if importance is None else rows.abs() * importance
 
 
 def _against(site: Site, view: View) -> str:

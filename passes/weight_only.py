@@ -33,7 +33,7 @@ from rewriter.passes.quantized_embedding import (
     int8_embedding,
 )
 from rewriter.passes.sparse_int8 import SparseInt8Linear
-from rewriter.passes.threshold import ThresholdLinear
+from rewriter.passes.threshold_linear import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear, trained
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d

@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -121,6 +121,11 @@ class Pass:
     def calibrates(self) -> bool:
         """True where `propose` makes use of `site.moments`."""
         return False
+
+    def sums_up(self, readers: Sequence[Site]) -> bool:
+        """Whether it makes use of the moments of a value that these sites read, of a pass that
+        calibrates: those of wide rows take time and memory."""
+        return self.calibrates
 
     @property
     def needs_calibration(self) -> bool:

@@ -122,8 +122,9 @@ class Layer(StandsForWeight):
         def moved(tensor: Tensor) -> Tensor:
             if all(tensor is not own for own in kept):
                 return fn(tensor)
-            bits = torch.int16 if tensor.element_size() == 2 else torch.int32
-            return fn(tensor.view(bits)).view(tensor.dtype)
+            bits = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+            made = fn(bits)  # what stays is the very tensor, which layers may share
+            return tensor if made is bits else made.view(tensor.dtype)
 
         return super()._apply(moved if kept else fn, recurse)  # type: ignore[no-untyped-call]
 

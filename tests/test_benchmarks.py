@@ -627,9 +627,14 @@ def test_sparsity_quality(tmp_path: pathlib.Path) -> None:
     assert {row["what"].rpartition("of ")[2] for row in found["By kind of layer"]} == {
         "q, k, v", "o", "gate, up", "down",
     }  # fmt: skip
-    assert [row["what"] for row in found["Budgets"]] == [
-        f"50%, {budget!r}" for budget in ("uniform", "greedy", "loss")
+    assert [(row["what"], row["rotate"]) for row in found["Budgets"]] == [
+        (f"50%, {budget!r}", rotate)
+        for rotate in (True, False)
+        for budget in ("uniform", "greedy", "loss")
     ]
+    for row in found["Budgets"]:
+        read = 1 - row["random, sparsity of these layers"]
+        assert (row["random, bytes read"] > read + 0.01) == row["rotate"]
     for row in found["Budgets"]:
         assert abs(row["random, sparsity of these layers"] - 0.5) < 0.1
     assert [row["layers"] for row in found["Where the loss gives out 50 %"]] == [

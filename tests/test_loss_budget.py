@@ -128,6 +128,20 @@ def test_the_report_has_each_sites_sparsity_and_what_it_costs(trained: LanguageM
     assert 0.3 < lost(out, trained) / sum(costs.values()) < 3
 
 
+def test_rotated_layers_cost_the_loss_less(trained: LanguageModel) -> None:
+    out, plain = (budgeted(trained, 0.6, rotate=rotate) for rotate in (True, False))
+    (step,) = [s for s in out.report.steps if s.name.startswith("Threshold")]
+    own = {n for n, m in layers(out).items() if m.rotated}
+    told = {d.site: d.reason for d in step.decisions if d.changed}
+    assert own == {n for n, reason in told.items() if "; rotated: zeros cost" in reason}
+    assert own
+    assert own <= {f"layers.{i}.up" for i in range(3)}
+    costs = {n: float(r.partition(" by itself it raises the loss by ")[2].partition(";")[0])
+             for n, r in told.items()}  # fmt: skip
+    assert 0.3 < lost(out, trained) / sum(costs.values()) < 3
+    assert lost(out, trained) < lost(plain, trained)
+
+
 def test_labels_and_a_model_with_a_loss_take_the_place_of_one(trained: LanguageModel) -> None:
     given_ = budgeted(trained)
     own = budgeted(trained, loss=None, calibration=calibration(labels=True))

@@ -20,7 +20,7 @@ from rewriter.passes.quantize import (
     Scheme,
     register,
 )
-from rewriter.passes.threshold import ThresholdLinear
+from rewriter.passes.threshold_linear import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear
 from rewriter.passes.trained_conv import TrainedConv1d, TrainedConv2d

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,10 +57,11 @@ class _Seen:
     """What the batches of one kind, fitted to or held out, have shown at one place.
 
     Args:
-        asked: whether moments, and whether a sample, are asked for.
+        sampled, summed: whether a sample, and whether moments are asked for.
     """
 
-    asked: tuple[bool, bool]
+    sampled: bool
+    summed: bool = False
     rows: int = 0
     sums: _Sum | None = None
     draw: Draw | None = None
@@ -69,12 +70,12 @@ class _Seen:
 
     def add(self, x: Tensor) -> None:
         self.rows += len(x)
-        if self.asked[0]:
+        if self.summed:
             if self.sums is None:
                 self.sums = _Sum.of(x)
             else:
                 self.sums.add(x)
-        if self.asked[1]:
+        if self.sampled:
             low, high = x.aminmax(dim=0)
             self.low = low if self.low is None else torch.minimum(self.low, low)
             self.high = high if self.high is None else torch.maximum(self.high, high)
@@ -124,7 +125,7 @@ def gather(
     capture: Capture,
     sites: Sequence[Site],
     calibration: Calibration,
-    moments: bool = True,
+    moments: Callable[[Sequence[Site]], bool] | bool = True,
     sample: bool = False,
 ) -> tuple[dict[str, Gathered], dict[str, str]]:
     """What the inputs of sites are like, over all calls in eval mode.
@@ -135,7 +136,8 @@ def gather(
         sites: whose inputs to look at.
         calibration: what to run. With two batches or more, every fourth (at least one) is held
             out of what is fitted on.
-        moments: whether to sum up mean and second moments.
+        moments: whether to sum up mean and second moments; a function says it of the sites that
+            read one value.
         sample: whether to keep ranges and a sample of rows.
 
     Returns:
@@ -146,17 +148,19 @@ def gather(
     """
     found: dict[str, Gathered] = {}
     missing: dict[str, str] = {}
-    for group in _groups(_watches(capture, sites, (moments, sample))):
+    summed = moments if callable(moments) else lambda _: bool(moments)
+    for group in _groups(_watches(capture, sites, summed, sample)):
         with watching(capture, group):
             _run(capture.root, calibration, group)
         for watch in group:
+            gathered = _gathered(watch) if watch.fitted.rows and not watch.unfit else None
             for name in (site.fqn for site in watch.sites):
                 if watch.unfit:
                     missing[name] = watch.unfit
-                elif not watch.fitted.rows:
+                elif gathered is None:
                     missing[name] = "the calibration batches never reach it"
                 else:
-                    found[name] = _gathered(watch)
+                    found[name] = gathered
     for site in sites:
         if site.fqn not in found and site.fqn not in missing:
             missing[site.fqn] = "it runs in Python, where its inputs are not seen"
@@ -183,7 +187,9 @@ def _gathered(watch: _Watch) -> Gathered:
     return Gathered(moments, sample)
 
 
-def _watches(capture: Capture, sites: Sequence[Site], asked: tuple[bool, bool]) -> list[_Watch]:
+def _watches(
+    capture: Capture, sites: Sequence[Site], summed: Callable[[Sequence[Site]], bool], sample: bool
+) -> list[_Watch]:
     """One watch per value that sites read: the query, key and value of attention share theirs."""
     evaluated = {id(g) for _, mode, g in capture.graphs() if not mode}
     watches: dict[object, _Watch] = {}
@@ -191,11 +197,13 @@ def _watches(capture: Capture, sites: Sequence[Site], asked: tuple[bool, bool]) 
         calls = [n for n in site.nodes if id(n.graph) in evaluated]
         if calls or site.place is not None:
             sources: object = (tuple(source_of(n) for n in calls) or site.fqn, site.channels)
-            seen = _Seen(asked), _Seen(asked)
+            seen = _Seen(sample), _Seen(sample)
             width = None if site.kind == ACTIVATION else site.in_features
             new = _Watch(width, calls, site.place, *seen, site.channels)
             watch = watches.setdefault(sources, new)
             watch.sites.append(site)
+    for watch in watches.values():
+        watch.fitted.summed = watch.held.summed = summed(watch.sites)
     return list(watches.values())
 
 
@@ -204,7 +212,7 @@ def _groups(watches: Sequence[_Watch]) -> Iterator[list[_Watch]]:
     group: list[_Watch] = []
     held = 0.0
     for watch in watches:
-        moments, sample = watch.fitted.asked
+        moments, sample = watch.fitted.summed, watch.fitted.sampled
         # fitted, held out, and one on its way
         size = 3 * (8.0 * moments * (watch.width or 0) ** 2 + 4.0 * sample * _SAMPLE)
         if group and held + size > _BYTES:

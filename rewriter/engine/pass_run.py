@@ -128,7 +128,7 @@ class PassRun:
             )
         rows = [s for s in self.matching if _reads_rows(s)]
         wanted = [s for s in rows if self._unasked(s) is None]
-        moments = self.rewrite.calibrates
+        moments = self.rewrite.sums_up
         sample = self.rewrite.samples
         found, missing = gather(self.capture, wanted, calibration, moments, sample)
         slopes: dict[str, Sensitivity] = {}

@@ -19,18 +19,35 @@ __all__ = ["join_products", "origin"]
 
 _AT_ONCE = 3
 _KINDS = {f"rewriter::{name}": kind for kind, name in enumerate(native_ops.KINDS)}
+_REPEATED = {*_KINDS, "rewriter::int8_weight_linear"}
 
 
 def join_products(graph: fx.Graph) -> None:
-    """One call for products of one input, where there are several; in place."""
+    """One call for products of one input, where there are several, and for those of the same weight
+    in the first place; in place."""
+    _drop_repeated(graph)
     for calls in list(_joinable(graph)):
         _join(graph, calls)
 
 
+def _drop_repeated(graph: fx.Graph) -> None:
+    """Layers that are rotated by one basis each make the same product with it."""
+    made: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if _name(node) in _REPEATED:
+            first = made.setdefault((node.target, node.args), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
+def _name(node: fx.Node) -> str:
+    found: Any = node.target
+    return str(found._schema.name) if isinstance(found, torch._ops.OpOverload) else ""
+
+
 def _kind(node: fx.Node) -> int | None:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    return _KINDS.get(node.target._schema.name)
+    return _KINDS.get(_name(node))
 
 
 def _operands(call: fx.Node) -> list[Any]:

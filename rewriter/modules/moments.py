@@ -4,7 +4,7 @@ its outputs and in the loss."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,16 @@ class Sensitivity:
     rows: Tensor
     gradients: Tensor
     per_loss: float
+
+    def rotated(self, rotation: Tensor) -> Sensitivity:
+        """The same of rows R x, by whose entries the loss has the gradients R⁻ᵀ ∂loss/∂x.
+
+        Args:
+            rotation: R [in_features, in_features].
+        """
+        rows = self.rows.to(rotation.dtype) @ rotation.t()
+        gradients = torch.linalg.solve(rotation, self.gradients.to(rotation.dtype), left=False)
+        return replace(self, rows=rows.float(), gradients=gradients.float())
 
     def costs(self, scores: Tensor, limits: Tensor) -> list[float]:
         """½ E[(∂loss/∂x · lost)²], by how much the mean loss rises where each row x is x − lost: at
@@ -136,6 +146,14 @@ class Moments:
     held_rows: int
     held_mean: Tensor
     held_second: Tensor
+
+    @property
+    def axes(self) -> Tensor:
+        """R [in_features, in_features] float64, orthogonal: its rows are the eigenvectors of
+        E[x xᵀ], by ascending eigenvalues. Of all bases R x is the one whose entries' squares lie
+        furthest apart in the mean."""
+        axes: Tensor = torch.linalg.eigh(self.second).eigenvectors.t().contiguous()
+        return axes
 
     @property
     def covariance(self) -> Tensor:

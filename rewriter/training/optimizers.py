@@ -142,7 +142,9 @@ def remap_optimizer(optimizer: Optimizer, model: nn.Module, optimized: nn.Module
         inside = _convolution(model, place) is not None
         outer = place.rpartition(".")[0] if inside else place  # what was there before
         old, same = join(outer, last), by_id.get(id(parameter))
-        if same is None and old in owner and owner[old][1].shape == parameter.shape:
+        converted = {} if same else _converted(model, optimized, name, optimizer.state)
+        named = old in owner and owner[old][1].shape == parameter.shape
+        if same is None and named and not converted:  # in another basis it is not what it was
             same = old, owner[old][0]
         if same is not None:
             own_scale = optimizer.param_groups[same[1]].get("lr_scale", 1.0)
@@ -156,7 +158,6 @@ def remap_optimizer(optimizer: Optimizer, model: nn.Module, optimized: nn.Module
         group = next((i for i, p in before.values() if p.dim() == parameter.dim()), None)
         group = next((i for i, _ in before.values()), 0) if group is None else group
         members.setdefault((group, scales.get(id(parameter), 1.0)), []).append(parameter)
-        converted = _converted(model, optimized, name, optimizer.state)
         if converted:
             result.state[parameter] = converted
             done.converted.append(name)

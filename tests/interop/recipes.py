@@ -71,6 +71,7 @@ RECIPES = (
     Recipe("TopK", (TopK(k=12),)),
     Recipe("TopK, activations", (TopK(k=12, at="activations"),)),
     Recipe("Threshold", (Threshold(0.5, inputs="all"),)),
+    Recipe("Threshold, rotated", (Threshold(0.5, inputs="all", rotate=True),)),
     Recipe("Reluify", (Reluify("fatrelu", 0.1),)),
     Recipe("SparseGate", (SparseGate(k=12),)),
     Recipe("RemoveBlocks", (RemoveBlocks(where="*layer*.1"),)),
