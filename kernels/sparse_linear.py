@@ -24,6 +24,7 @@ from rewriter.kernels.sparse import (
     MOST_ROWS,
     Select,
     active_reference,
+    check_selection,
     dense,
     masked,
     multiplied,
@@ -119,25 +120,11 @@ def _check(
     if (weight.dtype == torch.int8) != (scale is not None):
         raise RuntimeError("sparse_linear: a scale belongs to an int8 weight, and to no other")
     out, width = weight.shape
-    if block < 1 or width % block:
-        raise RuntimeError(
-            f"sparse_linear: block={block} does not divide the {width} entries of a row"
-        )
-    if threshold is None and not (1 <= k <= width and k % block == 0):
-        raise RuntimeError(
-            f"sparse_linear: without a threshold k must be from 1 to the {width} entries of a row, "
-            f"and a multiple of block={block}, not {k}"
-        )
-    if threshold is not None and threshold.numel() != 1:
-        raise RuntimeError(f"sparse_linear: threshold must be [1], not {tuple(threshold.shape)}")
-    for name, t, size in (
-        ("scale", scale, out),
-        ("bias", bias, out),
-        ("importance", importance, width),
-    ):
-        if t is not None and t.shape != (size,):
+    check_selection("sparse_linear", width, threshold, importance, k, block)
+    for name, t in (("scale", scale), ("bias", bias)):
+        if t is not None and t.shape != (out,):
             raise RuntimeError(
-                f"sparse_linear: {name} must have shape [{size}], not {tuple(t.shape)}"
+                f"sparse_linear: {name} must have shape [{out}], not {tuple(t.shape)}"
             )
 
 

@@ -112,8 +112,8 @@ class Quantize(Pass):
 
     "int8-static" needs `rewrite(…, calibration=batches)`; see `StaticQuantizedLinear`.
     After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`. After
-    `TopK` and `Threshold`, "int8-weight" quantizes the weight and keeps the selection. After `QAT`
-    of the same options, the layers of equal outputs; see `TrainedLinear`.
+    `TopK` and `Threshold`, "int8-weight" and "int4-weight" quantize the weight and keep the
+    selection. After `QAT` of the same options, the layers of equal outputs; see `TrainedLinear`.
 
     Args:
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rewriter.base import Layer
 from rewriter.errors import OptionError, one_of, warn
-from rewriter.kernels.compensation import METHODS
+from rewriter.kernels.compensation import METHODS, Groups
 from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
 from rewriter.kernels.weight_only import (
     GROUP_SIZES,
@@ -32,7 +32,7 @@ from rewriter.passes.quantized_embedding import (
     int4_embedding,
     int8_embedding,
 )
-from rewriter.passes.sparse_int8 import SparseInt8Linear
+from rewriter.passes.sparse_weight_only import SparseInt4Linear, SparseInt8Linear
 from rewriter.passes.threshold import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear, trained
@@ -238,8 +238,9 @@ def _int8(site: Site, quantize: Quantize) -> Layer:
     return Int8WeightLinear.from_weight(site.weight, site.bias)
 
 
-def _int4(site: Site, quantize: Quantize) -> Layer:
-    weight, moments = site.weight, site.moments
+def _chosen(site: Site, weight: Tensor, quantize: Quantize) -> Groups:
+    """Levels of 4 bits, scales and zeros of a site's weight, as the method has them."""
+    moments = site.moments
     if quantize.method != "round" and moments is None:
         warn(
             f"{quantize}: without the inputs of a layer its weights are rounded to the nearest "
@@ -247,15 +248,26 @@ def _int4(site: Site, quantize: Quantize) -> Layer:
         )
     method = "round" if moments is None else quantize.method
     second = None if moments is None else moments.second
-    levels = METHODS[method](weight, second, 4, quantize.group_size, quantize.symmetric)
+    return METHODS[method](weight, second, 4, quantize.group_size, quantize.symmetric)
+
+
+def _int4(site: Site, quantize: Quantize) -> Layer:
     dynamic = quantize.scheme == "int4-dynamic"
-    return Int4Linear.from_quantized(*levels, site.bias, weight.shape[1], dynamic)
+    levels = _chosen(site, site.weight, quantize)
+    return Int4Linear.from_quantized(*levels, site.bias, site.in_features, dynamic)
 
 
 def _int8_of_sparse(site: Site, quantize: Quantize) -> Layer:
     layer = site.module
     assert isinstance(layer, TopKLinear | ThresholdLinear)
     return SparseInt8Linear.of(layer)
+
+
+def _int4_of_sparse(site: Site, quantize: Quantize) -> Layer:
+    layer = site.module
+    assert isinstance(layer, TopKLinear | ThresholdLinear)
+    levels = _chosen(site, layer.weight.detach(), quantize)
+    return SparseInt4Linear.of(layer, *levels, quantize.group_size)
 
 
 def _int8_of_trained(layer: TrainedLinear) -> Layer:
@@ -295,6 +307,7 @@ _LAYERS: dict[Kind, Maker] = {
     TrainedLinear: trained(_int4_of_trained),
     EMBEDDING: int4_embedding,
 }
+_SPARSE: dict[Kind, Maker] = {TopKLinear: _int4_of_sparse, ThresholdLinear: _int4_of_sparse}
 _OF_IMAGES: dict[Kind, Maker] = {
     CONV: int4_conv,
     TrainedConv1d: trained(conv_of_trained),
@@ -307,7 +320,7 @@ _weight = Scheme(
     bits=4,
     dtype=torch.float32,
     storage=torch.uint8,
-    layers=_LAYERS,
+    layers=_LAYERS | _SPARSE,
     per_element=2,
     options=_OPTIONS,
     calibrates=_always,
