@@ -1,5 +1,5 @@
 """Weights of 8 and 4 bits behind a selection of inputs, which `Quantize("int8-weight")` and
-`Quantize("int4-weight")` make of the layers of `TopK` and `Threshold`."""
+`Quantize("int4-weight")` make of the layers of `TopK`, `Threshold` and `SparseGate`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from rewriter.errors import OptionError, one_of, whole_number
 from rewriter.kernels import nibbles, sparse_int4
 from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
 from rewriter.kernels.sparse import Select, active_reference, held_bytes, kernel_name
+from rewriter.kernels.sparse_entries import THEN, kept_entries
 from rewriter.kernels.sparse_linear import sparse_linear
-from rewriter.kernels.weight_only import GROUP_SIZES
+from rewriter.kernels.weight_only import GROUP_SIZES, int8_weight_linear
+from rewriter.kernels.weight_only import kernel_name as dense_kernel_name
+from rewriter.passes.sparsegate import GateLinear
 from rewriter.passes.threshold import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 
-__all__ = ["SparseInt4Linear", "SparseInt8Linear"]
+__all__ = ["Int8GateLinear", "SparseInt4Linear", "SparseInt8Linear"]
 
 S = TypeVar("S", bound="_SparseLinear")
 
@@ -261,3 +264,78 @@ class SparseInt4Linear(_SparseLinear):
 
     def held_bytes(self, tokens: int) -> int:
         return sparse_int4.held_bytes(self.qweight, self.scale, self.group_size, tokens)
+
+
+class Int8GateLinear(Layer):
+    """y = x @ (qweight·scale[:, None])ᵀ + bias with zeros where act(y) is small: a `GateLinear`
+    with int8 weights.
+
+    The weights are buffers: they do not train. Gradients reach bias, and x by what is kept.
+
+    Args:
+        in_features, out_features, then, bias, k, share: as of `GateLinear`.
+        device, dtype: of bias, and of the weights before quantization.
+
+    Attributes:
+        qweight: [out_features, in_features] int8.
+        scale: [out_features] float32 or wider.
+        threshold: [1] float32, or None.
+        bias: [out_features] or None.
+
+    Raises:
+        OptionError: as of `GateLinear`.
+    """
+
+    op: ClassVar[str] = "int8_gate_linear"
+    keeps_dtype: ClassVar[tuple[str, ...]] = ("threshold",)
+    bias: nn.Parameter | None
+    qweight: Tensor
+    scale: Tensor
+    threshold: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        then: str,
+        *,
+        bias: bool = True,
+        k: int = 0,
+        share: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        one_of("Int8GateLinear: then", then, THEN)
+        whole_number("Int8GateLinear: k", k, least=0, most=out_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.then, self.k, self.share = then, k, share
+        self.register_bias(out_features if bias else None, device, dtype)
+        levels = torch.zeros((out_features, in_features), dtype=torch.int8, device=device)
+        self.register_buffer("qweight", levels)
+        self.register_buffer("scale", torch.ones(out_features, device=device))
+        self.register_buffer("threshold", None if k else torch.zeros(1, device=device))
+
+    @classmethod
+    def of(cls, gate: GateLinear) -> Int8GateLinear:
+        """The layer closest to one with float weights; what it keeps, and a bias that is a
+        Parameter, stay."""
+        sizes, bias = (gate.in_features, gate.out_features), gate.bias is not None
+        layer = cls(*sizes, gate.then, bias=bias, k=gate.k, share=gate.share, device="meta")
+        layer.qweight, layer.scale = quantize_weight(gate.weight.detach())
+        layer.threshold = gate.threshold
+        layer.bias = None if gate.bias is None else as_parameter(gate.bias)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = int8_weight_linear(input, self.qweight, self.scale, self.bias)
+        return kept_entries(y, threshold=self.threshold, then=self.then, k=self.k)
+
+    def stored_weight(self) -> Tensor:
+        """qweight·scale[:, None], [out_features, in_features]."""
+        return dequantize_weight(self.qweight, self.scale)
+
+    def kernel(self, tokens: int) -> str:
+        sizes = tokens, self.out_features, self.in_features
+        name = dense_kernel_name("int8_weight_linear", *sizes, 0, self.qweight)
+        return name if self.share is None else f"{name}, keeps {self.share:.0%} of its neurons"

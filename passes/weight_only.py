@@ -32,7 +32,8 @@ from rewriter.passes.quantized_embedding import (
     int4_embedding,
     int8_embedding,
 )
-from rewriter.passes.sparse_weight_only import SparseInt4Linear, SparseInt8Linear
+from rewriter.passes.sparse_weight_only import Int8GateLinear, SparseInt4Linear, SparseInt8Linear
+from rewriter.passes.sparsegate import GateLinear
 from rewriter.passes.threshold import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear, trained
@@ -263,6 +264,12 @@ def _int8_of_sparse(site: Site, quantize: Quantize) -> Layer:
     return SparseInt8Linear.of(layer)
 
 
+def _int8_of_gate(site: Site, quantize: Quantize) -> Layer:
+    layer = site.module
+    assert isinstance(layer, GateLinear)
+    return Int8GateLinear.of(layer)
+
+
 def _int4_of_sparse(site: Site, quantize: Quantize) -> Layer:
     layer = site.module
     assert isinstance(layer, TopKLinear | ThresholdLinear)
@@ -295,6 +302,7 @@ register(
             LINEAR: _int8,
             TopKLinear: _int8_of_sparse,
             ThresholdLinear: _int8_of_sparse,
+            GateLinear: _int8_of_gate,
             TrainedLinear: trained(_int8_of_trained),
             EMBEDDING: int8_embedding,
         },

@@ -1,4 +1,4 @@
-"""Threshold: the layer, calibration by quantile, budgets, refusals, weights in few bits behind it."""
+"""Threshold: the layer, calibration by quantile, budgets, refusals; weights of few bits behind."""
 
 from __future__ import annotations
 
