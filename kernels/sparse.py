@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import sparse_cpu
+from rewriter.kernels import sparse_bound, sparse_cpu
 from rewriter.kernels.choice import fastest, rows_bucket
+from rewriter.kernels.sparse_bound import MOST_ROWS
 from rewriter.kernels.sparse_cpu import Select
 from rewriter.kernels.weight_only import int8_weight_linear
 
@@ -36,6 +37,7 @@ __all__ = [
     "active",
     "active_for_onnx",
     "active_reference",
+    "bound",
     "by_columns",
     "by_rows",
     "check_selection",
@@ -53,8 +55,6 @@ __all__ = [
     "straight_through",
 ]
 
-MOST_ROWS = 16
-"""Rows of x from which on a dense product runs without being timed."""
 _GROUP = 8
 """Rows of x that the kernel takes at once."""
 _SHARES = (1.0, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
@@ -231,6 +231,25 @@ def multiplied(
         int(share * width),
     )
     return y if y is None else y.to(x.dtype)
+
+
+def bound(x: Tensor, own: sparse_bound.Operands, check: Callable[[], None]) -> Tensor | None:
+    """x_S @ weightᵀ (·scale) + bias past the dispatcher; None where the op is to be called.
+
+    Args:
+        x: [*, in].
+        own: the rest.
+        check: raises where they do not fit each other.
+    """
+    call = sparse_bound.ready(x, own, check, by_columns)
+    if call is None:
+        return None
+    weight = own.weight
+    y = call(x, largest_share(weight.dtype, call.rows(x), *weight.shape))
+    if y is None:
+        select = Select.of(own.threshold, own.importance, own.k, own.block)
+        y = dense(masked(x, select), weight, own.scale, own.bias)
+    return y
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:

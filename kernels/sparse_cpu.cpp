@@ -464,6 +464,15 @@ int sparse_linear(const Linear* c) {
   return c->type == INT4 ? linear4(*c) : c->type == FLOAT ? linear<float>(*c) : c->type == BF16 ? linear<uint16_t>(*c) : linear<int8_t>(*c);
 }
 
+// One of many calls with the same weight: `fixed` has what does not change.
+int sparse_run(const Linear* fixed, const float* x, float* y, long rows, double threshold, long limit, long threads) {
+  Linear c = *fixed;
+  int64_t active;
+  c.x = x, c.y = y, c.active = &active, c.rows = rows, c.limit = limit, c.threads = threads;
+  c.select.threshold = threshold;
+  return sparse_linear(&c);
+}
+
 int sparse_gated(const Gated* c) {
   return c->type == FLOAT ? gated<float>(*c) : c->type == BF16 ? gated<uint16_t>(*c) : gated<int8_t>(*c);
 }

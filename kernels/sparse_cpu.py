@@ -119,6 +119,8 @@ def _library() -> tuple[Any, int]:
     for function in (made.sparse_linear, made.sparse_gated):
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
     pointer, number = ctypes.c_void_p, ctypes.c_long
+    made.sparse_run.argtypes = [pointer] * 3 + [number, ctypes.c_double, number, number]
+    made.sparse_run.restype = ctypes.c_int
     for function in (made.sparse_choose, made.sparse_masked):
         function.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
         function.restype = None
@@ -196,6 +198,67 @@ def linear(
     )
     done = made.sparse_linear(ctypes.byref(call))
     return (y if done else None), active.value
+
+
+class Linear:
+    """`linear` of one weight, any number of times, also at the same time.
+
+    Args:
+        weight, scale, bias, zero, group: as of `linear`; they must outlive it.
+        importance, k, block: as of `Select`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        importance: Tensor | None,
+        k: int,
+        block: int,
+        zero: Tensor | None,
+        group: int,
+    ) -> None:
+        made, start = _library()
+        self.out = scale.shape[1] if group and scale is not None else weight.shape[1]
+        self._held = weight, scale, bias, importance, zero
+        self._call = _Linear(
+            None,
+            weight.data_ptr(),
+            _address(scale),
+            _address(zero),
+            _address(bias),
+            None,
+            None,
+            start,
+            0,
+            weight.shape[0],
+            self.out,
+            _TYPES[weight.dtype],
+            group,
+            scale is not None and scale.dtype == torch.float32,
+            0,
+            0,
+            Select(k, 0.0, importance, block).made(),
+        )
+        self._run, self._own = made.sparse_run, ctypes.addressof(self._call)
+
+    def __call__(
+        self, x: Tensor, rows: int, threshold: float, limit: int, threads: int
+    ) -> Tensor | None:
+        """
+        Args:
+            x: [*, in] float32, contiguous, on a CPU, of so many rows, one at least.
+            threshold: of scores, where k is 0.
+            limit: as of `linear`.
+            threads: torch's number of them.
+
+        Returns:
+            [*, out], or None as `linear` does.
+        """
+        y = x.new_empty((*x.shape[:-1], self.out))
+        own = x.data_ptr(), y.data_ptr(), rows, threshold, limit, threads
+        return y if self._run(self._own, *own) else None
 
 
 def gated(

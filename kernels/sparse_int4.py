@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewriter.kernels import nibbles, ops, sparse, sparse_cpu
+from rewriter.kernels import nibbles, ops, sparse, sparse_bound, sparse_cpu
 from rewriter.kernels.choice import rows_bucket
 from rewriter.kernels.common import (
     owned,
@@ -114,10 +114,24 @@ def sparse_int4_linear(
     Raises:
         RuntimeError: shapes, dtypes or options that do not fit.
     """
-    y: Tensor = torch.ops.rewriter.sparse_int4_linear(
-        x, packed, scale, zero, bias, threshold, importance, k, block, group_size
-    )
-    return y
+    own = packed, scale, zero, bias, threshold, importance, k, block, group_size
+
+    def check() -> None:
+        _check(x, *own)
+
+    call = sparse_bound.ready(x, sparse_bound.Operands(*own), check, _same)
+    if call is not None:
+        y = call(x, largest_share(call.rows(x), scale.shape[1], packed.shape[0], group_size))
+        if y is None:
+            select = Select.of(threshold, importance, k, block)
+            y = _dense(masked(x, select), packed, scale, zero, bias, group_size)
+        return y
+    found: Tensor = torch.ops.rewriter.sparse_int4_linear(x, *own)
+    return found
+
+
+def _same(packed: Tensor) -> Tensor:
+    return packed
 
 
 def _formula(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.kernels import ops
+from rewriter.kernels import ops, sparse_bound
 from rewriter.kernels.common import (
     outer,
     owned,
@@ -24,6 +24,7 @@ from rewriter.kernels.sparse import (
     MOST_ROWS,
     Select,
     active_reference,
+    bound,
     check_selection,
     dense,
     masked,
@@ -78,10 +79,17 @@ def sparse_linear(
     Source: Liu et al. 2024, "Training-Free Activation Sparsity in Large Language Models" (TEAL);
     importance: Chen et al. 2025, "WINA: Weight Informed Neuron Activation".
     """
-    y: Tensor = torch.ops.rewriter.sparse_linear(
+    own = sparse_bound.Operands(weight, scale, None, bias, threshold, importance, k, block)
+
+    def check() -> None:
+        _check(x, weight, scale, bias, threshold, importance, k, block)
+
+    if (y := bound(x, own, check)) is not None:
+        return y
+    found: Tensor = torch.ops.rewriter.sparse_linear(
         x, weight, scale, bias, threshold, importance, k, block
     )
-    return y
+    return found
 
 
 def sparse_linear_reference(
