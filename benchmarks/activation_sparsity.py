@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,9 +31,10 @@ from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.sparse import Select
 from rewriter.kernels.sparse_cpu import Gate
 from rewriter.kernels.sparse_gated import GatedMlp, sparse_gated
+from rewriter.kernels.sparse_int4 import pack_inputs, sparse_int4_linear
 from rewriter.kernels.sparse_linear import sparse_linear
 from rewriter.kernels.topk import topk_linear
-from rewriter.kernels.weight_only import int8_weight_linear
+from rewriter.kernels.weight_only import int4_linear, int8_weight_linear, pack, quantize_groups
 from rewriter.passes import Quantize, Threshold, TopK
 
 SHARES = (0.1, 0.25, 0.5)
@@ -61,45 +62,112 @@ def ratios(runs: Runs, rounds: int, over: str) -> Rows:
 # Kernels -----------------------------------------------------------------------------------------
 
 
-def mlp(rows: int, width: int, hidden: int, rounds: int, levels: bool) -> Rows:
+def mlp(rows: int, width: int, hidden: int, rounds: int) -> Rows:
     """A gated MLP, down(silu(gate(x)) ∘ up(x)), with some share of its neurons active."""
     torch.manual_seed(0)
     dense = [torch.randn(s) / 64 for s in ((hidden, width), (hidden, width), (width, hidden))]
     x = torch.randn(rows, width)
-    packed = [quantize_weight(w) for w in dense]
 
     def plain() -> Tensor:
         return F.linear(F.silu(F.linear(x, dense[0])) * F.linear(x, dense[1]), dense[2])
 
-    def plain_levels() -> Tensor:
-        gate, up = (int8_weight_linear(x, *p) for p in packed[:2])
-        return int8_weight_linear(F.silu(gate) * up, *packed[2])
-
-    runs: dict[str, Callable[[], object]] = {}
-    if levels:
-        runs["dense, int8"] = plain_levels
-        own = [Gate(*p) for p in packed[:2]]
-        own.append(Gate(packed[2][0].t().contiguous(), packed[2][1]))
-        kinds = {"int8": (own, None)}
-    else:
-        runs["dense, fp32"] = plain
-        own = [Gate(dense[0]), Gate(dense[1]), Gate(dense[2].t().contiguous())]
-        kinds = {"fp32": (own, None), "fp32, int8 screen": (own, Gate(*packed[0]))}
-    for kind, (gates, screen) in kinds.items():
+    runs: dict[str, Callable[[], object]] = {"dense, fp32": plain}
+    own = [Gate(dense[0]), Gate(dense[1]), Gate(dense[2].t().contiguous())]
+    kinds = {"fp32": None, "fp32, int8 screen": Gate(*quantize_weight(dense[0]))}
+    for kind, screen in kinds.items():
         for share in SHARES:
             select = Select(int(share * hidden))
             runs[f"{kind}, {share:.0%} of neurons"] = partial(
-                sparse_cpu.gated, x, *gates, "silu", select, hidden, screen
+                sparse_cpu.gated, x, *own, "silu", select, hidden, screen
             )
-    if not levels:
-        columns = [w.t().contiguous() for w in dense[:2]]
+    columns = [w.t().contiguous() for w in dense[:2]]
+    for share in SHARES:
+        few, many = Select(int(share * width)), Select(int(share * hidden))
+        runs[f"fp32, {share:.0%} of all three inputs"] = partial(
+            of_inputs, x, [*columns, own[2].weight], few, many
+        )
+    return [{"tokens": rows, **row} for row in ratios(runs, rounds, "dense, fp32")]
+
+
+def mlp_of_levels(rows: int, width: int, hidden: int, rounds: int) -> Rows:
+    """The same of int8 and of int4 weights, by the ops that choose the faster kernel, over our own
+    dense products of the same weights."""
+    torch.manual_seed(0)
+    dense = [torch.randn(s) / 64 for s in ((hidden, width), (hidden, width), (width, hidden))]
+    x = torch.randn(rows, width)
+    found: Rows = []
+    for bits, (plain, sparse) in {"int8": eights(dense), "int4": fours(dense)}.items():
+        first = f"dense, {bits}"
+        runs: dict[str, Callable[[], object]] = {first: partial(of_levels, x, plain)}
+        gated = gated_levels(dense) if bits == "int8" else None
         for share in SHARES:
-            few, many = Select(int(share * width)), Select(int(share * hidden))
-            runs[f"fp32, {share:.0%} of all three inputs"] = partial(
-                of_inputs, x, [*columns, own[2].weight], few, many
-            )
-    first = next(iter(runs))
-    return [{"tokens": rows, **row} for row in ratios(runs, rounds, first)]
+            if gated is not None:
+                own = gated._replace(k=int(share * hidden))
+                runs[f"{bits}, {share:.0%} of neurons"] = partial(sparse_gated, x, own)
+            k = int(share * width), int(share * width), int(share * hidden)
+            layers = [partial(layer, k=n) for layer, n in zip(sparse, k, strict=True)]
+            runs[f"{bits}, {share:.0%} of all three inputs"] = partial(of_levels, x, layers)
+        timed = ratios(runs, rounds, first)
+        over = f"× over {first}"
+        for row in timed:
+            ratio = row.pop(over)
+            found.append({"tokens": rows, **row, "× over dense of as many bits": ratio})
+    return found
+
+
+def of_levels(x: Tensor, layers: Sequence[Linear]) -> Tensor:
+    gate, up, down = layers
+    return down(F.silu(gate(x)) * up(x))
+
+
+Linear = Callable[[Tensor], Tensor]
+Sparse = Callable[..., Tensor]
+"""(x, k=…): a layer over the k largest entries of each row."""
+
+
+def eights(weights: list[Tensor]) -> tuple[list[Linear], list[Sparse]]:
+    """Layers of int8 weights: dense ones, and by the largest entries of their inputs."""
+    levels = [quantize_weight(w) for w in weights]
+    columns = [(q.t().contiguous().t(), scale) for q, scale in levels]
+    dense: list[Linear] = [partial(_dense8, own) for own in levels]
+    sparse: list[Sparse] = [partial(_sparse8, own) for own in columns]
+    return dense, sparse
+
+
+def _dense8(own: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    return int8_weight_linear(x, *own)
+
+
+def _sparse8(own: tuple[Tensor, Tensor], x: Tensor, k: int) -> Tensor:
+    return sparse_linear(x, *own, k=k)
+
+
+def fours(weights: list[Tensor]) -> tuple[list[Linear], list[Sparse]]:
+    """The same of int4 weights in groups of 64."""
+    levels = [quantize_groups(w, 4, 64, True)[:2] for w in weights]
+    dense: list[Linear] = [partial(_dense4, (pack(q), scale)) for q, scale in levels]
+    sparse: list[Sparse] = [
+        partial(_sparse4, (pack_inputs(q, w.shape[1]), scale.t().contiguous()))
+        for (q, scale), w in zip(levels, weights, strict=True)
+    ]
+    return dense, sparse
+
+
+def _dense4(own: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    return int4_linear(x, *own)
+
+
+def _sparse4(
+    own: tuple[Tensor, Tensor], x: Tensor, k: int, threshold: Tensor | None = None
+) -> Tensor:
+    return sparse_int4_linear(x, *own, k=k, threshold=threshold)
+
+
+def gated_levels(weights: list[Tensor]) -> GatedMlp:
+    """A gated MLP of int8 weights, as `SparseGate` and `Quantize` have it."""
+    (gate, s), (up, t), (down, u) = (quantize_weight(w) for w in weights)
+    columns = down.t().contiguous()
+    return GatedMlp(gate, s, None, None, up, t, None, down, u, columns, None, "silu")
 
 
 def of_inputs(x: Tensor, columns: list[Tensor], few: Select, many: Select) -> Tensor | None:
@@ -122,6 +190,8 @@ def any_tokens(width: int, hidden: int, rounds: int, counts: tuple[int, ...]) ->
     down = torch.randn(width, hidden) / 64
     columns, (levels, scale) = down.t().contiguous(), quantize_weight(up)
     by_columns = levels.t().contiguous().t()
+    (dense4,), (sparse4,) = fours([up])
+    few_bits, eight = gated_levels([gate, up, down]), eights([gate, up, down])[0]
     found: Rows = []
     for rows in counts:
         x = torch.randn(rows, width)
@@ -144,12 +214,22 @@ def any_tokens(width: int, hidden: int, rounds: int, counts: tuple[int, ...]) ->
                     sparse_linear, x, by_columns, scale, threshold=above(x, share)
                 ),
             ),
+            "Threshold, int4": (
+                partial(dense4, x),
+                lambda share, x=x: partial(sparse4, x, k=0, threshold=above(x, share)),
+            ),
+            "SparseGate, int8": (
+                partial(of_levels, x, eight),
+                lambda share, x=x: partial(
+                    sparse_gated, x, few_bits._replace(k=int(share * hidden))
+                ),
+            ),
             "SparseGate, float32": (
                 plain,
                 lambda share, x=x: partial(
                     sparse_gated, x, GatedMlp(
-                        gate, None, None, up, None, down, columns, None, "silu",
-                        int(share * hidden),
+                        gate, None, None, None, up, None, None, down, None, columns, None,
+                        "silu", int(share * hidden),
                     ),
                 ),
             ),
@@ -234,9 +314,10 @@ def language_model(quick: bool, rounds: int, windows: int, tokens: int) -> tuple
     dense = {name: decode.read(model, t)[0] for name, t in texts.items()}
     quality: Rows = []
     fast: dict[str, Callable[[], object]] = {DENSE: partial(decode.generate, model, prompt, tokens)}
-    levels = Quantize("int8-weight", where="model.layers.*")
-    eights = rewrite(model, [levels], {"input_ids": prompt})
-    fast["int8"] = partial(decode.generate, eights, prompt, tokens)
+    bits = {name: Quantize(f"{name}-weight", where="model.layers.*") for name in ("int8", "int4")}
+    for name, levels in bits.items():
+        made = rewrite(model, [levels], {"input_ids": prompt})
+        fast[name] = partial(decode.generate, made, prompt, tokens)
     for name, recipe in recipes("model.layers.*", quick).items():
         start = time.perf_counter()
         given = own if recipe[0].needs_calibration else {}
@@ -252,8 +333,9 @@ def language_model(quick: bool, rounds: int, windows: int, tokens: int) -> tuple
         print(row, flush=True)
         if name in ("Threshold(0.5, 'mlp', 'wina')", "Threshold(0.5, 'all', 'wina')", BOTH):
             fast[name] = partial(decode.generate, made, prompt, tokens)
-            both = rewrite(model, [*recipe, levels], {"input_ids": prompt}, **given)
-            fast[f"{name}, int8"] = partial(decode.generate, both, prompt, tokens)
+            for few, levels in bits.items():
+                both = rewrite(model, [*recipe, levels], {"input_ids": prompt}, **given)
+                fast[f"{name}, {few}"] = partial(decode.generate, both, prompt, tokens)
     speed = ratios(fast, rounds, DENSE)
     for row in speed:
         row["tokens per s"] = round(1e3 * tokens / row["ms"], 1)
@@ -270,15 +352,17 @@ def news(windows: int, context: int) -> Tensor:
 
 
 NOTES = """Kernels by {}. Gated MLP: weights and tokens are random, the worst case for several
-tokens, the union of whose active neurons is read. Its gate is read whole, so at 10 % of neurons 2.5
-is the most where nothing else is gained; with an int8 screen neurons are chosen by a copy of the
-gate in 8 bits. Over all three inputs (the documented way to 4 at 10 %: Threshold(inputs="all")) the
-gate is not read whole. Any number of tokens: layers as the passes install them, with the kernel
-that was measured to be the faster; at least 0.97 is aimed at everywhere. One block: Threshold on
-the inputs of all seven linear layers, through the rewritten model's own forward. Decoding: batch 1,
-greedily, with transformers' cache, prompt included. Aimed at: one token, float32, 4×, 2.2× and 1.3×
-at 10, 25 and 50 %; int8 2× at 10 %; 8 tokens 1.5× at 10 %; the block 1.8× at 50 %; SmolLM2 1.3× at
-50 % within 4 % of the dense perplexity."""
+tokens, the union of whose active neurons is read. Its gate is read whole, so at 10 % of neurons
+2.5 is the most where nothing else is gained; with an int8 screen neurons are chosen by a copy of
+the gate in 8 bits. Over all three inputs (the documented way to 4 at 10 %:
+Threshold(inputs="all")) the gate is not read whole. int8 and int4: by the ops that layers run,
+which choose the dense product where it was measured to be the faster. Any number of tokens:
+layers as the passes install them, with the kernel that was measured to be the faster; at least
+0.97 is aimed at everywhere. One block: Threshold on the inputs of all seven linear layers,
+through the rewritten model's own forward. Decoding: batch 1, greedily, with transformers' cache,
+prompt included. Aimed at: one token, float32, 4×, 2.2× and 1.3× at 10, 25 and 50 %; int8 and int4
+2× at 10 %; 8 tokens 1.5× at 10 %; the block 1.8× at 50 %; SmolLM2 1.3× at 50 % within 4 % of the
+dense perplexity."""
 
 
 def main() -> None:
@@ -297,9 +381,9 @@ def main() -> None:
     with torch.no_grad():
         if "mlp" in args.only:
             name = f"Gated MLP {width} → {hidden} → {width}"
-            for levels in (False, True):
-                found = [r for t in (1, 8) for r in mlp(t, width, hidden, rounds, levels)]
-                tables[f"{name}, {'int8' if levels else 'float32'}"] = found
+            for kind, timed in (("float32", mlp), ("int8 and int4", mlp_of_levels)):
+                found = [r for t in (1, 8) for r in timed(t, width, hidden, rounds)]
+                tables[f"{name}, {kind}"] = found
         if "tokens" in args.only:
             counts = (1, 8) if args.quick else (1, 2, 4, 8, 16, 32, 128)
             name = f"Any number of tokens, {width} → {hidden}, × over dense"

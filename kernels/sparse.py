@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import sparse_cpu
+from rewriter.kernels import sparse_bound, sparse_cpu
 from rewriter.kernels.choice import fastest, rows_bucket
+from rewriter.kernels.sparse_bound import MOST_ROWS
 from rewriter.kernels.sparse_cpu import Select
 from rewriter.kernels.weight_only import int8_weight_linear
 
@@ -36,22 +37,24 @@ __all__ = [
     "active",
     "active_for_onnx",
     "active_reference",
+    "bound",
     "by_columns",
     "by_rows",
+    "check_selection",
     "dense",
     "held_bytes",
     "importance_of",
     "kernel_name",
+    "kept_beside",
     "largest_share",
     "masked",
+    "multiplied",
     "paying_share",
     "refusal",
-    "multiplied",
+    "regime",
     "straight_through",
 ]
 
-MOST_ROWS = 16
-"""Rows of x from which on a dense product runs without being timed."""
 _GROUP = 8
 """Rows of x that the kernel takes at once."""
 _SHARES = (1.0, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
@@ -80,6 +83,29 @@ def active_reference(x: Tensor, select: Select) -> Tensor:
         mask = ~(score < select.threshold)
     whole: Tensor = mask if block == 1 else mask.repeat_interleave(block, -1)[..., :width]
     return whole
+
+
+def check_selection(
+    op: str, width: int, threshold: Tensor | None, importance: Tensor | None, k: int, block: int
+) -> None:
+    """Whether what an op is given selects entries of a row of this width.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    if block < 1 or width % block:
+        raise RuntimeError(f"{op}: block={block} does not divide the {width} entries of a row")
+    if threshold is None and not (1 <= k <= width and k % block == 0):
+        raise RuntimeError(
+            f"{op}: without a threshold k must be from 1 to the {width} entries of a row, and a "
+            f"multiple of block={block}, not {k}"
+        )
+    if threshold is not None and threshold.numel() != 1:
+        raise RuntimeError(f"{op}: threshold must be [1], not {tuple(threshold.shape)}")
+    if importance is not None and importance.shape != (width,):
+        raise RuntimeError(
+            f"{op}: importance must have shape [{width}], not {tuple(importance.shape)}"
+        )
 
 
 def active_for_onnx(x: Tensor, select: Select) -> Tensor:
@@ -143,15 +169,19 @@ def by_rows(weight: Tensor) -> Tensor:
 
 def _contiguous(weight: Tensor, columns: bool) -> Tensor:
     own = weight.detach().t() if columns else weight.detach()
-    if own.is_contiguous():
-        return own
+    return own if own.is_contiguous() else kept_beside(weight, lambda: own.contiguous(), columns)
+
+
+def kept_beside(weight: Tensor, make: Callable[[], Tensor], name: object) -> Tensor:
+    """What `make` gives of a weight, kept under a name as long as the weight is and stays as it
+    is; one such tensor a weight."""
     if weight.is_inference():  # counts no versions: nothing derived from it is kept
-        return own.contiguous()
-    stamp = weight._version, weight.data_ptr(), weight.shape, weight.stride(), columns
+        return make()
+    stamp = weight._version, weight.data_ptr(), weight.shape, weight.stride(), name
     kept = _CACHE.get(weight)  # type: ignore[no-untyped-call,unused-ignore]
     if kept is None or kept[0] != stamp:
         with torch.inference_mode(False), torch.no_grad():
-            kept = _CACHE[weight] = (stamp, own.contiguous())
+            kept = _CACHE[weight] = (stamp, make())
     found: Tensor = kept[1]
     return found
 
@@ -201,6 +231,25 @@ def multiplied(
         int(share * width),
     )
     return y if y is None else y.to(x.dtype)
+
+
+def bound(x: Tensor, own: sparse_bound.Operands, check: Callable[[], None]) -> Tensor | None:
+    """x_S @ weightᵀ (·scale) + bias past the dispatcher; None where the op is to be called.
+
+    Args:
+        x: [*, in].
+        own: the rest.
+        check: raises where they do not fit each other.
+    """
+    call = sparse_bound.ready(x, own, check, by_columns)
+    if call is None:
+        return None
+    weight = own.weight
+    y = call(x, largest_share(weight.dtype, call.rows(x), *weight.shape))
+    if y is None:
+        select = Select.of(own.threshold, own.importance, own.k, own.block)
+        y = dense(masked(x, select), weight, own.scale, own.bias)
+    return y
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -288,9 +337,19 @@ def kernel_name(weight: Tensor, rows: int, share: float | None) -> str:
         return "torch, dense"
     if (reason := refusal()) is not None:
         return f"torch, dense: {reason}"
+    return regime(rows, share, lambda n: largest_share(weight.dtype, n, *weight.shape))
+
+
+def regime(rows: int, share: float | None, largest: Callable[[int], float]) -> str:
+    """Whether a sparse kernel runs, and up to how many rows.
+
+    Args:
+        rows, share: as of `kernel_name`.
+        largest: the share up to which it is the faster one, at a number of rows.
+    """
     if rows > MOST_ROWS:
         return f"dense at {rows} rows; sparse kernels take up to {MOST_ROWS}"
-    most = largest_share(weight.dtype, rows, *weight.shape)
+    most = largest(rows)
     if not most:
         return f"dense at {rows} rows, where it is faster"
     if share is None:
@@ -300,7 +359,7 @@ def kernel_name(weight: Tensor, rows: int, share: float | None) -> str:
         return f"dense: {union:.0%} of the weight's rows are active at {rows} rows of input"
     until = rows_bucket(rows)
     while (more := 2 * until) <= MOST_ROWS:
-        if _union(share, more) > largest_share(weight.dtype, more, *weight.shape):
+        if _union(share, more) > largest(more):
             break
         until = more
     return (

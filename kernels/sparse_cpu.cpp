@@ -17,7 +17,8 @@
 // product is faster then, and the caller has one.
 //
 // Weights are float32, bfloat16, or int8 with a scale for each output (of `gate` and `up`: each
-// neuron). C++17 with vector extensions and Intel's intrinsics; threads as threads.h has them. Every
+// neuron); of sparse_linear also 4 bits with a scale for each output and group of inputs
+// (sparse_int4.h). C++17 with vector extensions and Intel's intrinsics; threads as threads.h has them. Every
 // output is summed by one thread in an order that depends on sizes and active entries alone: results
 // do not depend on the number of threads.
 
@@ -29,6 +30,8 @@
 #include <cstdlib>
 #include <vector>
 
+#include "sparse_active.h"
+#include "sparse_int4.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -46,12 +49,13 @@ struct Select {
 
 struct Linear {
   const float* x;     // [rows, in]
-  const void* weight; // [in, out]
-  const float *scale, *bias;  // [out] or null
+  const void* weight; // [in, out]; of 4 bits [in, ⌈out/2⌉] bytes
+  const void *scale, *zero;  // float [out] or null; of 4 bits [groups, out], zero or null
+  const float* bias;         // [out] or null
   float* y;           // [rows, out]
   int64_t* active;    // result: rows of w that were read, over all groups of rows of x
   Parallel parallel;
-  int64_t rows, in, out, type, limit, threads;
+  int64_t rows, in, out, type, group, floats, limit, threads;  // of 4 bits: inputs in a group; float scales
   Select select;
 };
 
@@ -72,9 +76,7 @@ struct Gated {
 
 namespace {
 
-constexpr long GROUP = 8;   // rows of x at once
-constexpr long BATCH = 8;   // rows of w at once
-enum { FLOAT, BF16, INT8 };
+enum { FLOAT, BF16, INT8, INT4 };
 
 // Weights as floats -------------------------------------------------------------------------------
 
@@ -169,15 +171,6 @@ void choose(const Select& s, const float* x, long width, uint8_t* chosen) {
     for (long i = b * block; i < least((b + 1) * block, width); i++) chosen[i] = own;
   }
 }
-
-// What is active in up to GROUP rows: entries, and their values in each row, zero where a row has not
-// chosen them; padded with zeros to whole batches.
-struct Active {
-  std::vector<int32_t> index;
-  std::vector<float> value;  // [batches, GROUP, BATCH]
-  std::vector<uint8_t> any;
-  long count = 0;
-};
 
 // Nothing but the count is found where that is above `limit`.
 void gather(const float* x, long apart, long rows, long width, const uint8_t* chosen, long limit, Active& active) {
@@ -281,15 +274,24 @@ void add_rows(const T* weight, long out, const Active& active, const float* scal
 // Below so many products one thread is done before a second one has woken up.
 constexpr long ALONE = 1 << 16;
 
-template <class T>
-void over_strips(Parallel parallel, long threads, const T* weight, long out, const Active& active, const float* scale,
-                 const float* bias, float* y, long rows) {
-  threads = active.count * out * rows < ALONE ? 1 : threads;
+// add(from, to) over all outputs, of so many products in all.
+template <class Add>
+void over_strips(Parallel parallel, long threads, long out, long products, const Add& add) {
+  threads = products < ALONE ? 1 : threads;
   const long strip = up(std::max(256L, (out + 2 * threads - 1) / (2 * threads)), 64);
   for_each(parallel, threads, (out + strip - 1) / strip, [&](long task) {
-    add_rows<T>(weight, out, active, scale, bias, y, rows, task * strip, least((task + 1) * strip, out));
+    add(task * strip, least((task + 1) * strip, out));
   });
 }
+
+template <class T>
+void all_rows(Parallel parallel, long threads, const T* weight, long out, const Active& active, const float* scale,
+              const float* bias, float* y, long rows) {
+  over_strips(parallel, threads, out, active.count * out * rows, [&](long from, long to) {
+    add_rows<T>(weight, out, active, scale, bias, y, rows, from, to);
+  });
+}
+
 
 // R inner products of x with one row of w.
 template <class T, int R>
@@ -362,20 +364,40 @@ void find_active(Parallel parallel, long threads, const Select& select, const fl
   gather(x, width, rows, width, room.chosen.data(), limit, room.active);
 }
 
-template <class T>
-bool linear(const Linear& c) {
-  thread_local Room kept;
-  Room& room = kept;
+// `add` multiplies what is active in some rows of x: (their first one, how many); false where it cannot.
+template <class Add>
+bool by_rows(const Linear& c, Room& room, const Add& add) {
   *c.active = 0;
   for (long r = 0; r < c.rows; r += GROUP) {
     const long rows = least(GROUP, c.rows - r);
     find_active(c.parallel, c.threads, c.select, c.x + r * c.in, rows, c.in, c.limit, room);
     *c.active += room.active.count;
-    if (room.active.count > c.limit) return false;
-    over_strips<T>(c.parallel, c.threads, (const T*)c.weight, c.out, room.active, c.scale, c.bias,
-                   c.y + r * c.out, rows);
+    if (room.active.count > c.limit || !add(r, rows)) return false;
   }
   return true;
+}
+
+template <class T>
+bool linear(const Linear& c) {
+  thread_local Room room;
+  return by_rows(c, room, [&](long r, long rows) {
+    all_rows<T>(c.parallel, c.threads, (const T*)c.weight, c.out, room.active, (const float*)c.scale, c.bias,
+                c.y + r * c.out, rows);
+    return true;
+  });
+}
+
+bool linear4(const Linear& c) {
+  thread_local Room room;
+  const Levels levels = {(const uint8_t*)c.weight, c.scale, c.zero, c.out, c.group, c.floats != 0};
+  return by_rows(c, room, [&](long r, long rows) {
+    const Active& active = room.active;
+    if (!moderate(active)) return false;
+    over_strips(c.parallel, c.threads, c.out, active.count * c.out * rows, [&](long from, long to) {
+      add_groups(levels, active, c.bias, c.y + r * c.out, rows, from, to);
+    });
+    return true;
+  });
 }
 
 INLINE float finished(float sum, const float* scale, const float* bias, long n) {
@@ -425,8 +447,7 @@ bool gated(const Gated& c) {
         }
       }
     });
-    over_strips<T>(c.parallel, c.threads, (const T*)c.down, c.out, active, c.down_scale, c.bias, c.y + r0 * c.out,
-                   rows);
+    all_rows<T>(c.parallel, c.threads, (const T*)c.down, c.out, active, c.down_scale, c.bias, c.y + r0 * c.out, rows);
   }
   return true;
 }
@@ -437,9 +458,19 @@ extern "C" {
 
 const char* sparse_isa() { return V == 16 ? "AVX-512" : "AVX2"; }
 
-// Whether the layer was computed; where it was not, more than `limit` rows of w are active.
+// Whether the layer was computed; where it was not, more than `limit` rows of w are active, or with
+// weights of 4 bits something in x is too large.
 int sparse_linear(const Linear* c) {
-  return c->type == FLOAT ? linear<float>(*c) : c->type == BF16 ? linear<uint16_t>(*c) : linear<int8_t>(*c);
+  return c->type == INT4 ? linear4(*c) : c->type == FLOAT ? linear<float>(*c) : c->type == BF16 ? linear<uint16_t>(*c) : linear<int8_t>(*c);
+}
+
+// One of many calls with the same weight: `fixed` has what does not change.
+int sparse_run(const Linear* fixed, const float* x, float* y, long rows, double threshold, long limit, long threads) {
+  Linear c = *fixed;
+  int64_t active;
+  c.x = x, c.y = y, c.active = &active, c.rows = rows, c.limit = limit, c.threads = threads;
+  c.select.threshold = threshold;
+  return sparse_linear(&c);
 }
 
 int sparse_gated(const Gated* c) {

@@ -17,13 +17,27 @@ from torch import Tensor
 
 from rewriter.kernels.native import fields, library, parallel, why_not
 
-__all__ = ["THEN", "Gate", "Select", "chosen", "gated", "isa", "linear", "masked", "refusal"]
+__all__ = [
+    "MOST_GROUP",
+    "THEN",
+    "Gate",
+    "Select",
+    "chosen",
+    "gated",
+    "isa",
+    "linear",
+    "masked",
+    "refusal",
+]
 
 THEN = ("", "relu", "gelu", "silu", "gelu_tanh")
 """Activations of a gate, by the number that C++ knows them as."""
 
+MOST_GROUP = 128
+"""Inputs that share a scale of 4-bit weights, at most."""
+
 _SOURCE = Path(__file__).with_name("sparse_cpu.cpp")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
 class _Select(ctypes.Structure):
@@ -37,7 +51,10 @@ class _Select(ctypes.Structure):
 
 class _Linear(ctypes.Structure):
     _fields_ = [
-        *fields("x weight scale bias y active parallel", "rows in_features out type limit threads"),
+        *fields(
+            "x weight scale zero bias y active parallel",
+            "rows in_features out type group floats limit threads",
+        ),
         ("select", _Select),
     ]
 
@@ -102,6 +119,8 @@ def _library() -> tuple[Any, int]:
     for function in (made.sparse_linear, made.sparse_gated):
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
     pointer, number = ctypes.c_void_p, ctypes.c_long
+    made.sparse_run.argtypes = [pointer] * 3 + [number, ctypes.c_double, number, number]
+    made.sparse_run.restype = ctypes.c_int
     for function in (made.sparse_choose, made.sparse_masked):
         function.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
         function.restype = None
@@ -131,30 +150,38 @@ def linear(
     bias: Tensor | None,
     select: Select,
     limit: int,
+    *,
+    zero: Tensor | None = None,
+    group: int = 0,
 ) -> tuple[Tensor | None, int]:
     """y = x_S @ weight (·scale) + bias, where x_S is x with its inactive entries as zeros.
 
     Args:
         x: [*, in] float32, contiguous, on a CPU, of one row at least; in·out > 0.
-        weight: [in, out] float32, bfloat16 or int8, contiguous.
-        scale: [out] float32, of int8 weights; else None.
+        weight: [in, out] float32, bfloat16 or int8, contiguous; or of 4 bits, [in, ⌈out/2⌉] uint8
+            as `nibbles.pack_rows` gives it.
+        scale: [out] float32, of int8 weights; of 4 bits [groups, out] bfloat16 or float32,
+            contiguous; else None.
         bias: [out] float32, contiguous, or None.
         select: which entries are active.
         limit: rows of the weight that may be active for eight rows of x together.
+        zero: as scale, of weights of 4 bits, or None.
+        group: of 4 bits, how many inputs share a scale: 128 at most.
 
     Returns:
-        y [*, out], or None where more are active; how many rows of the weight were read, over all
-        groups of eight rows of x.
+        y [*, out], or None where more are active, or with weights of 4 bits an entry is 2⁹⁹ or
+        more; how many rows of the weight were read, over all groups of eight rows of x.
     """
     made, start = _library()
     *rows, width = x.shape
-    out = weight.shape[1]
+    out = scale.shape[1] if group and scale is not None else weight.shape[1]
     y = torch.empty(*rows, out)
     active = ctypes.c_int64()
     call = _Linear(
         x.data_ptr(),
         weight.data_ptr(),
         _address(scale),
+        _address(zero),
         _address(bias),
         y.data_ptr(),
         ctypes.addressof(active),
@@ -163,12 +190,75 @@ def linear(
         width,
         out,
         _TYPES[weight.dtype],
+        group,
+        scale is not None and scale.dtype == torch.float32,
         limit,
         torch.get_num_threads(),
         select.made(),
     )
     done = made.sparse_linear(ctypes.byref(call))
     return (y if done else None), active.value
+
+
+class Linear:
+    """`linear` of one weight, any number of times, also at the same time.
+
+    Args:
+        weight, scale, bias, zero, group: as of `linear`; they must outlive it.
+        importance, k, block: as of `Select`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        importance: Tensor | None,
+        k: int,
+        block: int,
+        zero: Tensor | None,
+        group: int,
+    ) -> None:
+        made, start = _library()
+        self.out = scale.shape[1] if group and scale is not None else weight.shape[1]
+        self._held = weight, scale, bias, importance, zero
+        self._call = _Linear(
+            None,
+            weight.data_ptr(),
+            _address(scale),
+            _address(zero),
+            _address(bias),
+            None,
+            None,
+            start,
+            0,
+            weight.shape[0],
+            self.out,
+            _TYPES[weight.dtype],
+            group,
+            scale is not None and scale.dtype == torch.float32,
+            0,
+            0,
+            Select(k, 0.0, importance, block).made(),
+        )
+        self._run, self._own = made.sparse_run, ctypes.addressof(self._call)
+
+    def __call__(
+        self, x: Tensor, rows: int, threshold: float, limit: int, threads: int
+    ) -> Tensor | None:
+        """
+        Args:
+            x: [*, in] float32, contiguous, on a CPU, of so many rows, one at least.
+            threshold: of scores, where k is 0.
+            limit: as of `linear`.
+            threads: torch's number of them.
+
+        Returns:
+            [*, out], or None as `linear` does.
+        """
+        y = x.new_empty((*x.shape[:-1], self.out))
+        own = x.data_ptr(), y.data_ptr(), rows, threshold, limit, threads
+        return y if self._run(self._own, *own) else None
 
 
 def gated(

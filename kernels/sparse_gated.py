@@ -31,6 +31,7 @@ from rewriter.kernels.common import owned, register_formula
 from rewriter.kernels.sparse import MOST_ROWS, Select, active_reference, masked, paying_share
 from rewriter.kernels.sparse_cpu import Gate
 from rewriter.kernels.sparse_entries import THEN
+from rewriter.kernels.weight_only import int8_weight_linear, int8_weight_reference
 
 __all__ = ["GatedMlp", "largest_share", "sparse_gated"]
 
@@ -38,9 +39,10 @@ _VERSION = "sparse gated 1"
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
-    "sparse_gated(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? threshold, Tensor up, "
-    "Tensor? up_bias, Tensor down, Tensor? columns, Tensor? bias, str then, int k=0, "
-    "float share=1.0) -> Tensor"
+    "sparse_gated(Tensor x, Tensor gate, Tensor? gate_scale, Tensor? gate_bias, "
+    "Tensor? threshold, Tensor up, Tensor? up_scale, Tensor? up_bias, Tensor down, "
+    "Tensor? down_scale, Tensor? columns, Tensor? bias, str then, int k=0, float share=1.0) "
+    "-> Tensor"
 )
 
 
@@ -49,6 +51,8 @@ class GatedMlp(NamedTuple):
 
     Args:
         gate, up: [hidden, in]; their biases [hidden] or None.
+        gate_scale, up_scale, down_scale: [hidden], [hidden] and [out] where the matrices are int8;
+            else None.
         threshold, k, then: which neurons are in S, as of `kept_entries`.
         down: [out, hidden]; bias: [out] or None.
         columns: downᵀ [hidden, out], contiguous, for the sparse kernel; None: dense products.
@@ -56,11 +60,14 @@ class GatedMlp(NamedTuple):
     """
 
     gate: Tensor
+    gate_scale: Tensor | None
     gate_bias: Tensor | None
     threshold: Tensor | None
     up: Tensor
+    up_scale: Tensor | None
     up_bias: Tensor | None
     down: Tensor
+    down_scale: Tensor | None
     columns: Tensor | None
     bias: Tensor | None
     then: str
@@ -83,31 +90,45 @@ def sparse_gated(x: Tensor, mlp: GatedMlp) -> Tensor:
 
 def _gated_reference(x: Tensor, *own: Any) -> Tensor:
     m = GatedMlp(*own)
-    a = THEN[m.then](F.linear(x, m.gate, m.gate_bias))
+    a = THEN[m.then](_formula(x, m.gate, m.gate_scale, m.gate_bias))
     kept = a.where(active_reference(a, Select.of(m.threshold, k=m.k)), 0.0)
-    return F.linear(kept * F.linear(x, m.up, m.up_bias), m.down, m.bias)
+    h = kept * _formula(x, m.up, m.up_scale, m.up_bias)
+    return _formula(h, m.down, m.down_scale, m.bias)
+
+
+def _formula(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    if scale is None:
+        return F.linear(x, weight, bias)
+    return int8_weight_reference(x, weight, scale, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    if scale is None:
+        return F.linear(x, weight, bias)
+    return int8_weight_linear(x, weight, scale, bias)
 
 
 def _gated(x: Tensor, *own: Any) -> Tensor:
     m = GatedMlp(*own)
-    a = THEN[m.then](F.linear(x, m.gate, m.gate_bias))
+    a = THEN[m.then](_linear(x, m.gate, m.gate_scale, m.gate_bias))
     select, (out, hidden), width = Select.of(m.threshold, k=m.k), m.down.shape, x.shape[-1]
     rows = x.numel() // max(width, 1)
     if m.columns is not None and 0 < rows <= MOST_ROWS and _fits(x, m.up, m.columns):
-        most = largest_share(x.dtype, rows, width, hidden, out)
+        most = largest_share(m.up.dtype, rows, width, hidden, out)
         if most:
             y, _ = sparse_cpu.gated(
                 _floats(x),
                 _floats(a),
-                Gate(m.up.detach(), bias=None if m.up_bias is None else _floats(m.up_bias)),
-                Gate(m.columns, bias=None if m.bias is None else _floats(m.bias)),
+                Gate(m.up.detach(), _floats_of(m.up_scale), _floats_of(m.up_bias)),
+                Gate(m.columns, _floats_of(m.down_scale), _floats_of(m.bias)),
                 "",
                 select,
                 int(most * hidden),
             )
             if y is not None:
                 return y.to(x.dtype)
-    y = F.linear(masked(a, select) * F.linear(x, m.up, m.up_bias), m.down, m.bias)
+    h = masked(a, select) * _linear(x, m.up, m.up_scale, m.up_bias)
+    y = _linear(h, m.down, m.down_scale, m.bias)
     return owned(y.contiguous(), (*x.shape[:-1], out))
 
 
@@ -115,10 +136,15 @@ def _floats(tensor: Tensor) -> Tensor:
     return tensor.detach().float().contiguous()
 
 
+def _floats_of(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _floats(tensor)
+
+
 def _fits(x: Tensor, up: Tensor, columns: Tensor) -> bool:
-    alike = x.dtype == up.dtype == columns.dtype and x.dtype in (torch.float32, torch.bfloat16)
+    alike = up.dtype == columns.dtype and up.dtype in (x.dtype, torch.int8)
     there = x.device.type == "cpu" and up.is_contiguous() and columns.is_contiguous()
-    return alike and there and bool(columns.numel()) and sparse.refusal() is None
+    few = alike and x.dtype in (torch.float32, torch.bfloat16)
+    return few and there and bool(columns.numel()) and sparse.refusal() is None
 
 
 def _gated_fake(x: Tensor, *own: Any) -> Tensor:
@@ -127,7 +153,7 @@ def _gated_fake(x: Tensor, *own: Any) -> Tensor:
 
 def largest_share(dtype: torch.dtype, rows: int, width: int, hidden: int, out: int) -> float:
     """The share of active neurons up to which the sparse kernel is faster than dense products
-    here; 0 where it never is."""
+    here, of weights of this dtype; 0 where it never is."""
     if rows > MOST_ROWS or sparse.refusal() is not None:
         return 0.0
     return _measured(dtype, rows_bucket(rows), width, hidden, out, torch.get_num_threads())
@@ -137,21 +163,28 @@ def largest_share(dtype: torch.dtype, rows: int, width: int, hidden: int, out: i
 def _measured(
     dtype: torch.dtype, rows: int, width: int, hidden: int, out: int, threads: int
 ) -> float:
+    levels = dtype == torch.int8
+    given = torch.float32 if levels else dtype
+
     @functools.cache
     def made() -> tuple[Tensor, ...]:
-        x = torch.linspace(-1, 1, width).expand(rows, width).to(dtype)
-        up = torch.linspace(-1, 1, hidden).to(dtype)[:, None].expand(hidden, width).contiguous()
+        x = torch.linspace(-1, 2, width).expand(rows, width).to(given)
+        most = 127 if levels else 1
+        each = torch.linspace(-most, most, hidden).to(dtype)
+        up = each[:, None].expand(hidden, width).contiguous()
         columns = torch.ones(hidden, out, dtype=dtype)
-        return x.contiguous(), up, columns, columns.t().contiguous()
+        scales = (torch.ones(hidden), torch.ones(out)) if levels else ()
+        return x.contiguous(), up, columns, columns.t().contiguous(), *scales
 
     def pair(share: float) -> dict[str, Callable[[], object]]:
-        x, up, columns, down = made()
+        x, up, columns, down, *scales = made()
+        first, last = scales or (None, None)
         a = torch.linspace(1, 2, hidden).roll(hidden // 3).expand(rows, hidden).contiguous()
         select = Select(max(int(share * hidden), 1))
-        own = Gate(up), Gate(columns)
-        narrow = a.to(dtype)
+        own = Gate(up, first), Gate(columns, last)
+        narrow = a.to(given)
         return {  # both behind the same product with the gate
-            "dense": lambda: F.linear(narrow * F.linear(x, up), down),
+            "dense": lambda: _linear(narrow * _linear(x, up, first, None), down, last, None),
             "sparse": lambda: sparse_cpu.gated(x.float(), a, *own, "", select, hidden),
         }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.kernels import ops
+from rewriter.kernels import ops, sparse_bound
 from rewriter.kernels.common import (
     outer,
     owned,
@@ -24,6 +24,8 @@ from rewriter.kernels.sparse import (
     MOST_ROWS,
     Select,
     active_reference,
+    bound,
+    check_selection,
     dense,
     masked,
     multiplied,
@@ -77,10 +79,17 @@ def sparse_linear(
     Source: Liu et al. 2024, "Training-Free Activation Sparsity in Large Language Models" (TEAL);
     importance: Chen et al. 2025, "WINA: Weight Informed Neuron Activation".
     """
-    y: Tensor = torch.ops.rewriter.sparse_linear(
+    own = sparse_bound.Operands(weight, scale, None, bias, threshold, importance, k, block)
+
+    def check() -> None:
+        _check(x, weight, scale, bias, threshold, importance, k, block)
+
+    if (y := bound(x, own, check)) is not None:
+        return y
+    found: Tensor = torch.ops.rewriter.sparse_linear(
         x, weight, scale, bias, threshold, importance, k, block
     )
-    return y
+    return found
 
 
 def sparse_linear_reference(
@@ -119,25 +128,11 @@ def _check(
     if (weight.dtype == torch.int8) != (scale is not None):
         raise RuntimeError("sparse_linear: a scale belongs to an int8 weight, and to no other")
     out, width = weight.shape
-    if block < 1 or width % block:
-        raise RuntimeError(
-            f"sparse_linear: block={block} does not divide the {width} entries of a row"
-        )
-    if threshold is None and not (1 <= k <= width and k % block == 0):
-        raise RuntimeError(
-            f"sparse_linear: without a threshold k must be from 1 to the {width} entries of a row, "
-            f"and a multiple of block={block}, not {k}"
-        )
-    if threshold is not None and threshold.numel() != 1:
-        raise RuntimeError(f"sparse_linear: threshold must be [1], not {tuple(threshold.shape)}")
-    for name, t, size in (
-        ("scale", scale, out),
-        ("bias", bias, out),
-        ("importance", importance, width),
-    ):
-        if t is not None and t.shape != (size,):
+    check_selection("sparse_linear", width, threshold, importance, k, block)
+    for name, t in (("scale", scale), ("bias", bias)):
+        if t is not None and t.shape != (out,):
             raise RuntimeError(
-                f"sparse_linear: {name} must have shape [{size}], not {tuple(t.shape)}"
+                f"sparse_linear: {name} must have shape [{out}], not {tuple(t.shape)}"
             )
 
 

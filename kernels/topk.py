@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.kernels import ops
+from rewriter.kernels import ops, sparse_bound
 from rewriter.kernels.common import (
     is_transformed,
     outer,
@@ -35,6 +35,7 @@ from rewriter.kernels.sparse import (
     active,
     active_for_onnx,
     active_reference,
+    bound,
     masked,
     multiplied,
 )
@@ -89,8 +90,15 @@ def topk_linear(
     Source: magnitude top-k as in TEAL (Liu et al. 2024), with a count in place of a threshold;
     importance as in WINA (Chen et al. 2025). Differentiable twice.
     """
-    y: Tensor = torch.ops.rewriter.topk_linear(h, weight, bias, k, importance, block)
-    return y
+    own = sparse_bound.Operands(weight, None, None, bias, None, importance, k, block)
+
+    def check() -> None:
+        _check(h, weight, bias, k, importance, block)
+
+    if (y := bound(h, own, check)) is not None:
+        return y
+    found: Tensor = torch.ops.rewriter.topk_linear(h, weight, bias, k, importance, block)
+    return found
 
 
 def topk_linear_reference(

@@ -17,13 +17,14 @@ from torch.autograd import forward_ad
 
 from rewriter.kernels import native_ops, weight_only_cpu
 
-__all__ = ["FEW_ROWS", "direct", "fits", "stands_in_graph"]
+__all__ = ["FEW_ROWS", "PLAIN", "direct", "fits", "is_plain_call", "stands_in_graph"]
 
 FEW_ROWS = 16
 """So many rows of x a compiled program multiplies by the compiled kernel, which reads a weight once
 for all of them; more of them go through the op, which knows the faster kernel."""
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
+"""Classes of tensors that have no say in what is called."""
 
 Operands = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
 """weight, scale, zero, bias."""
@@ -34,7 +35,7 @@ def fits(weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
     given = [t for t in (weight, scale, zero, bias) if t is not None]
     allowed = (torch.float32, torch.bfloat16) if scale.ndim == 2 else (torch.float32,)
     return (
-        all(type(t) in _PLAIN and t.is_cpu and t.is_contiguous() and t.numel() for t in given)
+        all(type(t) in PLAIN and t.is_cpu and t.is_contiguous() and t.numel() for t in given)
         and scale.dtype in allowed
         and (zero is None or zero.dtype == scale.dtype)
         and (bias is None or bias.dtype == torch.float32)
@@ -109,16 +110,16 @@ def direct(
         operands: weight, scale, zero, bias.
     """
     if (
-        type(x) not in _PLAIN
+        type(x) not in PLAIN
         or x.dtype is not torch.float32
         or not (x.is_cpu and x.is_contiguous())
-        or not _is_plain_call(x, operands[3])
+        or not is_plain_call(x, operands[3])
     ):
         return None
     key = id(operands[0])
     found = _bound.get(key)
     if found is None or not found.holds(op, operands):
-        if not all(t is None or type(t) in _PLAIN for t in operands):
+        if not all(t is None or type(t) in PLAIN for t in operands):
             return None  # which have no address
         check(op, x, *operands)
 
@@ -136,9 +137,10 @@ def direct(
     return run(x, rows, threads)
 
 
-def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether nobody but the kernel has a say in a call: as `rewriter.lowering` asks it."""
-    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+def is_plain_call(*trained: Tensor | None) -> bool:
+    """Whether nobody but the kernel has a say in a call of what may want a gradient: as
+    `rewriter.lowering` asks it."""
+    wanted = any(t is not None and t.requires_grad for t in trained)
     return (
         not (wanted and torch.is_grad_enabled())
         and not torch._C._len_torch_dispatch_stack()

@@ -15,7 +15,7 @@ from rewriter.passes.quantized_monarch import QuantizedMonarch
 from rewriter.passes.reluify import Reluify, SparseReLU
 from rewriter.passes.removeblocks import RemoveBlocks
 from rewriter.passes.resizemlp import ResizeMLP
-from rewriter.passes.sparse_int8 import SparseInt8Linear
+from rewriter.passes.sparse_weight_only import Int8GateLinear, SparseInt4Linear, SparseInt8Linear
 from rewriter.passes.sparsegate import GateLinear, SparseGate
 from rewriter.passes.static_int8 import StaticOutlierLinear, StaticQuantizedLinear
 from rewriter.passes.threshold import Threshold
@@ -35,6 +35,7 @@ __all__ = [
     "Int4Conv2d",
     "Int4Embedding",
     "Int4Linear",
+    "Int8GateLinear",
     "Int8WeightLinear",
     "Monarch",
     "MonarchChain",
@@ -54,6 +55,7 @@ __all__ = [
     "RemoveBlocks",
     "ResizeMLP",
     "SparseGate",
+    "SparseInt4Linear",
     "SparseInt8Linear",
     "SparseReLU",
     "StaticOutlierLinear",

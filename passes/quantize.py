@@ -17,6 +17,7 @@ from rewriter.kernels.int8_linear import ACTIVATIONS
 from rewriter.kernels.weight_only import GROUP_SIZES
 from rewriter.modules.observers import OBSERVERS, Observer
 from rewriter.passes.monarch import MonarchLinear
+from rewriter.passes.sparsegate import GateLinear
 from rewriter.passes.threshold_linear import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear
@@ -112,8 +113,9 @@ class Quantize(Pass):
 
     "int8-static" needs `rewrite(…, calibration=batches)`; see `StaticQuantizedLinear`.
     After `Monarch`, both factors of a `MonarchLinear` are quantized; see `QuantizedMonarch`. After
-    `TopK` and `Threshold`, "int8-weight" quantizes the weight and keeps the selection. After `QAT`
-    of the same options, the layers of equal outputs; see `TrainedLinear`.
+    `TopK` and `Threshold`, "int8-weight" and "int4-weight" quantize the weight and keep the
+    selection; after `SparseGate`, "int8-weight" does. After `QAT` of the same options, the layers
+    of equal outputs; see `TrainedLinear`.
 
     Args:
         scheme: "int8-dynamic": int8 weights, activations quantized to 8 bits at run time;
@@ -164,6 +166,7 @@ class Quantize(Pass):
         MonarchLinear,
         TopKLinear,
         ThresholdLinear,
+        GateLinear,
         TrainedLinear,
         TrainedConv1d,
         TrainedConv2d,

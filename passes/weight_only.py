@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rewriter.base import Layer
 from rewriter.errors import OptionError, one_of, warn
-from rewriter.kernels.compensation import METHODS
+from rewriter.kernels.compensation import METHODS, Groups
 from rewriter.kernels.int8_linear import dequantize_weight, quantize_weight
+from rewriter.kernels.rotation import matrix
 from rewriter.kernels.weight_only import (
     GROUP_SIZES,
     check_width,
@@ -32,7 +33,8 @@ from rewriter.passes.quantized_embedding import (
     int4_embedding,
     int8_embedding,
 )
-from rewriter.passes.sparse_int8 import SparseInt8Linear
+from rewriter.passes.sparse_weight_only import Int8GateLinear, SparseInt4Linear, SparseInt8Linear
+from rewriter.passes.sparsegate import GateLinear
 from rewriter.passes.threshold_linear import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear, trained
@@ -238,8 +240,10 @@ def _int8(site: Site, quantize: Quantize) -> Layer:
     return Int8WeightLinear.from_weight(site.weight, site.bias)
 
 
-def _int4(site: Site, quantize: Quantize) -> Layer:
-    weight, moments = site.weight, site.moments
+def _chosen(site: Site, weight: Tensor, quantize: Quantize, axes: Tensor | None = None) -> Groups:
+    """Levels of 4 bits, scales and zeros of a site's weight, as the method has them; with axes R
+    [in, in] of a weight of R x."""
+    moments = site.moments
     if quantize.method != "round" and moments is None:
         warn(
             f"{quantize}: without the inputs of a layer its weights are rounded to the nearest "
@@ -247,15 +251,39 @@ def _int4(site: Site, quantize: Quantize) -> Layer:
         )
     method = "round" if moments is None else quantize.method
     second = None if moments is None else moments.second
-    levels = METHODS[method](weight, second, 4, quantize.group_size, quantize.symmetric)
+    if second is not None and axes is not None:  # E[R x (R x)ᵀ]
+        second = axes @ second @ axes.t()
+    return METHODS[method](weight, second, 4, quantize.group_size, quantize.symmetric)
+
+
+def _int4(site: Site, quantize: Quantize) -> Layer:
     dynamic = quantize.scheme == "int4-dynamic"
-    return Int4Linear.from_quantized(*levels, site.bias, weight.shape[1], dynamic)
+    levels = _chosen(site, site.weight, quantize)
+    return Int4Linear.from_quantized(*levels, site.bias, site.in_features, dynamic)
 
 
 def _int8_of_sparse(site: Site, quantize: Quantize) -> Layer:
     layer = site.module
     assert isinstance(layer, TopKLinear | ThresholdLinear)
     return SparseInt8Linear.of(layer)
+
+
+def _int8_of_gate(site: Site, quantize: Quantize) -> Layer:
+    layer = site.module
+    assert isinstance(layer, GateLinear)
+    return Int8GateLinear.of(layer)
+
+
+def _int4_of_sparse(site: Site, quantize: Quantize) -> Layer:
+    layer = site.module
+    assert isinstance(layer, TopKLinear | ThresholdLinear)
+    axes = None
+    if isinstance(layer, ThresholdLinear) and layer.rotated:
+        assert layer.rotation is not None
+        assert layer.rotation_scale is not None
+        axes = matrix(layer.rotation, layer.rotation_scale)
+    levels = _chosen(site, layer.weight.detach(), quantize, axes)
+    return SparseInt4Linear.of(layer, *levels, quantize.group_size)
 
 
 def _int8_of_trained(layer: TrainedLinear) -> Layer:
@@ -283,6 +311,7 @@ register(
             LINEAR: _int8,
             TopKLinear: _int8_of_sparse,
             ThresholdLinear: _int8_of_sparse,
+            GateLinear: _int8_of_gate,
             TrainedLinear: trained(_int8_of_trained),
             EMBEDDING: int8_embedding,
         },
@@ -295,6 +324,7 @@ _LAYERS: dict[Kind, Maker] = {
     TrainedLinear: trained(_int4_of_trained),
     EMBEDDING: int4_embedding,
 }
+_SPARSE: dict[Kind, Maker] = {TopKLinear: _int4_of_sparse, ThresholdLinear: _int4_of_sparse}
 _OF_IMAGES: dict[Kind, Maker] = {
     CONV: int4_conv,
     TrainedConv1d: trained(conv_of_trained),
@@ -307,7 +337,7 @@ _weight = Scheme(
     bits=4,
     dtype=torch.float32,
     storage=torch.uint8,
-    layers=_LAYERS,
+    layers=_LAYERS | _SPARSE,
     per_element=2,
     options=_OPTIONS,
     calibrates=_always,

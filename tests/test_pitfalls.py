@@ -199,7 +199,7 @@ def test_layers_that_a_later_pass_does_not_take_are_listed() -> None:
     report = rewrite(model, [TopK(8), Quantize()], X).report
     reasons = {d.site: d.reason for s in report.steps if "Quantize" in s.name for d in s.decisions}
     assert reasons["2"] == (
-        "scheme int8-dynamic has no layer for a topk_linear; taken by int8-weight"
+        "scheme int8-dynamic has no layer for a topk_linear; taken by int4-weight, int8-weight"
     )
     after = rewrite(model, [TopK(8), Quantize("int8-weight")], X)
     assert type(after[2]).__name__ == "SparseInt8Linear"

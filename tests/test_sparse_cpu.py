@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from rewriter.kernels import native, sparse, sparse_cpu
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.sparse import Select, active, active_reference
+from rewriter.kernels.sparse_int4 import pack_inputs
 from rewriter.kernels.sparse_linear import sparse_linear, sparse_linear_reference
 from rewriter.kernels.topk import topk_linear
+from rewriter.kernels.weight_only import dequantize_groups, quantize_groups
 
 SETS = {"AVX-512": ([], "avx512f"), "AVX2": (["-mavx2", "-mfma", "-mno-avx512f"], "avx2")}
 """Instruction set → what compiles the kernels for it, and what the CPU calls it."""
@@ -68,6 +70,31 @@ def test_every_instruction_set_computes_the_formula(
         want = (x * mask).double() @ floats.t() + bias.double()
         assert_reordered(y, want.float())
         assert read == sum(int(mask[i : i + 8].any(0).sum()) for i in range(0, rows, 8))
+
+
+@pytest.mark.parametrize("floats", [False, True])
+@pytest.mark.parametrize(("symmetric", "group"), [(True, 32), (False, 64), (True, 128)])
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_every_instruction_set_multiplies_by_4_bits(
+    compiled: str, rows: int, symmetric: bool, group: int, floats: bool
+) -> None:
+    g = torch.Generator().manual_seed(rows)
+    for out, width in ((1, 7), (131, 70), (320, 200), (64, 256)):
+        x, bias = torch.randn(rows, width, generator=g), torch.randn(out, generator=g)
+        dense = torch.randn(out, width, generator=g)
+        q, *own = quantize_groups(dense, 4, group, symmetric)
+        weight = dequantize_groups(q, own[0], own[1])[:, :width].double()
+        scale, zero = (None if t is None else t.t().contiguous() for t in own)
+        if floats:
+            scale, zero = scale.float(), None if zero is None else zero.float()
+        for select in (Select(max(width // 4, 1)), Select(0, 0.5), Select(width)):
+            y, read = sparse_cpu.linear(
+                x, pack_inputs(q, width), scale, bias, select, width, zero=zero, group=group
+            )
+            mask = active_reference(x, select)
+            assert y is not None
+            assert_reordered(y, ((x * mask).double() @ weight.t() + bias.double()).float())
+            assert read == sum(int(mask[i : i + 8].any(0).sum()) for i in range(0, rows, 8))
 
 
 def test_more_active_rows_than_the_limit_are_not_multiplied() -> None:

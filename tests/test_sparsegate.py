@@ -17,10 +17,18 @@ from rewriter import rewrite
 from rewriter.errors import CalibrationError, OptionError
 from rewriter.kernels import sparse
 from rewriter.kernels import sparse_gated as kernel
+from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.sparse import Select, active_reference
 from rewriter.kernels.sparse_entries import kept_entries
 from rewriter.lowering.table import DEFAULT_RULES
-from rewriter.passes import GateLinear, Monarch, SparseGate
+from rewriter.passes import (
+    GateLinear,
+    Int8GateLinear,
+    Int8WeightLinear,
+    Monarch,
+    Quantize,
+    SparseGate,
+)
 
 ACTS: dict[str, Any] = {
     "relu": nn.ReLU(),
@@ -135,8 +143,12 @@ def test_gradients_are_those_of_the_active_entries() -> None:
         given = (y.detach(), threshold, None, "silu", k, 1)
         torch.library.opcheck(torch.ops.rewriter.kept_entries, given)
     gate, up, down = (torch.randn(s) for s in ((12, 6), (12, 6), (5, 12)))
-    given = (torch.randn(2, 6), gate, None, None, up, None, down, down.t().contiguous(), None)
-    torch.library.opcheck(torch.ops.rewriter.sparse_gated, (*given, "silu", 3, 0.25))
+    x, columns = torch.randn(2, 6), down.t().contiguous()
+    floats = gate, None, None, None, up, None, None, down, None, columns, None
+    torch.library.opcheck(torch.ops.rewriter.sparse_gated, (x, *floats, "silu", 3, 0.25))
+    (gate, s), (up, t), (down, u) = map(quantize_weight, (gate, up, down))
+    levels = gate, s, None, None, up, t, None, down, u, down.t().contiguous(), None
+    torch.library.opcheck(torch.ops.rewriter.sparse_gated, (x, *levels, "silu", 3, 0.25))
 
 
 def test_trains_without_the_fused_form() -> None:
@@ -160,6 +172,81 @@ def test_calibration_is_met_on_rows_held_out() -> None:
     assert "rows held out (asked: 90%, known within" in row.reason
     assert float(row.reason.split("%")[0]) == pytest.approx(90, abs=4)
     assert row.kernel.startswith("torch, keeps 1")
+
+
+# int8 weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [SparseGate(k=24), SparseGate(0.75)])
+@pytest.mark.parametrize(("act", "bias", "first"), [("silu", True, "gate"), ("relu", False, "up")])
+def test_int8_weights_are_read_where_neurons_are_active(
+    own: Any, act: str, bias: bool, first: str, tmp_path: pathlib.Path
+) -> None:
+    model = Gated(ACTS[act], bias, first)
+    out = eights(model, own)
+    assert isinstance(out.gate, Int8GateLinear)
+    assert type(out.up) is type(out.down) is Int8WeightLinear
+    assert not [n for n, _ in out.named_parameters() if not n.endswith("bias")]
+    (fused,) = places(out)
+    assert (fused.action, fused.kernel) == ("lowered", "sparse_gated")
+    (step,) = [s for s in out.report.steps if s.name.startswith("Quantize")]
+    row = next(d for d in step.decisions if d.site == "gate")
+    assert 0 < row.error < 0.02
+    assert "of its neurons" in row.kernel
+    exact = copy.deepcopy(model)
+    for name in ("gate", "up", "down"):
+        weight = out.get_submodule(name).stored_weight()
+        exact.get_submodule(name).weight = nn.Parameter(weight)
+    with torch.no_grad():
+        for rows in (1, 2, 5, 40):  # in the kernel, by its union and beyond it
+            x = torch.randn(rows, 64)
+            assert_reordered(out(x), formula(out, exact, x))
+        out.save(tmp_path)
+        for again in (
+            rewriter.load(tmp_path, Gated(ACTS[act], bias, first).eval()),
+            copy.deepcopy(out),
+        ):
+            assert_reordered(again(x), out(x))
+
+
+def eights(model: nn.Module, own: Any, **options: Any) -> Any:
+    if own.needs_calibration:
+        options.setdefault("calibration", [torch.randn(64, 64) for _ in range(4)])
+    return rewrite(model.eval(), [own, Quantize("int8-weight")], torch.randn(1, 64), **options)
+
+
+def test_int8_weights_of_neurons_that_are_not_active_are_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, x = eights(Gated(nn.SiLU()), SparseGate(k=0.25)), torch.randn(1, 64)
+    with torch.no_grad():
+        idle = ~active_reference(F.silu(out.gate(x))[0], Select(24))
+        want = out(x)
+        out.up.scale[idle] = float("nan")
+        assert_equal(out(x), want)
+        monkeypatch.setattr(kernel, "_measured", lambda *_: 0.2)
+        assert out(x).isnan().all()  # a dense product
+
+
+def test_gradients_of_int8_weights_are_those_of_kept_neurons() -> None:
+    out = eights(Gated(nn.SiLU()), SparseGate(k=0.25))
+    x, same = (torch.randn(3, 64).requires_grad_() for _ in range(2))
+    same.data.copy_(x.data)
+    out(x).square().sum().backward()
+    a = F.silu(F.linear(same, out.gate.stored_weight(), out.gate.bias))
+    a = a * active_reference(a, Select(24))
+    h = a * F.linear(same, out.up.stored_weight(), out.up.bias)
+    F.linear(h, out.down.stored_weight(), out.down.bias).square().sum().backward()
+    assert_reordered(x.grad, same.grad)
+
+
+def test_other_schemes_leave_such_a_gate_and_say_so() -> None:
+    model = Gated(nn.SiLU()).eval()
+    out = rewrite(model, [SparseGate(k=0.25), Quantize("int8-dynamic")], torch.randn(1, 64))
+    assert isinstance(out.gate, GateLinear)
+    (step,) = [s for s in out.report.steps if s.name.startswith("Quantize")]
+    reason = next(d.reason for d in step.decisions if d.site == "gate")
+    assert reason == "scheme int8-dynamic has no layer for a gate_linear; taken by int8-weight"
 
 
 # Refusals ----------------------------------------------------------------------------------------
@@ -217,6 +304,8 @@ def test_the_layer_refuses_what_it_cannot_be() -> None:
         GateLinear(4, 8, "tanh")
     with pytest.raises(OptionError, match="k"):
         GateLinear(4, 8, "silu", k=9)
+    with pytest.raises(OptionError, match="Int8GateLinear: then"):
+        Int8GateLinear(4, 8, "tanh")
 
 
 def test_without_a_compiled_kernel_the_plain_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +316,10 @@ def test_without_a_compiled_kernel_the_plain_layers_run(monkeypatch: pytest.Monk
     assert_reordered(out(x), formula(out, model, x))
 
 
-def test_the_form_runs_where_it_was_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_form_runs_where_it_was_measured_to_pay(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     monkeypatch.setattr(kernel, "_measured", lambda *_: 0.2)
     (row,) = places(rewritten(Gated(nn.SiLU()), lower=[*DEFAULT_RULES]))
     assert row.reason == "dense products are faster here where 25% of the neurons are active"
@@ -237,9 +329,12 @@ def test_the_form_runs_where_it_was_measured_to_pay(monkeypatch: pytest.MonkeyPa
     def fastest(key: str, version: str, candidates: Any, lead: float) -> str:
         asked.append(key)
         pair = candidates()
-        assert pair["sparse"]()[0].shape == pair["dense"]().shape == (2, 16)
+        got, want = pair["sparse"]()[0], pair["dense"]()
+        if asked[-1].split()[6] == "1.0":
+            assert_reordered(got.to(want.dtype), want)
+        assert got.shape == want.shape == (2, 16)
         return "sparse"
 
     monkeypatch.setattr(sparse, "fastest", fastest)
-    assert kernel._measured.__wrapped__(torch.float32, 2, 8, 32, 16, 1) == 1.0
-    assert asked[0].startswith("sparse_gated torch.float32 2 8 32 16")
+    assert kernel._measured.__wrapped__(dtype, 2, 8, 32, 16, 1) == 1.0
+    assert asked[0].startswith(f"sparse_gated {dtype} 2 8 32 16")

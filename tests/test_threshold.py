@@ -1,4 +1,4 @@
-"""Threshold: the layer, calibration by quantile, budgets, refusals, int8 weights behind it."""
+"""Threshold: the layer, calibration by quantile, budgets, refusals; weights of few bits behind."""
 
 from __future__ import annotations
 
@@ -16,8 +16,18 @@ from torch.nn import functional as F
 import rewriter
 from rewriter import rewrite
 from rewriter.errors import CalibrationError, OptionError
+from rewriter.kernels import sparse, sparse_int4
 from rewriter.modules.budgets import quantile, shared_out
-from rewriter.passes import Quantize, SparseInt8Linear, Threshold, ThresholdLinear, TopK
+from rewriter.passes import (
+    Int4Linear,
+    Int8WeightLinear,
+    Quantize,
+    SparseInt4Linear,
+    SparseInt8Linear,
+    Threshold,
+    ThresholdLinear,
+    TopK,
+)
 from rewriter.passes.threshold import _block
 
 
@@ -54,7 +64,7 @@ def batches(count: int = 4, rows: int = 64) -> list[Tensor]:
 
 
 def thresholded(model: nn.Module, *passes: Any, **options: Any) -> Any:
-    if any(p.needs_calibration for p in passes):
+    if any(p.needs_calibration or p.calibrates for p in passes):
         options.setdefault("calibration", batches())
     return rewrite(model.eval(), list(passes), torch.randn(3, 16), **options)
 
@@ -120,6 +130,7 @@ def test_a_tied_head_stays_and_the_others_do_not() -> None:
 @pytest.mark.parametrize("passes", [
     (Threshold(0.5, score="wina"),), (TopK(12, score="wina"),),
     (Threshold(0.5, score="wina"), Quantize("int8-weight")),
+    (Threshold(0.5, score="wina"), Quantize("int4-weight")),
 ])  # fmt: skip
 def test_what_selects_keeps_its_dtype_when_the_model_is_cast(passes: Any) -> None:
     out = thresholded(Blocks(), *passes)
@@ -245,15 +256,34 @@ def test_straight_through_has_the_gradient_of_a_dense_layer_at_every_input(passe
     assert_reordered(own[2], other[1])
 
 
+BITS = {
+    "int8-weight": (SparseInt8Linear, Int8WeightLinear, 0.02),
+    "int4-weight": (SparseInt4Linear, Int4Linear, 0.2),
+}
+"""Scheme → the layer behind a selection, the one without, and an error that is too large."""
+
+
+@pytest.mark.parametrize("quantize", [
+    Quantize("int8-weight"),
+    Quantize("int4-weight"),
+    Quantize("int4-weight", group_size=32, symmetric=False),
+    Quantize("int4-weight", method="gptq"),
+    Quantize("int4-weight", method="awq"),
+])  # fmt: skip
 @pytest.mark.parametrize(
     "passed", [Threshold(0.5), Threshold(0.5, score="wina"), TopK(0.25), TopK(0.25, "wina", 8)]
 )
-def test_int8_weights_keep_the_selection(passed: Any, tmp_path: pathlib.Path) -> None:
+def test_few_bits_keep_the_selection(
+    passed: Any, quantize: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kernel in (sparse, sparse_int4):
+        monkeypatch.setattr(kernel, "_measured", lambda *_: 1.0)  # whatever pays on this machine
     model = Gated()
-    out = thresholded(model, passed, Quantize("int8-weight"))
+    out = thresholded(model, passed, quantize)
     floats = thresholded(model, passed)
     layer, own = out.down, floats.down
-    assert isinstance(layer, SparseInt8Linear)
+    selecting, plain, most = BITS[quantize.scheme]
+    assert isinstance(layer, selecting)
     assert not [n for n, _ in layer.named_parameters() if n != "bias"]
     for rows in (1, 5, 40):
         h = torch.randn(rows, 48)
@@ -261,12 +291,16 @@ def test_int8_weights_keep_the_selection(passed: Any, tmp_path: pathlib.Path) ->
         exact.weight = nn.Parameter(layer.stored_weight())
         assert_reordered(layer(h), exact(h))
         assert_equal(layer.kept(h), own.kept(h))
+    alone = thresholded(model, quantize)  # the very levels of the scheme by itself
+    assert isinstance(alone.down, plain)
+    assert_equal(layer.stored_weight(), alone.down.dense_weight())
     out.save(tmp_path)
     x = torch.randn(2, 16)
-    assert_reordered(rewriter.load(tmp_path, Gated().eval())(x), out(x))
+    for again in (rewriter.load(tmp_path, Gated().eval()), copy.deepcopy(out)):
+        assert_reordered(again(x), out(x))
     (step,) = [s for s in out.report.steps if s.name.startswith("Quantize")]
     row = next(d for d in step.decisions if d.site == "down")
-    assert 0 < row.error < 0.02
+    assert 0 < row.error < most
     assert "of the weight's rows" in row.kernel
 
 
@@ -276,7 +310,7 @@ def test_other_schemes_leave_such_a_layer_and_say_so() -> None:
     (step,) = [s for s in out.report.steps if s.name.startswith("Quantize")]
     reason = next(d.reason for d in step.decisions if d.site == "down")
     assert reason == (
-        "scheme int8-dynamic has no layer for a threshold_linear; taken by int8-weight"
+        "scheme int8-dynamic has no layer for a threshold_linear; taken by int4-weight, int8-weight"
     )
 
 

@@ -12,21 +12,43 @@ from rewriter.kernels import sparse
 from rewriter.kernels.sparse_gated import GatedMlp, largest_share, sparse_gated
 from rewriter.lowering.rules import Fused, Place
 
-__all__ = ["SPARSE_GATED"]
+__all__ = ["GATES", "SPARSE_GATED"]
+
+GATES = ("gate_linear", "int8_gate_linear")
+"""What layers of gates are called, of floats and of int8."""
+
+
+_DTYPES = torch.float32, torch.bfloat16, torch.int8
 
 
 def _layers(place: Place) -> tuple[Any, Any, Any]:
     """gate, up, down, in whichever order they are called."""
     layers = [m for m in place.modules if hasattr(m, "in_features")]
-    gate = next(m for m in layers if getattr(m, "op", "") == "gate_linear")
+    gate = next(m for m in layers if getattr(m, "op", "") in GATES)
     up = next(m for m in layers[:-1] if m is not gate)
     return gate, up, layers[-1]
 
 
+def _weight(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """What a layer multiplies by, and the scale of one of integers."""
+    scale = getattr(layer, "scale", None)
+    return (layer.weight, None) if scale is None else (layer.qweight, scale)
+
+
 def _tensors(place: Place) -> list[Tensor | None]:
     gate, up, down = _layers(place)
-    own = gate.weight, gate.bias, gate.threshold, up.weight, up.bias, down.weight
-    return [*own, down.weight.detach().t().contiguous(), down.bias]
+    last, scale = _weight(down)
+    return [
+        *_weight(gate),
+        gate.bias,
+        gate.threshold,
+        *_weight(up),
+        up.bias,
+        last,
+        scale,
+        last.detach().t().contiguous(),
+        down.bias,
+    ]
 
 
 def _options(place: Place) -> tuple[Any, ...]:
@@ -37,10 +59,10 @@ def _options(place: Place) -> tuple[Any, ...]:
 def _unlike(place: Place) -> str | None:
     if (reason := sparse.refusal()) is not None:
         return reason
-    gate, up, down = _layers(place)
-    kinds = {(m.weight.dtype, m.weight.device.type) for m in (gate, up, down)}
-    if len(kinds) > 1 or not kinds <= {(torch.float32, "cpu"), (torch.bfloat16, "cpu")}:
-        return "the compiled kernel takes weights of float32 or bfloat16 on a CPU"
+    weights = [_weight(m) for m in _layers(place)]
+    kinds = {(w.dtype, w.device.type) for w, _ in weights}
+    if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in _DTYPES}:
+        return "the compiled kernel takes weights of float32, bfloat16 or int8 on a CPU"
     return None
 
 
@@ -48,8 +70,8 @@ def _slow(place: Place, x: Tensor) -> str | None:
     gate, _, down = _layers(place)
     rows = math.prod(x.shape[:-1]) or 1
     sizes = gate.in_features, gate.out_features, down.out_features
-    share = 1.0 if gate.share is None else gate.share
-    if any(largest_share(x.dtype, n, *sizes) >= share for n in {1, min(rows, sparse.MOST_ROWS)}):
+    share, dtype = 1.0 if gate.share is None else gate.share, _weight(gate)[0].dtype
+    if any(largest_share(dtype, n, *sizes) >= share for n in {1, min(rows, sparse.MOST_ROWS)}):
         return None
     return f"dense products are faster here where {share:.0%} of the neurons are active"
 

@@ -91,6 +91,8 @@ DEFAULT_RULES = (
     Rule(conv_transpose >> batch_norm, CONV_TRANSPOSE),
     # W₃·(act(W₁·x)_S ∘ (W₂·x)): of W₂ and W₃ what belongs to S
     Rule(gated(op("gate_linear"), linear), SPARSE_GATED),
+    # the same of int8 weights
+    Rule(gated(op("int8_gate_linear"), op("int8_weight_linear")), SPARSE_GATED),
     # act(x·Wᵀ + b), the activation on each tile of the product while that is in the cache
     Rule(linear >> activation, LINEAR_ACT),
     # softmax(q·kᵀ·scale + mask)·v with [q k v] = s·(q(x)·Qᵀ)·scale + … of one input, one element of
