@@ -23,7 +23,13 @@ from rewriter.kernels import rotation
 from rewriter.kernels.rotation import basis, fold, matrix, rotated
 from rewriter.lowering.inductor_passes import InductorPasses
 from rewriter.modules.moments import Sensitivity
-from rewriter.passes import Quantize, SparseInt8Linear, Threshold, ThresholdLinear
+from rewriter.passes import (
+    Quantize,
+    SparseInt4Linear,
+    SparseInt8Linear,
+    Threshold,
+    ThresholdLinear,
+)
 
 WIDTH = 16
 ROTATE = Threshold(0.5, score="wina", inputs="all", rotate=True)
@@ -345,10 +351,16 @@ def test_an_optimizers_averages_go_along_with_the_axes(adam: bool) -> None:
         assert_reordered(state["exp_avg_sq"], old["exp_avg_sq"] @ axes.square().t())
 
 
-def test_int8_weights_keep_axes_and_selection(tmp_path: pathlib.Path) -> None:
-    out = thresholded(gated(), ROTATE, Quantize("int8-weight"))
+@pytest.mark.parametrize(
+    ("scheme", "kind", "most"),
+    [("int8-weight", SparseInt8Linear, 0.02), ("int4-weight", SparseInt4Linear, 0.2)],
+)
+def test_few_bits_keep_axes_and_selection(
+    scheme: str, kind: Any, most: float, tmp_path: pathlib.Path
+) -> None:
+    out = thresholded(gated(), ROTATE, Quantize(scheme))
     floats, layer = thresholded(gated()), out.gate
-    assert isinstance(layer, SparseInt8Linear)
+    assert isinstance(layer, kind)
     assert layer.rotation is out.up.rotation
     for rows in (1, 5, 40):
         x = inputs(rows)
@@ -360,7 +372,21 @@ def test_int8_weights_keep_axes_and_selection(tmp_path: pathlib.Path) -> None:
     x = inputs(2)
     assert_reordered(rewriter.load(tmp_path, gated())(x), out(x))
     (step,) = [s for s in out.report.steps if s.name.startswith("Quantize")]
-    assert all(0 < d.error < 0.02 for d in step.decisions)
+    assert all(0 < d.error < most for d in step.decisions)
+
+
+def test_gptq_goes_by_the_rotated_inputs() -> None:
+    """Its levels are those of the weight of R x and of the moments of R x."""
+    out = thresholded(gated(), ROTATE, Quantize("int4-weight", method="gptq"))
+    plain = thresholded(gated(), ROTATE, Quantize("int4-weight"))
+    x, want = inputs(400, 77), gated()
+    lost = [
+        float((z @ (m.gate.stored_weight() - folded.detach()).t()).norm())
+        for m in (out, plain)
+        for z in [rotated(x, m.gate.rotation, m.gate.rotation_scale)]
+        for folded in [fold(want.gate.weight, m.gate.rotation, m.gate.rotation_scale)]
+    ]
+    assert lost[0] < 0.9 * lost[1]
 
 
 def test_gradients_of_the_loss_go_by_the_same_axes() -> None:
