@@ -111,6 +111,7 @@ class SparseInt8Linear(Layer):
             importance=self.importance,
             k=self.k,
             block=self.block,
+            share=1.0 if self.share is None else self.share,
         )
 
     def kept(self, input: Tensor) -> Tensor:

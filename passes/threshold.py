@@ -123,6 +123,7 @@ class ThresholdLinear(StoredLinear):
             self.bias,
             threshold=self.threshold,
             importance=self.importance,
+            share=1.0 if self.share is None else self.share,
         )
 
     def kept(self, input: Tensor) -> Tensor:
