@@ -44,11 +44,14 @@ from _harness import (  # noqa: E402
     write_results,
 )
 
-PARTS = ("correctness", "memory", "compiling", "times", "quantized", "training", "predicted")
+PARTS = (
+    "correctness", "memory", "compiling", "times", "quantized", "sparse", "training", "predicted"
+)  # fmt: skip
 STAGES: Sequence[tuple[tuple[str, ...], float]] = (
     (("correctness", "memory", "compiling"), 0.36),
     (("times",), 0.56),
-    (("quantized",), 0.72),
+    (("quantized",), 0.7),
+    (("sparse",), 0.78),
     (("training",), 0.9),
     (("predicted",), 1.0),
 )
@@ -60,16 +63,20 @@ def part_cases(part: str, quick: bool) -> list[Case]:
     import _gpu_checks
     import _gpu_models
     import _gpu_quantized
+    import _gpu_sparse
     import _gpu_times
 
     made: Mapping[str, Callable[[bool], list[Case]]] = {
-        "correctness": lambda quick: [*_gpu_checks.cases(quick), *_gpu_quantized.checks(quick)],
+        "correctness": lambda quick: [
+            *_gpu_checks.cases(quick), *_gpu_quantized.checks(quick), *_gpu_sparse.checks(quick)
+        ],
         "memory": _gpu_models.memory_cases,
         "compiling": lambda quick: [
             *_gpu_models.compile_cases(quick), *_gpu_times.compile_cases(quick)
         ],
         "times": _gpu_times.cases,
         "quantized": _gpu_quantized.timings,
+        "sparse": _gpu_sparse.timings,
         "training": _gpu_models.training_cases,
         "predicted": _gpu_models.predicted_cases,
     }  # fmt: skip
@@ -148,12 +155,13 @@ class Record:
         """What is to be read first."""
         import _gpu_models
         import _gpu_quantized
+        import _gpu_sparse
         import _gpu_times
 
         compared = len(self.tables.get("Correctness", ()))
         what = f"comparisons with a reference that failed, of {compared}"
         figures: list[Row] = [{"figure": what, "found": len(self.wrong()), "wanted": "0"}]
-        for of in (_gpu_times, _gpu_models, _gpu_quantized):
+        for of in (_gpu_times, _gpu_models, _gpu_quantized, _gpu_sparse):
             figures += of.targets(self.tables)
         found = {"Figures": figures, "Parts": self.parts, "Failures": self.failures}
         found |= {"Comparisons that failed": self.wrong(), "Not reached": self.unreached}

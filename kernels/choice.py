@@ -27,7 +27,15 @@ import torch
 from rewriter.errors import warn
 from rewriter.kernels.native import cache_folder, fingerprint
 
-__all__ = ["device_name", "fastest", "forget", "known", "rows_bucket", "triton_version"]
+__all__ = [
+    "device_name",
+    "fastest",
+    "forget",
+    "known",
+    "paying_share",
+    "rows_bucket",
+    "triton_version",
+]
 
 Candidates = Mapping[str, Callable[[], object]]
 _MOST_ROWS = 2048
@@ -97,6 +105,37 @@ def fastest(
                 found, steady = _measure(candidates(), lead, device)
             _known[full] = _agreed(full, found) if steady else found
     return _known[full]
+
+
+_SHARES = (1.0, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
+_DENSE_LEAD = 0.02
+"""By which share of its time a dense product must be beaten."""
+
+
+def paying_share(
+    key: str,
+    version: str,
+    pair: Callable[[float], dict[str, Callable[[], object]]],
+    place: object,
+    device: torch.device | None = None,
+) -> float:
+    """The largest share up to which "sparse" is faster than "dense"; 0 where it never is.
+
+    Args:
+        key, version, device: as of `fastest`.
+        pair: the two, where this share is active.
+        place: what else times hang on: torch's number of threads, or the name of a GPU.
+    """
+    low, high = 0, len(_SHARES)  # those from the high-th on pay
+    while low < high:
+        middle = (low + high) // 2
+        share = _SHARES[middle]
+        own = functools.partial(pair, share)
+        if fastest(f"{key} {share} {place}", version, own, _DENSE_LEAD, device) == "sparse":
+            high = middle
+        else:
+            low = middle + 1
+    return _SHARES[high] if high < len(_SHARES) else 0.0
 
 
 def forget() -> None:

@@ -35,8 +35,10 @@ __all__ = [
     "Behind",
     "Tile",
     "dense",
+    "dot",
     "finish",
     "grouped",
+    "precision",
     "product",
     "tiles",
     "vector",
@@ -104,7 +106,7 @@ def _tile_of(program, rows, columns, BM: tl.constexpr, BN: tl.constexpr, TALL: t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "wide":  # Triton's interpreter, which takes the bits of bfloat16 for integers
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:  # float8 of an sm_90 adds up in 14 bits: not over more than one step
@@ -175,7 +177,7 @@ def _product(
             bt = tl.load(from_b + k[:, None], mask=(k < width)[:, None], other=0.0)
         if KIND == "int8 weight" or KIND == "float8 weight":
             bt = _of_byte(bt, KIND, tl.float32 if PRECISION == "wide" else at.dtype)
-        acc = _dot(at, bt, acc, PRECISION)
+        acc = dot(at, bt, acc, PRECISION)
     if SPLIT > 1:
         piece = y + tl.program_id(1).to(tl.int64) * rows * columns
         to = piece + m[:, None].to(tl.int64) * columns + n[None, :]
@@ -218,7 +220,7 @@ def _grouped(
             total = tl.sum(at.to(tl.int32), 1).to(tl.float32)
         else:
             levels = _unpacked(packed, "half" if at.dtype == tl.float16 else "", SIZE, BN)
-            part = _dot(at, levels.to(at.dtype), tl.zeros([BM, BN], tl.float32), PRECISION)
+            part = dot(at, levels.to(at.dtype), tl.zeros([BM, BN], tl.float32), PRECISION)
             total = tl.sum(at.to(tl.float32), 1)
         part = part * tl.load(scale + own * groups + g).to(tl.float32)[None, :]
         if ZERO:

@@ -37,6 +37,7 @@ __all__ = [
     "float8_refusal",
     "formulas",
     "kernel_name",
+    "on_device",
     "refused_kernels",
     "run",
     "run_blocks",
@@ -121,7 +122,7 @@ def run(call: Call) -> Tensor | None:
     """The product and what follows it, [rows, n] in x's dtype; None where no kernel computes it,
     after a warning."""
     call = _ready(call)
-    with _on(call.x.device):
+    with on_device(call.x.device):
         compute = pick(call)
         if compute is not None:
             return compute(call)
@@ -146,7 +147,7 @@ def run_blocks(
     if activation == "per_tensor" and importlib.util.find_spec("triton") is not None:
         from rewriter.kernels.rows_triton import range_of
 
-        with _on(x.device):
+        with on_device(x.device):
             step = range_of(x.flatten(0, 1))
     found: list[Tensor] = []
     for a, w, s, total in zip(x, weight, scale, sums, strict=True):
@@ -163,7 +164,7 @@ def _say(text: str) -> None:
     warn(text)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -495,7 +496,7 @@ def no_float8(backend: str, arch: int | str) -> str | None:
 def _refusal(kind: str, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Runs one kernel on widths that do not divide and on few rows, against the formula."""
     tested = False
-    with torch.inference_mode(False), torch.no_grad(), _on(device):
+    with torch.inference_mode(False), torch.no_grad(), on_device(device):
         for rows in (1, 33):
             for activation in ("per_token", "per_tensor") if kind in ("int8", "float8") else ("",):
                 call = _sample(kind, rows, activation, dtype, device)

@@ -11,23 +11,30 @@ A product reads rows of the weight's transpose, which is kept beside the weight 
 product on (or is the weight's own memory, where that is stored by columns). It is faster than a
 dense one where few rows of x come in and little of them is active: the largest share that pays is
 measured once per size. Where more is active, and with more rows than `MOST_ROWS`, a dense product
-runs over x with zeros in it: of int8 weights that of `weight_only`, over a copy by rows.
+runs over x with zeros in it: of int8 weights that of `weight_only`, over a copy by rows. On a GPU
+nobody waits to see what is active, and the share that is expected decides (`sparse_gpu.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewriter.kernels import sparse_bound, sparse_cpu
-from rewriter.kernels.choice import fastest, rows_bucket
-from rewriter.kernels.sparse_bound import MOST_ROWS
+from rewriter.kernels import sparse_bound, sparse_cpu, sparse_gpu
+from rewriter.kernels.choice import paying_share, rows_bucket
+from rewriter.kernels.quantized_gpu import capturing
+from rewriter.kernels.sparse_active import (
+    MOST_ROWS,
+    active_for_onnx,
+    active_reference,
+    check_selection,
+)
 from rewriter.kernels.sparse_cpu import Select
 from rewriter.kernels.weight_only import int8_weight_linear
 
@@ -49,76 +56,18 @@ __all__ = [
     "largest_share",
     "masked",
     "multiplied",
-    "paying_share",
     "refusal",
     "regime",
     "straight_through",
 ]
 
+_DEVICES = ("cpu", "cuda")
 _GROUP = 8
-"""Rows of x that the kernel takes at once."""
-_SHARES = (1.0, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
+"""Rows of x that the kernel on a CPU takes at once; on a GPU it takes all."""
 _VERSION = "sparse 2"
-_LEAD = 0.02
-"""By which share of its time the dense product must be beaten."""
 
 
 # Selection ---------------------------------------------------------------------------------------
-
-
-def active_reference(x: Tensor, select: Select) -> Tensor:
-    """Whether each entry of x [*, width] is active, [*, width] bool, in torch's operations."""
-    score = x.detach().abs()
-    if select.importance is not None:
-        score = score.float() * select.importance
-    width, block = x.shape[-1], select.block
-    if block > 1:
-        padded = F.pad(score, (0, -width % block), value=-1.0)
-        score = padded.unflatten(-1, (-1, block)).amax(-1)
-    if select.k:
-        count = min(math.ceil(select.k / block), score.shape[-1])
-        best = score.sort(stable=True, dim=-1, descending=True).indices[..., :count]
-        mask = torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
-    else:
-        mask = ~(score < select.threshold)
-    whole: Tensor = mask if block == 1 else mask.repeat_interleave(block, -1)[..., :width]
-    return whole
-
-
-def check_selection(
-    op: str, width: int, threshold: Tensor | None, importance: Tensor | None, k: int, block: int
-) -> None:
-    """Whether what an op is given selects entries of a row of this width.
-
-    Raises:
-        RuntimeError: it does not.
-    """
-    if block < 1 or width % block:
-        raise RuntimeError(f"{op}: block={block} does not divide the {width} entries of a row")
-    if threshold is None and not (1 <= k <= width and k % block == 0):
-        raise RuntimeError(
-            f"{op}: without a threshold k must be from 1 to the {width} entries of a row, and a "
-            f"multiple of block={block}, not {k}"
-        )
-    if threshold is not None and threshold.numel() != 1:
-        raise RuntimeError(f"{op}: threshold must be [1], not {tuple(threshold.shape)}")
-    if importance is not None and importance.shape != (width,):
-        raise RuntimeError(
-            f"{op}: importance must have shape [{width}], not {tuple(importance.shape)}"
-        )
-
-
-def active_for_onnx(x: Tensor, select: Select) -> Tensor:
-    """`active_reference`, by ONNX's TopK, which takes the lower index of two that are tied."""
-    if not select.k:
-        return active_reference(x, select)
-    score = x.detach().abs()
-    if select.importance is not None:
-        score = score.float() * select.importance
-    groups = score.unflatten(-1, (-1, select.block)).amax(-1)
-    kept = groups.topk(select.k // select.block, dim=-1).indices
-    mask = torch.zeros_like(groups).scatter(-1, kept, 1.0).bool()
-    return mask.repeat_interleave(select.block, -1)
 
 
 def active(x: Tensor, select: Select) -> Tensor:
@@ -130,6 +79,8 @@ def active(x: Tensor, select: Select) -> Tensor:
 
 def masked(x: Tensor, select: Select) -> Tensor:
     """x [*, width] with zeros where it is not active."""
+    if sparse_gpu.takes(x) and (y := sparse_gpu.masked(x, select)) is not None:
+        return y
     if x.device.type != "cpu" or x.dtype == torch.float64 or refusal() is not None:
         return x.where(active_reference(x, select), 0.0)
     return sparse_cpu.masked(x.detach().float().contiguous(), select).to(x.dtype)
@@ -175,23 +126,45 @@ def _contiguous(weight: Tensor, columns: bool) -> Tensor:
 def kept_beside(weight: Tensor, make: Callable[[], Tensor], name: object) -> Tensor:
     """What `make` gives of a weight, kept under a name as long as the weight is and stays as it
     is; one such tensor a weight."""
-    if weight.is_inference():  # counts no versions: nothing derived from it is kept
+    if (found := _kept(weight, name)) is not None:
+        return found
+    # an inference tensor counts no versions, and what a CUDA graph computes is there once it runs
+    if weight.is_inference() or capturing(weight):
         return make()
-    stamp = weight._version, weight.data_ptr(), weight.shape, weight.stride(), name
-    kept = _CACHE.get(weight)  # type: ignore[no-untyped-call,unused-ignore]
-    if kept is None or kept[0] != stamp:
-        with torch.inference_mode(False), torch.no_grad():
-            kept = _CACHE[weight] = (stamp, make())
-    found: Tensor = kept[1]
+    with torch.inference_mode(False), torch.no_grad():
+        found = make()
+    if found.is_cuda:  # other streams may read it from now on
+        torch.cuda.current_stream(found.device).synchronize()
+    _CACHE[weight] = _stamp(weight, name), found
     return found
 
 
+def _stamp(weight: Tensor, name: object) -> tuple[Any, ...]:
+    own = weight._version, weight.device, weight.data_ptr(), weight.shape, weight.stride()
+    return *own, name
+
+
+def _kept(weight: Tensor, name: object) -> Tensor | None:
+    """What was made of a weight as it is now, under a name."""
+    if weight.is_inference():
+        return None
+    kept = _CACHE.get(weight)  # type: ignore[no-untyped-call,unused-ignore]
+    return kept[1] if kept is not None and kept[0] == _stamp(weight, name) else None
+
+
+def _may_keep(weight: Tensor) -> bool:
+    """Whether its columns are at hand, or a copy of them will be there at the next call."""
+    if weight.t().is_contiguous() or _kept(weight, True) is not None:
+        return True
+    return not weight.is_inference() and not capturing(weight)
+
+
 def held_bytes(weight: Tensor, rows: int) -> int:
-    """Bytes of the copy that a product of so many rows keeps of a weight on a CPU; 0 without one:
-    a weight of floats is copied for the sparse product, one of integers for the dense one."""
-    if weight.device.type != "cpu" or weight.dtype == torch.float64 or not weight.numel():
+    """Bytes of the copy that a product of so many rows keeps of a weight; 0 without one: a weight
+    of floats is copied for the sparse product, one of integers for the dense one."""
+    if weight.device.type not in _DEVICES or weight.dtype == torch.float64 or not weight.numel():
         return 0
-    few = bool(largest_share(weight.dtype, rows, *weight.shape))
+    few = bool(largest_share(weight, rows))
     stored = weight.t() if few else weight
     needed = few or weight.dtype == torch.int8
     return weight.numel() * weight.element_size() if needed and not stored.is_contiguous() else 0
@@ -201,26 +174,34 @@ def held_bytes(weight: Tensor, rows: int) -> int:
 
 
 def multiplied(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, select: Select
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    select: Select,
+    share: float = 1.0,
 ) -> Tensor | None:
     """x_S @ weightᵀ (·scale) + bias, x_S being x with zeros where it is not active; None where
     a dense product is to run.
 
     Args:
         x: [*, in].
-        weight: [out, in]; float32 or bfloat16 as x, or int8.
+        weight: [out, in]; of x's dtype (on a CPU float32 or bfloat16), or int8.
         scale: [out] of int8 weights, else None.
         bias: [out] or None.
         select: which entries are active.
+        share: of a row that is active by a threshold, as far as it is known: by it a GPU decides.
 
     Returns:
         [*, out] of x's dtype, or None.
     """
+    if sparse_gpu.takes(x):
+        return _on_gpu(x, weight, scale, bias, select, share)
     (out, width), rows = weight.shape, x.numel() // max(x.shape[-1], 1)
     if not _fits(x, weight) or not 0 < rows <= MOST_ROWS or not out * width:
         return None
-    share = largest_share(weight.dtype, rows, out, width)
-    if not share:
+    most = largest_share(weight, rows)
+    if not most:
         return None
     y, _ = sparse_cpu.linear(
         x.detach().float().contiguous(),
@@ -228,9 +209,30 @@ def multiplied(
         None if scale is None else scale.detach().float().contiguous(),
         None if bias is None else bias.detach().float().contiguous(),
         select,
-        int(share * width),
+        int(most * width),
     )
     return y if y is None else y.to(x.dtype)
+
+
+def _on_gpu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    select: Select,
+    share: float,
+) -> Tensor | None:
+    width = weight.shape[1]
+    rows, known = x.numel() // max(width, 1), select.k / max(width, 1) if select.k else share
+    found = sparse_gpu.choice(_gpu_size(weight, rows, x.dtype))
+    few = 0 < _union(known, rows) <= found.most
+    if not few or not sparse_gpu.fits(x, select) or not _may_keep(weight):
+        return None
+    return sparse_gpu.product(x, by_columns(weight), scale, bias, select, found.tile)
+
+
+def _gpu_size(weight: Tensor, rows: int, dtype: torch.dtype) -> sparse_gpu.Size:
+    return sparse_gpu.Size(rows, *weight.shape, weight.dtype, dtype, weight.device)
 
 
 def bound(x: Tensor, own: sparse_bound.Operands, check: Callable[[], None]) -> Tensor | None:
@@ -244,11 +246,10 @@ def bound(x: Tensor, own: sparse_bound.Operands, check: Callable[[], None]) -> T
     call = sparse_bound.ready(x, own, check, by_columns)
     if call is None:
         return None
-    weight = own.weight
-    y = call(x, largest_share(weight.dtype, call.rows(x), *weight.shape))
+    y = call(x, largest_share(own.weight, call.rows(x)))
     if y is None:
         select = Select.of(own.threshold, own.importance, own.k, own.block)
-        y = dense(masked(x, select), weight, own.scale, own.bias)
+        y = dense(masked(x, select), own.weight, own.scale, own.bias)
     return y
 
 
@@ -259,12 +260,20 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     return (of_floats or of_levels) and x.device.type == "cpu" and refusal() is None
 
 
-def largest_share(dtype: torch.dtype, rows: int, out: int, width: int) -> float:
-    """The share of active rows of a weight [width, out], of 1 at most, up to which the sparse
-    product is faster than the dense one here; 0 where it never is."""
+def largest_share(weight: Tensor, rows: int) -> float:
+    """The share of a weight's [out, in] active columns, of 1 at most, up to which the sparse
+    product is faster than the dense one here; 0 where it never is. An int8 weight on a GPU is
+    multiplied by an x of torch's default dtype."""
+    if weight.is_cuda:
+        return sparse_gpu.choice(_gpu_size(weight, rows, _dtype_of_x(weight))).most
     if rows > MOST_ROWS or refusal() is not None:
         return 0.0
-    return _measured(dtype, rows_bucket(rows), out, width, torch.get_num_threads())
+    own = weight.dtype, rows_bucket(rows), *weight.shape
+    return _measured(*own, torch.get_num_threads())
+
+
+def _dtype_of_x(weight: Tensor) -> torch.dtype:
+    return torch.get_default_dtype() if weight.dtype == torch.int8 else weight.dtype
 
 
 @functools.lru_cache(1024)
@@ -272,31 +281,6 @@ def _measured(dtype: torch.dtype, rows: int, out: int, width: int, threads: int)
     made = functools.cache(lambda: _made(dtype, rows, out, width))
     key = f"sparse_linear {dtype} {rows} {width} {out}"
     return paying_share(key, _VERSION, lambda share: _pair(made, share), threads)
-
-
-def paying_share(
-    key: str,
-    version: str,
-    pair: Callable[[float], dict[str, Callable[[], object]]],
-    threads: int,
-) -> float:
-    """The largest share up to which "sparse" is faster than "dense"; 0 where it never is.
-
-    Args:
-        key, version: as of `choice.fastest`.
-        pair: the two, where this share is active.
-        threads: torch's number of them.
-    """
-    low, high = 0, len(_SHARES)  # those from the high-th on pay
-    while low < high:
-        middle = (low + high) // 2
-        share = _SHARES[middle]
-        own = functools.partial(pair, share)
-        if fastest(f"{key} {share} {threads}", version, own, _LEAD) == "sparse":
-            high = middle
-        else:
-            low = middle + 1
-    return _SHARES[high] if high < len(_SHARES) else 0.0
 
 
 def _made(dtype: torch.dtype, rows: int, out: int, width: int) -> tuple[Tensor, ...]:
@@ -333,45 +317,50 @@ def kernel_name(weight: Tensor, rows: int, share: float | None) -> str:
         rows: of x.
         share: of a row that is active, where it is known.
     """
-    if weight.device.type != "cpu" or weight.dtype == torch.float64:
+    if weight.device.type not in _DEVICES or weight.dtype == torch.float64:
         return "torch, dense"
-    if (reason := refusal()) is not None:
+    gpu = weight.is_cuda
+    reason = sparse_gpu.refusal(weight.device, _dtype_of_x(weight)) if gpu else refusal()
+    if reason is not None:
         return f"torch, dense: {reason}"
-    return regime(rows, share, lambda n: largest_share(weight.dtype, n, *weight.shape))
+    return regime(rows, share, lambda n: largest_share(weight, n), gpu)
 
 
-def regime(rows: int, share: float | None, largest: Callable[[int], float]) -> str:
+def regime(
+    rows: int, share: float | None, largest: Callable[[int], float], gpu: bool = False
+) -> str:
     """Whether a sparse kernel runs, and up to how many rows.
 
     Args:
         rows, share: as of `kernel_name`.
         largest: the share up to which it is the faster one, at a number of rows.
+        gpu: whether it runs on one.
     """
     if rows > MOST_ROWS:
         return f"dense at {rows} rows; sparse kernels take up to {MOST_ROWS}"
     most = largest(rows)
     if not most:
         return f"dense at {rows} rows, where it is faster"
+    unit, taken = ("Triton", MOST_ROWS) if gpu else (sparse_cpu.isa(), _GROUP)
     if share is None:
-        return f"sparse ({sparse_cpu.isa()}) up to {most:.0%} active, else dense"
-    union = _union(share, rows)
+        if gpu and most < 1:
+            return "dense: which share is active is not known, and a GPU does not wait to see it"
+        return f"sparse ({unit}) up to {most:.0%} active, else dense"
+    union = _union(share, min(rows, taken))
     if union > most:
         return f"dense: {union:.0%} of the weight's rows are active at {rows} rows of input"
     until = rows_bucket(rows)
     while (more := 2 * until) <= MOST_ROWS:
-        if _union(share, more) > largest(more):
+        if _union(share, min(more, taken)) > largest(more):
             break
         until = more
-    return (
-        f"sparse ({sparse_cpu.isa()}), {union:.0%} of the weight's rows; dense above {until} rows "
-        "of input"
-    )
+    return f"sparse ({unit}), {union:.0%} of the weight's rows; dense above {until} rows of input"
 
 
 def _union(share: float, rows: int) -> float:
     """What is active in at least one of the rows that a kernel takes at once, where each chooses by
     itself: rows that choose alike have less."""
-    return 1 - (1 - share) ** min(rows, _GROUP)
+    return 1 - (1 - share) ** rows
 
 
 @functools.cache

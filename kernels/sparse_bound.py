@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels import sparse_cpu
+from rewriter.kernels.sparse_active import MOST_ROWS
 from rewriter.kernels.weight_bound import PLAIN, is_plain_call
 
-__all__ = ["MOST_ROWS", "Operands", "Ready", "ready"]
-
-MOST_ROWS = 16
-"""Rows of x beyond which a dense product runs without being timed."""
+__all__ = ["Operands", "Ready", "ready"]
 
 
 class Operands(NamedTuple):

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewriter.kernels import ops, sparse, sparse_cpu
-from rewriter.kernels.choice import rows_bucket
+from rewriter.kernels.choice import paying_share, rows_bucket
 from rewriter.kernels.common import owned, register_formula
-from rewriter.kernels.sparse import MOST_ROWS, Select, active_reference, masked, paying_share
+from rewriter.kernels.sparse import MOST_ROWS, Select, active_reference, masked
 from rewriter.kernels.sparse_cpu import Gate
 from rewriter.kernels.sparse_entries import THEN
 from rewriter.kernels.weight_only import int8_weight_linear, int8_weight_reference

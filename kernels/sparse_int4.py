@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import nibbles, ops, sparse, sparse_bound, sparse_cpu
-from rewriter.kernels.choice import rows_bucket
+from rewriter.kernels.choice import paying_share, rows_bucket
 from rewriter.kernels.common import (
     owned,
     register_autocast,
@@ -38,7 +38,6 @@ from rewriter.kernels.sparse import (
     by_columns,
     kept_beside,
     masked,
-    paying_share,
 )
 from rewriter.kernels.weight_only import int4_linear, pack
 

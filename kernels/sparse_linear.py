@@ -38,7 +38,7 @@ _library: Any = torch.library  # untyped in torch
 _lib = _library.Library("rewriter", "FRAGMENT")
 _lib.define(
     "sparse_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? threshold=None, "
-    "Tensor? importance=None, int k=0, int block=1) -> Tensor"
+    "Tensor? importance=None, int k=0, int block=1, float share=1.0) -> Tensor"
 )
 
 
@@ -52,6 +52,7 @@ def sparse_linear(
     importance: Tensor | None = None,
     k: int = 0,
     block: int = 1,
+    share: float = 1.0,
 ) -> Tensor:
     """y = x_S Wᵀ + bias, W = weight or weight·scale[:, None]; x_S[i] = x[i] where i is active.
 
@@ -69,6 +70,8 @@ def sparse_linear(
         k: how many entries a row, without a threshold.
         block: as many neighbours are active together, by the largest score among them; divides
             in_features.
+        share: of a row that is active by the threshold, as far as it is known: by it a GPU, which
+            waits for no count, decides which kernel runs. No part of the formula.
 
     Returns:
         [*, out_features] in x's dtype. Costs up to 2·rows·in·out FLOPs.
@@ -87,7 +90,7 @@ def sparse_linear(
     if (y := bound(x, own, check)) is not None:
         return y
     found: Tensor = torch.ops.rewriter.sparse_linear(
-        x, weight, scale, bias, threshold, importance, k, block
+        x, weight, scale, bias, threshold, importance, k, block, share
     )
     return found
 
@@ -101,6 +104,7 @@ def sparse_linear_reference(
     importance: Tensor | None = None,
     k: int = 0,
     block: int = 1,
+    share: float = 1.0,
 ) -> Tensor:
     """The same, written as the formula; autograd does the rest."""
     mask = active_reference(x, Select.of(threshold, importance, k, block))
@@ -145,10 +149,11 @@ def _forward(
     importance: Tensor | None = None,
     k: int = 0,
     block: int = 1,
+    share: float = 1.0,
 ) -> Tensor:
     _check(x, weight, scale, bias, threshold, importance, k, block)
     select = Select.of(threshold, importance, k, block)
-    y = multiplied(x, weight, scale, bias, select)
+    y = multiplied(x, weight, scale, bias, select, share)
     if y is None:
         y = dense(masked(x, select), weight, scale, bias)
     return owned(y.contiguous(), (*x.shape[:-1], weight.shape[0]))
@@ -163,13 +168,14 @@ def _fake(
     importance: Tensor | None = None,
     k: int = 0,
     block: int = 1,
+    share: float = 1.0,
 ) -> Tensor:
     _check(x, weight, scale, bias, threshold, importance, k, block)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, bias, threshold, importance, k, block = inputs
+    x, weight, scale, bias, threshold, importance, k, block, _ = inputs
     ctx.save_for_backward(x, weight, scale, threshold, importance)
     ctx.sizes = k, block
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -186,7 +192,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dw = outer(grad, x.where(mask, 0.0))
     if ctx.needs_input_grad[3]:
         db = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
-    return dx, dw, None, db, None, None, None, None
+    return dx, dw, None, db, None, None, None, None, None
 
 
 _lib.impl("sparse_linear", _forward, "CompositeExplicitAutograd")
@@ -205,6 +211,7 @@ def _flops(
     importance: Any = None,
     k: int = 0,
     block: int = 1,
+    share: float = 1.0,
     *,
     out_shape: Any = None,
 ) -> int:

@@ -1,8 +1,8 @@
 """`rewriter::topk_linear`: y = topk_k(h) Wᵀ + bias, with the gradient of exactly that.
 
-Per row of h the k entries of largest score are kept and the others count as zero. With few rows on
-a CPU only the weights of kept entries are read (`rewriter.kernels.sparse`); else, and where a
-gradient is wanted, a dense GEMM runs over the masked h. The FLOP formula counts the dense GEMM.
+Per row of h the k entries of largest score are kept and the others count as zero. With few rows
+only the weights of kept entries are read (`rewriter.kernels.sparse`); else, and where a gradient is
+wanted, a dense GEMM runs over the masked h. The FLOP formula counts the dense GEMM.
 
 Saved for the backward are the kept values and their indices (int16 up to 32768 features, else
 int32), never the dense h: k·(2 + 2) bytes a row in bfloat16, k·(4 + 2) in float32, against 2 and 4

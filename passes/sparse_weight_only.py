@@ -165,6 +165,7 @@ class SparseInt8Linear(_SparseLinear):
             importance=self.importance,
             k=self.k,
             block=self.block,
+            share=1.0 if self.share is None else self.share,
         )
 
     def stored_weight(self) -> Tensor:

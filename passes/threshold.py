@@ -37,8 +37,8 @@ class Threshold(Pass):
 
     t is a quantile of the scores of the layer's inputs over `rewrite(…, calibration=batches)`: it
     leaves the share 1 − sparsity of them, so each token keeps as many as it needs. Weight and bias
-    stay the very Parameters they were. With up to 16 tokens on a CPU only the weights of entries
-    above t are read, of a copy of the weight by columns that is kept beside it.
+    stay the very Parameters they were. With up to 16 tokens only the weights of entries above t
+    are read, of a copy of the weight by columns that is kept beside it.
 
     Args:
         sparsity: which share of the entries is to be zero, between 0 and 1.

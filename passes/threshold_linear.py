@@ -27,8 +27,8 @@ class ThresholdLinear(StoredLinear):
     """y = z_S Wᵀ + bias, with z_S[i] = z[i] where |z[i]|·importance[i] ≥ t, else 0; z is the input
     x, or R x, its entries by other axes.
 
-    The gradient is that of this function: zero for entries below the threshold. With few rows on a
-    CPU only the weights of entries above it are read.
+    The gradient is that of this function: zero for entries below the threshold. With few rows
+    only the weights of entries above it are read.
 
     Args:
         in_features, out_features: sizes of the last dimension of input and output.
@@ -125,6 +125,7 @@ class ThresholdLinear(StoredLinear):
             self.bias,
             threshold=self.threshold,
             importance=self.importance,
+            share=1.0 if self.share is None else self.share,
         )
 
     def kept(self, input: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class TopKLinear(StoredLinear):
 
     The score is |h|, times an importance where the layer has one. Exactly k entries are kept (ties
     go to the lower index), and the gradient is that of this function: zero for the entries that
-    were dropped. With few rows on a CPU only the weights of kept entries are read.
+    were dropped. With few rows only the weights of kept entries are read.
 
     Args:
         in_features, out_features: sizes of the last dimension of input and output.
@@ -232,8 +232,8 @@ class TopK(Pass):
 
     h is what enters an MLP's down projection: act(up(x)), or act(gate(x)) ∘ up(x) in a gated MLP.
     Weight and bias stay the very Parameters they were. The error depends on the activations, so
-    the replacement states none. With up to 16 tokens on a CPU only the weights of
-    kept entries are read, of a copy of the weight by columns that is kept beside it.
+    the replacement states none. With up to 16 tokens only the weights of kept entries
+    are read, of a copy of the weight by columns that is kept beside it.
 
     At activations, act(x) becomes topk_k(act(x)), wherever linear layers alone read it, multiplied
     by other values at most: behind a norm, in front of several layers, or in a gated MLP (by

@@ -422,6 +422,7 @@ def test_gpu(tmp_path: pathlib.Path) -> None:
     rows = found["Correctness"]
     assert {row["verdict"] for row in rows} == {"ok"}
     assert sum("in Triton" in row["what"] for row in rows) == 20
+    assert sum("sparse product" in row["what"] for row in rows) == 24
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     (peak,) = found["Peaks within a budget"]
     assert abs(peak["off %"]) < 0.1

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewriter.kernels import native, sparse, sparse_cpu
+from rewriter.kernels import choice, native, sparse, sparse_cpu
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.sparse import Select, active, active_reference
 from rewriter.kernels.sparse_int4 import pack_inputs
@@ -191,7 +191,7 @@ def test_the_op_is_its_formula_and_its_gradient_that_of_active_entries(
 def test_opcheck() -> None:
     for dtype in (torch.float64, torch.float32):
         x, weight, bias = operands(3, dtype=dtype)
-        given = (x, weight, None, bias, torch.tensor([0.5]), torch.ones(8), 0, 1)
+        given = (x, weight, None, bias, torch.tensor([0.5]), torch.ones(8), 0, 1, 0.5)
         torch.library.opcheck(torch.ops.rewriter.sparse_linear, given)
     q, scale = quantize_weight(weight.detach())
     given = (x.detach(), q, scale, None, None, None, 3, 1)
@@ -286,7 +286,7 @@ def test_the_largest_share_that_pays_is_measured(
     monkeypatch.undo()
     asked: list[float] = []
 
-    def fastest(key: str, version: str, candidates: Any, lead: float) -> str:
+    def fastest(key: str, version: str, candidates: Any, *_: Any) -> str:
         asked.append(float(key.split()[5]))
         pair = candidates()
         full = asked[-1] == 1.0
@@ -298,7 +298,7 @@ def test_the_largest_share_that_pays_is_measured(
             assert_reordered(got, want)
         return "sparse" if asked[-1] <= pays else "dense"
 
-    monkeypatch.setattr(sparse, "fastest", fastest)
+    monkeypatch.setattr(choice, "fastest", fastest)
     assert MEASURED.__wrapped__(dtype, 2, 8, 64, 1) == pays
     assert 1 <= len(asked) <= 3
 

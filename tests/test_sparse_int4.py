@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rewriter.errors import OptionError
-from rewriter.kernels import sparse, sparse_cpu, sparse_int4
+from rewriter.kernels import choice, sparse_cpu, sparse_int4
 from rewriter.kernels.sparse import Select, active_reference
 from rewriter.kernels.sparse_int4 import (
     dequantize_inputs,
@@ -232,7 +232,7 @@ def test_the_largest_share_that_pays_is_measured(
 ) -> None:
     asked: list[float] = []
 
-    def fastest(key: str, version: str, candidates: Any, lead: float) -> str:
+    def fastest(key: str, version: str, candidates: Any, *_: Any) -> str:
         *name, share, threads = key.split()
         assert name == ["sparse_int4_linear", "2", "64", "8", "32"]
         asked.append(float(share))
@@ -243,6 +243,6 @@ def test_the_largest_share_that_pays_is_measured(
             assert_reordered(got, want)
         return "sparse" if asked[-1] <= pays else "dense"
 
-    monkeypatch.setattr(sparse, "fastest", fastest)
+    monkeypatch.setattr(choice, "fastest", fastest)
     assert MEASURED.__wrapped__(2, 8, 64, 32, 1) == pays
     assert 1 <= len(asked) <= 3

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import rewriter
 from rewriter import rewrite
 from rewriter.errors import CalibrationError, OptionError
-from rewriter.kernels import sparse
+from rewriter.kernels import choice, sparse
 from rewriter.kernels import sparse_gated as kernel
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.sparse import Select, active_reference
@@ -326,7 +326,7 @@ def test_the_form_runs_where_it_was_measured_to_pay(
     monkeypatch.undo()
     asked: list[str] = []
 
-    def fastest(key: str, version: str, candidates: Any, lead: float) -> str:
+    def fastest(key: str, version: str, candidates: Any, *_: Any) -> str:
         asked.append(key)
         pair = candidates()
         got, want = pair["sparse"]()[0], pair["dense"]()
@@ -335,6 +335,6 @@ def test_the_form_runs_where_it_was_measured_to_pay(
         assert got.shape == want.shape == (2, 16)
         return "sparse"
 
-    monkeypatch.setattr(sparse, "fastest", fastest)
+    monkeypatch.setattr(choice, "fastest", fastest)
     assert kernel._measured.__wrapped__(dtype, 2, 8, 32, 16, 1) == 1.0
     assert asked[0].startswith(f"sparse_gated {dtype} 2 8 32 16")
