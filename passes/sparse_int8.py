@@ -119,7 +119,7 @@ class SparseInt8Linear(Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         return sparse_linear(
-            rotated(input, self.rotation, self.rotation_scale),
+            rotated(input, self.rotation, self.rotation_scale, self),
             self.qweight,
             self.scale,
             self.bias,
