@@ -5,12 +5,14 @@ of x. Reading it takes an eighth to a quarter of the bytes of floats, and nothin
 W R⁻¹ does not make up for.
 
 Layers that read one value (gate and up of an MLP; q, k and v) have one basis, and each is called by
-itself. So on a CPU, where no gradient is wanted, z stays as long as x does, and whoever multiplies
-the same x next takes it. Compilers see the product in each layer, of the same tensors;
+itself. So on a CPU, where no gradient is wanted, z stays as long as x does, and the next of them
+takes it. Compilers see the product in each layer, of the same tensors;
 `rewriter.lowering.joining` has it made once.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,26 +47,48 @@ def matrix(levels: Tensor, scale: Tensor) -> Tensor:
     return dequantize_weight(levels, scale.double())
 
 
-def rotated(x: Tensor, levels: Tensor | None, scale: Tensor | None) -> Tensor:
+def rotated(
+    x: Tensor, levels: Tensor | None, scale: Tensor | None, reader: object = None
+) -> Tensor:
     """z = R x of each row; x itself without a basis.
 
     Args:
         x: [*, n].
         levels, scale: of `basis`, or None.
+        reader: who asks; z may be what another one who asked had made. None: it is made.
 
     Returns:
         [*, n] in x's dtype; the product is made in float32 or wider.
     """
     if levels is None or scale is None:
         return x
-    if not _stays(x, levels, scale):
+    if reader is None or not _stays(x, levels, scale):
         return int8_weight_linear(x, levels, scale)
-    stamp = [(t.data_ptr(), t._version) for t in (x, levels, scale)]
-    kept = _MADE.get(x)  # type: ignore[no-untyped-call,unused-ignore]
-    if kept is None or kept[0] != stamp:
-        kept = _MADE[x] = (stamp, int8_weight_linear(x, levels, scale))
-    found: Tensor = kept[1]
-    return found
+    axes = (levels.data_ptr(), levels._version, scale.data_ptr(), scale._version)
+    made: _Made | None = _MADE.get(x)  # type: ignore[no-untyped-call,unused-ignore]
+    if made is None or not made.serves(x, axes, reader):
+        made = _MADE[x] = _Made(x.clone(), axes, int8_weight_linear(x, levels, scale), set())
+    made.readers.add(id(reader))
+    return made.z
+
+
+class _Made(NamedTuple):
+    """z of an x, as that was then: not every write counts as another version of a tensor.
+
+    Args:
+        x: a copy.
+        axes: where the basis lies in memory, and its versions.
+        z: R x.
+        readers: who had z. Who asks again is in another call of the model.
+    """
+
+    x: Tensor
+    axes: tuple[int, ...]
+    z: Tensor
+    readers: set[int]
+
+    def serves(self, x: Tensor, axes: tuple[int, ...], reader: object) -> bool:
+        return axes == self.axes and id(reader) not in self.readers and torch.equal(x, self.x)
 
 
 def fold(weight: Tensor, levels: Tensor, scale: Tensor) -> nn.Parameter:
@@ -80,8 +104,7 @@ def fold(weight: Tensor, levels: Tensor, scale: Tensor) -> nn.Parameter:
 
 
 def _stays(*tensors: Tensor) -> bool:
-    """Whether z may be kept: nothing but the arithmetic happens to it, and what it is made of
-    counts its changes."""
+    """Whether z may be kept: nothing but the arithmetic happens to what it is made of."""
     return (
         not torch.compiler.is_compiling()
         and all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors)

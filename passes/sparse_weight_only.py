@@ -87,10 +87,10 @@ class _SparseLinear(Layer):
         """Which entries of an input [*, in_features], or of R x, are selected, bool."""
         threshold = 0.0 if self.threshold is None else self.threshold
         select = Select(self.k, threshold, self.importance, self.block)
-        return active_reference(self._entries(input), select)
+        return active_reference(rotated(input, self.rotation, self.rotation_scale), select)
 
     def _entries(self, input: Tensor) -> Tensor:
-        return rotated(input, self.rotation, self.rotation_scale)
+        return rotated(input, self.rotation, self.rotation_scale, self)
 
 
 class SparseInt8Linear(_SparseLinear):

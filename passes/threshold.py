@@ -313,7 +313,7 @@ def _rotations(plain: Sequence[_Entries], score: str, sparsity: float) -> list[_
     """
     sites = [e.site for e in plain]
     moments, width = sites[0].moments, sites[0].in_features
-    share = width**2 / sum(s.weight.numel() for s in sites)
+    share = width**2 / max(sum(s.weight.numel() for s in sites), 1)
     if moments is None or not _pays(sites):
         why = f"its {width} axes would have {share:.0%} of the entries of what reads it"
     elif moments.rows < width:

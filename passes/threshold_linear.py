@@ -115,7 +115,7 @@ class ThresholdLinear(StoredLinear):
         nn.init.zeros_(self.threshold)
 
     def forward(self, input: Tensor) -> Tensor:
-        z = rotated(input, self.rotation, self.rotation_scale)
+        z = rotated(input, self.rotation, self.rotation_scale, self)
         if self.straight_through and self.training:
             return F.linear(straight_through(z, self._above(z)), self.weight, self.bias)
         return sparse_linear(

@@ -126,16 +126,36 @@ def test_a_product_is_made_once_for_all_that_read_a_value(monkeypatch: Any) -> N
 
 def test_what_is_kept_goes_with_the_value() -> None:
     levels, scale = basis(axes_of(8))
+    one, two, three = nn.Identity(), nn.Identity(), nn.Identity()
     with torch.no_grad():
         x = torch.randn(2, 8)
         before = len(rotation._MADE)
-        z = rotated(x, levels, scale)
-        assert rotated(x, levels, scale) is z
+        z = rotated(x, levels, scale, one)
+        assert rotated(x, levels, scale, two) is z
+        assert rotated(x, levels, scale) is not z
         other = basis(axes_of(8, seed=1))
-        assert_reordered(rotated(x, *other), x @ matrix(*other).float().t())
+        assert_reordered(rotated(x, *other, three), x @ matrix(*other).float().t())
         assert len(rotation._MADE) == before + 1
         del x
         assert len(rotation._MADE) == before
+
+
+def test_nothing_that_changes_unseen_is_taken_for_what_it_was() -> None:
+    out = thresholded(gated(), lower=False)
+    memory = inputs(3).numpy()
+    x = torch.from_numpy(memory)
+    with torch.no_grad():
+        first = out(x)
+        memory[:] = inputs(3, seed=5).numpy()  # no version of x
+        assert_reordered(out(x), out(inputs(3, seed=5)))
+        gate = out.gate(x)
+        memory[:] = inputs(3).numpy()
+        assert_reordered(out.up(x), out.up(inputs(3)))
+        assert not torch.equal(out.gate(x), gate)
+        assert_reordered(out(x), first)
+        out.gate.rotation.data.neg_()  # nor of the axes: both layers', as they share them
+        assert_reordered(out(x), out(inputs(3)))
+        assert not torch.equal(out(x), first)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
