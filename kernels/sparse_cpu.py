@@ -17,7 +17,18 @@ from torch import Tensor
 
 from rewriter.kernels.native import fields, library, parallel, why_not
 
-__all__ = ["THEN", "Gate", "Select", "chosen", "gated", "isa", "linear", "masked", "refusal"]
+__all__ = [
+    "THEN",
+    "Gate",
+    "Select",
+    "chosen",
+    "gated",
+    "isa",
+    "linear",
+    "masked",
+    "refusal",
+    "routed",
+]
 
 THEN = ("", "relu", "gelu", "silu", "gelu_tanh")
 """Activations of a gate, by the number that C++ knows them as."""
@@ -46,8 +57,8 @@ class _Gated(ctypes.Structure):
     _fields_ = [
         *fields(
             "x gate up down gate_scale up_scale down_scale gate_bias up_bias bias screen "
-            "screen_scale given y active parallel",
-            "rows in_features hidden out type then limit threads",
+            "screen_scale given scores expert_of y active parallel",
+            "rows in_features hidden out type then limit threads experts best",
         ),
         ("select", _Select),
     ]
@@ -196,13 +207,55 @@ def gated(
     Returns:
         As `linear` does.
     """
+    given, own = (gate, None) if isinstance(gate, Tensor) else (None, gate)
+    return _gated(x, (own, up, down), then, limit, select, screen=screen, given=given)
+
+
+def routed(
+    x: Tensor,
+    gate: Gate,
+    up: Gate | None,
+    down: Gate,
+    then: str,
+    scores: Tensor,
+    expert_of: Tensor,
+    best: int,
+    limit: int,
+) -> tuple[Tensor | None, int]:
+    """y = (a_S ∘ (x upᵀ)) down with a = then(x gateᵀ); of all three only rows in S are read.
+
+    Args:
+        x, down, then, limit: as of `gated`.
+        gate, up: as of `gated`; without `up` y = a_S down.
+        scores: [*, experts] float32, contiguous.
+        expert_of: [hidden] int32, contiguous: S are the neurons of the `best` experts with the
+            largest score, ties by the lower index; NaN counts as the largest.
+        best: from 1 to the number of experts.
+
+    Returns:
+        As `linear` does.
+    """
+    return _gated(x, (gate, up, down), then, limit, Select(), scores, expert_of, best)
+
+
+def _gated(
+    x: Tensor,
+    three: tuple[Gate | None, Gate | None, Gate],
+    then: str,
+    limit: int,
+    select: Select,
+    scores: Tensor | None = None,
+    expert_of: Tensor | None = None,
+    best: int = 0,
+    *,
+    screen: Gate | None = None,
+    given: Tensor | None = None,
+) -> tuple[Tensor | None, int]:
     made, start = _library()
     *rows, width = x.shape
-    hidden, out = down.weight.shape
+    hidden, out = three[2].weight.shape
     y = torch.empty(*rows, out)
     active = ctypes.c_int64()
-    given = gate if isinstance(gate, Tensor) else None
-    three = None if isinstance(gate, Tensor) else gate, up, down
     call = _Gated(
         x.data_ptr(),
         *(_address(g and g.weight) for g in three),
@@ -211,6 +264,8 @@ def gated(
         None if screen is None else screen.weight.data_ptr(),
         None if screen is None else _address(screen.scale),
         _address(given),
+        _address(scores),
+        _address(expert_of),
         y.data_ptr(),
         ctypes.addressof(active),
         start,
@@ -218,10 +273,12 @@ def gated(
         width,
         hidden,
         out,
-        _TYPES[up.weight.dtype],
+        _TYPES[three[2].weight.dtype],
         THEN.index(then),
         limit,
         torch.get_num_threads(),
+        0 if scores is None else scores.shape[-1],
+        best,
         select.made(),
     )
     done = made.sparse_gated(ctypes.byref(call))

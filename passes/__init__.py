@@ -1,6 +1,7 @@
 """The passes: one file each."""
 
 from rewriter.passes.densify import Densify
+from rewriter.passes.experts import Experts, RoutedLinear
 from rewriter.passes.floats import BFloat16Linear, Float8Linear
 from rewriter.passes.monarch import Monarch, MonarchLinear
 from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
@@ -28,6 +29,7 @@ __all__ = [
     "QAT",
     "BFloat16Linear",
     "Densify",
+    "Experts",
     "Float8Linear",
     "GateLinear",
     "Int4Conv1d",
@@ -52,6 +54,7 @@ __all__ = [
     "Reluify",
     "RemoveBlocks",
     "ResizeMLP",
+    "RoutedLinear",
     "SparseGate",
     "SparseInt8Linear",
     "SparseReLU",

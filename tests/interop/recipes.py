@@ -17,6 +17,7 @@ from rewriter import Pass, rewrite
 from rewriter.passes import (
     QAT,
     Densify,
+    Experts,
     Monarch,
     MonarchChain,
     MonarchResidual,
@@ -73,6 +74,7 @@ RECIPES = (
     Recipe("Threshold", (Threshold(0.5, inputs="all"),)),
     Recipe("Reluify", (Reluify("fatrelu", 0.1),)),
     Recipe("SparseGate", (SparseGate(k=12),)),
+    Recipe("Experts", (Experts(count=4, active=2),)),
     Recipe("RemoveBlocks", (RemoveBlocks(where="*layer*.1"),)),
     Recipe("ResizeMLP", (ResizeMLP(keep=0.5),)),
     Recipe("Monarch, Densify", (Monarch(nblocks=4), Densify())),
