@@ -459,6 +459,23 @@ bool gated(const Gated& c) {
   return true;
 }
 
+// y[r, i] = x[r, i] where `choose(r, chosen)` has chosen i, else 0.
+template <class F>
+void masked(const float* x, float* y, long rows, long width, Parallel parallel, long threads, const F& choose) {
+  const long some = std::max(1L, 4096 / width);  // rows in one piece of work
+  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
+    thread_local std::vector<uint8_t> chosen;
+    chosen.resize(width);
+    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
+      choose(r, chosen.data());
+      const float* from = x + r * width;
+      const uint8_t* own = chosen.data();
+      float* to = y + r * width;
+      for (long i = 0; i < width; i++) to[i] = own[i] ? from[i] : 0.0f;
+    }
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -485,17 +502,15 @@ void sparse_choose(const float* x, uint8_t* chosen, long rows, long width, const
 // y[r, i] = x[r, i] where it is active, else 0.
 void sparse_masked(const float* x, float* y, long rows, long width, const Select* select, Parallel parallel,
                    long threads) {
-  const long some = std::max(1L, 4096 / width);  // rows in one piece of work
-  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
-    thread_local std::vector<uint8_t> chosen;
-    chosen.resize(width);
-    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
-      choose(*select, x + r * width, width, chosen.data());
-      const float* from = x + r * width;
-      const uint8_t* own = chosen.data();
-      float* to = y + r * width;
-      for (long i = 0; i < width; i++) to[i] = own[i] ? from[i] : 0.0f;
-    }
+  masked(x, y, rows, width, parallel, threads,
+         [&](long r, uint8_t* chosen) { choose(*select, x + r * width, width, chosen); });
+}
+
+// The same where the expert of neuron i is among the `best` of row r.
+void sparse_masked_experts(const float* x, float* y, long rows, long width, const float* scores, long experts,
+                           long best, const int32_t* expert_of, Parallel parallel, long threads) {
+  masked(x, y, rows, width, parallel, threads, [&](long r, uint8_t* chosen) {
+    choose_experts(scores + r * experts, experts, best, expert_of, width, chosen);
   });
 }
 }

@@ -26,6 +26,7 @@ __all__ = [
     "isa",
     "linear",
     "masked",
+    "masked_experts",
     "refusal",
     "routed",
 ]
@@ -116,6 +117,17 @@ def _library() -> tuple[Any, int]:
     for function in (made.sparse_choose, made.sparse_masked):
         function.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
         function.restype = None
+    sizes = [pointer, pointer, number, number]
+    made.sparse_masked_experts.argtypes = [
+        *sizes,
+        pointer,
+        number,
+        number,
+        pointer,
+        pointer,
+        number,
+    ]
+    made.sparse_masked_experts.restype = None
     return made, parallel()
 
 
@@ -293,6 +305,20 @@ def chosen(x: Tensor, select: Select) -> Tensor:
 def masked(x: Tensor, select: Select) -> Tensor:
     """x [*, width] float32, contiguous, with zeros where it is not active."""
     return _by_entry("sparse_masked", x, torch.empty_like(x), select)
+
+
+def masked_experts(x: Tensor, scores: Tensor, expert_of: Tensor, best: int) -> Tensor:
+    """x [*, hidden] float32, contiguous, with zeros where a neuron's expert is not among the best;
+    the rest as of `routed`."""
+    made, start = _library()
+    to = torch.empty_like(x)
+    if x.numel():
+        (count, width), own = (scores.shape[-1], x.shape[-1]), (best, expert_of.data_ptr())
+        rows, at = x.numel() // width, scores.data_ptr()
+        threads = torch.get_num_threads()
+        given = x.data_ptr(), to.data_ptr(), rows, width, at, count, *own, start, threads
+        made.sparse_masked_experts(*given)
+    return to
 
 
 def _by_entry(name: str, x: Tensor, to: Tensor, select: Select) -> Tensor:

@@ -115,8 +115,13 @@ def _entries_for_onnx(y: Tensor, scores: Tensor, expert_of: Tensor, active: int)
     return y.where(experts.index_select(-1, expert_of).bool(), 0.0)
 
 
-def _entries(y: Tensor, *chosen: Any) -> Tensor:
-    return owned(_entries_reference(y, *chosen).contiguous(), y.shape)
+def _entries(y: Tensor, scores: Tensor, expert_of: Tensor, active: int) -> Tensor:
+    narrow = y.device.type == "cpu" and y.dtype != torch.float64 and expert_of.dtype == torch.int32
+    if not narrow or sparse.refusal() is not None:
+        return owned(_entries_reference(y, scores, expert_of, active).contiguous(), y.shape)
+    own = scores.detach().float().contiguous(), expert_of.contiguous(), active
+    found = sparse_cpu.masked_experts(y.detach().float().contiguous(), *own)
+    return owned(found.to(y.dtype), y.shape)
 
 
 def _entries_fake(y: Tensor, *chosen: Any) -> Tensor:
@@ -176,19 +181,16 @@ def sparse_experts(x: Tensor, mlp: ExpertMlp) -> Tensor:
     return y
 
 
-def _chosen(x: Tensor, m: ExpertMlp) -> Tensor:
+def _dense(x: Tensor, m: ExpertMlp, entries: Callable[..., Tensor]) -> Tensor:
     scores = router_scores(x, m.router, m.router_bias)
-    return neurons_of(best_experts(scores, m.active), m.expert_of)
-
-
-def _dense(x: Tensor, m: ExpertMlp) -> Tensor:
-    a = THEN[m.then](F.linear(x, m.gate, m.gate_bias).where(_chosen(x, m), 0.0))
+    y = entries(F.linear(x, m.gate, m.gate_bias), scores, m.expert_of, m.active)
+    a = THEN[m.then](y)
     h = a if m.up is None else a * F.linear(x, m.up, m.up_bias)
     return F.linear(h, m.down, m.bias)
 
 
 def _experts_reference(x: Tensor, *own: Any) -> Tensor:
-    return _dense(x, ExpertMlp(*own))
+    return _dense(x, ExpertMlp(*own), _entries_reference)
 
 
 def _experts(x: Tensor, *own: Any) -> Tensor:
@@ -200,7 +202,7 @@ def _experts(x: Tensor, *own: Any) -> Tensor:
         y = _few(x, m, int(most * hidden)) if most * len(m.router) >= m.active else None
         if y is not None:
             return y.to(x.dtype)
-    return owned(_dense(x, m).contiguous(), (*x.shape[:-1], out))
+    return owned(_dense(x, m, _entries).contiguous(), (*x.shape[:-1], out))
 
 
 def _few(x: Tensor, m: ExpertMlp, limit: int) -> Tensor | None:
