@@ -20,13 +20,16 @@ from _models import data
 from torch import nn
 
 from rewriter import Pass, recover, rewrite
-from rewriter.passes import Reluify, TopK
+from rewriter.passes import Experts, Reluify, TopK
 
 example = load_script("examples/heal_minilm.py")
 RECIPES: dict[str, tuple[Pass, ...]] = {
     "TopK(0.25)": (TopK(0.25),),
     "TopK(0.25, 'wina')": (TopK(0.25, score="wina"),),
     "TopK(0.1)": (TopK(0.1),),
+    "Experts(16, 0.25)": (Experts(16, 0.25),),
+    "Experts(64, 0.25)": (Experts(64, 0.25),),
+    "Experts(64, 0.5)": (Experts(64, 0.5),),
     "ReLU": (Reluify(),),
     "FATReLU, 95 % zeros": (Reluify("fatrelu", sparsity=0.95),),
 }

@@ -30,14 +30,17 @@ from rewriter.kernels import sparse_cpu
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.sparse import Select
 from rewriter.kernels.sparse_cpu import Gate
+from rewriter.kernels.sparse_experts import ExpertMlp, sparse_experts
 from rewriter.kernels.sparse_gated import GatedMlp, sparse_gated
 from rewriter.kernels.sparse_int4 import pack_inputs, sparse_int4_linear
 from rewriter.kernels.sparse_linear import sparse_linear
 from rewriter.kernels.topk import topk_linear
 from rewriter.kernels.weight_only import int4_linear, int8_weight_linear, pack, quantize_groups
-from rewriter.passes import Quantize, Threshold, TopK
+from rewriter.passes import Experts, Quantize, Threshold, TopK
 
 SHARES = (0.1, 0.25, 0.5)
+COUNT = 20
+"""Of experts, whose shares these are."""
 BOTH = "Threshold(0.5, 'mlp'), Threshold(0.25, 'all'), 'wina'"
 DENSE = "dense"
 Rows = list[dict[str, Any]]
@@ -86,6 +89,8 @@ def mlp(rows: int, width: int, hidden: int, rounds: int) -> Rows:
         runs[f"fp32, {share:.0%} of all three inputs"] = partial(
             of_inputs, x, [*columns, own[2].weight], few, many
         )
+        routed = experts(*dense, own[2].weight, share)
+        runs[f"fp32, {share:.0%} of experts"] = partial(sparse_experts, x, routed)
     return [{"tokens": rows, **row} for row in ratios(runs, rounds, "dense, fp32")]
 
 
@@ -170,6 +175,15 @@ def gated_levels(weights: list[Tensor]) -> GatedMlp:
     return GatedMlp(gate, s, None, None, up, t, None, down, u, columns, None, "silu")
 
 
+def experts(gate: Tensor, up: Tensor, down: Tensor, columns: Tensor, share: float) -> ExpertMlp:
+    """The MLP with a router that picks this share of its experts."""
+    hidden, width = gate.shape
+    router, bias = torch.randn(COUNT, width), torch.zeros(COUNT)
+    expert_of = torch.randperm(hidden).int() % COUNT
+    own = router, bias, expert_of, gate, None, up, None, down, columns, None, "silu"
+    return ExpertMlp(*own, round(share * COUNT))
+
+
 def of_inputs(x: Tensor, columns: list[Tensor], few: Select, many: Select) -> Tensor | None:
     """The MLP over some of the inputs of each layer, as `Threshold(inputs="all")` has it."""
     gate, up = (sparse_cpu.linear(x, w, None, None, few, w.shape[0])[0] for w in columns[:2])
@@ -231,6 +245,12 @@ def any_tokens(width: int, hidden: int, rounds: int, counts: tuple[int, ...]) ->
                         gate, None, None, None, up, None, None, down, None, columns, None,
                         "silu", int(share * hidden),
                     ),
+                ),
+            ),
+            "Experts, float32": (
+                plain,
+                lambda share, x=x: partial(
+                    sparse_experts, x, experts(gate, up, down, columns, share)
                 ),
             ),
         }  # fmt: skip
@@ -297,6 +317,7 @@ def recipes(where: str, quick: bool) -> dict[str, list[Any]]:
     own = {"inputs": "all", "score": "wina", "where": where}
     made["Threshold(0.5, 'all', 'wina', greedy)"] = [Threshold(0.5, budget="greedy", **own)]
     made["Threshold(0.25, 'all', 'wina')"] = [Threshold(0.25, **own)]
+    made["Experts(16, 0.5)"] = [Experts(16, 0.5, where=where)]
     made[BOTH] = [Threshold(0.5, score="wina", where=where), Threshold(0.25, **own)]
     return made
 
@@ -355,7 +376,8 @@ NOTES = """Kernels by {}. Gated MLP: weights and tokens are random, the worst ca
 tokens, the union of whose active neurons is read. Its gate is read whole, so at 10 % of neurons
 2.5 is the most where nothing else is gained; with an int8 screen neurons are chosen by a copy of
 the gate in 8 bits. Over all three inputs (the documented way to 4 at 10 %:
-Threshold(inputs="all")) the gate is not read whole. int8 and int4: by the ops that layers run,
+Threshold(inputs="all")) the gate is not read whole, and with experts no more of it than of the
+others. int8 and int4: by the ops that layers run,
 which choose the dense product where it was measured to be the faster. Any number of tokens:
 layers as the passes install them, with the kernel that was measured to be the faster; at least
 0.97 is aimed at everywhere. One block: Threshold on the inputs of all seven linear layers,

@@ -3,7 +3,7 @@
 //   sparse_linear   y[r,:] = Σ_{i ∈ S(r)} x[r,i]·w[i,:] + bias           w[i,:] is one contiguous row
 //   sparse_gated    a[r,n] = act(Σ_k x[r,k] gate[n,k]),   n ∈ S(r) by a
 //                   y[r,:] = Σ_{n ∈ S(r)} a[r,n]·(Σ_k x[r,k] up[n,k])·down[n,:] + bias
-//                   (or with an a that the caller has)
+//                   (or with an a, or an S, that the caller has; without `up` its product counts as 1)
 //
 // With `screen`, levels of 8 bits of the gate, S(r) goes by those, and of the gate itself only the rows
 // in S(r) are read: a quarter of the bytes of a float gate for a choice that is seldom another one.
@@ -67,10 +67,12 @@ struct Gated {
   const int8_t* screen;       // [hidden, in] or null: S is chosen by these levels of the gate
   const float* screen_scale;  // [hidden]
   const float* given;         // [rows, hidden] or null: a, and nothing is read of the gate
+  const float* scores;        // [rows, experts] or null: S are the neurons of the `best` experts with
+  const int32_t* expert_of;   // [hidden]             the largest, and of the gate no others are read
   float* y;                                         // [rows, out]
   int64_t* active;
   Parallel parallel;
-  int64_t rows, in, hidden, out, type, then, limit, threads;
+  int64_t rows, in, hidden, out, type, then, limit, threads, experts, best;
   Select select;
 };
 
@@ -172,7 +174,24 @@ void choose(const Select& s, const float* x, long width, uint8_t* chosen) {
   }
 }
 
-// Nothing but the count is found where that is above `limit`.
+// chosen[n] = 1 where the expert of neuron n is among the `best` of largest score, ties by the lower
+// index, NaN being the largest.
+void choose_experts(const float* scores, long experts, long best, const int32_t* expert_of, long hidden,
+                    uint8_t* chosen) {
+  thread_local std::vector<int32_t> order;
+  thread_local std::vector<uint8_t> own;
+  order.resize(experts);
+  own.assign(experts, 0);
+  for (long i = 0; i < experts; i++) order[i] = (int32_t)i;
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+    const float x = scores[a], y = scores[b];
+    return x > y || (x != x && y == y);
+  });
+  for (long i = 0; i < best; i++) own[order[i]] = 1;
+  for (long n = 0; n < hidden; n++) chosen[n] = own[expert_of[n]];
+}
+
+// Nothing but the count is found where that is above `limit`; without x the values are 1.
 void gather(const float* x, long apart, long rows, long width, const uint8_t* chosen, long limit, Active& active) {
   const uint8_t* any = chosen;
   if (rows > 1) {
@@ -199,7 +218,7 @@ void gather(const float* x, long apart, long rows, long width, const uint8_t* ch
     float* value = active.value.data() + r * BATCH;
     for (long n = 0; n < count; n++) {
       const long i = index[n];
-      value[n / BATCH * GROUP * BATCH + n % BATCH] = chosen[r * width + i] ? x[r * apart + i] : 0.0f;
+      value[n / BATCH * GROUP * BATCH + n % BATCH] = !chosen[r * width + i] ? 0.0f : x ? x[r * apart + i] : 1.0f;
     }
   }
 }
@@ -414,10 +433,11 @@ bool gated(const Gated& c) {
   for (long r0 = 0; r0 < c.rows; r0 += GROUP) {
     const long rows = least(GROUP, c.rows - r0);
     const float* x = c.x + r0 * c.in;
-    if (!c.given) room.hidden.resize(rows * c.hidden);
+    const bool whole = !c.given && !c.scores;  // all of the gate is read
+    if (whole) room.hidden.resize(rows * c.hidden);
     const float* hidden = c.given ? c.given + r0 * c.hidden : room.hidden.data();
     float* made = room.hidden.data();
-    for_each(c.parallel, threads, c.given ? 0 : (c.hidden + strip - 1) / strip, [&](long task) {
+    for_each(c.parallel, threads, whole ? (c.hidden + strip - 1) / strip : 0, [&](long task) {
       float found[GROUP];
       for (long n = task * strip; n < least((task + 1) * strip, c.hidden); n++) {
         if (c.screen)
@@ -429,7 +449,15 @@ bool gated(const Gated& c) {
           made[r * c.hidden + n] = activated(finished(found[r], scale, c.gate_bias, n), c.then);
       }
     });
-    find_active(c.parallel, c.threads, c.select, hidden, rows, c.hidden, c.limit, room);
+    if (c.scores) {
+      room.chosen.resize(rows * c.hidden);
+      for (long r = 0; r < rows; r++)
+        choose_experts(c.scores + (r0 + r) * c.experts, c.experts, c.best, c.expert_of, c.hidden,
+                       room.chosen.data() + r * c.hidden);
+      gather(nullptr, 0, rows, c.hidden, room.chosen.data(), c.limit, room.active);
+    } else
+      find_active(c.parallel, c.threads, c.select, hidden, rows, c.hidden, c.limit, room);
+    const bool later = c.screen || c.scores;  // the gate's rows in S
     Active& active = room.active;
     *c.active += active.count;
     if (room.active.count > c.limit) return false;
@@ -437,19 +465,36 @@ bool gated(const Gated& c) {
       float found[GROUP], gates[GROUP];
       for (long i = task * strip; i < least((task + 1) * strip, active.count); i++) {
         const long n = active.index[i];
-        if (c.screen) dots<T>(x, rows, c.in, (const T*)c.gate + n * c.in, gates);
-        dots<T>(x, rows, c.in, (const T*)c.up + n * c.in, found);
+        if (later) dots<T>(x, rows, c.in, (const T*)c.gate + n * c.in, gates);
+        if (c.up) dots<T>(x, rows, c.in, (const T*)c.up + n * c.in, found);
         float* value = active.value.data() + i / BATCH * GROUP * BATCH + i % BATCH;
         for (long r = 0; r < rows; r++) {
           if (!room.chosen[r * c.hidden + n]) continue;
-          if (c.screen) value[r * BATCH] = activated(finished(gates[r], c.gate_scale, c.gate_bias, n), c.then);
-          value[r * BATCH] *= finished(found[r], c.up_scale, c.up_bias, n);
+          if (later) value[r * BATCH] = activated(finished(gates[r], c.gate_scale, c.gate_bias, n), c.then);
+          if (c.up) value[r * BATCH] *= finished(found[r], c.up_scale, c.up_bias, n);
         }
       }
     });
     all_rows<T>(c.parallel, c.threads, (const T*)c.down, c.out, active, c.down_scale, c.bias, c.y + r0 * c.out, rows);
   }
   return true;
+}
+
+// y[r, i] = x[r, i] where `choose(r, chosen)` has chosen i, else 0.
+template <class F>
+void masked(const float* x, float* y, long rows, long width, Parallel parallel, long threads, const F& choose) {
+  const long some = std::max(1L, 4096 / width);  // rows in one piece of work
+  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
+    thread_local std::vector<uint8_t> chosen;
+    chosen.resize(width);
+    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
+      choose(r, chosen.data());
+      const float* from = x + r * width;
+      const uint8_t* own = chosen.data();
+      float* to = y + r * width;
+      for (long i = 0; i < width; i++) to[i] = own[i] ? from[i] : 0.0f;
+    }
+  });
 }
 
 }  // namespace
@@ -488,17 +533,15 @@ void sparse_choose(const float* x, uint8_t* chosen, long rows, long width, const
 // y[r, i] = x[r, i] where it is active, else 0.
 void sparse_masked(const float* x, float* y, long rows, long width, const Select* select, Parallel parallel,
                    long threads) {
-  const long some = std::max(1L, 4096 / width);  // rows in one piece of work
-  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
-    thread_local std::vector<uint8_t> chosen;
-    chosen.resize(width);
-    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
-      choose(*select, x + r * width, width, chosen.data());
-      const float* from = x + r * width;
-      const uint8_t* own = chosen.data();
-      float* to = y + r * width;
-      for (long i = 0; i < width; i++) to[i] = own[i] ? from[i] : 0.0f;
-    }
+  masked(x, y, rows, width, parallel, threads,
+         [&](long r, uint8_t* chosen) { choose(*select, x + r * width, width, chosen); });
+}
+
+// The same where the expert of neuron i is among the `best` of row r.
+void sparse_masked_experts(const float* x, float* y, long rows, long width, const float* scores, long experts,
+                           long best, const int32_t* expert_of, Parallel parallel, long threads) {
+  masked(x, y, rows, width, parallel, threads, [&](long r, uint8_t* chosen) {
+    choose_experts(scores + r * experts, experts, best, expert_of, width, chosen);
   });
 }
 }

@@ -27,7 +27,9 @@ __all__ = [
     "isa",
     "linear",
     "masked",
+    "masked_experts",
     "refusal",
+    "routed",
 ]
 
 THEN = ("", "relu", "gelu", "silu", "gelu_tanh")
@@ -63,8 +65,8 @@ class _Gated(ctypes.Structure):
     _fields_ = [
         *fields(
             "x gate up down gate_scale up_scale down_scale gate_bias up_bias bias screen "
-            "screen_scale given y active parallel",
-            "rows in_features hidden out type then limit threads",
+            "screen_scale given scores expert_of y active parallel",
+            "rows in_features hidden out type then limit threads experts best",
         ),
         ("select", _Select),
     ]
@@ -124,6 +126,17 @@ def _library() -> tuple[Any, int]:
     for function in (made.sparse_choose, made.sparse_masked):
         function.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
         function.restype = None
+    sizes = [pointer, pointer, number, number]
+    made.sparse_masked_experts.argtypes = [
+        *sizes,
+        pointer,
+        number,
+        number,
+        pointer,
+        pointer,
+        number,
+    ]
+    made.sparse_masked_experts.restype = None
     return made, parallel()
 
 
@@ -286,13 +299,55 @@ def gated(
     Returns:
         As `linear` does.
     """
+    given, own = (gate, None) if isinstance(gate, Tensor) else (None, gate)
+    return _gated(x, (own, up, down), then, limit, select, screen=screen, given=given)
+
+
+def routed(
+    x: Tensor,
+    gate: Gate,
+    up: Gate | None,
+    down: Gate,
+    then: str,
+    scores: Tensor,
+    expert_of: Tensor,
+    best: int,
+    limit: int,
+) -> tuple[Tensor | None, int]:
+    """y = (a_S ∘ (x upᵀ)) down with a = then(x gateᵀ); of all three only rows in S are read.
+
+    Args:
+        x, down, then, limit: as of `gated`.
+        gate, up: as of `gated`; without `up` y = a_S down.
+        scores: [*, experts] float32, contiguous.
+        expert_of: [hidden] int32, contiguous: S are the neurons of the `best` experts with the
+            largest score, ties by the lower index; NaN counts as the largest.
+        best: from 1 to the number of experts.
+
+    Returns:
+        As `linear` does.
+    """
+    return _gated(x, (gate, up, down), then, limit, Select(), scores, expert_of, best)
+
+
+def _gated(
+    x: Tensor,
+    three: tuple[Gate | None, Gate | None, Gate],
+    then: str,
+    limit: int,
+    select: Select,
+    scores: Tensor | None = None,
+    expert_of: Tensor | None = None,
+    best: int = 0,
+    *,
+    screen: Gate | None = None,
+    given: Tensor | None = None,
+) -> tuple[Tensor | None, int]:
     made, start = _library()
     *rows, width = x.shape
-    hidden, out = down.weight.shape
+    hidden, out = three[2].weight.shape
     y = torch.empty(*rows, out)
     active = ctypes.c_int64()
-    given = gate if isinstance(gate, Tensor) else None
-    three = None if isinstance(gate, Tensor) else gate, up, down
     call = _Gated(
         x.data_ptr(),
         *(_address(g and g.weight) for g in three),
@@ -301,6 +356,8 @@ def gated(
         None if screen is None else screen.weight.data_ptr(),
         None if screen is None else _address(screen.scale),
         _address(given),
+        _address(scores),
+        _address(expert_of),
         y.data_ptr(),
         ctypes.addressof(active),
         start,
@@ -308,10 +365,12 @@ def gated(
         width,
         hidden,
         out,
-        _TYPES[up.weight.dtype],
+        _TYPES[three[2].weight.dtype],
         THEN.index(then),
         limit,
         torch.get_num_threads(),
+        0 if scores is None else scores.shape[-1],
+        best,
         select.made(),
     )
     done = made.sparse_gated(ctypes.byref(call))
@@ -326,6 +385,20 @@ def chosen(x: Tensor, select: Select) -> Tensor:
 def masked(x: Tensor, select: Select) -> Tensor:
     """x [*, width] float32, contiguous, with zeros where it is not active."""
     return _by_entry("sparse_masked", x, torch.empty_like(x), select)
+
+
+def masked_experts(x: Tensor, scores: Tensor, expert_of: Tensor, best: int) -> Tensor:
+    """x [*, hidden] float32, contiguous, with zeros where a neuron's expert is not among the best;
+    the rest as of `routed`."""
+    made, start = _library()
+    to = torch.empty_like(x)
+    if x.numel():
+        (count, width), own = (scores.shape[-1], x.shape[-1]), (best, expert_of.data_ptr())
+        rows, at = x.numel() // width, scores.data_ptr()
+        threads = torch.get_num_threads()
+        given = x.data_ptr(), to.data_ptr(), rows, width, at, count, *own, start, threads
+        made.sparse_masked_experts(*given)
+    return to
 
 
 def _by_entry(name: str, x: Tensor, to: Tensor, select: Select) -> Tensor:

@@ -1,6 +1,7 @@
 """The passes: one file each."""
 
 from rewriter.passes.densify import Densify
+from rewriter.passes.experts import Experts, RoutedLinear
 from rewriter.passes.floats import BFloat16Linear, Float8Linear
 from rewriter.passes.monarch import Monarch, MonarchLinear
 from rewriter.passes.monarchchain import MonarchChain, MonarchChainLinear
@@ -29,6 +30,7 @@ __all__ = [
     "QAT",
     "BFloat16Linear",
     "Densify",
+    "Experts",
     "Float8Linear",
     "GateLinear",
     "Int4Conv1d",
@@ -54,6 +56,7 @@ __all__ = [
     "Reluify",
     "RemoveBlocks",
     "ResizeMLP",
+    "RoutedLinear",
     "SparseGate",
     "SparseInt4Linear",
     "SparseInt8Linear",

@@ -37,6 +37,7 @@ from rewriter.lowering.integers import (
     INT8_NORM,
 )
 from rewriter.lowering.rules import Rule
+from rewriter.lowering.sparse_experts import SPARSE_EXPERTS
 from rewriter.lowering.sparse_gated import SPARSE_GATED
 from rewriter.lowering.weights import WEIGHT_ALONE
 from rewriter.modules.patterns import (
@@ -93,6 +94,9 @@ DEFAULT_RULES = (
     Rule(gated(op("gate_linear"), linear), SPARSE_GATED),
     # the same of int8 weights
     Rule(gated(op("int8_gate_linear"), op("int8_weight_linear")), SPARSE_GATED),
+    # the same of experts that a router picks, of all three; and W₂·act(W₁·x)_S
+    Rule(gated(op("routed_linear"), linear), SPARSE_EXPERTS),
+    Rule(op("routed_linear") >> activation >> maybe(dropout) >> linear, SPARSE_EXPERTS),
     # act(x·Wᵀ + b), the activation on each tile of the product while that is in the cache
     Rule(linear >> activation, LINEAR_ACT),
     # softmax(q·kᵀ·scale + mask)·v with [q k v] = s·(q(x)·Qᵀ)·scale + … of one input, one element of

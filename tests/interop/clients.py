@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from interop import recipes
 from interop.recipes import Recipe, Refused, batch, bert, ids, llama, net, random, ready, rewritten
 from rewriter import export, load
-from rewriter.passes import StaticQuantizedLinear
+from rewriter.passes import RoutedLinear, StaticQuantizedLinear
 
 EXACT = 60.0
 """dB of signal over noise: float32 in another order, where int8 may round a few levels apart."""
@@ -223,9 +223,9 @@ def _beside(model: nn.Module, adapters: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _calibrated_as(adapted: nn.Module, model: nn.Module) -> nn.Module:
-    """The model, with the layers of a range that was fixed while the adapters were there."""
+    """The model, with the layers that were calibrated while the adapters were there."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, StaticQuantizedLinear):
+        if isinstance(layer, StaticQuantizedLinear | RoutedLinear):
             own: Any = adapted.get_submodule(f"base_model.model.{name}")
             model.set_submodule(name, copy.deepcopy(getattr(own, "base_layer", own)))
     return model

@@ -17,6 +17,7 @@ from rewriter import Pass, rewrite
 from rewriter.passes import (
     QAT,
     Densify,
+    Experts,
     Monarch,
     MonarchChain,
     MonarchResidual,
@@ -74,6 +75,7 @@ RECIPES = (
     Recipe("Threshold, rotated", (Threshold(0.5, inputs="all", rotate=True),)),
     Recipe("Reluify", (Reluify("fatrelu", 0.1),)),
     Recipe("SparseGate", (SparseGate(k=12),)),
+    Recipe("Experts", (Experts(count=4, active=2),)),
     Recipe("RemoveBlocks", (RemoveBlocks(where="*layer*.1"),)),
     Recipe("ResizeMLP", (ResizeMLP(keep=0.5),)),
     Recipe("Monarch, Densify", (Monarch(nblocks=4), Densify())),
