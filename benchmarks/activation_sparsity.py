@@ -355,7 +355,7 @@ def language_model(quick: bool, rounds: int, windows: int, tokens: int) -> tuple
         if name in ("Threshold(0.5, 'mlp', 'wina')", "Threshold(0.5, 'all', 'wina')", BOTH):
             fast[name] = partial(decode.generate, made, prompt, tokens)
             for few, levels in bits.items():
-                both = rewrite(model, [*recipe, levels], {"input_ids": prompt}, **given)
+                both = rewrite(made, [levels], {"input_ids": prompt})
                 fast[f"{name}, {few}"] = partial(decode.generate, both, prompt, tokens)
     speed = ratios(fast, rounds, DENSE)
     for row in speed:

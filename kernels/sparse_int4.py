@@ -130,7 +130,7 @@ def sparse_int4_linear(
 
 
 def _same(packed: Tensor) -> Tensor:
-    return packed
+    return packed.detach()  # the weight itself lives no longer for it
 
 
 def _formula(

@@ -606,14 +606,19 @@ def test_activation_sparsity(tmp_path: pathlib.Path) -> None:
     run("benchmarks/activation_sparsity.py", "--quick", "--out", str(tmp_path))
     found = tables(tmp_path, "activation_sparsity")
     assert len(found["Gated MLP 128 → 256 → 128, float32"]) == 2 * (1 + 3 * 3)
-    assert len(found["Gated MLP 128 → 256 → 128, int8"]) == 2 * (1 + 3)
+    levels = [row["what"] for row in found["Gated MLP 128 → 256 → 128, int8 and int4"]]
+    assert len(levels) == 2 * (1 + 2 * 3 + 1 + 3)
+    assert {what.partition(",")[0] for what in levels} == {"dense", "int8", "int4"}
+    layers = {row["layer"] for row in found["Any number of tokens, 128 → 256, × over dense"]}
+    assert {"Threshold, int8", "Threshold, int4", "SparseGate, int8"} < layers
     assert [row["what"] for row in found["One Llama block, 128 and 256, one token"]] == [
         "dense", "25% of inputs active", "dense", "50% of inputs active",
     ]  # fmt: skip
     (quality,) = found["Perplexity"]
     assert quality["random"] > 0 < quality["random, dense"]
     speeds = {row["what"] for row in found["Decoding"]}
-    assert {"dense", "int8", f"{quality['what']}", f"{quality['what']}, int8"} == speeds
+    name = quality["what"]
+    assert {"dense", "int8", "int4", name, f"{name}, int8", f"{name}, int4"} == speeds
 
 
 @pytest.mark.slow
