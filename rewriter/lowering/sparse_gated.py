@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels import sparse
+from rewriter.kernels import sparse, sparse_gpu
 from rewriter.kernels.sparse_gated import GatedMlp, largest_share, sparse_gated
 from rewriter.lowering.rules import Fused, Place
 
@@ -35,11 +35,14 @@ def _options(place: Place) -> tuple[Any, ...]:
 
 
 def _unlike(place: Place) -> str | None:
+    gate, up, down = _layers(place)
+    kinds = {(m.weight.dtype, m.weight.device) for m in (gate, up, down)}
+    dtype, device = kinds.pop()
+    if not kinds and device.type == "cuda":
+        return sparse_gpu.refusal(device, dtype)
     if (reason := sparse.refusal()) is not None:
         return reason
-    gate, up, down = _layers(place)
-    kinds = {(m.weight.dtype, m.weight.device.type) for m in (gate, up, down)}
-    if len(kinds) > 1 or not kinds <= {(torch.float32, "cpu"), (torch.bfloat16, "cpu")}:
+    if kinds or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return "the compiled kernel takes weights of float32 or bfloat16 on a CPU"
     return None
 
@@ -49,7 +52,15 @@ def _slow(place: Place, x: Tensor) -> str | None:
     rows = math.prod(x.shape[:-1]) or 1
     sizes = gate.in_features, gate.out_features, down.out_features
     share = 1.0 if gate.share is None else gate.share
-    if any(largest_share(x.dtype, n, *sizes) >= share for n in {1, min(rows, sparse.MOST_ROWS)}):
+
+    def pays(n: int) -> bool:
+        if not x.is_cuda:
+            return largest_share(x.dtype, n, *sizes) >= share
+        width, hidden, out = sizes
+        size = sparse_gpu.GatedSize(n, out, hidden, width, x.dtype, x.device)
+        return sparse_gpu.choice(size).most >= sparse_gpu.union(share, n)
+
+    if any(map(pays, {1, min(rows, sparse.MOST_ROWS)})):
         return None
     return f"dense products are faster here where {share:.0%} of the neurons are active"
 
