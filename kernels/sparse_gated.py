@@ -118,12 +118,12 @@ def _on_gpu(x: Tensor, a: Tensor, m: GatedMlp, select: Select) -> Tensor | None:
     (out, hidden), width = m.down.shape, x.shape[-1]
     rows = x.numel() // max(width, 1)
     alike = m.columns is not None and x.dtype == a.dtype == m.up.dtype == m.columns.dtype
-    if not alike or not sparse_gpu.fits(a, select):
+    if not alike:
         return None
     assert m.columns is not None
     found = sparse_gpu.choice(sparse_gpu.GatedSize(rows, out, hidden, width, x.dtype, x.device))
     share = m.k / hidden if m.k else m.share
-    if not 0 < sparse_gpu.union(share, rows) <= found.most:
+    if not 0 < sparse_gpu.union(share, rows) <= found.most or not sparse_gpu.fits(a, select):
         return None
     own = m.up, m.up_bias, m.columns, m.bias
     return sparse_gpu.gated(x, a, *own, select, found.tile)

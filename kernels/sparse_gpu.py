@@ -276,7 +276,7 @@ def choice(size: Size | GatedSize) -> Choice:
     key = f"{type(size).__name__} {' '.join(map(str, size[:-1]))}{' tf32' if tf32 else ''}"
     found = _chosen.get(f"{key} {size.device}")
     if found is None:
-        if _captures(size.device) or refusal(size.device, size.dtype) is not None:
+        if refusal(size.device, size.dtype) is not None or _captures(size.device):
             return Choice(0.0)
         try:
             found = _chosen[f"{key} {size.device}"] = _measured(size, f"sparse {key}")
@@ -346,6 +346,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"no kernel takes {str(dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU here"
     if (device, dtype) not in _probed:
         if _captures(device):
             return "a CUDA graph is captured before the layer ran"

@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor
 from rewriter.kernels import choice, sparse, sparse_gpu
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.sparse import Select
+from rewriter.lowering import sparse_gated as lowering
 
 pytest.importorskip("triton", reason="triton exists on Linux only")
 
@@ -475,6 +477,24 @@ def test_the_report_names_the_kernel_of_a_card(
     assert name(1, 0.1) == "torch, dense: Triton is not installed"
 
 
+def test_gated_mlps_on_a_card_are_one_call_where_that_pays(
+    card: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layer(width: int, out: int, **more: Any) -> SimpleNamespace:
+        weight = torch.zeros(out, width).as_subclass(OnCard)
+        return SimpleNamespace(in_features=width, out_features=out, weight=weight, **more)
+
+    gate = layer(64, 48, op="gate_linear", share=0.3)
+    place: Any = SimpleNamespace(modules=[gate, layer(64, 48), layer(48, 64)])
+    assert lowering._unlike(place) is None
+    x = torch.zeros(1, 64).as_subclass(OnCard)
+    assert lowering._slow(place, x) is None
+    gate.share = 0.6
+    assert "faster here where 60% of the neurons" in str(lowering._slow(place, x))
+    monkeypatch.setattr(sparse_gpu, "refusal", lambda *_: "Triton is not installed")
+    assert lowering._unlike(place) == "Triton is not installed"
+
+
 def test_while_a_graph_is_captured_no_copy_is_made_to_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -499,3 +519,9 @@ def test_without_a_card_nothing_is_asked_of_it() -> None:
     x = torch.randn(1, 64)
     assert not sparse_gpu.takes(x)
     assert sparse.multiplied(x, torch.randn(48, 64).double(), None, None, Select(16)) is None
+    if not torch.cuda.is_available():
+        why = "there is no GPU here"
+        assert sparse_gpu.refusal(torch.device("cuda", 0), _BF16) == why
+        assert sparse_gpu.choice(size()) == sparse_gpu.Choice(0.0)
+        weight = torch.zeros(48, 64).as_subclass(OnCard)
+        assert sparse.kernel_name(weight, 1, 0.1) == f"torch, dense: {why}"
