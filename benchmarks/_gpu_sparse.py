@@ -23,6 +23,7 @@ from rewriter.kernels.topk import topk_linear
 from rewriter.kernels.weight_only import int8_weight_linear
 
 LAYERS = "Sparse layers beside cuBLAS, forward"
+MLPS = "Sparse gated MLPs behind their gate, beside cuBLAS"
 Call = Callable[[], Tensor]
 
 
@@ -74,6 +75,36 @@ def tiles(of: Operands) -> list[Any]:
     )
 
 
+class Mlp(NamedTuple):
+    """A gated MLP behind its gate: x [rows, in], a [rows, hidden] the gate's activations, `up`
+    [hidden, in] and `down` [in, hidden], whose columns are `columns`."""
+
+    x: Tensor
+    a: Tensor
+    up: Tensor
+    down: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, rows: int, width: int, hidden: int, dtype: torch.dtype) -> Mlp:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device()).to(dtype)
+
+        down = random(width, hidden)
+        own = random(rows, width), random(rows, hidden), random(hidden, width)
+        return cls(*own, down, down.t().contiguous())
+
+    def dense(self) -> Tensor:
+        return F.linear(self.a * F.linear(self.x, self.up), self.down)
+
+    def sparse(self, select: Select, tile: Any) -> Tensor:
+        own = self.x, self.a, self.up, None, self.columns, None
+        return sparse_gpu.gated(*own, select, tile)
+
+    def tiles(self) -> list[Any]:
+        return tiles(Operands(self.x, self.down, None, self.x))
+
+
 # Right? ------------------------------------------------------------------------------------------
 
 
@@ -115,6 +146,20 @@ def products_case(sizes: tuple[int, int, int], dtype: torch.dtype, levels: bool)
                 errors[f"{tile}: {type(failure).__name__} {words}"] = math.inf
         text = f"{width} → {out}, {rows} rows{', int8' if levels else ''}"
         yield HEADING, verdict(f"sparse product, {what}", text, dtype, errors, LIMITS[dtype])
+
+
+def gated_case(sizes: tuple[int, int, int], dtype: torch.dtype) -> Found:
+    """A gated MLP of which the neurons with a large gate are computed, every tile."""
+    torch.manual_seed(0)
+    rows, width, hidden = sizes
+    of = Mlp.of(rows, width, hidden, dtype)
+    for what, select in {"k": Select(hidden // 10 or 1), "threshold": over(0.2)}.items():
+        kept = of.a.where(active_reference(of.a, select), 0.0).double()
+        want = kept * (of.x.double() @ of.up.double().t()) @ of.down.double().t()
+        errors = {str(t): error(of.sparse(select, t), want) for t in of.tiles()}
+        text = f"{width} → {hidden} → {width}, {rows} rows"
+        limit = 2 * LIMITS[dtype]  # two products
+        yield HEADING, verdict(f"sparse gated MLP, {what}", text, dtype, errors, limit)
 
 
 def refusals_case() -> Found:
@@ -209,6 +254,30 @@ def layer_case(
             }  # fmt: skip
 
 
+def mlp_case(rows: int, width: int, hidden: int, dtype: torch.dtype) -> Found:
+    """A gated MLP behind its gate, which is read whole either way, beside its dense products."""
+    torch.manual_seed(0)
+    of = Mlp.of(rows, width, hidden, dtype)
+    for share in (0.1, 0.25, 0.5):
+        select = over(share)
+        runs: dict[str, Call] = {"dense": of.dense}
+        runs |= {f"tile {t}": functools.partial(of.sparse, select, t) for t in of.tiles()}
+        with torch.no_grad():
+            found = times(runs)
+        union = float(active_reference(of.a, select).any(0).double().mean())
+        for name in runs:
+            read = 2 * of.up.nbytes * (1.0 if name == "dense" else union)
+            seconds = found.device[name]
+            yield MLPS, {
+                "rows": rows, "in": width, "hidden": hidden, "dtype": short(dtype),
+                "active %": 100 * share, "union %": 100 * union, "candidate": name,
+                "ms": seconds * 1e3, "× over dense": found.ratio(name, "dense"),
+                "× predicted by bytes": "–" if name == "dense" else 1 / union,
+                "% of bandwidth": 100 * read / seconds / bandwidth(),
+                "call µs": found.call[name] * 1e6,
+            }  # fmt: skip
+
+
 def _list(x: Tensor, select: Select) -> Tensor:
     from rewriter.kernels import sparse_triton
 
@@ -238,11 +307,15 @@ def checks(quick: bool) -> list[Case]:
     many = [(1, 1000, 776), (1, 11008, 4096), (2, 640, 40000), (7, 4096, 11008), (16, 777, 1000)]
     found = []
     for dtype in (torch.float32, torch.bfloat16) if quick else (*LIMITS,):
-        for size in few if quick else many:
+        for size in few if quick or dtype == torch.float16 else many:
             for levels in (False, True):
                 run = functools.partial(products_case, size, dtype, levels)
                 name = f"sparse product {size} {short(dtype)}{', int8' if levels else ''}"
                 found.append(Case(name, run, 90))
+        mlps = ((1, 4096, 11008), (3, 1000, 777), (16, 576, 1536))
+        for size in few if quick or dtype == torch.float16 else mlps:
+            run = functools.partial(gated_case, size, dtype)
+            found.append(Case(f"sparse gated MLP {size} {short(dtype)}", run, 90))
     if quick:
         return found
     found.append(Case("sparse kernels' probe", refusals_case, 90))
@@ -259,13 +332,22 @@ def timings(quick: bool) -> list[Case]:
 
     if quick:
         return [timed(2, 64, 64, torch.float32, False, (0.25,))]
+    mlps = [
+        Case(
+            f"sparse gated MLP, {rows} rows, {short(dtype)}",
+            functools.partial(mlp_case, rows, 4096, 11008, dtype),
+            60,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for rows in (1, 8)
+    ]
     kinds = ((torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True))
     return [
         timed(rows, *shape, *kind, (0.1, 0.25, 0.5))
         for shape in ((4096, 11008), (11008, 4096))
         for rows in (1, 8)
         for kind in kinds
-    ]
+    ] + mlps
 
 
 def targets(tables: Mapping[str, Sequence[Row]]) -> Iterator[Row]:

@@ -225,14 +225,15 @@ def _on_gpu(
     width = weight.shape[1]
     rows, known = x.numel() // max(width, 1), select.k / max(width, 1) if select.k else share
     found = sparse_gpu.choice(_gpu_size(weight, rows, x.dtype))
-    few = 0 < _union(known, rows) <= found.most
+    few = 0 < sparse_gpu.union(known, rows) <= found.most
     if not few or not sparse_gpu.fits(x, select) or not _may_keep(weight):
         return None
     return sparse_gpu.product(x, by_columns(weight), scale, bias, select, found.tile)
 
 
 def _gpu_size(weight: Tensor, rows: int, dtype: torch.dtype) -> sparse_gpu.Size:
-    return sparse_gpu.Size(rows, *weight.shape, weight.dtype, dtype, weight.device)
+    out, width = weight.shape
+    return sparse_gpu.Size(rows, out, width, weight.dtype, dtype, weight.device)
 
 
 def bound(x: Tensor, own: sparse_bound.Operands, check: Callable[[], None]) -> Tensor | None:
@@ -346,21 +347,15 @@ def regime(
         if gpu and most < 1:
             return "dense: which share is active is not known, and a GPU does not wait to see it"
         return f"sparse ({unit}) up to {most:.0%} active, else dense"
-    union = _union(share, min(rows, taken))
+    union = sparse_gpu.union(share, min(rows, taken))
     if union > most:
         return f"dense: {union:.0%} of the weight's rows are active at {rows} rows of input"
     until = rows_bucket(rows)
     while (more := 2 * until) <= MOST_ROWS:
-        if _union(share, min(more, taken)) > largest(more):
+        if sparse_gpu.union(share, min(more, taken)) > largest(more):
             break
         until = more
     return f"sparse ({unit}), {union:.0%} of the weight's rows; dense above {until} rows of input"
-
-
-def _union(share: float, rows: int) -> float:
-    """What is active in at least one of the rows that a kernel takes at once, where each chooses by
-    itself: rows that choose alike have less."""
-    return 1 - (1 - share) ** rows
 
 
 @functools.cache

@@ -7,9 +7,9 @@ The gate is read whole, of `up` and `down` only what belongs to S: at a share s 
 most 1/(1/3 + 2s/3) times faster than the dense MLP, 2.5 at 10 %.
 
 `rewriter::kept_entries` is the gate's part of it: what is not in S becomes 0 in front of an
-activation with act(0) = 0. `rewriter::sparse_gated` is the whole in one call. With few rows on a
-CPU it reads what belongs to S alone, up to the share that was measured to pay at these sizes; else
-dense products run over an a with zeros in it.
+activation with act(0) = 0. `rewriter::sparse_gated` is the whole in one call. With few rows it
+reads what belongs to S alone, up to the share that was measured to pay at these sizes (on a GPU by
+the share that is expected: `sparse_gpu.py`); else dense products run over an a with zeros in it.
 
 Source: Lee et al. 2024, "CATS: Contextually-Aware Thresholding for Sparsity in Large Language
 Models".
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.kernels import ops, sparse, sparse_cpu
+from rewriter.kernels import ops, sparse, sparse_cpu, sparse_gpu
 from rewriter.kernels.choice import paying_share, rows_bucket
 from rewriter.kernels.common import owned, register_formula
 from rewriter.kernels.sparse import MOST_ROWS, Select, active_reference, masked
@@ -56,7 +56,8 @@ class GatedMlp(NamedTuple):
         threshold, k, then: which neurons are in S, as of `kept_entries`.
         down: [out, hidden]; bias: [out] or None.
         columns: downᵀ [hidden, out], contiguous, for the sparse kernel; None: dense products.
-        share: of the neurons that is active, as far as it is known: for the count of FLOPs.
+        share: of the neurons that is active, as far as it is known: for the count of FLOPs, and by
+            it a GPU, which waits for no count, decides what runs.
     """
 
     gate: Tensor
@@ -113,6 +114,8 @@ def _gated(x: Tensor, *own: Any) -> Tensor:
     a = THEN[m.then](_linear(x, m.gate, m.gate_scale, m.gate_bias))
     select, (out, hidden), width = Select.of(m.threshold, k=m.k), m.down.shape, x.shape[-1]
     rows = x.numel() // max(width, 1)
+    if sparse_gpu.takes(x) and (y := _on_gpu(x, a, m, select)) is not None:
+        return y
     if m.columns is not None and 0 < rows <= MOST_ROWS and _fits(x, m.up, m.columns):
         most = largest_share(m.up.dtype, rows, width, hidden, out)
         if most:
@@ -130,6 +133,21 @@ def _gated(x: Tensor, *own: Any) -> Tensor:
     h = masked(a, select) * _linear(x, m.up, m.up_scale, m.up_bias)
     y = _linear(h, m.down, m.down_scale, m.bias)
     return owned(y.contiguous(), (*x.shape[:-1], out))
+
+
+def _on_gpu(x: Tensor, a: Tensor, m: GatedMlp, select: Select) -> Tensor | None:
+    (out, hidden), width = m.down.shape, x.shape[-1]
+    rows = x.numel() // max(width, 1)
+    alike = m.columns is not None and x.dtype == a.dtype == m.up.dtype == m.columns.dtype
+    if not alike:
+        return None
+    assert m.columns is not None
+    found = sparse_gpu.choice(sparse_gpu.GatedSize(rows, out, hidden, width, x.dtype, x.device))
+    share = m.k / hidden if m.k else m.share
+    if not 0 < sparse_gpu.union(share, rows) <= found.most or not sparse_gpu.fits(a, select):
+        return None
+    own = m.up, m.up_bias, m.columns, m.bias
+    return sparse_gpu.gated(x, a, *own, select, found.tile)
 
 
 def _floats(tensor: Tensor) -> Tensor:

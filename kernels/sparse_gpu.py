@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,13 +33,16 @@ from rewriter.kernels.weight_only import int8_weight_linear
 
 __all__ = [
     "Choice",
+    "GatedSize",
     "Size",
     "choice",
     "fits",
+    "gated",
     "masked",
     "product",
     "refusal",
     "takes",
+    "union",
 ]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,22 +52,6 @@ _LEAD = 0.03
 """By which share of the first tile's time another must be faster; less may be noise."""
 _TUNED = 0.25
 """The active share at which tiles are compared."""
-
-
-class Size(NamedTuple):
-    """What a choice depends on: rows and dtype of x, sizes and dtype of the weight."""
-
-    rows: int
-    out: int
-    width: int
-    weight: torch.dtype
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def key(self) -> str:
-        tf32 = torch.backends.cuda.matmul.allow_tf32 and self.dtype == torch.float32
-        return f"sparse {' '.join(map(str, self[:-1]))}{' tf32' if tf32 else ''}"
 
 
 class Choice(NamedTuple):
@@ -99,10 +86,37 @@ def product(
     columns [in, out] contiguous."""
     from rewriter.kernels import sparse_triton
 
-    own = (None if t is None else t.detach().contiguous() for t in (scale, bias))
+    steps, behind = (None if t is None else t.detach().contiguous() for t in (scale, bias))
     with on_device(x.device):
-        y = sparse_triton.product(_rows(x), columns, *own, _ready(select), tile)
+        y = sparse_triton.product(_rows(x), columns, steps, behind, _ready(select), tile)
     return y.view(*x.shape[:-1], columns.shape[1])
+
+
+def gated(
+    x: Tensor,
+    a: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    bias: Tensor | None,
+    select: Select,
+    tile: Any,
+) -> Tensor:
+    """(a_S ∘ (x upᵀ + up_bias)) down + bias, [*, out] in x's dtype, down [hidden, out] contiguous;
+    arguments as of `sparse_gated`."""
+    from rewriter.kernels import sparse_triton
+
+    before, behind = (None if t is None else t.detach().contiguous() for t in (up_bias, bias))
+    own = _rows(x), _rows(a), up.detach().contiguous(), before, down, behind
+    with on_device(x.device):
+        y = sparse_triton.gated(*own, _ready(select), tile)
+    return y.view(*x.shape[:-1], down.shape[1])
+
+
+def union(share: float, rows: int) -> float:
+    """What is active in at least one of several rows, where each chooses by itself: rows that
+    choose alike have less."""
+    return 1 - (1 - share) ** rows
 
 
 def masked(x: Tensor, select: Select) -> Tensor | None:
@@ -126,26 +140,138 @@ def _ready(select: Select) -> Select:
     return select._replace(importance=select.importance.detach().float().contiguous())
 
 
+# Sizes -------------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """What a choice of `product` depends on: rows and dtype of x, sizes and dtype of the weight."""
+
+    rows: int
+    out: int
+    width: int
+    weight: torch.dtype
+    dtype: torch.dtype
+    device: torch.device
+
+    def fits(self) -> bool:
+        return self.out * self.width > 0 and self.weight in (self.dtype, torch.int8)
+
+    def tiles(self, units: int) -> list[Any]:
+        from rewriter.kernels.sparse_triton import tiles
+
+        return tiles(self.rows, self.out, self.weight.itemsize, units)
+
+    def operands(self) -> Operands:
+        weight = torch.ones(self.out, self.width, dtype=self.weight, device=self.device)
+        of_levels = self.weight == torch.int8
+        scale = torch.ones(self.out, device=self.device) if of_levels else None
+        x = _spread(self.rows, self.width, self.dtype, self.device)
+        return _Linear(x, weight, weight.t().contiguous(), scale)
+
+
+class GatedSize(NamedTuple):
+    """What a choice of `gated` depends on."""
+
+    rows: int
+    out: int
+    hidden: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def fits(self) -> bool:
+        return self.out * self.hidden * self.width > 0
+
+    def tiles(self, units: int) -> list[Any]:
+        from rewriter.kernels.sparse_triton import tiles
+
+        return tiles(self.rows, self.out, self.dtype.itemsize, units)
+
+    def operands(self) -> Operands:
+        own: Any = {"dtype": self.dtype, "device": self.device}
+        down = torch.ones(self.out, self.hidden, **own)
+        a = _spread(self.rows, self.hidden, self.dtype, self.device)
+        x, up = torch.ones(self.rows, self.width, **own), torch.ones(self.hidden, self.width, **own)
+        return _Gated(x, a, up, down, down.t().contiguous())
+
+
+class Operands(Protocol):
+    """Data to time both products on."""
+
+    def dense(self, share: float) -> Tensor: ...
+
+    def sparse(self, share: float, tile: Any) -> Tensor: ...
+
+
+class _Linear(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    columns: Tensor
+    scale: Tensor | None
+
+    def sparse(self, share: float, tile: Any) -> Tensor:
+        return product(self.x, self.columns, self.scale, None, _upper(self.x, share), tile)
+
+    def dense(self, share: float) -> Tensor:
+        x = _masked(self.x, share)
+        if self.scale is None:
+            return F.linear(x, self.weight)
+        return int8_weight_linear(x, self.weight, self.scale)
+
+
+class _Gated(NamedTuple):
+    x: Tensor
+    a: Tensor
+    up: Tensor
+    down: Tensor
+    columns: Tensor
+
+    def sparse(self, share: float, tile: Any) -> Tensor:
+        own = self.x, self.a, self.up, None, self.columns, None
+        return gated(*own, _upper(self.a, share), tile)
+
+    def dense(self, share: float) -> Tensor:
+        return F.linear(_masked(self.a, share) * F.linear(self.x, self.up), self.down)
+
+
+def _spread(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers between 0 and 1, those above any threshold scattered over the row. All rows are
+    alike, so that their union is what one of them has."""
+    x = (torch.arange(width, device=device, dtype=torch.float64) * 0.6180339887498949) % 1.0
+    return x.expand(rows, width).to(dtype).contiguous()
+
+
+def _upper(x: Tensor, share: float) -> Select:
+    """By threshold: what finds the k-th entry is a kernel that the dense product needs as well."""
+    return Select(threshold=torch.full((1,), 1.0 - share, device=x.device))
+
+
+def _masked(x: Tensor, share: float) -> Tensor:
+    found = masked(x, _upper(x, share))
+    assert found is not None
+    return found
+
+
 # Choice ------------------------------------------------------------------------------------------
 
 
-_chosen: dict[tuple[Size, str], Choice] = {}
+_chosen: dict[str, Choice] = {}
 
 
-def choice(size: Size) -> Choice:
+def choice(size: Size | GatedSize) -> Choice:
     """What is chosen at a size, with rows rounded up to a power of two; measured where it is not
     known yet."""
-    if not 0 < size.rows <= MOST_ROWS or not size.out * size.width:
-        return Choice(0.0)
-    if size.weight not in (size.dtype, torch.int8):
+    if not 0 < size.rows <= MOST_ROWS or not size.fits():
         return Choice(0.0)
     size = size._replace(rows=rows_bucket(size.rows))
-    found = _chosen.get((size, size.key))
+    tf32 = torch.backends.cuda.matmul.allow_tf32 and size.dtype == torch.float32
+    key = f"{type(size).__name__} {' '.join(map(str, size[:-1]))}{' tf32' if tf32 else ''}"
+    found = _chosen.get(f"{key} {size.device}")
     if found is None:
-        if _captures(size.device) or refusal(size.device, size.dtype) is not None:
+        if refusal(size.device, size.dtype) is not None or _captures(size.device):
             return Choice(0.0)
         try:
-            found = _chosen[size, size.key] = _measured(size)
+            found = _chosen[f"{key} {size.device}"] = _measured(size, f"sparse {key}")
         except torch.OutOfMemoryError:  # no room to measure: asked again at the next call
             return Choice(0.0)
     return found
@@ -155,33 +281,31 @@ def _captures(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _measured(size: Size) -> Choice:
-    from rewriter.kernels.sparse_triton import tiles
-
+def _measured(size: Size | GatedSize, key: str) -> Choice:
     device, cuda = size.device, size.device.type == "cuda"
     units = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
-    own = tiles(size.rows, size.out, size.weight.itemsize, units)
+    own = size.tiles(units)
     if not cuda:  # Triton's interpreter: nothing to measure
         return Choice(1.0, own[0])
-    made = functools.cache(lambda: _operands(size))
+    made = functools.cache(size.operands)
 
     def timed() -> dict[str, Callable[[], object]]:
-        calls = {str(t): functools.partial(_sparse, made(), _TUNED, t) for t in own}
+        calls = {str(t): functools.partial(made().sparse, _TUNED, t) for t in own}
         return {n: call for n, call in calls.items() if _runs(call)} or {"": lambda: None}
 
     name = device_name(device.index or 0)
-    best = fastest(f"{size.key} tile {name}", _version(), timed, _LEAD, device)
+    best = fastest(f"{key} tile {name}", _version(), timed, _LEAD, device)
     tile = next((t for t in own if str(t) == best), None)
     if tile is None:
         return Choice(0.0)
 
     def pair(share: float) -> dict[str, Callable[[], object]]:
         return {
-            "dense": lambda: _dense(made(), share),
-            "sparse": lambda: _sparse(made(), share, tile),
+            "dense": lambda: made().dense(share),
+            "sparse": lambda: made().sparse(share, tile),
         }
 
-    return Choice(paying_share(size.key, _version(), pair, name, device), tile)
+    return Choice(paying_share(key, _version(), pair, name, device), tile)
 
 
 @functools.cache
@@ -201,40 +325,6 @@ def _runs(call: Callable[[], object]) -> bool:
     return True
 
 
-class _Operands(NamedTuple):
-    x: Tensor
-    weight: Tensor
-    columns: Tensor
-    scale: Tensor | None
-
-
-def _operands(size: Size) -> _Operands:
-    """All rows of x are alike, so that the union is what one has: scattered over the row."""
-    on = size.device
-    x = (torch.arange(size.width, device=on, dtype=torch.float64) * 0.6180339887498949) % 1.0
-    weight = torch.ones(size.out, size.width, dtype=size.weight, device=on)
-    scale = torch.ones(size.out, device=on) if size.weight == torch.int8 else None
-    x = x.expand(size.rows, size.width).to(size.dtype).contiguous()
-    return _Operands(x, weight, weight.t().contiguous(), scale)
-
-
-def _sparse(of: _Operands, share: float, tile: Any) -> Tensor:
-    return product(of.x, of.columns, of.scale, None, _upper(of.x, share), tile)
-
-
-def _dense(of: _Operands, share: float) -> Tensor:
-    x = masked(of.x, _upper(of.x, share))
-    assert x is not None
-    if of.scale is None:
-        return F.linear(x, of.weight)
-    return int8_weight_linear(x, of.weight, of.scale)
-
-
-def _upper(x: Tensor, share: float) -> Select:
-    """By threshold: what finds the k-th entry is a kernel that the dense product needs as well."""
-    return Select(threshold=torch.full((1,), 1.0 - share, device=x.device))
-
-
 # Probe -------------------------------------------------------------------------------------------
 
 
@@ -248,6 +338,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"no kernel takes {str(dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU here"
     if (device, dtype) not in _probed:
         if _captures(device):
             return "a CUDA graph is captured before the layer ran"

@@ -4,6 +4,8 @@
     count     how many blocks of neighbours are active in any row, tile by tile
     compact   the list of active inputs, those of any row, in ascending order; beside it x [rows, ·]
               at these inputs, 0 where a row has them inactive; and how long the list is
+    neurons   x at the list's places times what rows of another weight give there: of a gated MLP
+              act(gate) ∘ up
     product   Σ over the list of x[r, i]·weight[i, n], cut in pieces, float32
     masked    x with zeros where it is not active, for a dense product
 
@@ -30,7 +32,17 @@ from torch import Tensor
 from rewriter.kernels.product_triton import Behind, dot, finish, precision
 from rewriter.kernels.sparse_cpu import Select
 
-__all__ = ["KERNELS", "MOST_BLOCK", "Tile", "compacted", "masked", "product", "tiles"]
+__all__ = [
+    "KERNELS",
+    "MOST_BLOCK",
+    "Tile",
+    "compacted",
+    "gated",
+    "masked",
+    "neuron_tile",
+    "product",
+    "tiles",
+]
 
 
 # Selection
@@ -171,7 +183,40 @@ def _masked(
     tl.store(at, tl.where(found[:, :, None], v, tl.zeros_like(v)), mask=there[None, :, :])
 
 
-# Product
+# Products
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _neurons(
+    inputs, values, length, x, weight, bias, rows, width, hidden, stride_x,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """values[r, e] ·= Σ_k x[r, k]·weight[i, k] + bias[i], i = inputs[e]. BM as of `_product`."""
+    total = tl.load(length)
+    first = tl.program_id(0) * BN
+    e = first + tl.arange(0, BN)
+    here = e < total
+    i = tl.load(inputs + e, mask=here, other=0)
+    m = tl.arange(0, BM)
+    acc = tl.zeros([BN, BK] if BM == 1 else [BM, BN], tl.float32)
+    for start in range(0, tl.where(first < total, width, 0), BK):
+        k = start + tl.arange(0, BK)
+        inside = here[:, None] & (k < width)[None, :]
+        w = tl.load(weight + i.to(tl.int64)[:, None] * width + k[None, :], mask=inside, other=0.0)
+        own = (m < rows)[:, None] & (k < width)[None, :]
+        v = tl.load(x + m[:, None] * stride_x + k[None, :], mask=own, other=0.0)
+        if BM == 1:
+            acc += w.to(tl.float32) * v.to(tl.float32)
+        else:
+            acc = dot(v, tl.trans(w), acc, PRECISION)
+    y = tl.sum(acc, 1)[None, :] if BM == 1 else acc
+    if BIAS:
+        y += tl.load(bias + i, mask=here, other=0.0).to(tl.float32)[None, :]
+    at = values + m[:, None] * hidden + e[None, :]
+    own = (m < rows)[:, None] & here[None, :]
+    y = y * tl.load(at, mask=own, other=0.0).to(tl.float32)
+    tl.store(at, y.to(values.dtype.element_ty), mask=own)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -215,6 +260,7 @@ KERNELS: Mapping[str, Any] = {
     "count": _count,
     "compact": _compact,
     "masked": _masked,
+    "neurons": _neurons,
     "product": _product,
 }
 
@@ -264,6 +310,14 @@ def tiles(rows: int, columns: int, item: int, units: int = 132) -> list[Tile]:
             split *= 2
         found.append(Tile(side, depth, 4, split))
     return list(dict.fromkeys(found))
+
+
+def neuron_tile(rows: int, width: int, item: int) -> dict[str, int]:
+    """Neurons and inputs of a program of `neurons`: few of the ones, as there are not many."""
+    wide = max(triton.next_power_of_2(width), 16)
+    if rows == 1:
+        return {"BM": 1, "BN": 4, "BK": min(2048 // item, wide), "num_warps": 4}
+    return {"BM": 16, "BN": 16, "BK": min(256 // item, wide), "num_warps": 4}
 
 
 def _constants(select: Select) -> dict[str, Any]:
@@ -357,7 +411,13 @@ def product(
         weight: [in, out] of x's dtype or int8, contiguous.
         scale: [out] of an int8 weight, else None; bias: [out] or None; contiguous.
     """
-    found = compacted(x, select)
+    return _summed(compacted(x, select), weight, scale, bias, tile)
+
+
+def _summed(
+    found: Compacted, weight: Tensor, scale: Tensor | None, bias: Tensor | None, tile: Tile
+) -> Tensor:
+    x = found.values
     (rows, width), columns = x.shape, weight.shape[1]
     pieces = torch.empty(tile.split, rows, columns, dtype=torch.float32, device=x.device)
     _product[(triton.cdiv(columns, tile.columns), tile.split)](
@@ -366,6 +426,34 @@ def product(
         num_warps=tile.warps,
     )  # fmt: skip
     return finish(pieces, Behind(scale, bias=bias), x.new_empty(rows, columns))
+
+
+def gated(
+    x: Tensor,
+    a: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    bias: Tensor | None,
+    select: Select,
+    tile: Tile,
+) -> Tensor:
+    """(a_S ∘ (x upᵀ + up_bias)) down + bias → [rows, out]; of `up` and `down` only rows that are
+    active in some row of a are read.
+
+    Args:
+        x: [rows ≤ 16, in], whose columns are neighbours.
+        a, select: as of `compacted`, [rows, hidden].
+        up: [hidden, in] and down [hidden, out], of x's dtype, contiguous; their biases or None.
+    """
+    found = compacted(a, select)
+    (rows, width), hidden = x.shape, up.shape[0]
+    own = neuron_tile(rows, width, x.itemsize)
+    _neurons[(triton.cdiv(hidden, own["BN"]),)](
+        *found, x, up, up if up_bias is None else up_bias, rows, width, hidden, x.stride(0),
+        BIAS=up_bias is not None, PRECISION=precision(x.dtype), **own,
+    )  # fmt: skip
+    return _summed(found, down, None, bias, tile)
 
 
 def masked(x: Tensor, select: Select) -> Tensor:

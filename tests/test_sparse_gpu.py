@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor
 from rewriter.kernels import choice, sparse, sparse_gpu
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.sparse import Select
+from rewriter.lowering import sparse_gated as lowering
 
 pytest.importorskip("triton", reason="triton exists on Linux only")
 
@@ -35,6 +37,7 @@ from rewriter.kernels import sparse, sparse_bound, sparse_gpu
 from rewriter.kernels import sparse_triton as kernels
 from rewriter.kernels.int8_linear import quantize_weight
 from rewriter.kernels.sparse import Select, active_reference
+from rewriter.kernels.sparse_gated import GatedMlp, _gated_reference, sparse_gated
 from rewriter.kernels.sparse_linear import sparse_linear
 from rewriter.kernels.topk import topk_linear
 
@@ -95,6 +98,18 @@ for rows, width, out, dtype in PRODUCTS:
     x[0, 1] = NAN
     y = kernels.product(x, floats, None, None, over(1.5), tile)
     assert y[0].isnan().all() and not y[1:].isnan().any()
+
+for rows, width, hidden, dtype in GATED:
+    x, up = torch.randn(rows, width).to(dtype), torch.randn(hidden, width).to(dtype)
+    a, down = torch.randn(rows, hidden).to(dtype), torch.randn(hidden, 33).to(dtype)
+    before, behind = torch.randn(hidden).to(dtype), torch.randn(33).to(dtype)
+    tile = kernels.Tile(32, 16, 4, 2)
+    for select, own in ((Select(8), (None, None)), (over(1.0), (before, behind))):
+        kept = a.where(active_reference(a, select), 0.0).double()
+        first, last = (0.0 if t is None else t.double() for t in own)
+        want = (kept * (x.double() @ up.double().t() + first)) @ down.double() + last
+        y = kernels.gated(x, a, up, own[0], down, own[1], select, tile)
+        assert_reordered(y.double(), want, dtype)
 print("agreed")
 """
 
@@ -139,6 +154,20 @@ assert len(ran) == 3
 sparse_linear(x[:1], weight, threshold=t, share=0.4)
 assert len(ran) == 4
 
+# of a gated MLP
+sparse_gpu.choice, gated = real, sparse_gpu.gated
+sparse_gpu.gated = lambda *given: ran.append(given[-1]) or gated(*given)
+gate, up, down = torch.randn(48, 64), torch.randn(48, 64), torch.randn(24, 48)
+for k, share in ((12, 1.0), (0, 0.4)):
+    mlp = GatedMlp(gate, None, bias[:1].expand(48), None if k else t, up, None, None, down, None,
+                   down.t().contiguous(), bias[:24], "silu", k, share)
+    close(sparse_gated(x, mlp), _gated_reference(x, *mlp))
+assert len(ran) == 6
+sparse_gpu.choice = lambda size: sparse_gpu.Choice(0.5)
+close(sparse_gated(x, mlp), _gated_reference(x, *mlp))  # 64 % of two rows
+close(sparse_gated(x, mlp._replace(columns=None)), _gated_reference(x, *mlp))
+assert len(ran) == 6
+
 # a kernel that computes something else is refused
 sparse_gpu._probed.clear()
 sparse_gpu.active_reference = lambda x, select: active_reference(x, select).roll(1, -1)
@@ -176,6 +205,7 @@ def interpreted(script: str, **names: Any) -> str:
                 "SELECTIONS": [(2, 40, _BF16)],
                 "ROWS": [],
                 "PRODUCTS": [(2, 40, 33, _BF16)],
+                "GATED": [(1, 40, 48, _F32)],
             },
             {
                 "SELECTIONS": [(1, 300, _F32), (3, 70, _F16), (16, 50, _BF16)],
@@ -185,6 +215,7 @@ def interpreted(script: str, **names: Any) -> str:
                     for rows, width, out in ((1, 100, 65), (2, 40, 33), (16, 130, 40))
                     for dtype in (_F32, _F16, _BF16)
                 ],
+                "GATED": [(3, 70, 50, _F32), (1, 130, 90, _BF16), (16, 300, 33, _F16)],
             },
         ],
         0,
@@ -216,7 +247,8 @@ def built(
     entries = {"kth": kernels._ROW, "masked": 2048}.get(kernel, kernels._ENTRIES // side)
     types = {n: "*i32" for n in ("cuts", "counts", "inputs", "length")}
     types |= {n: "*fp32" for n in ("importance", "threshold", "pieces")}
-    types |= {n: POINTERS[dtype] for n in ("x", "y", "values")} | {"weight": POINTERS[weight]}
+    types |= {n: POINTERS[dtype] for n in ("x", "y", "values", "bias")}
+    types["weight"] = POINTERS[weight]
     constants = {
         "PRECISION": "tf32x3" if dtype == _F32 and TARGETS[target].backend == "cuda" else "ieee",
         "BM": side, "BN": tile.columns, "BK": tile.depth, "M": side, "SIZE": block, "B": block,
@@ -224,7 +256,11 @@ def built(
         "ALONE": False, "WEIGHTED": by_rank,
     }  # fmt: skip
     own = entries if kernel in ("kth", "masked") else entries * side
-    warps = tile.warps if kernel == "product" else kernels._warps(own)
+    warps = kernels._warps(own)
+    if kernel in ("product", "neurons"):
+        warps = tile.warps
+    if kernel == "neurons":
+        constants |= {"BIAS": True} | kernels.neuron_tile(rows, 4096, weight.itemsize)
     return compiled(kernels.KERNELS[kernel], target, constants, types, {"num_warps": warps})
 
 
@@ -257,6 +293,21 @@ def test_products_compile_for_real_targets(given: tuple[Any, ...]) -> None:
         "hip": r"(global|buffer)_load_(b128|dwordx4)",
     }
     assert re.search(wide[own.backend], text)
+    assert bool(re.search(own.instructions, text)) == (rows > 1)
+
+
+NEURONS = [
+    (target, rows, dtype) for target in TARGETS for rows in (1, 16) for dtype in (_BF16, _F32)
+]
+
+
+@pytest.mark.parametrize("given", slow_but(NEURONS, 1), ids=str)
+def test_neurons_compile_for_real_targets(given: tuple[Any, ...]) -> None:
+    target, rows, dtype = given
+    made = built("neurons", target, rows, dtype, dtype)
+    own, text = TARGETS[target], assembly(made, target)
+    assert not spills(made, target)
+    assert made.metadata.shared <= own.shared
     assert bool(re.search(own.instructions, text)) == (rows > 1)
 
 
@@ -299,6 +350,13 @@ def test_tiles_leave_no_multiprocessor_idle() -> None:
 # What decides ------------------------------------------------------------------------------------
 
 
+class Runs:
+    """Data of which every product runs."""
+
+    def sparse(self, share: float, tile: Any) -> Any:
+        return tile
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A card that there is not: what is asked of it, and which share pays on it."""
@@ -317,8 +375,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(sparse_gpu, "refusal", lambda *_: None)
     monkeypatch.setattr(sparse_gpu, "_captures", lambda _: told["captures"])
     monkeypatch.setattr(sparse_gpu, "device_name", lambda _: "card")
-    monkeypatch.setattr(sparse_gpu, "_operands", lambda _: None)
-    monkeypatch.setattr(sparse_gpu, "_sparse", lambda of, share, tile: tile)
+    for kind in (sparse_gpu.Size, sparse_gpu.GatedSize):
+        monkeypatch.setattr(kind, "operands", lambda _: Runs())
     monkeypatch.setattr(sparse_gpu, "fastest", fastest)
     monkeypatch.setattr(choice, "fastest", fastest)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
@@ -346,6 +404,8 @@ def test_the_largest_share_that_pays_is_measured_once_per_size(
     assert not card["asked"]  # counts as the next power of two
     assert sparse_gpu.choice(size(5)) == found
     assert card["asked"][0].endswith("8 4096 11008 torch.bfloat16 torch.bfloat16 tile card")
+    gated = sparse_gpu.GatedSize(1, 4096, 11008, 4096, _BF16, torch.device("cuda", 0))
+    assert sparse_gpu.choice(gated).most == pays
 
 
 def test_nothing_is_measured_where_no_kernel_runs(card: dict[str, Any]) -> None:
@@ -369,14 +429,11 @@ def test_tiles_that_do_not_run_are_left_out(
     first, *_ = tiles(1, 4096, 2)
 
     def narrow(of: Any, share: float, tile: Any) -> Any:
-        if broken(tile):
+        if tile != first:
             raise RuntimeError("out of resource: shared memory")
         return tile
 
-    def broken(tile: Any) -> bool:
-        return bool(tile != first)
-
-    monkeypatch.setattr(sparse_gpu, "_sparse", narrow)
+    monkeypatch.setattr(Runs, "sparse", narrow)
     assert sparse_gpu.choice(size()).tile == first
     monkeypatch.setattr(sparse_gpu, "_chosen", {})
     first = None
@@ -421,6 +478,24 @@ def test_the_report_names_the_kernel_of_a_card(
     assert name(1, 0.1) == "torch, dense: Triton is not installed"
 
 
+def test_gated_mlps_on_a_card_are_one_call_where_that_pays(
+    card: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layer(width: int, out: int, **more: Any) -> SimpleNamespace:
+        weight = torch.zeros(out, width).as_subclass(OnCard)
+        return SimpleNamespace(in_features=width, out_features=out, weight=weight, **more)
+
+    gate = layer(64, 48, op="gate_linear", share=0.3)
+    place: Any = SimpleNamespace(modules=[gate, layer(64, 48), layer(48, 64)])
+    assert lowering._unlike(place) is None
+    x = torch.zeros(1, 64).as_subclass(OnCard)
+    assert lowering._slow(place, x) is None
+    gate.share = 0.6
+    assert "faster here where 60% of the neurons" in str(lowering._slow(place, x))
+    monkeypatch.setattr(sparse_gpu, "refusal", lambda *_: "Triton is not installed")
+    assert lowering._unlike(place) == "Triton is not installed"
+
+
 def test_while_a_graph_is_captured_no_copy_is_made_to_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -445,3 +520,9 @@ def test_without_a_card_nothing_is_asked_of_it() -> None:
     x = torch.randn(1, 64)
     assert not sparse_gpu.takes(x)
     assert sparse.multiplied(x, torch.randn(48, 64).double(), None, None, Select(16)) is None
+    if not torch.cuda.is_available():
+        why = "there is no GPU here"
+        assert sparse_gpu.refusal(torch.device("cuda", 0), _BF16) == why
+        assert sparse_gpu.choice(size()) == sparse_gpu.Choice(0.0)
+        weight = torch.zeros(48, 64).as_subclass(OnCard)
+        assert sparse.kernel_name(weight, 1, 0.1) == f"torch, dense: {why}"

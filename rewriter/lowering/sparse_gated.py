@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.kernels import sparse
+from rewriter.kernels import sparse, sparse_gpu
 from rewriter.kernels.sparse_gated import GatedMlp, largest_share, sparse_gated
 from rewriter.lowering.rules import Fused, Place
 
@@ -57,11 +57,14 @@ def _options(place: Place) -> tuple[Any, ...]:
 
 
 def _unlike(place: Place) -> str | None:
+    weights = [_weight(m)[0] for m in _layers(place)]
+    kinds = {(w.dtype, w.device) for w in weights}
+    dtype, device = kinds.pop()
+    if not kinds and device.type == "cuda":
+        return sparse_gpu.refusal(device, dtype)
     if (reason := sparse.refusal()) is not None:
         return reason
-    weights = [_weight(m) for m in _layers(place)]
-    kinds = {(w.dtype, w.device.type) for w, _ in weights}
-    if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in _DTYPES}:
+    if kinds or device.type != "cpu" or dtype not in _DTYPES:
         return "the compiled kernel takes weights of float32, bfloat16 or int8 on a CPU"
     return None
 
@@ -71,7 +74,15 @@ def _slow(place: Place, x: Tensor) -> str | None:
     rows = math.prod(x.shape[:-1]) or 1
     sizes = gate.in_features, gate.out_features, down.out_features
     share, dtype = 1.0 if gate.share is None else gate.share, _weight(gate)[0].dtype
-    if any(largest_share(dtype, n, *sizes) >= share for n in {1, min(rows, sparse.MOST_ROWS)}):
+
+    def pays(n: int) -> bool:
+        if not x.is_cuda:
+            return largest_share(dtype, n, *sizes) >= share
+        width, hidden, out = sizes
+        size = sparse_gpu.GatedSize(n, out, hidden, width, x.dtype, x.device)
+        return sparse_gpu.choice(size).most >= sparse_gpu.union(share, n)
+
+    if any(map(pays, {1, min(rows, sparse.MOST_ROWS)})):
         return None
     return f"dense products are faster here where {share:.0%} of the neurons are active"
 
