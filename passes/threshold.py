@@ -217,9 +217,10 @@ class Threshold(Pass):
             straight_through=self.straight_through,
         )
         error = sample.output_error(site.weight, site.bias, layer)
+        where = "that chose it" if others is fitted else "held out"
         reason = (
-            f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(others)} rows "
-            f"held out (asked: {sparsity:.0%}, known within {doubt(scores < threshold):.1%})"
+            f"{reached:.1%} of its inputs are below {threshold:.3g} on {len(others)} rows {where} "
+            f"(asked: {sparsity:.0%}, known within {doubt(scores < threshold):.1%})"
         )
         if self.needs_loss:
             reason += f"; by itself it raises the loss by {own.cost(sparsity):.2g}"
@@ -255,10 +256,11 @@ class _Entries:
         axes were fitted to lie closer to few of them than others do: they tell no threshold."""
         sample = self.site.sample
         assert sample is not None
-        half = sample.held[::2]
-        if self.rotation is None or len(half) < FEWEST:
+        few = sample.held is sample.rows or len(sample.held) < FEWEST
+        if self.rotation is None or few:
             return sample.rows, sample.held
-        return half, sample.held[1::2]
+        half = sample.held[::2], sample.held[1::2]
+        return half if len(half[1]) >= FEWEST else (sample.held, sample.held)
 
     def scores(self, rows: Tensor) -> Tensor:
         """Of the entries of rows [n, in_features] of the layer's input."""

@@ -84,6 +84,22 @@ def test_moments_are_those_of_the_inputs() -> None:
     assert "forward" not in vars(engine.capture.root.fc)
 
 
+def test_a_pass_says_of_which_values_it_needs_moments() -> None:
+    model, batches = Net().eval(), tuple(batch() for _ in range(2))
+    engine = prepare(model, batches[0])
+    asked: list[list[str]] = []
+
+    def first(readers: Any) -> bool:
+        asked.append([s.fqn for s in readers])
+        return "fc" in asked[-1]
+
+    found, _ = gather(engine.capture, linear(engine), Calibration(batches), first, sample=True)
+    assert sorted(asked) == [["fc"], ["unused"], ["weight"]]
+    assert found["fc"].moments is not None
+    assert found["weight"].moments is None
+    assert found["weight"].sample is not None
+
+
 def test_padding_does_not_count() -> None:
     model, x = Net().eval(), batch(6)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])

@@ -223,6 +223,20 @@ def test_the_report_says_what_is_rotated_for_what_and_what_is_not_and_why() -> N
     assert all(0 < d.output_error < 0.1 for d in step.decisions if d.site != "down")
 
 
+@pytest.mark.parametrize(
+    ("held", "where"),
+    [(0, "70 rows that chose it"), (80, "80 rows that chose it"), (200, "100 rows held out")],
+)
+def test_thresholds_are_those_of_rows_that_axes_were_not_fitted_to(held: int, where: str) -> None:
+    batches = [inputs(70, 10), inputs(held, 11)] if held else [inputs(70, 10)]
+    out = thresholded(gated(), calibration=batches)
+    assert rotated_layers(out) == ["gate", "up"]
+    assert f" on {where} (asked: 50%, known within" in reasons(out)["gate"]
+    if held:
+        share = float((~out.gate.kept(inputs(4000))).float().mean())
+        assert share == pytest.approx(0.5, abs=0.04)
+
+
 def test_queries_keys_and_values_share_one_basis_where_they_are_as_many() -> None:
     class Heads(nn.Module):
         def __init__(self, keys: int) -> None:
