@@ -237,7 +237,7 @@ def test_ops_run_them_where_they_pay_and_pass_the_probe(dtypes: Any) -> None:
 
 def built(
     kernel: str, target: str, rows: int, dtype: torch.dtype, weight: torch.dtype = _I8,
-    place: int = 0, block: int = 1, by_rank: bool = True,
+    place: int = 0, block: int = 1, by_rank: bool = True, once: bool = True,
 ) -> Any:  # fmt: skip
     """A kernel as it is launched for rows × 11008 → 4096."""
     from rewriter.kernels import sparse_triton as kernels
@@ -252,7 +252,7 @@ def built(
     constants = {
         "PRECISION": "tf32x3" if dtype == _F32 and TARGETS[target].backend == "cuda" else "ieee",
         "BM": side, "BN": tile.columns, "BK": tile.depth, "M": side, "SIZE": block, "B": block,
-        "G": max(entries // block, 1), "ONCE": True, "LOW": 0, "TILES": 64, "BY_RANK": by_rank,
+        "G": max(entries // block, 1), "ONCE": once, "LOW": 0, "TILES": 64, "BY_RANK": by_rank,
         "ALONE": False, "WEIGHTED": by_rank,
     }  # fmt: skip
     own = entries if kernel in ("kth", "masked") else entries * side
@@ -330,6 +330,14 @@ SELECTIONS = [
 def test_selection_compiles_for_real_targets(given: tuple[Any, ...]) -> None:
     kernel, target, rows, dtype, block, by_rank = given
     made = built(kernel, target, rows, dtype, block=block, by_rank=by_rank)
+    assert not spills(made, target)
+    assert made.metadata.shared <= TARGETS[target].shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_search_in_rows_of_several_tiles_compiles_for_real_targets(target: str) -> None:
+    made = built("kth", target, 1, _F32, once=False)
     assert not spills(made, target)
     assert made.metadata.shared <= TARGETS[target].shared
 
