@@ -32,7 +32,7 @@ RECIPES = {
     "70 % of all inputs": Threshold(0.7, **ALL, **LOSS),
     "50 % of the down projections' inputs": Threshold(0.5, score="wina", where="model.layers.*"),
 }
-MEASURED, CALIBRATION, CONTEXT, BATCH = 8, 8, 512, 4
+MEASURED, CALIBRATION, CONTEXT, BATCH = 8, 8, 512, 2
 
 
 def smollm2() -> tuple[Any, dict[str, Tensor], Tensor, Tensor]:
