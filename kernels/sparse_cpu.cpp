@@ -172,12 +172,11 @@ void choose(const Select& s, const float* x, long width, uint8_t* chosen) {
   }
 }
 
-// chosen[n] = 1 where the expert of neuron n is among the `best` of largest score, ties by the lower
-// index, NaN being the largest.
-void choose_experts(const float* scores, long experts, long best, const int32_t* expert_of, long hidden,
-                    uint8_t* chosen) {
+// own[e] = `yes` where expert e is among the `best` of largest score, ties by the lower index, NaN being
+// the largest; else 0.
+template <class T>
+void choose_experts(const float* scores, long experts, long best, T yes, std::vector<T>& own) {
   thread_local std::vector<int32_t> order;
-  thread_local std::vector<uint8_t> own;
   order.resize(experts);
   own.assign(experts, 0);
   for (long i = 0; i < experts; i++) order[i] = (int32_t)i;
@@ -185,8 +184,7 @@ void choose_experts(const float* scores, long experts, long best, const int32_t*
     const float x = scores[a], y = scores[b];
     return x > y || (x != x && y == y);
   });
-  for (long i = 0; i < best; i++) own[order[i]] = 1;
-  for (long n = 0; n < hidden; n++) chosen[n] = own[expert_of[n]];
+  for (long i = 0; i < best; i++) own[order[i]] = yes;
 }
 
 // What is active in up to GROUP rows: entries, and their values in each row, zero where a row has not
@@ -429,9 +427,12 @@ bool gated(const Gated& c) {
     });
     if (c.scores) {
       room.chosen.resize(rows * c.hidden);
-      for (long r = 0; r < rows; r++)
-        choose_experts(c.scores + (r0 + r) * c.experts, c.experts, c.best, c.expert_of, c.hidden,
-                       room.chosen.data() + r * c.hidden);
+      thread_local std::vector<uint8_t> own;
+      for (long r = 0; r < rows; r++) {
+        choose_experts<uint8_t>(c.scores + (r0 + r) * c.experts, c.experts, c.best, 1, own);
+        uint8_t* chosen = room.chosen.data() + r * c.hidden;
+        for (long n = 0; n < c.hidden; n++) chosen[n] = own[c.expert_of[n]];
+      }
       gather(nullptr, 0, rows, c.hidden, room.chosen.data(), c.limit, room.active);
     } else
       find_active(c.parallel, c.threads, c.select, hidden, rows, c.hidden, c.limit, room);
@@ -457,23 +458,6 @@ bool gated(const Gated& c) {
                    rows);
   }
   return true;
-}
-
-// y[r, i] = x[r, i] where `choose(r, chosen)` has chosen i, else 0.
-template <class F>
-void masked(const float* x, float* y, long rows, long width, Parallel parallel, long threads, const F& choose) {
-  const long some = std::max(1L, 4096 / width);  // rows in one piece of work
-  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
-    thread_local std::vector<uint8_t> chosen;
-    chosen.resize(width);
-    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
-      choose(r, chosen.data());
-      const float* from = x + r * width;
-      const uint8_t* own = chosen.data();
-      float* to = y + r * width;
-      for (long i = 0; i < width; i++) to[i] = own[i] ? from[i] : 0.0f;
-    }
-  });
 }
 
 }  // namespace
@@ -502,15 +486,32 @@ void sparse_choose(const float* x, uint8_t* chosen, long rows, long width, const
 // y[r, i] = x[r, i] where it is active, else 0.
 void sparse_masked(const float* x, float* y, long rows, long width, const Select* select, Parallel parallel,
                    long threads) {
-  masked(x, y, rows, width, parallel, threads,
-         [&](long r, uint8_t* chosen) { choose(*select, x + r * width, width, chosen); });
+  const long some = std::max(1L, 4096 / width);  // rows in one piece of work
+  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
+    thread_local std::vector<uint8_t> chosen;
+    chosen.resize(width);
+    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
+      choose(*select, x + r * width, width, chosen.data());
+      const float* from = x + r * width;
+      const uint8_t* own = chosen.data();
+      float* to = y + r * width;
+      for (long i = 0; i < width; i++) to[i] = own[i] ? from[i] : 0.0f;
+    }
+  });
 }
 
-// The same where the expert of neuron i is among the `best` of row r.
-void sparse_masked_experts(const float* x, float* y, long rows, long width, const float* scores, long experts,
-                           long best, const int32_t* expert_of, Parallel parallel, long threads) {
-  masked(x, y, rows, width, parallel, threads, [&](long r, uint8_t* chosen) {
-    choose_experts(scores + r * experts, experts, best, expert_of, width, chosen);
+// The same in place, as bits, where the expert of neuron i is among the `best` of row r.
+void sparse_keep_experts(uint32_t* y, long rows, long width, const float* scores, long experts, long best,
+                         const int32_t* expert_of, Parallel parallel, long threads) {
+  const long some = std::max(1L, 4096 / width);
+  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
+    thread_local std::vector<uint32_t> kept;
+    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
+      choose_experts<uint32_t>(scores + r * experts, experts, best, ~0u, kept);
+      const uint32_t* own = kept.data();
+      uint32_t* to = y + r * width;
+      for (long i = 0; i < width; i++) to[i] &= own[expert_of[i]];
+    }
   });
 }
 }
