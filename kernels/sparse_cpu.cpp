@@ -399,11 +399,31 @@ INLINE float finished(float sum, const float* scale, const float* bias, long n) 
   return sum * (scale ? scale[n] : 1) + (bias ? bias[n] : 0);
 }
 
+// Whether no group of rows has more than `limit` neurons in its experts: else those before it would be
+// multiplied for nothing.
+bool few_in_all_groups(const Gated& c) {
+  std::vector<long> sizes(c.experts, 0);
+  for (long n = 0; n < c.hidden; n++) sizes[c.expert_of[n]]++;
+  std::vector<uint8_t> own, any;
+  for (long r0 = 0; r0 < c.rows; r0 += GROUP) {
+    any.assign(c.experts, 0);
+    for (long r = r0; r < least(r0 + GROUP, c.rows); r++) {
+      choose_experts<uint8_t>(c.scores + r * c.experts, c.experts, c.best, 1, own);
+      for (long e = 0; e < c.experts; e++) any[e] |= own[e];
+    }
+    long count = 0;
+    for (long e = 0; e < c.experts; e++) count += any[e] ? sizes[e] : 0;
+    if (count > c.limit) return false;
+  }
+  return true;
+}
+
 template <class T>
 bool gated(const Gated& c) {
   thread_local Room kept;
   Room& room = kept;
   *c.active = 0;
+  if (c.scores && c.rows > GROUP && !few_in_all_groups(c)) return false;
   const long strip = std::max(4L, (32L << 10) / (long)(c.in * sizeof(T)));  // neurons in one piece of work
   const long threads = c.hidden * c.in < ALONE ? 1 : c.threads;
   for (long r0 = 0; r0 < c.rows; r0 += GROUP) {
