@@ -174,12 +174,11 @@ void choose(const Select& s, const float* x, long width, uint8_t* chosen) {
   }
 }
 
-// chosen[n] = 1 where the expert of neuron n is among the `best` of largest score, ties by the lower
-// index, NaN being the largest.
-void choose_experts(const float* scores, long experts, long best, const int32_t* expert_of, long hidden,
-                    uint8_t* chosen) {
+// own[e] = `yes` where expert e is among the `best` of largest score, ties by the lower index, NaN being
+// the largest; else 0.
+template <class T>
+void choose_experts(const float* scores, long experts, long best, T yes, std::vector<T>& own) {
   thread_local std::vector<int32_t> order;
-  thread_local std::vector<uint8_t> own;
   order.resize(experts);
   own.assign(experts, 0);
   for (long i = 0; i < experts; i++) order[i] = (int32_t)i;
@@ -187,8 +186,7 @@ void choose_experts(const float* scores, long experts, long best, const int32_t*
     const float x = scores[a], y = scores[b];
     return x > y || (x != x && y == y);
   });
-  for (long i = 0; i < best; i++) own[order[i]] = 1;
-  for (long n = 0; n < hidden; n++) chosen[n] = own[expert_of[n]];
+  for (long i = 0; i < best; i++) own[order[i]] = yes;
 }
 
 // Nothing but the count is found where that is above `limit`; without x the values are 1.
@@ -423,11 +421,31 @@ INLINE float finished(float sum, const float* scale, const float* bias, long n) 
   return sum * (scale ? scale[n] : 1) + (bias ? bias[n] : 0);
 }
 
+// Whether no group of rows has more than `limit` neurons in its experts: else those before it would be
+// multiplied for nothing.
+bool few_in_all_groups(const Gated& c) {
+  std::vector<long> sizes(c.experts, 0);
+  for (long n = 0; n < c.hidden; n++) sizes[c.expert_of[n]]++;
+  std::vector<uint8_t> own, any;
+  for (long r0 = 0; r0 < c.rows; r0 += GROUP) {
+    any.assign(c.experts, 0);
+    for (long r = r0; r < least(r0 + GROUP, c.rows); r++) {
+      choose_experts<uint8_t>(c.scores + r * c.experts, c.experts, c.best, 1, own);
+      for (long e = 0; e < c.experts; e++) any[e] |= own[e];
+    }
+    long count = 0;
+    for (long e = 0; e < c.experts; e++) count += any[e] ? sizes[e] : 0;
+    if (count > c.limit) return false;
+  }
+  return true;
+}
+
 template <class T>
 bool gated(const Gated& c) {
   thread_local Room kept;
   Room& room = kept;
   *c.active = 0;
+  if (c.scores && c.rows > GROUP && !few_in_all_groups(c)) return false;
   const long strip = std::max(4L, (32L << 10) / (long)(c.in * sizeof(T)));  // neurons in one piece of work
   const long threads = c.hidden * c.in < ALONE ? 1 : c.threads;
   for (long r0 = 0; r0 < c.rows; r0 += GROUP) {
@@ -451,9 +469,12 @@ bool gated(const Gated& c) {
     });
     if (c.scores) {
       room.chosen.resize(rows * c.hidden);
-      for (long r = 0; r < rows; r++)
-        choose_experts(c.scores + (r0 + r) * c.experts, c.experts, c.best, c.expert_of, c.hidden,
-                       room.chosen.data() + r * c.hidden);
+      thread_local std::vector<uint8_t> own;
+      for (long r = 0; r < rows; r++) {
+        choose_experts<uint8_t>(c.scores + (r0 + r) * c.experts, c.experts, c.best, 1, own);
+        uint8_t* chosen = room.chosen.data() + r * c.hidden;
+        for (long n = 0; n < c.hidden; n++) chosen[n] = own[c.expert_of[n]];
+      }
       gather(nullptr, 0, rows, c.hidden, room.chosen.data(), c.limit, room.active);
     } else
       find_active(c.parallel, c.threads, c.select, hidden, rows, c.hidden, c.limit, room);
@@ -478,23 +499,6 @@ bool gated(const Gated& c) {
     all_rows<T>(c.parallel, c.threads, (const T*)c.down, c.out, active, c.down_scale, c.bias, c.y + r0 * c.out, rows);
   }
   return true;
-}
-
-// y[r, i] = x[r, i] where `choose(r, chosen)` has chosen i, else 0.
-template <class F>
-void masked(const float* x, float* y, long rows, long width, Parallel parallel, long threads, const F& choose) {
-  const long some = std::max(1L, 4096 / width);  // rows in one piece of work
-  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
-    thread_local std::vector<uint8_t> chosen;
-    chosen.resize(width);
-    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
-      choose(r, chosen.data());
-      const float* from = x + r * width;
-      const uint8_t* own = chosen.data();
-      float* to = y + r * width;
-      for (long i = 0; i < width; i++) to[i] = own[i] ? from[i] : 0.0f;
-    }
-  });
 }
 
 }  // namespace
@@ -533,15 +537,32 @@ void sparse_choose(const float* x, uint8_t* chosen, long rows, long width, const
 // y[r, i] = x[r, i] where it is active, else 0.
 void sparse_masked(const float* x, float* y, long rows, long width, const Select* select, Parallel parallel,
                    long threads) {
-  masked(x, y, rows, width, parallel, threads,
-         [&](long r, uint8_t* chosen) { choose(*select, x + r * width, width, chosen); });
+  const long some = std::max(1L, 4096 / width);  // rows in one piece of work
+  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
+    thread_local std::vector<uint8_t> chosen;
+    chosen.resize(width);
+    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
+      choose(*select, x + r * width, width, chosen.data());
+      const float* from = x + r * width;
+      const uint8_t* own = chosen.data();
+      float* to = y + r * width;
+      for (long i = 0; i < width; i++) to[i] = own[i] ? from[i] : 0.0f;
+    }
+  });
 }
 
-// The same where the expert of neuron i is among the `best` of row r.
-void sparse_masked_experts(const float* x, float* y, long rows, long width, const float* scores, long experts,
-                           long best, const int32_t* expert_of, Parallel parallel, long threads) {
-  masked(x, y, rows, width, parallel, threads, [&](long r, uint8_t* chosen) {
-    choose_experts(scores + r * experts, experts, best, expert_of, width, chosen);
+// The same in place, as bits, where the expert of neuron i is among the `best` of row r.
+void sparse_keep_experts(uint32_t* y, long rows, long width, const float* scores, long experts, long best,
+                         const int32_t* expert_of, Parallel parallel, long threads) {
+  const long some = std::max(1L, 4096 / width);
+  for_each(parallel, rows * width < 16384 ? 1 : threads, (rows + some - 1) / some, [&](long task) {
+    thread_local std::vector<uint32_t> kept;
+    for (long r = task * some; r < least((task + 1) * some, rows); r++) {
+      choose_experts<uint32_t>(scores + r * experts, experts, best, ~0u, kept);
+      const uint32_t* own = kept.data();
+      uint32_t* to = y + r * width;
+      for (long i = 0; i < width; i++) to[i] &= own[expert_of[i]];
+    }
   });
 }
 }

@@ -25,9 +25,9 @@ __all__ = [
     "chosen",
     "gated",
     "isa",
+    "keep_experts",
     "linear",
     "masked",
-    "masked_experts",
     "refusal",
     "routed",
 ]
@@ -126,17 +126,9 @@ def _library() -> tuple[Any, int]:
     for function in (made.sparse_choose, made.sparse_masked):
         function.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
         function.restype = None
-    sizes = [pointer, pointer, number, number]
-    made.sparse_masked_experts.argtypes = [
-        *sizes,
-        pointer,
-        number,
-        number,
-        pointer,
-        pointer,
-        number,
-    ]
-    made.sparse_masked_experts.restype = None
+    keep = made.sparse_keep_experts
+    keep.argtypes = [pointer, number, number, pointer, number, number, pointer, pointer, number]
+    keep.restype = None
     return made, parallel()
 
 
@@ -387,18 +379,15 @@ def masked(x: Tensor, select: Select) -> Tensor:
     return _by_entry("sparse_masked", x, torch.empty_like(x), select)
 
 
-def masked_experts(x: Tensor, scores: Tensor, expert_of: Tensor, best: int) -> Tensor:
-    """x [*, hidden] float32, contiguous, with zeros where a neuron's expert is not among the best;
-    the rest as of `routed`."""
+def keep_experts(y: Tensor, scores: Tensor, expert_of: Tensor, best: int) -> Tensor:
+    """y [*, hidden] float32, contiguous, into which zeros are written where a neuron's expert is
+    not among the best; the rest as of `routed`."""
     made, start = _library()
-    to = torch.empty_like(x)
-    if x.numel():
-        (count, width), own = (scores.shape[-1], x.shape[-1]), (best, expert_of.data_ptr())
-        rows, at = x.numel() // width, scores.data_ptr()
-        threads = torch.get_num_threads()
-        given = x.data_ptr(), to.data_ptr(), rows, width, at, count, *own, start, threads
-        made.sparse_masked_experts(*given)
-    return to
+    if y.numel():
+        width, at, count = y.shape[-1], scores.data_ptr(), scores.shape[-1]
+        own = at, count, best, expert_of.data_ptr(), start, torch.get_num_threads()
+        made.sparse_keep_experts(y.data_ptr(), y.numel() // width, width, *own)
+    return y
 
 
 def _by_entry(name: str, x: Tensor, to: Tensor, select: Select) -> Tensor:

@@ -116,12 +116,16 @@ def _entries_for_onnx(y: Tensor, scores: Tensor, expert_of: Tensor, active: int)
 
 
 def _entries(y: Tensor, scores: Tensor, expert_of: Tensor, active: int) -> Tensor:
+    return owned(_kept(y.clone(), scores, expert_of, active).contiguous(), y.shape)
+
+
+def _kept(y: Tensor, scores: Tensor, expert_of: Tensor, active: int) -> Tensor:
+    """`expert_entries`, which may write into y."""
     narrow = y.device.type == "cpu" and y.dtype != torch.float64 and expert_of.dtype == torch.int32
     if not narrow or sparse.refusal() is not None:
-        return owned(_entries_reference(y, scores, expert_of, active).contiguous(), y.shape)
+        return _entries_reference(y, scores, expert_of, active)
     own = scores.detach().float().contiguous(), expert_of.contiguous(), active
-    found = sparse_cpu.masked_experts(y.detach().float().contiguous(), *own)
-    return owned(found.to(y.dtype), y.shape)
+    return sparse_cpu.keep_experts(y.detach().float().contiguous(), *own).to(y.dtype)
 
 
 def _entries_fake(y: Tensor, *chosen: Any) -> Tensor:
@@ -202,7 +206,7 @@ def _experts(x: Tensor, *own: Any) -> Tensor:
         y = _few(x, m, int(most * hidden)) if most * len(m.router) >= m.active else None
         if y is not None:
             return y.to(x.dtype)
-    return owned(_dense(x, m, _entries).contiguous(), (*x.shape[:-1], out))
+    return owned(_dense(x, m, _kept).contiguous(), (*x.shape[:-1], out))
 
 
 def _few(x: Tensor, m: ExpertMlp, limit: int) -> Tensor | None:

@@ -141,7 +141,7 @@ class Experts(Pass):
     their order. What a router says is known before any matrix is read: with few tokens on a CPU a
     lowered MLP reads the active experts' share of all of them. With all experts active the MLP is
     exactly the dense one. Router and experts do not train; `recover` trains the weights around
-    them.
+    them. `Quantize` leaves the first layer as it is, and rounds the others: dense products then.
 
     Args:
         count: how many experts.

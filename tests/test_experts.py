@@ -228,7 +228,7 @@ def test_the_kernel_picks_as_the_formula(rows: int, count: int, data: Any) -> No
         assert y is not None
         assert_reordered(y, h @ down)
         assert read == sum(int(kept[r : r + 8].any(0).sum()) for r in range(0, rows, 8))
-        a = sparse_cpu.masked_experts(x @ gate.t(), scores, expert_of, best)
+        a = sparse_cpu.keep_experts(x @ gate.t(), scores, expert_of, best)
         assert_equal(a, (x @ gate.t()).where(kept, 0.0))
         limited, _ = sparse_cpu.routed(x, *own, "silu", scores, expert_of, best, 0)
         assert limited is None

@@ -17,7 +17,7 @@ __all__ = ["clustered", "contributions", "fit_router", "largest", "recall"]
 
 _TOP = 0.1
 """The share of a row's neurons that count as active together."""
-_ROUNDS = 20
+_ROUNDS = 10
 _PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Of the ridge regression, over the mean variance of an input."""
 
