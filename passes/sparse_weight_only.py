@@ -67,7 +67,8 @@ class _SparseLinear(Layer):
     def _selecting(cls: type[S], sparse: TopKLinear | ThresholdLinear, **options: Any) -> S:
         """A layer without levels, with the selection and the bias of one of float weights; a bias
         that is a Parameter is kept."""
-        k, block, threshold, axes = 0, 1, None, (None, None)
+        axes: tuple[Tensor | None, Tensor | None] = (None, None)
+        k, block, threshold = 0, 1, None
         if isinstance(sparse, TopKLinear):
             k, block = sparse.k, sparse.block
             share: float | None = k / sparse.in_features
