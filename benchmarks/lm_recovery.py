@@ -29,7 +29,8 @@ ALL: Mapping[str, Any] = {"inputs": "all", "score": "wina", "where": "model.laye
 LOSS: Mapping[str, Any] = {"budget": "loss", "loss": example.losses}
 RECIPES = {
     "50 % of all inputs": Threshold(0.5, **ALL, **LOSS),
-    "70 % of all inputs": Threshold(0.7, **ALL, **LOSS),
+    "50 % of all inputs, rotated": Threshold(0.5, rotate=True, **ALL, **LOSS),
+    "70 % of all inputs, rotated": Threshold(0.7, rotate=True, **ALL, **LOSS),
     "50 % of the down projections' inputs": Threshold(0.5, score="wina", where="model.layers.*"),
 }
 MEASURED, CALIBRATION, CONTEXT, BATCH = 8, 8, 512, 2
