@@ -278,7 +278,7 @@ def test_the_copy_by_columns_follows_the_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("pays", [0.0, 0.1, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("pays", [0.0, 0.12, 0.6, 0.7, 1.0])
 def test_the_largest_share_that_pays_is_measured(
     monkeypatch: pytest.MonkeyPatch, pays: float, dtype: torch.dtype
 ) -> None:

@@ -368,7 +368,7 @@ class Runs:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A card that there is not: what is asked of it, and which share pays on it."""
-    told: dict[str, Any] = {"pays": 0.5, "asked": [], "captures": False}
+    told: dict[str, Any] = {"pays": 0.4, "asked": [], "captures": False}
 
     def fastest(key: str, version: str, made: Any, lead: float, device: torch.device) -> str:
         told["asked"].append(key)
@@ -397,7 +397,7 @@ def size(rows: int = 1, **change: Any) -> sparse_gpu.Size:
     return made._replace(**change)
 
 
-@pytest.mark.parametrize("pays", [0.0, 0.1, 0.35, 1.0])
+@pytest.mark.parametrize("pays", [0.0, 0.12, 0.4, 1.0])
 def test_the_largest_share_that_pays_is_measured_once_per_size(
     card: dict[str, Any], pays: float
 ) -> None:
@@ -424,9 +424,9 @@ def test_nothing_is_measured_where_no_kernel_runs(card: dict[str, Any]) -> None:
     assert sparse_gpu.choice(size()) == dense
     assert not card["asked"]
     card["captures"] = False
-    assert sparse_gpu.choice(size()).most == 0.5
+    assert sparse_gpu.choice(size()).most == 0.4
     card["captures"] = True  # what is known counts
-    assert sparse_gpu.choice(size()).most == 0.5
+    assert sparse_gpu.choice(size()).most == 0.4
 
 
 def test_tiles_that_do_not_run_are_left_out(

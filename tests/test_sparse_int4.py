@@ -226,7 +226,7 @@ def test_without_a_compiled_kernel_all_is_dense(monkeypatch: pytest.MonkeyPatch)
     assert sparse_int4.kernel_name(packed, scale, 32, 1, 0.5) == "torch, dense: no compiler"
 
 
-@pytest.mark.parametrize("pays", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("pays", [0.0, 0.12, 0.6, 1.0])
 def test_the_largest_share_that_pays_is_measured(
     monkeypatch: pytest.MonkeyPatch, pays: float
 ) -> None:
