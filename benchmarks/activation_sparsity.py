@@ -13,6 +13,7 @@ side runs in the same process, in turns.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 import warnings
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from _harness import arguments, command, interleaved, load_script, parse, write_results
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewriter import rewrite
@@ -41,7 +42,9 @@ from rewriter.passes import Experts, Quantize, Threshold, TopK
 SHARES = (0.1, 0.25, 0.5)
 COUNT = 20
 """Of experts, whose shares these are."""
-BOTH = "Threshold(0.5, 'mlp'), Threshold(0.25, 'all'), 'wina'"
+HALF = "Threshold(0.5, 'all', 'wina')"
+ROTATED = "Threshold(0.5, 'all', 'wina', rotated)"
+WHERE = "model.layers.*"
 DENSE = "dense"
 Rows = list[dict[str, Any]]
 Runs = Mapping[str, Callable[[], object]]
@@ -305,20 +308,14 @@ def block(width: int, hidden: int, rounds: int) -> Rows:
 def recipes(where: str, quick: bool) -> dict[str, list[Any]]:
     """What is compared with the dense model."""
     if quick:
-        return {"Threshold(0.5, 'mlp', 'wina')": [Threshold(0.5, score="wina")]}
-    made: dict[str, list[Any]] = {
-        f"TopK(0.5, {score!r})": [TopK(0.5, score=score)]  # type: ignore[arg-type]
-        for score in ("magnitude", "wina")
-    }
-    for inputs in ("mlp", "all"):
-        for score in ("magnitude", "wina"):
-            own: dict[str, Any] = {"inputs": inputs, "score": score, "where": where}
-            made[f"Threshold(0.5, {inputs!r}, {score!r})"] = [Threshold(0.5, **own)]
-    own = {"inputs": "all", "score": "wina", "where": where}
-    made["Threshold(0.5, 'all', 'wina', greedy)"] = [Threshold(0.5, budget="greedy", **own)]
-    made["Threshold(0.25, 'all', 'wina')"] = [Threshold(0.25, **own)]
+        return {"Threshold(0.5, 'all', 'wina')": [Threshold(0.5, score="wina", inputs="all")]}
+    own: dict[str, Any] = {"score": "wina", "where": where}
+    made: dict[str, list[Any]] = {"TopK(0.5, 'wina')": [TopK(0.5, **own)]}
+    made["Threshold(0.5, 'mlp', 'wina')"] = [Threshold(0.5, **own)]
+    made[HALF] = [Threshold(0.5, inputs="all", **own)]
+    made[ROTATED] = [Threshold(0.5, inputs="all", rotate=True, **own)]
+    made["Threshold(0.25, 'all', 'wina')"] = [Threshold(0.25, inputs="all", **own)]
     made["Experts(16, 0.5)"] = [Experts(16, 0.5, where=where)]
-    made[BOTH] = [Threshold(0.5, score="wina", where=where), Threshold(0.25, **own)]
     return made
 
 
@@ -331,17 +328,12 @@ def language_model(quick: bool, rounds: int, windows: int, tokens: int) -> tuple
         model, prompt, text, more = decode.smollm2(windows)
         texts = {"Wikipedia": text, "news": news(windows, text.shape[1])}
     calibration = [{"input_ids": window[None]} for window in more[:8]]
-    own: dict[str, Any] = {"calibration": calibration}
     dense = {name: decode.read(model, t)[0] for name, t in texts.items()}
     quality: Rows = []
-    fast: dict[str, Callable[[], object]] = {DENSE: partial(decode.generate, model, prompt, tokens)}
-    bits = {name: Quantize(f"{name}-weight", where="model.layers.*") for name in ("int8", "int4")}
-    for name, levels in bits.items():
-        made = rewrite(model, [levels], {"input_ids": prompt})
-        fast[name] = partial(decode.generate, made, prompt, tokens)
-    for name, recipe in recipes("model.layers.*", quick).items():
+    sparse: dict[str, nn.Module] = {DENSE: model}
+    for name, recipe in recipes(WHERE, quick).items():
         start = time.perf_counter()
-        given = own if recipe[0].needs_calibration else {}
+        given = {"calibration": calibration} if recipe[0].needs_calibration else {}
         made = rewrite(model, recipe, {"input_ids": prompt}, **given)
         seconds = time.perf_counter() - start
         found = {n: decode.read(made, t)[0] for n, t in texts.items()}
@@ -352,15 +344,51 @@ def language_model(quick: bool, rounds: int, windows: int, tokens: int) -> tuple
             row[f"{n}, %"] = round(100 * (value / dense[n] - 1), 1)
         quality.append(row)
         print(row, flush=True)
-        if name in ("Threshold(0.5, 'mlp', 'wina')", "Threshold(0.5, 'all', 'wina')", BOTH):
-            fast[name] = partial(decode.generate, made, prompt, tokens)
-            for few, levels in bits.items():
-                both = rewrite(made, [levels], {"input_ids": prompt})
-                fast[f"{name}, {few}"] = partial(decode.generate, both, prompt, tokens)
-    speed = ratios(fast, rounds, DENSE)
-    for row in speed:
-        row["tokens per s"] = round(1e3 * tokens / row["ms"], 1)
-    return quality, speed
+        if name in (HALF, ROTATED):
+            sparse[name] = made
+    compiled = ("float32",) if quick else ("float32", "int8", "int4")
+    return quality, decoding(decode, sparse, prompt, tokens, rounds, compiled)
+
+
+def decoding(
+    decode: Any,
+    models: Mapping[str, Any],
+    prompt: Tensor,
+    tokens: int,
+    rounds: int,
+    compiled: Sequence[str],
+) -> Rows:
+    """Tokens per second of each model in each number of bits, over the dense one of as many bits
+    that runs the same way; compiled those of some numbers of bits."""
+    torch._dynamo.config.recompile_limit = 64  # one forward for all models
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    ways = {"float32": None, "int8": "int8-weight", "int4": "int4-weight"}
+    found: Rows = []
+    for bits, scheme in ways.items():
+        own = {
+            name: made if scheme is None
+            else rewrite(made, [Quantize(scheme, where=WHERE)], {"input_ids": prompt})
+            for name, made in models.items()
+        }  # fmt: skip
+        runs = {
+            "generate": {n: partial(decode.generate, m, prompt, tokens) for n, m in own.items()},
+            "compiled loop": {
+                n: decode.plain_loop(copy.deepcopy(m), prompt, tokens, decode.COMPILED)
+                for n, m in own.items()
+                if bits in compiled
+            },
+        }
+        for how, some in runs.items():
+            for row in ratios(some, rounds, DENSE) if some else []:
+                row["tokens per s"] = round(1e3 * tokens / row["ms"], 1)
+                found.append({"weights": bits, "how": how} | row)
+                print(found[-1], flush=True)
+        alone = interleaved({DENSE: decode.linear_layers(own[DENSE])}, 5 * rounds, warmup=3)[DENSE]
+        per_token = round(1e3 * statistics.median(alone), 2)
+        for row in found:
+            if row["weights"] == bits:
+                row["of it dense linear layers, ms a token"] = per_token
+    return found
 
 
 def news(windows: int, context: int) -> Tensor:
@@ -381,10 +409,12 @@ others. int8 and int4: by the ops that layers run,
 which choose the dense product where it was measured to be the faster. Any number of tokens:
 layers as the passes install them, with the kernel that was measured to be the faster; at least
 0.97 is aimed at everywhere. One block: Threshold on the inputs of all seven linear layers,
-through the rewritten model's own forward. Decoding: batch 1, greedily, with transformers' cache,
-prompt included. Aimed at: one token, float32, 4×, 2.2× and 1.3× at 10, 25 and 50 %; int8 and int4
-2× at 10 %; 8 tokens 1.5× at 10 %; the block 1.8× at 50 %; SmolLM2 1.3× at 50 % within 4 % of the
-dense perplexity."""
+through the rewritten model's own forward. Decoding: batch 1, greedily, prompt
+included; generate: eager, with transformers' cache; compiled loop: backend="rewriter", a static
+cache and argmax; the dense model's linear layers once each, with nothing in between: what
+is left of its time are attention, norms and Python. Aimed at: one token, float32, 4×, 2.2× and 1.3×
+at 10, 25 and 50 %; int8 and int4 2× at 10 %; 8 tokens 1.5× at 10 %; the block 1.8× at 50 %;
+SmolLM2 1.3× at 50 % within 4 % of the dense perplexity."""
 
 
 def main() -> None:
