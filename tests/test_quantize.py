@@ -20,6 +20,7 @@ from rewriter.passes.quantize import (
     Scheme,
     register,
 )
+from rewriter.passes.sparsegate import GateLinear
 from rewriter.passes.threshold_linear import ThresholdLinear
 from rewriter.passes.topk import TopKLinear
 from rewriter.passes.trained import TrainedLinear
@@ -75,7 +76,7 @@ def test_monarch_close_to_float(activation):
 
 def test_site_kinds_and_phase():
     trained = TrainedLinear, TrainedConv1d, TrainedConv2d
-    layers = MonarchLinear, TopKLinear, ThresholdLinear, *trained
+    layers = MonarchLinear, TopKLinear, ThresholdLinear, GateLinear, *trained
     assert Quantize.matches == (LINEAR, *layers, EMBEDDING, CONV)
     assert Quantize().kinds == (LINEAR, *layers)
     assert Quantize.phase is Phase.PRECISION
