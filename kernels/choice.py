@@ -83,6 +83,7 @@ def fastest(
     candidates: Callable[[], Candidates],
     lead: float = 0.0,
     device: torch.device | None = None,
+    before: Callable[[], object] | None = None,
 ) -> str:
     """The name of the candidate with the least time.
 
@@ -94,6 +95,7 @@ def fastest(
         lead: by which share of its time the first one must be beaten, or it stays the choice: what
             is less may be noise.
         device: a GPU on which the candidates run, whose own time then counts; None on a CPU.
+        before: what comes before each timed call, and is not timed.
     """
     full = f"{version} {key}"
     if full in _known:
@@ -102,7 +104,7 @@ def fastest(
         _load()
         if full not in _known:
             with torch.inference_mode(False), torch.no_grad():
-                found, steady = _measure(candidates(), lead, device)
+                found, steady = _measure(candidates(), lead, device, before)
             _known[full] = _agreed(full, found) if steady else found
     return _known[full]
 
@@ -119,11 +121,12 @@ def paying_share(
     pair: Callable[[float], dict[str, Callable[[], object]]],
     place: object,
     device: torch.device | None = None,
+    before: Callable[[], object] | None = None,
 ) -> float:
     """The largest share up to which "sparse" is faster than "dense"; 0 where it never is.
 
     Args:
-        key, version, device: as of `fastest`.
+        key, version, device, before: as of `fastest`.
         pair: the two, where this share is active.
         place: what else times hang on: torch's number of threads, or the name of a GPU.
     """
@@ -132,7 +135,8 @@ def paying_share(
         middle = (low + high) // 2
         share = _SHARES[middle]
         own = functools.partial(pair, share)
-        if fastest(f"{key} {share} {place}", version, own, _DENSE_LEAD, device) == "sparse":
+        asked = f"{key} {share} {place}", version, own, _DENSE_LEAD, device, before
+        if fastest(*asked) == "sparse":
             high = middle
         else:
             low = middle + 1
@@ -148,12 +152,21 @@ def forget() -> None:
 
 
 def _measure(
-    candidates: Candidates, lead: float = 0.0, device: torch.device | None = None
+    candidates: Candidates,
+    lead: float = 0.0,
+    device: torch.device | None = None,
+    before: Callable[[], object] | None = None,
 ) -> tuple[str, bool]:
     """The fastest candidate, and whether its times were steady enough to say so."""
     if len(candidates) == 1:
         return next(iter(candidates)), True
-    timed = _seconds if device is None else functools.partial(_device_seconds, device=device)
+    own_seconds = _seconds if device is None else functools.partial(_device_seconds, device=device)
+
+    def timed(call: Callable[[], object]) -> float:
+        if before is not None:
+            before()
+        return own_seconds(call)
+
     if device is not None:  # compiling and the first use of a library are no part of a call
         for call in candidates.values():
             call()

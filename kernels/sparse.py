@@ -64,7 +64,7 @@ __all__ = [
 _DEVICES = ("cpu", "cuda")
 _GROUP = 8
 """Rows of x that the kernel on a CPU takes at once; on a GPU it takes all."""
-_VERSION = "sparse 2"
+_VERSION = "sparse 3"
 
 
 # Selection ---------------------------------------------------------------------------------------
@@ -248,10 +248,7 @@ def bound(x: Tensor, own: sparse_bound.Operands, check: Callable[[], None]) -> T
     if call is None:
         return None
     y = call(x, largest_share(own.weight, call.rows(x)))
-    if y is None:
-        select = Select.of(own.threshold, own.importance, own.k, own.block)
-        y = dense(masked(x, select), own.weight, own.scale, own.bias)
-    return y
+    return dense(call.masked(x), own.weight, own.scale, own.bias) if y is None else y
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -281,7 +278,11 @@ def _dtype_of_x(weight: Tensor) -> torch.dtype:
 def _measured(dtype: torch.dtype, rows: int, out: int, width: int, threads: int) -> float:
     made = functools.cache(lambda: _made(dtype, rows, out, width))
     key = f"sparse_linear {dtype} {rows} {width} {out}"
-    return paying_share(key, _VERSION, lambda share: _pair(made, share), threads)
+
+    def evict() -> None:
+        sparse_cpu.evict(*made()[1:3])
+
+    return paying_share(key, _VERSION, lambda share: _pair(made, share), threads, before=evict)
 
 
 def _made(dtype: torch.dtype, rows: int, out: int, width: int) -> tuple[Tensor, ...]:

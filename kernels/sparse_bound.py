@@ -85,10 +85,17 @@ class Ready:
         assert self.run is not None
         if not share:
             return None
+        limit = int(share * self.width)
+        return self.run(x, self.rows(x), self._threshold(), limit, torch.get_num_threads())
+
+    def masked(self, x: Tensor) -> Tensor:
+        """x with zeros where it is not active."""
+        assert self.run is not None
+        return self.run.masked(x, self.rows(x), self._threshold(), torch.get_num_threads())
+
+    def _threshold(self) -> float:
         threshold = self.others[3]
-        least = 0.0 if threshold is None else float(threshold)
-        limit, threads = int(share * self.width), torch.get_num_threads()
-        return self.run(x, self.rows(x), least, limit, threads)
+        return 0.0 if threshold is None else float(threshold)
 
 
 _ready: dict[int, Ready] = {}

@@ -534,6 +534,13 @@ void sparse_choose(const float* x, uint8_t* chosen, long rows, long width, const
   });
 }
 
+// What lies there is in no cache afterwards.
+void sparse_evict(const char* from, long bytes) {
+  for (long i = 0; i < bytes; i += 64) _mm_clflush(from + i);
+  if (bytes) _mm_clflush(from + bytes - 1);
+  _mm_mfence();
+}
+
 // y[r, i] = x[r, i] where it is active, else 0.
 void sparse_masked(const float* x, float* y, long rows, long width, const Select* select, Parallel parallel,
                    long threads) {
@@ -549,6 +556,13 @@ void sparse_masked(const float* x, float* y, long rows, long width, const Select
       for (long i = 0; i < width; i++) to[i] = own[i] ? from[i] : 0.0f;
     }
   });
+}
+
+// The same with what is chosen by as of `sparse_run`.
+void sparse_run_masked(const Linear* fixed, const float* x, float* y, long rows, double threshold, long threads) {
+  Select own = fixed->select;
+  own.threshold = threshold;
+  sparse_masked(x, y, rows, fixed->in, &own, fixed->parallel, threads);
 }
 
 // The same in place, as bits, where the expert of neuron i is among the `best` of row r.

@@ -23,6 +23,7 @@ __all__ = [
     "Gate",
     "Select",
     "chosen",
+    "evict",
     "gated",
     "isa",
     "keep_experts",
@@ -123,9 +124,12 @@ def _library() -> tuple[Any, int]:
     pointer, number = ctypes.c_void_p, ctypes.c_long
     made.sparse_run.argtypes = [pointer] * 3 + [number, ctypes.c_double, number, number]
     made.sparse_run.restype = ctypes.c_int
+    made.sparse_run_masked.argtypes = [pointer] * 3 + [number, ctypes.c_double, number]
+    made.sparse_run_masked.restype = None
     for function in (made.sparse_choose, made.sparse_masked):
         function.argtypes = [pointer, pointer, number, number, pointer, pointer, number]
         function.restype = None
+    made.sparse_evict.argtypes, made.sparse_evict.restype = [pointer, number], None
     keep = made.sparse_keep_experts
     keep.argtypes = [pointer, number, number, pointer, number, number, pointer, pointer, number]
     keep.restype = None
@@ -136,6 +140,14 @@ def _library() -> tuple[Any, int]:
 def refusal() -> str | None:
     """Why the compiled kernels do not run on this machine; None where they do."""
     return why_not(_library)
+
+
+def evict(*tensors: Tensor) -> None:
+    """No cache holds these contiguous tensors of a CPU afterwards: so it is with a layer's weights
+    when its turn comes in a model that is larger than the caches."""
+    made, _ = _library()
+    for tensor in tensors:
+        made.sparse_evict(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
 def isa() -> str:
@@ -247,6 +259,7 @@ class Linear:
             Select(k, 0.0, importance, block).made(),
         )
         self._run, self._own = made.sparse_run, ctypes.addressof(self._call)
+        self._masked = made.sparse_run_masked
 
     def __call__(
         self, x: Tensor, rows: int, threshold: float, limit: int, threads: int
@@ -264,6 +277,12 @@ class Linear:
         y = x.new_empty((*x.shape[:-1], self.out))
         own = x.data_ptr(), y.data_ptr(), rows, threshold, limit, threads
         return y if self._run(self._own, *own) else None
+
+    def masked(self, x: Tensor, rows: int, threshold: float, threads: int) -> Tensor:
+        """x with zeros where it is not active; arguments as of a call."""
+        y = torch.empty_like(x)
+        self._masked(self._own, x.data_ptr(), y.data_ptr(), rows, threshold, threads)
+        return y
 
 
 def gated(

@@ -41,7 +41,7 @@ __all__ = [
     "sparse_experts",
 ]
 
-_VERSION = "sparse experts 1"
+_VERSION = "sparse experts 2"
 _EXPERTS = 20
 """As many experts there are where the share that pays is measured: it goes in steps of 5 %."""
 
@@ -274,7 +274,13 @@ def _measured(
         return {"dense": dense, "sparse": lambda: _few(x, some, hidden)}
 
     key = f"sparse_experts {dtype} {rows} {width} {hidden} {out} {'gated' if gated else 'plain'}"
-    return paying_share(key, _VERSION, pair, threads)
+
+    def evict() -> None:
+        m = made()[1]
+        read = m.gate, m.up, m.columns, m.down
+        sparse_cpu.evict(*(t for t in read if t is not None))
+
+    return paying_share(key, _VERSION, pair, threads, before=evict)
 
 
 def _flops(x: torch.Size, *own: Any, out_shape: Any = None) -> int:

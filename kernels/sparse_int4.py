@@ -52,7 +52,7 @@ __all__ = [
     "sparse_int4_reference",
 ]
 
-_VERSION = "sparse int4 1"
+_VERSION = "sparse int4 2"
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
@@ -122,8 +122,7 @@ def sparse_int4_linear(
     if call is not None:
         y = call(x, largest_share(call.rows(x), scale.shape[1], packed.shape[0], group_size))
         if y is None:
-            select = Select.of(threshold, importance, k, block)
-            y = _dense(masked(x, select), packed, scale, zero, bias, group_size)
+            y = _dense(call.masked(x), packed, scale, zero, bias, group_size)
         return y
     found: Tensor = torch.ops.rewriter.sparse_int4_linear(x, *own)
     return found
@@ -261,17 +260,21 @@ def _dense(
     group_size: int,
 ) -> Tensor:
     """x Wᵀ + bias, by the product of layers that select nothing."""
-    missing = -packed.shape[0] % group_size
     if group_size % 32 or not packed.numel():  # the op has blocks of 32
         weight = dequantize_inputs(packed, scale, zero, group_size).to(widened(x.dtype))
         return F.linear(x.to(weight), weight, None if bias is None else bias.to(weight)).to(x.dtype)
-
-    def by_outputs() -> Tensor:
-        q = nibbles.unpack_rows(packed.detach(), (scale.shape[1],)).t()
-        return pack(F.pad(q, (0, missing)))
-
-    own = kept_beside(packed, by_outputs, group_size)
+    own = _by_outputs(packed, scale.shape[1], group_size)
     return int4_linear(x, own, by_columns(scale), None if zero is None else by_columns(zero), bias)
+
+
+def _by_outputs(packed: Tensor, out: int, group_size: int) -> Tensor:
+    """The levels as `int4_linear` reads them, kept beside these."""
+
+    def made() -> Tensor:
+        q = nibbles.unpack_rows(packed.detach(), (out,)).t()
+        return pack(F.pad(q, (0, -packed.shape[0] % group_size)))
+
+    return kept_beside(packed, made, group_size)
 
 
 def _fake(x: Tensor, packed: Tensor, scale: Tensor, *rest: Any) -> Tensor:
@@ -329,9 +332,13 @@ def _measured(rows: int, out: int, width: int, group_size: int, threads: int) ->
             ),
         }
 
-    return paying_share(
-        f"sparse_int4_linear {rows} {width} {out} {group_size}", _VERSION, pair, threads
-    )
+    def evict() -> None:
+        _, packed, scale = made()
+        own = by_columns(scale), _by_outputs(packed, out, group_size)
+        sparse_cpu.evict(packed, scale, *own)
+
+    key = f"sparse_int4_linear {rows} {width} {out} {group_size}"
+    return paying_share(key, _VERSION, pair, threads, before=evict)
 
 
 def held_bytes(packed: Tensor, scale: Tensor, group_size: int, rows: int) -> int:

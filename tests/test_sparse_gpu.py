@@ -370,7 +370,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A card that there is not: what is asked of it, and which share pays on it."""
     told: dict[str, Any] = {"pays": 0.4, "asked": [], "captures": False}
 
-    def fastest(key: str, version: str, made: Any, lead: float, device: torch.device) -> str:
+    def fastest(key: str, version: str, made: Any, lead: float, device: Any, *_: Any) -> str:
         told["asked"].append(key)
         if " tile " in key:
             return list(made())[-1]
