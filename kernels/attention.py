@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rewriter.kernels import native_ops
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.native import fields, library, parallel, why_not
+from rewriter.kernels.settings import own_settings
 
 __all__ = [
     "Bound",
@@ -106,7 +107,7 @@ def use_amx(wanted: bool) -> bool:
 def _wrong(bf16: bool, atol: float) -> str | None:
     lanes = _library()[2]
     draw = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False), torch.no_grad():
+    with own_settings():
         for queries, keys in ((1, 1), (7, 19), (37, 70)):
             q, k, v = (
                 torch.randn(1, 2, n, 3 * lanes, generator=draw) for n in (queries, keys, keys)

@@ -26,6 +26,7 @@ import torch
 
 from rewriter.errors import warn
 from rewriter.kernels.native import cache_folder, fingerprint
+from rewriter.kernels.settings import own_settings
 
 __all__ = [
     "device_name",
@@ -103,7 +104,7 @@ def fastest(
     with _lock:  # one measurement at a time: two would disturb each other
         _load()
         if full not in _known:
-            with torch.inference_mode(False), torch.no_grad():
+            with own_settings():
                 found, steady = _measure(candidates(), lead, device, before)
             _known[full] = _agreed(full, found) if steady else found
     return _known[full]

@@ -172,7 +172,10 @@ class Chain:
             to be used then.
         """
         shape = self.shape(x)
-        y, x = torch.empty(shape, memory_format=_LAST), x.contiguous(memory_format=_LAST)
+        y, x = (
+            torch.empty(shape, dtype=torch.float32, memory_format=_LAST),
+            x.contiguous(memory_format=_LAST),
+        )
         call = _Call.from_buffer_copy(self._call)  # another thread may be in one, too
         call.x, call.y = x.data_ptr(), y.data_ptr()
         if add is not None:

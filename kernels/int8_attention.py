@@ -70,7 +70,7 @@ class Attend:
             means nothing then.
         """
         batch, rows, _ = x.shape
-        y = torch.empty(batch, rows, self.width)
+        y = torch.empty(batch, rows, self.width, dtype=torch.float32)
         call = attention._Call.from_buffer_copy(self._call)
         call.y, call.batch, call.queries, call.keys = y.data_ptr(), batch, rows, rows
         call.threads = threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ from torch import Tensor
 from rewriter.kernels import int8_cpu, quantized_gpu
 from rewriter.kernels import int8_product as product
 from rewriter.kernels.choice import fastest, rows_bucket
+from rewriter.kernels.settings import own_settings
 
 __all__ = [
     "FAST",
@@ -123,7 +124,7 @@ def refusal(kernel: str) -> str | None:
     """Runs the kernel on sums that saturate int16 arithmetic, against exact results."""
     if kernel == "native" and (reason := int8_cpu.refusal()) is not None:
         return f"not available: {reason}"
-    with torch.inference_mode(False), torch.no_grad():
+    with own_settings():
         for rows, k, n in ((1, 64, 16), (3, 67, 5), (9, 256, 33)):
             x = torch.full((rows, k), 255.0)
             x[:, ::7] = 0.0

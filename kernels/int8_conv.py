@@ -36,6 +36,7 @@ from rewriter.kernels import conv_cpu, ops
 from rewriter.kernels.common import register_autocast, register_gradient, register_vmap, widened
 from rewriter.kernels.linear_act import act_
 from rewriter.kernels.nibbles import row_bytes, unpack_rows
+from rewriter.kernels.settings import own_settings
 
 __all__ = [
     "RANGES",
@@ -305,7 +306,7 @@ def kernel_name(device: torch.device | str = "cpu", dtype: torch.dtype = torch.f
 @functools.cache
 def _refusal() -> str | None:
     """Runs oneDNN on sums that saturate int16 arithmetic, against exact results."""
-    with torch.inference_mode(False), torch.no_grad():
+    with own_settings():
         for channels, out, groups, size in ((16, 8, 1, 3), (67, 5, 1, 1), (16, 16, 16, 3)):
             x = torch.full((2, channels, 6, 5), 255.0)
             x[:, ::7], x[0, 1::3] = 0.0, 100.0
@@ -335,7 +336,7 @@ def _right(
     spread = zip(shape[2:], weight_shape[2:], stride, padding, dilation, strict=True)
     right = math.prod(weight_shape[2:]) == 1 or all(map(_all_read, *zip(*spread, strict=True)))
     if right:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with own_settings(), torch.autocast("cpu", enabled=False):
             right = _probed(shape, weight_shape, last, stride, padding, dilation, groups)
     if not right:
         _say(

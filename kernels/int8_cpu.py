@@ -231,7 +231,7 @@ class Linear:
             y [*, out]; and whether a row of x has no finite range of its own: its y is NaN, as it
             is with a given range where a row of x is not finite.
         """
-        y = torch.empty(*x.shape[:-1], self.out)
+        y = torch.empty(*x.shape[:-1], self.out, dtype=torch.float32)
         call = self._with(x)
         call.y = y.data_ptr()
         call.q = _scratch(self._made.int8_scratch(call.rows, self.width)).data_ptr()
@@ -305,7 +305,7 @@ class Two:
     def __call__(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, bool]:
         """As of a `Linear`, with x and y contiguous."""
         rows = x.numel() // self.width
-        y = torch.empty(*x.shape[:-1], self.out)
+        y = torch.empty(*x.shape[:-1], self.out, dtype=torch.float32)
         one = _Call.from_buffer_copy(self.first._call)
         two = _Call.from_buffer_copy(self.second._call)
         one.x, one.stride, two.y = x.data_ptr(), self.width, y.data_ptr()

@@ -45,6 +45,7 @@ from rewriter.kernels.common import (
     register_vmap,
     widened,
 )
+from rewriter.kernels.settings import own_settings
 
 __all__ = [
     "Operands",
@@ -258,7 +259,7 @@ def _kernels() -> dict[str, str | None]:
 def _refusal() -> str | None:
     """Runs the kernel "native" beside "torch", on blocks that fill its panels and such that do
     not."""
-    with torch.inference_mode(False), torch.no_grad():
+    with own_settings():
         for rows, width, out, k, l in ((1, 64, 128, 2, 4), (5, 23, 17, 3, 2)):
             ib, ob = -(-width // k), -(-out // l)
             right = torch.full((k, 2 * l, ib), 127, dtype=torch.int8)

@@ -107,7 +107,7 @@ class Monarch:
         """As `int8_cpu.Linear`, with x and y contiguous; where a row has no finite range, y is
         nothing."""
         rows = x.numel() // self.width
-        y = torch.empty(*x.shape[:-1], self.out)
+        y = torch.empty(*x.shape[:-1], self.out, dtype=torch.float32)
         call = self.call(rows, threads_for(rows * self.products))
         call.x, call.y = x.data_ptr(), y.data_ptr()
         if add is not None:
@@ -135,7 +135,7 @@ class Pair:
     def __call__(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, bool]:
         """As of a `Monarch`."""
         rows = x.numel() // self.width
-        y = torch.empty(*x.shape[:-1], self.out)
+        y = torch.empty(*x.shape[:-1], self.out, dtype=torch.float32)
         both = self.first, self.second
         threads = threads_for(rows * sum(layer.products for layer in both))
         calls = (_Call * 2)(*(layer.call(rows, threads) for layer in both))

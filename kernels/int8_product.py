@@ -163,7 +163,7 @@ def quantize(x: Tensor, activation: str) -> Quantized:
             return torch.zeros_like(x, dtype=torch.uint8), math.nan, 0
         zero = round(-min(low, 0.0) / s)
         # floor(x/s + zero + 1/2): three passes; the row makes the first one vectorize
-        half = torch.full((x.shape[1],), zero + 0.5)
+        half = torch.full((x.shape[1],), zero + 0.5, dtype=x.dtype)
         q = torch.add(half, x, alpha=1 / s).clamp_(0, 255.5).to(torch.uint8)
         return q, s, zero
     # NaN-propagating, which the quantizer's own minimum is not

@@ -245,7 +245,8 @@ def _quantize(
     """x [rows, k] float32 contiguous, on a CPU, not empty → q [rows, k] uint8, and which rows hold
     something that is not finite, whose levels mean nothing."""
     x = x if multiplier is None else x * multiplier
-    half = torch.full((x.shape[1],), zero + 0.5)  # a row, with which the addition vectorizes
+    # a row, with which the addition vectorizes
+    half = torch.full((x.shape[1],), zero + 0.5, dtype=x.dtype)
     q = torch.add(half, x, alpha=1 / step).clamp_(0, 255.5).to(torch.uint8)
     return q, ~x.abs().amax(-1).isfinite()
 

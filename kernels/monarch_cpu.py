@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rewriter.kernels.choice import fastest, rows_bucket
 from rewriter.kernels.native import fields, library, parallel, why_not
+from rewriter.kernels.settings import own_settings
 
 __all__ = ["backward", "forward", "pick_kernel", "refusal", "serves", "worth_compiling"]
 
@@ -81,7 +82,7 @@ def refusal() -> str | None:
     """Why the compiled kernels do not run on this machine; None where they do."""
     if (reason := why_not(_library) or why_not(_parallel)) is not None:
         return reason
-    with torch.inference_mode(False), torch.no_grad():
+    with own_settings():
         return _wrong()
 
 

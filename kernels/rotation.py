@@ -67,7 +67,8 @@ def rotated(
     axes = (levels.data_ptr(), levels._version, scale.data_ptr(), scale._version)
     made: _Made | None = _MADE.get(x)  # type: ignore[no-untyped-call,unused-ignore]
     if made is None or not made.serves(x, axes, reader):
-        made = _MADE[x] = _Made(x.clone(), axes, int8_weight_linear(x, levels, scale), set())
+        z = int8_weight_linear(x, levels, scale)
+        made = _MADE[x] = _Made(x.clone(), axes, (levels, scale), z, set())
     made.readers.add(id(reader))
     return made.z
 
@@ -78,12 +79,14 @@ class _Made(NamedTuple):
     Args:
         x: a copy.
         axes: where the basis lies in memory, and its versions.
+        basis: itself: nothing else will lie there.
         z: R x.
         readers: who had z. Who asks again is in another call of the model.
     """
 
     x: Tensor
     axes: tuple[int, ...]
+    basis: tuple[Tensor, Tensor]
     z: Tensor
     readers: set[int]
 

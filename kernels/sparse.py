@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rewriter.kernels import sparse_bound, sparse_cpu, sparse_gpu
 from rewriter.kernels.choice import paying_share, rows_bucket
 from rewriter.kernels.quantized_gpu import capturing
+from rewriter.kernels.settings import own_settings
 from rewriter.kernels.sparse_active import (
     MOST_ROWS,
     active_for_onnx,
@@ -61,7 +63,10 @@ __all__ = [
     "straight_through",
 ]
 
-_DEVICES = ("cpu", "cuda")
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.int8),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16, torch.int8),
+}
 _GROUP = 8
 """Rows of x that the kernel on a CPU takes at once; on a GPU it takes all."""
 _VERSION = "sparse 3"
@@ -135,13 +140,15 @@ def kept_beside(weight: Tensor, make: Callable[[], Tensor], name: object) -> Ten
         found = make()
     if found.is_cuda:  # other streams may read it from now on
         torch.cuda.current_stream(found.device).synchronize()
-    _CACHE[weight] = _stamp(weight, name), found
+    _CACHE[weight] = _stamp(weight, name), found, StorageWeakRef(weight.untyped_storage())
     return found
 
 
 def _stamp(weight: Tensor, name: object) -> tuple[Any, ...]:
-    own = weight._version, weight.device, weight.data_ptr(), weight.shape, weight.stride()
-    return *own, name
+    """What other values of a weight have another one of: its memory is known by the storage, whose
+    number no other one has as long as there is a reference to it."""
+    place = weight.untyped_storage()._cdata, weight.storage_offset()
+    return weight._version, weight.device, *place, weight.shape, weight.stride(), name
 
 
 def _kept(weight: Tensor, name: object) -> Tensor | None:
@@ -162,7 +169,7 @@ def _may_keep(weight: Tensor) -> bool:
 def held_bytes(weight: Tensor, rows: int) -> int:
     """Bytes of the copy that a product of so many rows keeps of a weight; 0 without one: a weight
     of floats is copied for the sparse product, one of integers for the dense one."""
-    if weight.device.type not in _DEVICES or weight.dtype == torch.float64 or not weight.numel():
+    if not _has_kernels(weight) or not weight.numel():
         return 0
     few = bool(largest_share(weight, rows))
     stored = weight.t() if few else weight
@@ -258,13 +265,18 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     return (of_floats or of_levels) and x.device.type == "cpu" and refusal() is None
 
 
+def _has_kernels(weight: Tensor) -> bool:
+    """Whether there are sparse kernels for weights of its dtype on its device."""
+    return weight.dtype in _DTYPES.get(weight.device.type, ())
+
+
 def largest_share(weight: Tensor, rows: int) -> float:
     """The share of a weight's [out, in] active columns, of 1 at most, up to which the sparse
     product is faster than the dense one here; 0 where it never is. An int8 weight on a GPU is
     multiplied by an x of torch's default dtype."""
     if weight.is_cuda:
         return sparse_gpu.choice(_gpu_size(weight, rows, _dtype_of_x(weight))).most
-    if rows > MOST_ROWS or refusal() is not None:
+    if rows > MOST_ROWS or not _has_kernels(weight) or refusal() is not None:
         return 0.0
     own = weight.dtype, rows_bucket(rows), *weight.shape
     return _measured(*own, torch.get_num_threads())
@@ -319,7 +331,7 @@ def kernel_name(weight: Tensor, rows: int, share: float | None) -> str:
         rows: of x.
         share: of a row that is active, where it is known.
     """
-    if weight.device.type not in _DEVICES or weight.dtype == torch.float64:
+    if not _has_kernels(weight):
         return "torch, dense"
     gpu = weight.is_cuda
     reason = sparse_gpu.refusal(weight.device, _dtype_of_x(weight)) if gpu else refusal()
@@ -364,7 +376,7 @@ def refusal() -> str | None:
     """Why the compiled kernels are not used; runs them against the formula."""
     if (reason := sparse_cpu.refusal()) is not None:
         return reason
-    with torch.inference_mode(False), torch.no_grad():
+    with own_settings():
         for rows, out, width, block in ((1, 5, 7, 1), (3, 33, 70, 8), (9, 40, 64, 1)):
             x = torch.linspace(-3, 5, rows * width).view(rows, width).cos_()
             weight = torch.linspace(-1, 1, out * width).view(width, out).sin_()

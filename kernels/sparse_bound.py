@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rewriter.kernels import sparse_cpu
 from rewriter.kernels.sparse_active import MOST_ROWS
@@ -51,6 +52,7 @@ class Ready:
         self.weight = weakref.ref(own.weight, forget)
         self.others, self.at, self.options = own.tensors[1:], _addresses(own), own[6:]
         self.version = None if columns.data_ptr() == own.weight.data_ptr() else own.weight._version
+        self.storage = StorageWeakRef(own.weight.untyped_storage())
         self.width = columns.shape[0]
         self.out = columns.shape[1] if own.scale is None else own.scale.shape[-1]
         self.run: sparse_cpu.Linear | None = None
@@ -75,6 +77,7 @@ class Ready:
             and self.options == own[6:]
             and self.at == _addresses(own)
             and (self.version is None or self.version == own.weight._version)
+            and self.storage.cdata == own.weight.untyped_storage()._cdata
         )
 
     def rows(self, x: Tensor) -> int:
@@ -120,6 +123,9 @@ def ready(
         torch.compiler.is_compiling()
         or type(x) not in PLAIN
         or x.dtype is not torch.float32
+        or x.layout is not torch.strided
+        or x.is_neg()  # its numbers are not what its memory says
+        or x._is_zerotensor()
         or not (x.is_cpu and x.is_contiguous())
         or not all(t is None or type(t) in PLAIN for t in own.tensors)
         or not is_plain_call(x, own.weight, own.bias)

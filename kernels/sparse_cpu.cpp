@@ -421,11 +421,15 @@ INLINE float finished(float sum, const float* scale, const float* bias, long n) 
   return sum * (scale ? scale[n] : 1) + (bias ? bias[n] : 0);
 }
 
+// A neuron of no expert, as a damaged file may have it, is never active.
+INLINE bool is_expert(int32_t number, long experts) { return number >= 0 && number < experts; }
+
 // Whether no group of rows has more than `limit` neurons in its experts: else those before it would be
 // multiplied for nothing.
 bool few_in_all_groups(const Gated& c) {
   std::vector<long> sizes(c.experts, 0);
-  for (long n = 0; n < c.hidden; n++) sizes[c.expert_of[n]]++;
+  for (long n = 0; n < c.hidden; n++)
+    if (is_expert(c.expert_of[n], c.experts)) sizes[c.expert_of[n]]++;
   std::vector<uint8_t> own, any;
   for (long r0 = 0; r0 < c.rows; r0 += GROUP) {
     any.assign(c.experts, 0);
@@ -473,7 +477,8 @@ bool gated(const Gated& c) {
       for (long r = 0; r < rows; r++) {
         choose_experts<uint8_t>(c.scores + (r0 + r) * c.experts, c.experts, c.best, 1, own);
         uint8_t* chosen = room.chosen.data() + r * c.hidden;
-        for (long n = 0; n < c.hidden; n++) chosen[n] = own[c.expert_of[n]];
+        for (long n = 0; n < c.hidden; n++)
+          chosen[n] = is_expert(c.expert_of[n], c.experts) ? own[c.expert_of[n]] : 0;
       }
       gather(nullptr, 0, rows, c.hidden, room.chosen.data(), c.limit, room.active);
     } else
@@ -575,7 +580,7 @@ void sparse_keep_experts(uint32_t* y, long rows, long width, const float* scores
       choose_experts<uint32_t>(scores + r * experts, experts, best, ~0u, kept);
       const uint32_t* own = kept.data();
       uint32_t* to = y + r * width;
-      for (long i = 0; i < width; i++) to[i] &= own[expert_of[i]];
+      for (long i = 0; i < width; i++) to[i] &= is_expert(expert_of[i], experts) ? own[expert_of[i]] : 0;
     }
   });
 }

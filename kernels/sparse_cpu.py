@@ -192,7 +192,7 @@ def linear(
     made, start = _library()
     *rows, width = x.shape
     out = scale.shape[1] if group and scale is not None else weight.shape[1]
-    y = torch.empty(*rows, out)
+    y = torch.empty(*rows, out, dtype=torch.float32)
     active = ctypes.c_int64()
     call = _Linear(
         x.data_ptr(),
@@ -357,7 +357,7 @@ def _gated(
     made, start = _library()
     *rows, width = x.shape
     hidden, out = three[2].weight.shape
-    y = torch.empty(*rows, out)
+    y = torch.empty(*rows, out, dtype=torch.float32)
     active = ctypes.c_int64()
     call = _Gated(
         x.data_ptr(),

@@ -30,6 +30,7 @@ from rewriter.kernels.common import (
     register_vmap,
     widened,
 )
+from rewriter.kernels.settings import own_settings
 from rewriter.kernels.sparse import (
     MOST_ROWS,
     Select,
@@ -369,7 +370,7 @@ def refusal() -> str | None:
     """Why the compiled kernel is not used; runs it against the formula, on all levels."""
     if (reason := sparse.refusal()) is not None:
         return reason
-    with torch.inference_mode(False), torch.no_grad():
+    with own_settings():
         for rows, out, width, group in ((1, 5, 7, 32), (3, 131, 70, 32), (9, 64, 200, 64)):
             x = torch.linspace(-3, 5, rows * width).view(rows, width).cos_()
             levels = torch.arange(out * width).view(width, out) * 7 % 16 - 8

@@ -49,6 +49,7 @@ from rewriter.kernels.common import (
     widened,
 )
 from rewriter.kernels.int8_linear import dequantize_weight
+from rewriter.kernels.settings import own_settings
 
 __all__ = [
     "GROUP_SIZES",
@@ -433,7 +434,7 @@ def _refusal(op: str, kernel: str) -> str | None:
         return None
     if kernel == "native" and (reason := weight_only_cpu.refusal()) is not None:
         return f"not available: {reason}"
-    with torch.inference_mode(False), torch.no_grad():
+    with own_settings():
         for rows, n, k in ((1, 5, 32), (3, 16, 100), (17, 33, 128)):
             x = torch.linspace(-3, 5, rows * k).view(rows, k).cos_()
             _, *operands = _made(op, rows, n, k)

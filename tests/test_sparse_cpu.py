@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -367,3 +368,20 @@ def test_a_gated_mlp_computes_its_formula(
     assert_reordered(y, (h @ floats[2].t() + biases[2]).float())
     assert read == sum(int(chosen[i : i + 8].any(0).sum()) for i in range(0, rows, 8))
     assert sparse_cpu.gated(x, *gates, then, select, hidden // 5, screen)[0] is None
+
+
+def test_what_comes_before_a_timed_call_comes_before_each() -> None:
+    calls: list[str] = []
+    made = {name: functools.partial(calls.append, name) for name in ("dense", "sparse")}
+    choice._measure(made, before=functools.partial(calls.append, "before"))
+    assert calls[::2] == ["before"] * (len(calls) // 2)
+    assert set(calls[1::2]) == {"dense", "sparse"}
+
+
+@pytest.mark.skipif(sparse_cpu.refusal() is not None, reason="no compiled kernels here")
+def test_evicted_tensors_are_what_they_were() -> None:
+    some = torch.arange(1000.0), torch.arange(7, dtype=torch.int8), torch.empty(0)
+    want = [t.clone() for t in some]
+    sparse_cpu.evict(*some)
+    for t, u in zip(some, want, strict=True):
+        assert_equal(t, u)

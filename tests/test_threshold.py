@@ -378,3 +378,30 @@ def test_a_down_projection_that_was_rewritten_before() -> None:
     out = thresholded(Gated(), TopK(12), Threshold(0.5))
     (step,) = [s for s in out.report.steps if s.name.startswith("Threshold")]
     assert step.decisions[0].reason == "the down projection down was rewritten before"
+
+
+@pytest.mark.parametrize(
+    "pass_", [Threshold(0.5), Threshold(0.5, inputs="all"), TopK(0.25)], ids=str
+)
+def test_half_precision_has_no_sparse_kernel_on_a_cpu(pass_: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval().half()
+    calibration = [torch.randn(80, 64).half() for _ in range(2)]
+    given = calibration if pass_.needs_calibration else None
+    out = rewrite(model, [pass_], calibration[0][:2], calibration=given)
+    assert out[2].kernel(1) == "torch, dense"
+    assert out[2].held_bytes(1) == 0
+    assert out(calibration[0][:2]).isfinite().all()
+
+
+def test_another_weight_at_the_same_address_is_another_weight() -> None:
+    """As offloading does it: `.data` is let go and comes back, and no version says so."""
+    torch.manual_seed(0)
+    layer = ThresholdLinear.from_weights(nn.Parameter(torch.randn(512, 512)), None, 1.5)
+    x = torch.randn(1, 512)
+    for _ in range(6):
+        with torch.no_grad():
+            got = layer(x)
+        assert_reordered(got, x.where(layer.kept(x), 0.0) @ layer.weight.detach().t())
+        layer.weight.data = torch.empty(0)
+        layer.weight.data = torch.randn(512, 512)
