@@ -92,7 +92,7 @@ def _copy(module: fx.GraphModule) -> fx.Graph:
     graph.output(graph.graph_copy(module.graph, copied))
     for node, new in copied.items():
         if hasattr(node, "_dynamo_source"):  # AOTAutograd asks inputs where they come from
-            new._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = node._dynamo_source
     return graph
 
 
@@ -136,7 +136,7 @@ def _against(given: Mapping[str, Any], real: Mapping[fx.Node, Any]) -> str | Non
     if any(type(t) not in PLAIN or t.is_inference() for t in there):  # type: ignore[union-attr]
         return "their weights are computed, or torch counts no changes of them"
     options = given["k"], given["block"], given["group_size"]
-    own = sparse_bound.Operands(*tensors, *options)  # type: ignore[arg-type]
+    own = sparse_bound.Operands._make([*tensors, *options])
     if not sparse_bound.takes(own):
         return "the compiled kernel does not take tensors of this dtype, device or layout"
     if _is_copied(given, real) and any(
@@ -178,7 +178,7 @@ def _further(graph: fx.Graph, weight: fx.Node, real: Tensor, count: int) -> tupl
     mode = own if context is None or context.fake_mode is None else context.fake_mode
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         node = graph.placeholder(f"columns_{count}_{weight.name}")
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     static = weight.meta.get("tensor_dict") or {}
     kept = {k: v for k, v in static.items() if k == "_dynamo_static_input_type"}
     node.meta = {"example_value": _fake(own or mode, made), "tensor_dict": kept}
