@@ -9,6 +9,8 @@
     native_int4_dynamic_linear(x, packed, scale, zero, bias)    are stored
     native_weight_linears(x, four operands of each of two weights or three, kind)    their products
                                                       with one x, side by side
+    native_sparse_linear(x, columns, …)               of `sparse_linear` and `sparse_int4`, of any
+    native_sparse_int4_linear(x, packed, …)           share of active inputs
 
 A layer of the int8 ops is one tensor of bytes: `rewriter.kernels.int8_cpu.Linear.layer` makes it of
 packed weights and all that goes with them. It holds on the CPU that it was made on, and says so
@@ -35,6 +37,8 @@ from rewriter.kernels import native, ops
 __all__ = [
     "INT8",
     "KINDS",
+    "SPARSE",
+    "SPARSE_INT4",
     "TOGETHER",
     "WEIGHT_ONLY",
     "InGraph",
@@ -48,7 +52,7 @@ __all__ = [
 
 _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp")
-    for name in ("int8_cpu", "attention_cpu", "weight_only_cpu", "shims")
+    for name in ("int8_cpu", "attention_cpu", "weight_only_cpu", "sparse_cpu", "shims")
 )
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
@@ -80,6 +84,14 @@ _LIB.define(
     "native_weight_linears(Tensor x, Tensor w1, Tensor s1, Tensor? z1, Tensor? b1, "
     "Tensor w2, Tensor s2, Tensor? z2, Tensor? b2, "
     "Tensor? w3, Tensor? s3, Tensor? z3, Tensor? b3, int kind) -> Tensor"
+)
+_LIB.define(
+    "native_sparse_linear(Tensor x, Tensor columns, Tensor? scale, Tensor? bias, "
+    "Tensor? threshold, Tensor? importance, int k, int block) -> Tensor"
+)
+_LIB.define(
+    "native_sparse_int4_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, "
+    "Tensor? threshold, Tensor? importance, int k, int block, int group_size) -> Tensor"
 )
 KINDS = ("native_int8_weight_linear", "native_int4_linear", "native_int4_dynamic_linear")
 """Ops of which `native_weight_linears` makes products with one x, in the order of its kinds."""
@@ -231,6 +243,14 @@ def _fake_weights(x: Tensor, w1: Tensor, *more: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(w.shape[0] for w in there))
 
 
+def _fake_sparse(x: Tensor, columns: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], columns.shape[1])
+
+
+def _fake_sparse4(x: Tensor, packed: Tensor, scale: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], scale.shape[1])
+
+
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "native_int8": _fake_int8,
     "native_int8_two": _fake_two,
@@ -240,6 +260,8 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "native_int4_linear": _fake_weight_only,
     "native_int4_dynamic_linear": _fake_weight_only,
     "native_weight_linears": _fake_weights,
+    "native_sparse_linear": _fake_sparse,
+    "native_sparse_int4_linear": _fake_sparse4,
 }
 for _name, _fake in _FAKES.items():
     _LIB.impl(_name, _late(_name), "CompositeExplicitAutograd")
@@ -269,6 +291,12 @@ _ARGUMENTS = {
         ]
         + ["AtenTensorHandle*"] * 4
         + ["int64_t"]
+    ),
+    "native_sparse_linear": ", ".join(
+        ["AtenTensorHandle"] * 2 + ["AtenTensorHandle*"] * 4 + ["int64_t"] * 2
+    ),
+    "native_sparse_int4_linear": ", ".join(
+        ["AtenTensorHandle"] * 3 + ["AtenTensorHandle*"] * 4 + ["int64_t"] * 3
     ),
 }
 
@@ -350,6 +378,22 @@ TOGETHER = ops.Companion(
     shim=_shim("native_weight_linears"),
 )
 """The companion of them all, priced as the first: so many products of one x in one call."""
+
+
+def _sparse_flops(x: torch.Size, columns: torch.Size, *_: Any, **__: Any) -> int:
+    """An upper bound: of what is active nobody knows before."""
+    return 2 * math.prod(x) * columns[1]
+
+
+SPARSE = ops.Companion(
+    "rewriter::native_sparse_linear", flops=_sparse_flops, shim=_shim("native_sparse_linear")
+)
+"""The companion of `rewriter::sparse_linear`, of a weight by columns."""
+
+SPARSE_INT4 = ops.Companion(
+    "rewriter::native_sparse_int4_linear", shim=_shim("native_sparse_int4_linear")
+)
+"""That of `rewriter::sparse_int4_linear`, which takes the same arguments, without a share."""
 
 
 def _attention_reference(

@@ -1,5 +1,5 @@
 // The dispatcher's way to the kernels that compiled programs call: what C++ calls of Inductor's name
-// directly (int8_shim.h, attention_shim.h, weight_shim.h), others find by the op.
+// directly (int8_shim.h, attention_shim.h, weight_shim.h, sparse_shim.h), others find by the op.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,6 +20,9 @@ AOTITorchError aoti_torch_cpu_native_int4_linear(Handle, Handle, Handle, Handle*
 AOTITorchError aoti_torch_cpu_native_int4_dynamic_linear(Handle, Handle, Handle, Handle*, Handle*, Handle*);
 AOTITorchError aoti_torch_cpu_native_weight_linears(Handle, Handle, Handle, Handle*, Handle*, Handle, Handle, Handle*, Handle*,
                                                     Handle*, Handle*, Handle*, Handle*, int64_t, Handle*);
+AOTITorchError aoti_torch_cpu_native_sparse_linear(Handle, Handle, Handle*, Handle*, Handle*, Handle*, int64_t, int64_t, Handle*);
+AOTITorchError aoti_torch_cpu_native_sparse_int4_linear(Handle, Handle, Handle, Handle*, Handle*, Handle*, Handle*, int64_t,
+                                                        int64_t, int64_t, Handle*);
 }
 
 namespace {
@@ -85,6 +88,22 @@ Tensor weights(Tensor x, Tensor w1, Tensor s1, std::optional<Tensor> z1, std::op
   return Tensor(y);
 }
 
+Tensor sparse(Tensor x, Tensor columns, std::optional<Tensor> scale, std::optional<Tensor> bias, std::optional<Tensor> threshold,
+              std::optional<Tensor> importance, int64_t k, int64_t block) {
+  Handle y;
+  aoti_torch_cpu_native_sparse_linear(x.get(), columns.get(), Maybe(scale), Maybe(bias), Maybe(threshold), Maybe(importance), k,
+                                      block, &y);
+  return Tensor(y);
+}
+
+Tensor sparse_int4(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias,
+                   std::optional<Tensor> threshold, std::optional<Tensor> importance, int64_t k, int64_t block, int64_t group) {
+  Handle y;
+  aoti_torch_cpu_native_sparse_int4_linear(x.get(), packed.get(), scale.get(), Maybe(zero), Maybe(bias), Maybe(threshold),
+                                           Maybe(importance), k, block, group, &y);
+  return Tensor(y);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rewriter, CPU, m) {
@@ -96,4 +115,6 @@ STABLE_TORCH_LIBRARY_IMPL(rewriter, CPU, m) {
   m.impl("native_int4_linear", TORCH_BOX(&int4));
   m.impl("native_int4_dynamic_linear", TORCH_BOX(&int4_dynamic));
   m.impl("native_weight_linears", TORCH_BOX(&weights));
+  m.impl("native_sparse_linear", TORCH_BOX(&sparse));
+  m.impl("native_sparse_int4_linear", TORCH_BOX(&sparse_int4));
 }

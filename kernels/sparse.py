@@ -61,6 +61,7 @@ __all__ = [
     "refusal",
     "regime",
     "straight_through",
+    "why_dense",
 ]
 
 _DTYPES = {
@@ -350,25 +351,38 @@ def regime(
         largest: the share up to which it is the faster one, at a number of rows.
         gpu: whether it runs on one.
     """
-    if rows > MOST_ROWS:
-        return f"dense at {rows} rows; sparse kernels take up to {MOST_ROWS}"
-    most = largest(rows)
-    if not most:
-        return f"dense at {rows} rows, where it is faster"
+    if (reason := why_dense(rows, share, largest, gpu)) is not None:
+        return reason
     unit, taken = ("Triton", MOST_ROWS) if gpu else (sparse_cpu.isa(), _GROUP)
     if share is None:
-        if gpu and most < 1:
-            return "dense: which share is active is not known, and a GPU does not wait to see it"
-        return f"sparse ({unit}) up to {most:.0%} active, else dense"
+        return f"sparse ({unit}) up to {largest(rows):.0%} active, else dense"
     union = sparse_gpu.union(share, min(rows, taken))
-    if union > most:
-        return f"dense: {union:.0%} of the weight's rows are active at {rows} rows of input"
     until = rows_bucket(rows)
     while (more := 2 * until) <= MOST_ROWS:
         if sparse_gpu.union(share, min(more, taken)) > largest(more):
             break
         until = more
     return f"sparse ({unit}), {union:.0%} of the weight's rows; dense above {until} rows of input"
+
+
+def why_dense(
+    rows: int, share: float | None, largest: Callable[[int], float], gpu: bool = False
+) -> str | None:
+    """Why a dense kernel runs, as far as that is known before what is active is; None where a
+    sparse one does, at least where few are active. Arguments as of `regime`."""
+    if rows > MOST_ROWS:
+        return f"dense at {rows} rows; sparse kernels take up to {MOST_ROWS}"
+    most = largest(rows)
+    if not most:
+        return f"dense at {rows} rows, where it is faster"
+    if share is None:
+        if gpu and most < 1:
+            return "dense: which share is active is not known, and a GPU does not wait to see it"
+        return None
+    union = sparse_gpu.union(share, min(rows, MOST_ROWS if gpu else _GROUP))
+    if union > most:
+        return f"dense: {union:.0%} of the weight's rows are active at {rows} rows of input"
+    return None
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from rewriter.kernels import sparse_cpu
 from rewriter.kernels.sparse_active import MOST_ROWS
 from rewriter.kernels.weight_bound import PLAIN, is_plain_call
 
-__all__ = ["Operands", "Ready", "ready"]
+__all__ = ["Operands", "Ready", "ready", "takes"]
 
 
 class Operands(NamedTuple):
@@ -146,6 +146,17 @@ def ready(
     if found.run is None or not x.ndim or x.shape[-1] != found.width:
         return None
     return found if 0 < x.numel() <= MOST_ROWS * found.width else None
+
+
+def takes(own: Operands) -> bool:
+    """Whether the native ops take these tensors as they are, a weight of 4 bits contiguous, another
+    one by columns."""
+    by_inputs = own.weight.is_cpu and (own.weight.is_contiguous() or not own.group)
+    few = own.threshold is None or (
+        own.threshold.shape == (1,) and own.threshold.dtype == torch.float32
+    )
+    there = by_inputs and bool(own.weight.numel()) and all(map(_fits, own.tensors[1:]))
+    return there and few and _alike(own) and sparse_cpu.refusal() is None
 
 
 def _addresses(own: Operands) -> tuple[int, ...]:

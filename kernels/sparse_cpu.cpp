@@ -585,3 +585,7 @@ void sparse_keep_experts(uint32_t* y, long rows, long width, const float* scores
   });
 }
 }
+
+#ifdef SHIM  // as ops of compiled programs
+#include "sparse_shim.h"
+#endif

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewriter.kernels import nibbles, ops, sparse, sparse_bound, sparse_cpu
+from rewriter.kernels import native_ops, nibbles, ops, sparse, sparse_bound, sparse_cpu
 from rewriter.kernels.choice import paying_share, rows_bucket
 from rewriter.kernels.common import (
     owned,
@@ -58,7 +58,8 @@ _VERSION = "sparse int4 2"
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
     "sparse_int4_linear(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, "
-    "Tensor? threshold, Tensor? importance, int k, int block, int group_size) -> Tensor"
+    "Tensor? threshold, Tensor? importance, int k, int block, int group_size, float share=1.0) "
+    "-> Tensor"
 )
 
 
@@ -92,6 +93,7 @@ def sparse_int4_linear(
     k: int = 0,
     block: int = 1,
     group_size: int = 64,
+    share: float = 1.0,
 ) -> Tensor:
     """y = x_S Wᵀ + bias with w[n,i] = q[i,n]·scale[g,n] + zero[g,n]; x_S[i] = x[i] where i is
     active.
@@ -107,6 +109,7 @@ def sparse_int4_linear(
         bias: [out_features] or None.
         threshold, importance, k, block: as of `sparse_linear`.
         group_size: inputs that share a scale; the last group may have fewer.
+        share: as of `sparse_linear`; code that is compiled goes by it.
 
     Returns:
         [*, out_features] in x's dtype. Costs up to 2·rows·in·out FLOPs.
@@ -125,7 +128,7 @@ def sparse_int4_linear(
         if y is None:
             y = _dense(call.masked(x), packed, scale, zero, bias, group_size)
         return y
-    found: Tensor = torch.ops.rewriter.sparse_int4_linear(x, *own)
+    found: Tensor = torch.ops.rewriter.sparse_int4_linear(x, *own, share)
     return found
 
 
@@ -154,11 +157,11 @@ def _formula(
 
 def sparse_int4_reference(x: Tensor, *operands: Any) -> Tensor:
     """The same, written as the formula (float32 or wider); autograd does the rest."""
-    return _formula(active_reference, x, *operands)
+    return _formula(active_reference, x, *operands[:9])
 
 
 def _for_onnx(x: Tensor, *operands: Any) -> Tensor:
-    return _formula(active_for_onnx, x, *operands)
+    return _formula(active_for_onnx, x, *operands[:9])
 
 
 def _check(
@@ -210,6 +213,7 @@ def _forward(
     k: int,
     block: int,
     group_size: int,
+    share: float = 1.0,
 ) -> Tensor:
     _check(x, packed, scale, zero, bias, threshold, importance, k, block, group_size)
     select = Select.of(threshold, importance, k, block)
@@ -279,12 +283,12 @@ def _by_outputs(packed: Tensor, out: int, group_size: int) -> Tensor:
 
 
 def _fake(x: Tensor, packed: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    _check(x, packed, scale, *rest)
+    _check(x, packed, scale, *rest[:7])
     return x.new_empty((*x.shape[:-1], scale.shape[1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, zero, bias, threshold, importance, *sizes = inputs
+    x, packed, scale, zero, bias, threshold, importance, *sizes, _ = inputs
     ctx.save_for_backward(x, packed, scale, zero, threshold, importance)
     ctx.sizes = sizes
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -300,7 +304,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx = (grad @ weight).where(mask, 0.0)
     if ctx.needs_input_grad[4]:
         db = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
-    return dx, None, None, None, db, None, None, None, None, None
+    return dx, None, None, None, db, *[None] * 6
 
 
 # Choice of the kernel ----------------------------------------------------------------------------
@@ -403,6 +407,7 @@ def _flops(
     k: int,
     block: int,
     group_size: int,
+    share: float = 1.0,
     *,
     out_shape: Any = None,
 ) -> int:
@@ -424,5 +429,6 @@ RECORD = ops.register(
         reference=sparse_int4_reference,
         onnx=_for_onnx,
         flops=_flops,
+        companions=(native_ops.SPARSE_INT4,),
     )
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.kernels import ops, sparse_bound
+from rewriter.kernels import native_ops, ops, sparse_bound
 from rewriter.kernels.common import (
     outer,
     owned,
@@ -227,5 +227,6 @@ ops.register(
         kind="matmul",
         reference=sparse_linear_reference,
         flops=_flops,
+        companions=(native_ops.SPARSE,),
     )
 )

@@ -274,6 +274,7 @@ class SparseInt4Linear(_SparseLinear):
             k=self.k,
             block=self.block,
             group_size=self.group_size,
+            share=1.0 if self.share is None else self.share,
         )
 
     def stored_weight(self) -> Tensor:

@@ -169,6 +169,7 @@ MAY_MUTATE = {
     "rewriter/lowering/inputs.py": "checks the inputs of a packaged program, and undoes it",
     "rewriter/lowering/joining.py": "joins calls in a graph that Inductor compiles",
     "rewriter/lowering/single_rows.py": "puts our attention into a graph that Inductor compiles",
+    "rewriter/lowering/sparse_products.py": "puts our products into a copy of a graph of Dynamo's",
     "rewriter/lowering/planning.py": "makes the lowered graph, a copy of the eval graph",
     "rewriter/modules/pointwise.py": "hands a parameter that user code sets to the layer inside",
     "rewriter/modules/generated.py": "copies a graph whose names cannot be written as code",

@@ -278,7 +278,7 @@ class _Compilation:
         if any(isinstance(t, Tensor) and t.is_meta for t in self.inputs):
             raise OptionError("an input is on meta, where nothing can be computed: move it")
         if not passes:
-            return self._done(self._lowered(self.module, self.inputs))
+            return self._done(self._unchanged())
         if any(isinstance(t, FakeTensor) for t in self.inputs):
             raise RewriteError(
                 "the parameters are not at hand: DistributedDataParallel's optimizer has cut the "
@@ -302,7 +302,7 @@ class _Compilation:
         self.graph.price = lambda: report
         installed = engine.recipe.installed
         if not installed:
-            return self._done(self._lowered(self.module, self.inputs))
+            return self._done(self._unchanged())
         fused = None if self.training else self._in_graph(lifted.root, lifted.graph)
         flat = flattened(self.module, lifted, self.inputs, fused)
         changed = self._trainable(lifted, flat)
@@ -314,6 +314,35 @@ class _Compilation:
             return self._done(ready.run)
         code = self._lowered(flat.module, flat.arguments(self.inputs))
         return self._done(self._fed(engine, lifted, flat, code))
+
+    def _unchanged(self) -> Callable[..., Any]:
+        """Code of the graph that no pass changed: what it calls of ours, without Python where that
+        can be."""
+        from rewriter.lowering.sparse_products import columns_of, direct_products
+
+        known = not any(isinstance(t, FakeTensor) for t in self.inputs)
+        casts = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        if self.training or casts or not known:
+            return self._lowered(self.module, self.inputs)
+        with _plain(quiet=True):
+            direct = direct_products(self.module, self.inputs)
+        code = self._lowered(direct.module, [*self.inputs, *direct.fakes])
+        self.graph.notes += direct.notes
+        if not direct.copied:
+            return code
+        copied = direct.copied
+
+        def derive(inputs: Sequence[Any]) -> Derived:
+            return Derived(code, columns_of(inputs, copied))
+
+        weights = Weights(copied, derive)
+        with _plain(quiet=True):
+            weights.put(self.inputs, derive(self.inputs))
+
+        def run(*inputs: Any) -> Any:
+            return code(*inputs, *weights.of(inputs).tensors)
+
+        return _untraced(run)
 
     # the ledger
 
