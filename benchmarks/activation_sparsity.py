@@ -346,7 +346,7 @@ def language_model(quick: bool, rounds: int, windows: int, tokens: int) -> tuple
         print(row, flush=True)
         if name in (HALF, ROTATED):
             sparse[name] = made
-    compiled = ("float32",) if quick else ("float32", "int8", "int4")
+    compiled = ("float32",) if quick else ("float32", "int8")
     return quality, decoding(decode, sparse, prompt, tokens, rounds, compiled)
 
 
