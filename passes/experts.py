@@ -25,8 +25,9 @@ from rewriter.kernels.sparse_experts import (
 )
 from rewriter.modules.budgets import FEWEST
 from rewriter.modules.routing import clustered, contributions, fit_router, recall
+from rewriter.passes.sparsegate import NO_MLP, choosing
 from rewriter.passes.threshold import tied
-from rewriter.sites import LINEAR, MLP, Kind, Site, kind_name
+from rewriter.sites import LINEAR, Kind, Site, kind_name
 
 __all__ = ["Experts", "RoutedLinear"]
 
@@ -196,17 +197,15 @@ class Experts(Pass):
         return True
 
     def plan(self, view: View) -> list[Edit]:
-        mlps = {
-            s.parts.get("gate", s.parts["up"]).fqn: s
-            for s in view.sites
-            if s.kind == MLP and "activation" in s.parts
-        }
+        mlps, others = choosing(view)
         shared, edits = tied(view), list[Edit]()
         for site in view.chosen:
             if (mlp := mlps.get(site.fqn)) is not None:
                 reasons = self._against(site, mlp, view)
                 reason = next(reasons, None) or shared.get(site.fqn)
                 edits.append(Keep(site, reason) if reason else self._edit(site, mlp))
+            else:
+                edits.append(Keep(site, others.get(site.fqn, NO_MLP)))
         return edits
 
     def _against(self, site: Site, mlp: Site, view: View) -> Iterator[str]:

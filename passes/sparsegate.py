@@ -18,7 +18,7 @@ from rewriter.passes.threshold import tied
 from rewriter.passes.topk import TopK
 from rewriter.sites import LINEAR, MLP, Kind, Site
 
-__all__ = ["GateLinear", "SparseGate"]
+__all__ = ["NO_MLP", "GateLinear", "SparseGate", "choosing"]
 
 
 class GateLinear(StoredLinear):
@@ -100,6 +100,26 @@ class GateLinear(StoredLinear):
         return "torch" if self.share is None else f"torch, keeps {self.share:.0%} of its neurons"
 
 
+NO_MLP = "no MLP with an activation begins with it"
+
+
+def choosing(view: View) -> tuple[dict[str, Site], dict[str, str]]:
+    """The MLPs of a model by the names of the layers that choose their neurons, the gate or the
+    first one; and why their other layers stay as they are, by name."""
+    mlps = {
+        s.parts.get("gate", s.parts["up"]).fqn: s
+        for s in view.sites
+        if s.kind == MLP and "activation" in s.parts
+    }
+    others = {
+        part.fqn: f"it computes what {first} chooses"
+        for first, mlp in mlps.items()
+        for part in mlp.parts.values()
+        if part.fqn != first
+    }
+    return mlps, others
+
+
 @dataclass(frozen=True)
 class SparseGate(Pass):
     """down(act(gate(x)) ∘ up(x)) becomes down(a_S ∘ up(x)): S are the neurons of large |a|, a =
@@ -152,11 +172,7 @@ class SparseGate(Pass):
         return self.sparsity is not None
 
     def plan(self, view: View) -> list[Edit]:
-        mlps = {
-            s.parts.get("gate", s.parts["up"]).fqn: s
-            for s in view.sites
-            if s.kind == MLP and "activation" in s.parts
-        }
+        mlps, others = choosing(view)
         edits: list[Edit] = []
         shared = tied(view)
         for site in view.chosen:
@@ -164,6 +180,8 @@ class SparseGate(Pass):
                 refused = unusable(site.weight, site.bias) or view.unsafe(site)
                 reason = refused.reason if refused else shared.get(site.fqn)
                 edits.append(Keep(site, reason) if reason else self._edit(site, mlps[site.fqn]))
+            else:
+                edits.append(Keep(site, others.get(site.fqn, NO_MLP)))
         return edits
 
     def _edit(self, site: Site, mlp: Site) -> Edit:

@@ -76,7 +76,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that were left alone for one reason, whatever its figures."""
+    """Sites of which one thing is said, whatever its figures: why they were left alone, or what was
+    found when they were not."""
 
     action: str
     reason: str

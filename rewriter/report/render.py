@@ -131,6 +131,8 @@ def _step_blocks(step: Step) -> Iterator[RenderableType]:
         yield _Drawn(grid := content.replaced(of.changed))
         if note := content.errors_note(grid.header):
             yield Text(note, style="dim")
+        for group in content.refusals(d for d in of.changed if d.reason):
+            yield _bullet(_refusal(group))
         yield Text()
     if of.lowered:
         yield Text(f"{step.name}: {plural(len(of.lowered), 'place')} fused", style="bold green")
