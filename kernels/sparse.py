@@ -70,7 +70,7 @@ _DTYPES = {
 }
 _GROUP = 8
 """Rows of x that the kernel on a CPU takes at once; on a GPU it takes all."""
-_VERSION = "sparse 3"
+_VERSION = "sparse 4"
 
 
 # Selection ---------------------------------------------------------------------------------------
@@ -306,13 +306,14 @@ def _made(dtype: torch.dtype, rows: int, out: int, width: int) -> tuple[Tensor, 
 
 
 def _pair(made: Callable[[], tuple[Tensor, ...]], share: float) -> dict[str, Callable[[], object]]:
-    """Both products, over rows with the same active entries: the union counts."""
+    """Both ways, over rows with the same active entries: the union counts. A dense product, too, is
+    one over zeros in the place of what is not active."""
     x, weight, columns, *scales = made()
     scale, width = scales[0] if scales else None, x.shape[1]
     select = Select(max(int(share * width), 1))
     given = x if scales else x.to(weight.dtype)
     return {
-        "dense": lambda: dense(given, weight, scale, None),
+        "dense": lambda: dense(masked(given, select), weight, scale, None),
         "sparse": lambda: sparse_cpu.linear(x, columns, scale, None, select, width),
     }
 

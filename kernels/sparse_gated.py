@@ -35,7 +35,7 @@ from rewriter.kernels.weight_only import int8_weight_linear, int8_weight_referen
 
 __all__ = ["GatedMlp", "largest_share", "sparse_gated"]
 
-_VERSION = "sparse gated 2"
+_VERSION = "sparse gated 3"
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
@@ -202,7 +202,9 @@ def _measured(
         own = Gate(up, first), Gate(columns, last)
         narrow = a.to(given)
         return {  # both behind the same product with the gate
-            "dense": lambda: _linear(narrow * _linear(x, up, first, None), down, last, None),
+            "dense": lambda: _linear(
+                masked(narrow, select) * _linear(x, up, first, None), down, last, None
+            ),
             "sparse": lambda: sparse_cpu.gated(x.float(), a, *own, "", select, hidden),
         }
 

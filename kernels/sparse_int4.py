@@ -53,7 +53,7 @@ __all__ = [
     "sparse_int4_reference",
 ]
 
-_VERSION = "sparse int4 2"
+_VERSION = "sparse int4 3"
 
 _LIB = torch.library.Library("rewriter", "FRAGMENT")
 _LIB.define(
@@ -331,7 +331,7 @@ def _measured(rows: int, out: int, width: int, group_size: int, threads: int) ->
         x, packed, scale = made()
         select = Select(max(int(share * width), 1))
         return {
-            "dense": lambda: _dense(x, packed, scale, None, None, group_size),
+            "dense": lambda: _dense(masked(x, select), packed, scale, None, None, group_size),
             "sparse": lambda: sparse_cpu.linear(
                 x, packed, scale, None, select, width, group=group_size
             ),
