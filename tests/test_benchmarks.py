@@ -605,7 +605,7 @@ def test_activation_sparsity(tmp_path: pathlib.Path) -> None:
     """Every variant beside the dense model of the same run."""
     run("benchmarks/activation_sparsity.py", "--quick", "--out", str(tmp_path))
     found = tables(tmp_path, "activation_sparsity")
-    assert len(found["Gated MLP 128 → 256 → 128, float32"]) == 2 * (1 + 3 * 3)
+    assert len(found["Gated MLP 128 → 256 → 128, float32"]) == 2 * (1 + 4 * 3)
     levels = [row["what"] for row in found["Gated MLP 128 → 256 → 128, int8 and int4"]]
     assert len(levels) == 2 * (1 + 2 * 3 + 1 + 3)
     assert {what.partition(",")[0] for what in levels} == {"dense", "int8", "int4"}
