@@ -29,6 +29,7 @@ from torch import Tensor
 
 from rewriter.errors import warn
 from rewriter.kernels.choice import device_name, fastest, known, rows_bucket, triton_version
+from rewriter.kernels.settings import own_settings
 
 __all__ = [
     "KERNELS",
@@ -496,7 +497,7 @@ def no_float8(backend: str, arch: int | str) -> str | None:
 def _refusal(kind: str, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Runs one kernel on widths that do not divide and on few rows, against the formula."""
     tested = False
-    with torch.inference_mode(False), torch.no_grad(), on_device(device):
+    with own_settings(), on_device(device):
         for rows in (1, 33):
             for activation in ("per_token", "per_tensor") if kind in ("int8", "float8") else ("",):
                 call = _sample(kind, rows, activation, dtype, device)

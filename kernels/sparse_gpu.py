@@ -27,6 +27,7 @@ from rewriter.kernels.choice import (
     triton_version,
 )
 from rewriter.kernels.quantized_gpu import on_device
+from rewriter.kernels.settings import own_settings
 from rewriter.kernels.sparse_active import MOST_ROWS, active_reference
 from rewriter.kernels.sparse_cpu import Select
 from rewriter.kernels.weight_only import int8_weight_linear
@@ -343,7 +344,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if (device, dtype) not in _probed:
         if _captures(device):
             return "a CUDA graph is captured before the layer ran"
-        with torch.inference_mode(False), torch.no_grad(), on_device(device):
+        with own_settings(), on_device(device):
             _probed[device, dtype] = _probe(device, dtype)
     return _probed[device, dtype]
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from rewriter import Pass, rewrite
 from rewriter.kernels import sparse
+from rewriter.kernels.settings import own_settings
+from rewriter.kernels.weight_bound import is_plain_call
 from rewriter.passes import Experts, Monarch, Quantize, Threshold, TopK
 
 MEASURED, REFUSAL = sparse._measured, sparse.refusal  # what others put in their place aside
@@ -58,3 +60,10 @@ def test_kernels_are_chosen_and_probed_under_any(dtype: torch.dtype) -> None:
     weight = torch.ones(24, 40, dtype=torch.float32)
     assert 0 <= MEASURED.__wrapped__(torch.float32, 1, *weight.shape, 1) <= 1
     assert torch.get_default_dtype() == dtype
+
+
+def test_plain_calls_are_timed_as_plain_calls() -> None:
+    """A mode around a call would send it through the dispatcher."""
+    layer = nn.Linear(4, 4)
+    with own_settings():
+        assert is_plain_call(layer.weight)
