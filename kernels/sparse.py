@@ -80,7 +80,7 @@ def active(x: Tensor, select: Select) -> Tensor:
     """`active_reference`, by the compiled kernel where that runs."""
     if x.device.type != "cpu" or x.dtype == torch.float64 or refusal() is not None:
         return active_reference(x, select)
-    return sparse_cpu.chosen(x.detach().float().contiguous(), select)
+    return sparse_cpu.chosen(sparse_cpu.floats(x), select)
 
 
 def masked(x: Tensor, select: Select) -> Tensor:
@@ -89,7 +89,7 @@ def masked(x: Tensor, select: Select) -> Tensor:
         return y
     if x.device.type != "cpu" or x.dtype == torch.float64 or refusal() is not None:
         return x.where(active_reference(x, select), 0.0)
-    return sparse_cpu.masked(x.detach().float().contiguous(), select).to(x.dtype)
+    return sparse_cpu.masked(sparse_cpu.floats(x), select).to(x.dtype)
 
 
 def importance_of(weight: Tensor) -> Tensor:
@@ -212,10 +212,10 @@ def multiplied(
     if not most:
         return None
     y, _ = sparse_cpu.linear(
-        x.detach().float().contiguous(),
+        sparse_cpu.floats(x),
         by_columns(weight),
-        None if scale is None else scale.detach().float().contiguous(),
-        None if bias is None else bias.detach().float().contiguous(),
+        sparse_cpu.floats(scale),
+        sparse_cpu.floats(bias),
         select,
         int(most * width),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "Select",
     "chosen",
     "evict",
+    "floats",
     "gated",
     "isa",
     "keep_experts",
@@ -148,6 +149,23 @@ def evict(*tensors: Tensor) -> None:
     made, _ = _library()
     for tensor in tensors:
         made.sparse_evict(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+@overload
+def floats(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def floats(tensor: None) -> None: ...
+
+
+@overload
+def floats(tensor: Tensor | None) -> Tensor | None: ...
+
+
+def floats(tensor: Tensor | None) -> Tensor | None:
+    """A tensor as the kernels read it: float32, contiguous, without gradient."""
+    return None if tensor is None else tensor.detach().float().contiguous()
 
 
 def isa() -> str:

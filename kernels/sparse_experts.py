@@ -41,7 +41,7 @@ __all__ = [
     "sparse_experts",
 ]
 
-_VERSION = "sparse experts 2"
+_VERSION = "sparse experts 3"
 _EXPERTS = 20
 """As many experts there are where the share that pays is measured: it goes in steps of 5 %."""
 
@@ -124,8 +124,8 @@ def _kept(y: Tensor, scores: Tensor, expert_of: Tensor, active: int) -> Tensor:
     narrow = y.device.type == "cpu" and y.dtype != torch.float64 and expert_of.dtype == torch.int32
     if not narrow or sparse.refusal() is not None:
         return _entries_reference(y, scores, expert_of, active)
-    own = scores.detach().float().contiguous(), expert_of.contiguous(), active
-    return sparse_cpu.keep_experts(y.detach().float().contiguous(), *own).to(y.dtype)
+    own = sparse_cpu.floats(scores), expert_of.contiguous(), active
+    return sparse_cpu.keep_experts(sparse_cpu.floats(y), *own).to(y.dtype)
 
 
 def _entries_fake(y: Tensor, *chosen: Any) -> Tensor:
@@ -212,17 +212,13 @@ def _experts(x: Tensor, *own: Any) -> Tensor:
 def _few(x: Tensor, m: ExpertMlp, limit: int) -> Tensor | None:
     """y [*, out] in float32, where no more than `limit` neurons are active over eight rows."""
     assert m.columns is not None
-    gate = Gate(m.gate.detach(), bias=_floats(m.gate_bias))
-    up = None if m.up is None else Gate(m.up.detach(), bias=_floats(m.up_bias))
-    down = Gate(m.columns, bias=_floats(m.bias))
-    own = x.detach().float().contiguous()
+    gate = Gate(m.gate.detach(), bias=sparse_cpu.floats(m.gate_bias))
+    up = None if m.up is None else Gate(m.up.detach(), bias=sparse_cpu.floats(m.up_bias))
+    down = Gate(m.columns, bias=sparse_cpu.floats(m.bias))
+    own = sparse_cpu.floats(x)
     scores = router_scores(own, m.router, m.router_bias).contiguous()
     chosen = scores, m.expert_of, m.active
     return sparse_cpu.routed(own, gate, up, down, m.then, *chosen, limit)[0]
-
-
-def _floats(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach().float().contiguous()
 
 
 def _fits(x: Tensor, m: ExpertMlp) -> bool:
@@ -266,12 +262,10 @@ def _measured(
     def pair(share: float) -> dict[str, Callable[[], object]]:
         x, m = made()
         some = m._replace(active=max(round(share * _EXPERTS), 1))
-
-        def dense() -> Tensor:
-            a = F.relu(F.linear(x, m.gate))
-            return F.linear(a if m.up is None else a * F.linear(x, m.up), m.down)
-
-        return {"dense": dense, "sparse": lambda: _few(x, some, hidden)}
+        return {
+            "dense": lambda: _dense(x, some, _kept),
+            "sparse": lambda: _few(x, some, hidden),
+        }
 
     key = f"sparse_experts {dtype} {rows} {width} {hidden} {out} {'gated' if gated else 'plain'}"
 

@@ -120,10 +120,10 @@ def _gated(x: Tensor, *own: Any) -> Tensor:
         most = largest_share(m.up.dtype, rows, width, hidden, out)
         if most:
             y, _ = sparse_cpu.gated(
-                _floats(x),
-                _floats(a),
-                Gate(m.up.detach(), _floats_of(m.up_scale), _floats_of(m.up_bias)),
-                Gate(m.columns, _floats_of(m.down_scale), _floats_of(m.bias)),
+                sparse_cpu.floats(x),
+                sparse_cpu.floats(a),
+                Gate(m.up.detach(), sparse_cpu.floats(m.up_scale), sparse_cpu.floats(m.up_bias)),
+                Gate(m.columns, sparse_cpu.floats(m.down_scale), sparse_cpu.floats(m.bias)),
                 "",
                 select,
                 int(most * hidden),
@@ -148,14 +148,6 @@ def _on_gpu(x: Tensor, a: Tensor, m: GatedMlp, select: Select) -> Tensor | None:
         return None
     own = m.up, m.up_bias, m.columns, m.bias
     return sparse_gpu.gated(x, a, *own, select, found.tile)
-
-
-def _floats(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().contiguous()
-
-
-def _floats_of(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _floats(tensor)
 
 
 def _fits(x: Tensor, up: Tensor, columns: Tensor) -> bool:

@@ -244,10 +244,10 @@ def _multiplied(
     alike = scale.dtype == torch.bfloat16 and (zero is None or zero.dtype == torch.bfloat16)
     stored = torch.bfloat16 if alike else torch.float32
     y, _ = sparse_cpu.linear(
-        x.detach().float().contiguous(),
+        sparse_cpu.floats(x),
         packed.contiguous(),
         scale.to(stored).contiguous(),
-        None if bias is None else bias.detach().float().contiguous(),
+        sparse_cpu.floats(bias),
         select,
         int(share * width),
         zero=None if zero is None else zero.to(stored).contiguous(),

@@ -11,15 +11,13 @@ from torch import Tensor
 from rewriter.kernels import sparse
 from rewriter.kernels.sparse_experts import ExpertMlp, largest_share, sparse_experts
 from rewriter.lowering.rules import Fused, Place
+from rewriter.lowering.sparse_gated import layers_of
 
 __all__ = ["SPARSE_EXPERTS"]
 
 
 def _layers(place: Place) -> tuple[Any, Any, Any]:
-    """gate, up (None in a plain MLP) and down, in whichever order they are called."""
-    layers = [m for m in place.modules if hasattr(m, "in_features")]
-    gate = next(m for m in layers if getattr(m, "op", "") == "routed_linear")
-    return gate, next((m for m in layers[:-1] if m is not gate), None), layers[-1]
+    return layers_of(place, ("routed_linear",))
 
 
 def _tensors(place: Place) -> list[Tensor | None]:

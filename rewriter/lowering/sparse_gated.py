@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from rewriter.kernels import sparse, sparse_gpu
 from rewriter.kernels.sparse_gated import GatedMlp, largest_share, sparse_gated
 from rewriter.lowering.rules import Fused, Place
 
-__all__ = ["GATES", "SPARSE_GATED"]
+__all__ = ["GATES", "SPARSE_GATED", "layers_of"]
 
 GATES = ("gate_linear", "int8_gate_linear")
 """What layers of gates are called, of floats and of int8."""
@@ -21,12 +22,11 @@ GATES = ("gate_linear", "int8_gate_linear")
 _DTYPES = torch.float32, torch.bfloat16, torch.int8
 
 
-def _layers(place: Place) -> tuple[Any, Any, Any]:
-    """gate, up, down, in whichever order they are called."""
+def layers_of(place: Place, gates: Sequence[str] = GATES) -> tuple[Any, Any, Any]:
+    """gate, up (None in a plain MLP) and down, in whichever order they are called."""
     layers = [m for m in place.modules if hasattr(m, "in_features")]
-    gate = next(m for m in layers if getattr(m, "op", "") in GATES)
-    up = next(m for m in layers[:-1] if m is not gate)
-    return gate, up, layers[-1]
+    gate = next(m for m in layers if getattr(m, "op", "") in gates)
+    return gate, next((m for m in layers[:-1] if m is not gate), None), layers[-1]
 
 
 def _weight(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -36,7 +36,7 @@ def _weight(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _tensors(place: Place) -> list[Tensor | None]:
-    gate, up, down = _layers(place)
+    gate, up, down = layers_of(place)
     last, scale = _weight(down)
     return [
         *_weight(gate),
@@ -52,12 +52,12 @@ def _tensors(place: Place) -> list[Tensor | None]:
 
 
 def _options(place: Place) -> tuple[Any, ...]:
-    gate = _layers(place)[0]
+    gate = layers_of(place)[0]
     return gate.then, gate.k, 1.0 if gate.share is None else gate.share
 
 
 def _unlike(place: Place) -> str | None:
-    weights = [_weight(m)[0] for m in _layers(place)]
+    weights = [_weight(m)[0] for m in layers_of(place)]
     kinds = {(w.dtype, w.device) for w in weights}
     dtype, device = kinds.pop()
     if not kinds and device.type == "cuda":
@@ -70,7 +70,7 @@ def _unlike(place: Place) -> str | None:
 
 
 def _slow(place: Place, x: Tensor) -> str | None:
-    gate, _, down = _layers(place)
+    gate, _, down = layers_of(place)
     rows = math.prod(x.shape[:-1]) or 1
     sizes = gate.in_features, gate.out_features, down.out_features
     share, dtype = 1.0 if gate.share is None else gate.share, _weight(gate)[0].dtype
